@@ -1,0 +1,30 @@
+"""Strong, cheap, trustworthy classifiers from frozen embeddings, in scikit-learn."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. Loaded on first use, so that `import sklembed` costs
+# milliseconds and who only unions or loads data never pays for torch.
+_HOMES = {
+    "CallableBackend": "sklembed.encoders",
+    "ContrastiveProjector": "sklembed.projection",
+    "EmbeddingStore": "sklembed.encoders",
+    "FrozenEncoder": "sklembed.encoders",
+    "PerModalityUnion": "sklembed.union",
+    "datasets": "sklembed",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sklembed' has no attribute {name!r}")
+    if name == "datasets":
+        return importlib.import_module("sklembed.datasets")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__():
+    return [*globals(), *__all__]

@@ -1,0 +1,57 @@
+"""Where device and dtype are resolved, and arrays become tensors and tensors arrays."""
+
+import numpy as np
+import torch
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn "auto" into the fastest device at hand, and check any other name.
+
+    Raises
+    ------
+    ValueError
+        If torch does not know the device, or it is not present on this machine.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={device!r} cannot be used here: {error}. Use 'auto', 'cpu', or a device that "
+            "torch sees on this machine."
+        ) from error
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Turn "auto" into bfloat16 where the hardware computes in it, else float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Torch before 2.10 cannot say; there float32 is the safe answer.
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(
+        features.get("avx512_bf16", False) or features.get("amx_bf16", False)
+    )
+
+
+def to_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy an array to the device; read-only, strided and reversed arrays included."""
+    return torch.tensor(np.ascontiguousarray(array), device=device)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Bring a tensor home as a plain array; bfloat16, which numpy lacks, as float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

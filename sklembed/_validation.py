@@ -1,0 +1,65 @@
+"""Checks shared by estimators, with messages that say what was got and what to do."""
+
+import importlib
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+from sklearn.utils import column_or_1d
+
+
+def check_no_missing_label(y) -> None:
+    """Refuse a target with a missing label, naming the first row that lacks one.
+
+    Raises
+    ------
+    ValueError
+        If any label is None, NaN or NA.
+    """
+    missing = np.atleast_1d(pd.isna(np.asarray(y)))
+    rows = np.flatnonzero(missing.reshape(len(missing), -1).any(axis=1))
+    if len(rows):
+        raise ValueError(
+            f"Input y contains NaN or None in {len(rows)} of {len(missing)} rows, first in row "
+            f"{rows[0]}. Drop the rows without a label before fitting."
+        )
+
+
+def encode_classes(y) -> tuple[np.ndarray, np.ndarray]:
+    """Split class labels of any sortable type into the classes and each row's index into them.
+
+    Returns
+    -------
+    classes : ndarray of shape (n_classes,)
+        The sorted distinct labels.
+    codes : ndarray of shape (n_samples,), dtype int64
+        Position of each row's label in `classes`.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two classes.
+    """
+    classes, codes = np.unique(column_or_1d(y, warn=True), return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            f"y holds 1 class only ({classes[0]!r} in all {len(codes)} rows); contrasting needs at "
+            "least two."
+        )
+    return classes, codes.astype(np.int64)
+
+
+def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import an optional dependency, or say which extra brings it.
+
+    Raises
+    ------
+    ImportError
+        If the module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs {module}, which is not installed. Run: pip install 'sklembed[{extra}]'"
+        ) from error

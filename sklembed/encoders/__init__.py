@@ -1,0 +1,7 @@
+"""Frozen encoders, and the store that keeps what they compute."""
+
+from sklembed.encoders.backends import CallableBackend
+from sklembed.encoders.frozen import FrozenEncoder
+from sklembed.encoders.store import EmbeddingStore
+
+__all__ = ["CallableBackend", "EmbeddingStore", "FrozenEncoder"]

@@ -1,0 +1,1 @@
+"""Pure torch: modules and losses that know nothing of estimators."""

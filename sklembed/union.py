@@ -1,0 +1,491 @@
+"""PerModalityUnion: one branch for each modality of a table, joined side by side."""
+
+from collections import Counter
+from numbers import Integral
+
+import numpy as np
+from sklearn.base import BaseEstimator, TransformerMixin, _fit_context, clone
+from sklearn.compose import ColumnTransformer
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils import Bunch
+from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
+from sklearn.utils.parallel import Parallel, delayed
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from sklembed._tables import (
+    as_table,
+    column_positions,
+    is_frame,
+    missing_cells,
+    take_columns,
+    take_rows,
+)
+
+
+class PerModalityUnion(TransformerMixin, BaseEstimator):
+    """Send each modality of a table through a branch of its own and join the results.
+
+    A branch is a transformer, often a pipeline of an encoder and a projector, with the columns it
+    reads, as in :class:`~sklearn.compose.ColumnTransformer`. Its output is a *block*: columns named
+    ``<branch>__…``, side by side in the joined table.
+
+    A row may lack a modality: where all cells that a branch reads are None or NaN, the branch never
+    sees the row, neither in fit nor in transform, and the row's block is NaN. So any transformer
+    with dense numeric output works in a branch. Downstream, XGBoost and
+    :class:`~sklearn.ensemble.HistGradientBoostingClassifier` take NaN as it is; put a
+    :class:`~sklearn.impute.SimpleImputer` before other classifiers.
+
+    Parameters
+    ----------
+    transformers : list of (str, transformer, columns) tuples
+        The branches. A name must not contain ``__`` and is used to set parameters, as in
+        ``set_params(text__frozenencoder__normalize=True)``, or to replace the whole branch.
+        "passthrough" hands the columns on as they are, "drop" leaves the branch out. Columns are
+        a name, a position, a list or slice of these, a boolean mask or a callable that takes the
+        table; a single name or position is handed to the transformer as a one-dimensional column.
+
+    n_jobs : int or None, default=None
+        Branches to run at once.
+
+    Attributes
+    ----------
+    transformers_ : list of (str, transformer, columns) tuples
+        The fitted branches, without the dropped ones.
+
+    named_transformers_ : :class:`~sklearn.utils.Bunch`
+        The fitted branches by name.
+
+    blocks_ : dict of str to slice
+        The columns of the output that each branch fills.
+
+    n_features_in_ : int
+        Number of columns seen during fit.
+
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Their names, where `X` has them.
+
+    See Also
+    --------
+    sklearn.compose.ColumnTransformer : Does the same for rows that all have every modality.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from sklearn.feature_extraction.text import HashingVectorizer
+    >>> from sklearn.preprocessing import StandardScaler
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from sklearn.decomposition import TruncatedSVD
+    >>> from sklembed import PerModalityUnion
+    >>> X = pd.DataFrame({"note": ["a red cat", None, "a blue dog"], "size": [1.0, 2.0, None]})
+    >>> union = PerModalityUnion([
+    ...     ("text", make_pipeline(HashingVectorizer(), TruncatedSVD(1, random_state=0)), "note"),
+    ...     ("table", StandardScaler(), ["size"]),
+    ... ]).set_output(transform="pandas")
+    >>> union.fit_transform(X).round(1)
+       text__truncatedsvd0  table__size
+    0                  0.8         -1.0
+    1                  NaN          1.0
+    2                  0.8          NaN
+    """
+
+    _parameter_constraints: dict = {
+        "transformers": [list],
+        "n_jobs": [Integral, None],
+    }
+
+    def __init__(self, transformers, *, n_jobs=None):
+        self.transformers = transformers
+        self.n_jobs = n_jobs
+
+    def get_params(self, deep=True):
+        """Get the parameters of the union and, if deep, its branches and their parameters.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+            Whether to look into the branches.
+
+        Returns
+        -------
+        params : dict
+            Parameter names mapped to their values.
+        """
+        params = super().get_params(deep=False)
+        if deep and _are_branches(self.transformers):
+            for name, transformer, _ in self.transformers:
+                params[name] = transformer
+                if hasattr(transformer, "get_params"):
+                    nested = transformer.get_params(deep=True)
+                    params |= {f"{name}__{key}": value for key, value in nested.items()}
+        return params
+
+    def set_params(self, **params):
+        """Set parameters of the union, replace branches, or set parameters within them.
+
+        Parameters
+        ----------
+        **params : dict
+            For example ``n_jobs=2``, ``image="drop"`` or ``text__pca__n_components=64``.
+
+        Returns
+        -------
+        self : PerModalityUnion
+            The union.
+        """
+        if "transformers" in params:
+            self.transformers = params.pop("transformers")
+        if _are_branches(self.transformers) and any(n in params for n, _, _ in self.transformers):
+            self.transformers = [
+                (name, params.pop(name, transformer), columns)
+                for name, transformer, columns in self.transformers
+            ]
+        return super().set_params(**params)
+
+    @_fit_context(prefer_skip_nested_validation=False)  # branches validate themselves
+    def fit(self, X, y=None, **params):
+        """Fit each branch on the rows that have its modality.
+
+        Parameters
+        ----------
+        X : DataFrame or array-like of shape (n_samples, n_features)
+            The table.
+
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs), default=None
+            Targets.
+
+        **params : dict
+            Metadata for the branches; needs ``sklearn.set_config(enable_metadata_routing=True)``.
+            What has one entry a row is cut to the branch's rows.
+
+        Returns
+        -------
+        self : PerModalityUnion
+            The fitted union.
+
+        Raises
+        ------
+        ValueError
+            If a selected column is absent, a branch name is not allowed, or no row has a branch's
+            modality.
+        """
+        self._fit_branches(_fit_branch, "fit", X, y, params)
+        return self
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit_transform(self, X, y=None, **params):
+        """Fit each branch, and join what their `fit_transform` returns for the training rows.
+
+        Parameters
+        ----------
+        X : DataFrame or array-like of shape (n_samples, n_features)
+            The table.
+
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs), default=None
+            Targets.
+
+        **params : dict
+            Metadata for the branches, as for `fit`.
+
+        Returns
+        -------
+        blocks : ndarray or DataFrame of shape (n_samples, n_features_out)
+            The joined blocks, NaN where a row lacks the modality.
+        """
+        outputs, observed, n_rows = self._fit_branches(
+            _fit_transform_branch, "fit_transform", X, y, params
+        )
+        return self._join(outputs, observed, n_rows)
+
+    def transform(self, X, **params):
+        """Run each branch on the rows that have its modality, and join the results.
+
+        Parameters
+        ----------
+        X : DataFrame or array-like of shape (n_samples, n_features)
+            The table. Columns that a name selected are found by name, in any order.
+
+        **params : dict
+            Metadata for the branches, as for `fit`.
+
+        Returns
+        -------
+        blocks : ndarray or DataFrame of shape (n_samples, n_features_out)
+            The joined blocks, NaN where a row lacks the modality.
+        """
+        check_is_fitted(self)
+        routed = process_routing(self, "transform", **params)
+        X = as_table(X)
+        if not (is_frame(X) and hasattr(self, "feature_names_in_")):
+            validate_data(self, X, reset=False, skip_check_array=True)
+        parts = [_part(X, name, columns) for name, _, columns in self.transformers_]
+        observed = [np.flatnonzero(~_missing_rows(part)) for part in parts]
+        outputs = Parallel(n_jobs=self.n_jobs)(
+            delayed(_transform_branch)(
+                transformer,
+                take_rows(part, rows),
+                _cut_to_rows(routed[name]["transform"], rows, len(X)),
+            )
+            for (name, transformer, _), part, rows in zip(
+                self.transformers_, parts, observed, strict=True
+            )
+        )
+        return self._join(outputs, observed, len(X))
+
+    def get_feature_names_out(self, input_features=None):
+        """Name the output columns ``<branch>__<the branch's own name>``.
+
+        Parameters
+        ----------
+        input_features : array-like of str or None, default=None
+            Names of the input columns; by default those seen in `fit`.
+
+        Returns
+        -------
+        names : ndarray of shape (n_features_out,), dtype object
+            The names; a branch that cannot name its columns has them numbered.
+        """
+        check_is_fitted(self)
+        if input_features is None:
+            input_features = getattr(
+                self, "feature_names_in_", [f"x{i}" for i in range(self.n_features_in_)]
+            )
+        names = []
+        for name, transformer, columns in self.transformers_:
+            own = _feature_names(transformer, _names_of(columns, input_features))
+            block = self.blocks_[name]
+            own = range(block.stop - block.start) if own is None else own
+            names += [f"{name}__{column}" for column in own]
+        return np.asarray(names, dtype=object)
+
+    def get_metadata_routing(self):
+        """Say which metadata goes to which branch.
+
+        Returns
+        -------
+        routing : MetadataRouter
+            The routing, see scikit-learn's user guide on metadata routing.
+        """
+        router = MetadataRouter(owner=self)
+        for name, transformer, _ in self.transformers:
+            mapping = MethodMapping().add(caller="fit", callee="fit")
+            if hasattr(transformer, "fit_transform"):
+                mapping.add(caller="fit_transform", callee="fit_transform")
+            else:
+                mapping.add(caller="fit_transform", callee="fit")
+                mapping.add(caller="fit_transform", callee="transform")
+            mapping.add(caller="transform", callee="transform")
+            router.add(method_mapping=mapping, **{name: transformer})
+        return router
+
+    def _fit_branches(self, run, caller, X, y, params):
+        """Fit all branches; return their outputs, the rows each observed, and the number of rows."""
+        routed = process_routing(self, caller, **params)
+        self._check_transformers()
+        X = as_table(X)
+        validate_data(self, X, skip_check_array=True)
+        branches = [
+            (name, transformer, _resolve(X, name, columns))
+            for name, transformer, columns in self.transformers
+            if not _is_dropped(transformer)
+        ]
+        parts = [_part(X, name, columns) for name, _, columns in branches]
+        observed = [
+            _observed_in_fit(part, name, columns)
+            for part, (name, _, columns) in zip(parts, branches, strict=True)
+        ]
+        results = Parallel(n_jobs=self.n_jobs)(
+            delayed(run)(
+                _fresh(transformer),
+                take_rows(part, rows),
+                None if y is None else take_rows(y, rows),
+                {
+                    method: _cut_to_rows(metadata, rows, len(X))
+                    for method, metadata in routed[name].items()
+                },
+            )
+            for (name, transformer, _), part, rows in zip(branches, parts, observed, strict=True)
+        )
+        fitted, outputs, widths = zip(*results, strict=True)
+        self.transformers_ = [
+            (name, transformer, columns)
+            for transformer, (name, _, columns) in zip(fitted, branches, strict=True)
+        ]
+        self.named_transformers_ = Bunch(**{name: fitted for name, fitted, _ in self.transformers_})
+        ends = np.cumsum(widths).tolist()
+        self.blocks_ = {
+            name: slice(end - width, end)
+            for (name, _, _), end, width in zip(branches, ends, widths, strict=True)
+        }
+        return outputs, observed, len(X)
+
+    def _check_transformers(self):
+        """Refuse a list of branches whose names could not be told apart later."""
+        if not self.transformers:
+            raise ValueError(
+                "transformers is empty; give at least one (name, transformer, columns)."
+            )
+        if not _are_branches(self.transformers):
+            raise ValueError(
+                "transformers is a list of tuples (name, transformer, columns); got "
+                f"{self.transformers!r}."
+            )
+        names = [name for name, _, _ in self.transformers]
+        for name, times in Counter(names).items():
+            if times > 1:
+                raise ValueError(f"Branch names must differ, but {name!r} stands {times} times.")
+            if not isinstance(name, str) or not name or "__" in name:
+                raise ValueError(
+                    f"A branch name is a string without '__', which separates the branch from its "
+                    f"columns; got {name!r}."
+                )
+            if name in ("transformers", "n_jobs"):
+                raise ValueError(
+                    f"{name!r} is a parameter of the union; name the branch otherwise."
+                )
+        if all(_is_dropped(transformer) for _, transformer, _ in self.transformers):
+            raise ValueError("All branches are 'drop'; keep at least one.")
+
+    def _join(self, outputs, observed, n_rows):
+        """Scatter each branch's rows into its block, leaving NaN elsewhere."""
+        outputs = [
+            None if output is None else _as_float_array(output, name, len(rows), self.blocks_[name])
+            for (name, _, _), output, rows in zip(
+                self.transformers_, outputs, observed, strict=True
+            )
+        ]
+        dtypes = [output.dtype for output in outputs if output is not None]
+        joined = np.full(
+            (n_rows, max(block.stop for block in self.blocks_.values())),
+            np.nan,
+            dtype=np.result_type(*dtypes) if dtypes else np.float64,
+        )
+        for block, output, rows in zip(self.blocks_.values(), outputs, observed, strict=True):
+            if output is not None:
+                joined[rows, block] = output
+        return joined
+
+    def _sk_visual_block_(self):
+        return ColumnTransformer(self.transformers)._sk_visual_block_()
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True  # a missing modality
+        tags.input_tags.string = True
+        return tags
+
+
+def _are_branches(transformers):
+    """Tell whether `transformers` has the right form; get_params is asked before it is checked."""
+    return isinstance(transformers, list) and all(
+        isinstance(branch, tuple | list) and len(branch) == 3 for branch in transformers
+    )
+
+
+def _is_dropped(transformer):
+    return isinstance(transformer, str) and transformer == "drop"
+
+
+def _resolve(X, name, columns):
+    """Fix a selection: names where the table has them, so that they are found again; or positions."""
+    positions, scalar = column_positions(X, columns, owner=f"Branch {name!r}")
+    named = is_frame(X) and all(isinstance(column, str) for column in X.columns)
+    resolved = [X.columns[position] for position in positions] if named else positions
+    return resolved[0] if scalar else resolved
+
+
+def _part(X, name, columns):
+    """Cut a branch's columns out of the table."""
+    positions, scalar = column_positions(X, columns, owner=f"Branch {name!r}")
+    return take_columns(X, positions, scalar=scalar)
+
+
+def _names_of(columns, input_features):
+    """Name the input columns of a fitted branch, whose selection is names or positions."""
+    columns = [columns] if isinstance(columns, str | Integral) else columns
+    return [c if isinstance(c, str) else input_features[c] for c in columns]
+
+
+def _missing_rows(part):
+    """Tell which rows lack a modality: those with no value in any of its columns."""
+    missing = missing_cells(part)
+    return missing if missing.ndim == 1 else missing.all(axis=1)
+
+
+def _observed_in_fit(part, name, columns):
+    """Return the positions of the rows that have the modality, of which there must be one."""
+    observed = np.flatnonzero(~_missing_rows(part))
+    if not len(observed):
+        raise ValueError(
+            f"Branch {name!r} has nothing to learn from: column {columns!r} is missing in all "
+            f"{len(part)} rows. Drop the branch, or check the column."
+        )
+    return observed
+
+
+def _cut_to_rows(metadata, rows, n_rows):
+    """Cut metadata that has one entry a row to the given rows, and leave the rest alone."""
+    return {
+        key: take_rows(value, rows) if _has_rows(value, n_rows) else value
+        for key, value in metadata.items()
+    }
+
+
+def _has_rows(value, n_rows):
+    return hasattr(value, "__len__") and not isinstance(value, str | dict) and len(value) == n_rows
+
+
+def _fresh(transformer):
+    """Return an unfitted copy of a branch's transformer."""
+    if isinstance(transformer, str) and transformer == "passthrough":
+        return FunctionTransformer(feature_names_out="one-to-one")
+    return clone(transformer)
+
+
+def _fit_branch(transformer, X, y, params):
+    transformer.fit(X, y, **params["fit"])
+    names = _feature_names(transformer)
+    width = len(names) if names is not None else np.shape(transformer.transform(X[:1]))[1]
+    return transformer, None, width
+
+
+def _fit_transform_branch(transformer, X, y, params):
+    if hasattr(transformer, "fit_transform"):
+        output = transformer.fit_transform(X, y, **params["fit_transform"])
+    else:
+        output = transformer.fit(X, y, **params["fit"]).transform(X, **params["transform"])
+    return transformer, output, np.shape(output)[1]
+
+
+def _transform_branch(transformer, X, params):
+    return transformer.transform(X, **params) if len(X) else None
+
+
+def _feature_names(transformer, input_features=None):
+    """Ask a fitted transformer for its output names; None where it has none to give."""
+    try:
+        return transformer.get_feature_names_out(input_features)
+    except (AttributeError, ValueError):
+        return None
+
+
+def _as_float_array(output, name, n_rows, block):
+    """Turn a branch's output into a float array of the expected shape."""
+    if hasattr(output, "toarray"):
+        raise TypeError(
+            f"Branch {name!r} returned a sparse matrix; the union joins dense columns. Ask the "
+            "transformer for dense output, or add a TruncatedSVD to the branch."
+        )
+    output = np.asarray(output)
+    if output.dtype.kind != "f":
+        try:
+            output = output.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"Branch {name!r} returned {output.dtype} columns that are not numbers ({error}). "
+                "End the branch with a transformer that returns numbers, such as FrozenEncoder or "
+                "OneHotEncoder(sparse_output=False)."
+            ) from error
+    expected = (n_rows, block.stop - block.start)
+    if output.shape != expected:
+        raise ValueError(f"Branch {name!r} returned shape {output.shape}; {expected} was expected.")
+    return output
