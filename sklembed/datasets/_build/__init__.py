@@ -1,0 +1,1 @@
+"""Scripts that make the files in ``data/``: for maintainers, not part of the wheel."""

@@ -1,0 +1,209 @@
+"""The bundled data sets hold what their descriptions say."""
+
+import io
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from sklearn.model_selection import StratifiedGroupKFold
+
+from sklembed.datasets import load_emoji, load_openclipart
+
+LOADERS = [load_emoji, load_openclipart]
+SHAPES = {load_emoji: (1906, 3), load_openclipart: (3052, 6)}
+TEXT = {load_emoji: ["name", "keywords"], load_openclipart: ["title"]}
+
+
+@pytest.fixture(scope="module", params=LOADERS, ids=lambda loader: loader.__name__)
+def loader(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def bunch(loader):
+    return loader()
+
+
+def open_images(bunch):
+    for content in bunch.data["image"]:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            yield image
+
+
+def words(text):
+    """Words of a text in the singular, without the "and" of a class name."""
+    return {word.removesuffix("s") for word in re.findall("[a-z]+", text.lower())} - {"and"}
+
+
+def rows_naming_their_class(bunch, column):
+    classes = np.array(bunch.target_names)[bunch.target]
+    cells = bunch.data[column]
+    return sum(
+        bool(words(cell or "") & words(name)) for cell, name in zip(cells, classes, strict=True)
+    )
+
+
+def test_shapes_and_types(loader, bunch):
+    n_rows, n_columns = SHAPES[loader]
+    assert bunch.data.shape == (n_rows, n_columns)
+    assert bunch.frame.shape == (n_rows, n_columns + 1)
+    assert bunch.feature_names == list(bunch.data)
+    assert bunch.target.dtype == np.int64
+    assert set(bunch.target) == set(range(len(bunch.target_names)))
+    assert bunch.target_names == sorted(bunch.target_names)
+    assert bunch.groups.shape == (n_rows,)
+    assert bunch.groups.dtype.kind == "U"
+
+
+def test_cells_are_python_objects(loader, bunch):
+    """Whatever pandas makes of strings, an encoder gets str, bytes or None."""
+    assert {type(cell) for cell in bunch.data["image"]} == {bytes}
+    for column in TEXT[loader]:
+        assert bunch.data[column].dtype == object
+        assert {type(cell) for cell in bunch.data[column]} <= {str, type(None)}
+        assert all(
+            cell is None or cell == " ".join(cell.split()) != "" for cell in bunch.data[column]
+        )
+
+
+def test_numbers_of_openclipart():
+    data = load_openclipart().data
+    assert data["svg_kb"].dtype == np.float64
+    assert (data["svg_kb"] > 0).all()
+    for column in ["n_path", "n_group", "n_gradient"]:
+        assert data[column].dtype == np.int64
+        assert (data[column] >= 0).all()
+
+
+def test_as_frame_and_return_X_y_say_the_same(loader, bunch):
+    arrays = loader(as_frame=False)
+    assert isinstance(arrays.data, np.ndarray) and arrays.data.dtype == object
+    assert isinstance(arrays.target, np.ndarray) and arrays.target.dtype == np.int64
+    assert arrays.frame is None
+    assert arrays.feature_names == bunch.feature_names
+    assert arrays.data.tolist() == bunch.data.to_numpy(dtype=object).tolist()
+
+    X, y = loader(return_X_y=True)
+    pd.testing.assert_frame_equal(X, bunch.data)
+    pd.testing.assert_series_equal(y, bunch.target)
+    pd.testing.assert_frame_equal(pd.concat([X, y], axis=1), bunch.frame)
+
+    X, y = loader(return_X_y=True, as_frame=False)
+    assert X.tolist() == arrays.data.tolist()
+    np.testing.assert_array_equal(y, arrays.target)
+
+
+def test_images_open_and_have_alpha(loader, bunch):
+    for image in open_images(bunch):
+        assert image.format == "PNG"
+        assert image.has_transparency_data
+        assert image.convert("RGBA").getextrema()[3][1] > 0  # something is to be seen
+        if loader is load_emoji:
+            assert image.size == (64, 64)
+        else:
+            assert 16 <= max(image.size) <= 96
+            assert image.mode == "P" and len(image.getpalette()) <= 3 * 64
+
+
+def test_description_counts_the_classes(bunch):
+    description = bunch.DESCR
+    for label, name in enumerate(bunch.target_names):
+        of_class = bunch.target == label
+        n_groups = len(set(bunch.groups[of_class]))
+        assert re.search(rf"^{name} +{of_class.sum()} +{n_groups}$", description, re.MULTILINE)
+    assert f":Number of Instances: {len(bunch.data)}\n" in description
+    assert f":Number of Classes: {len(bunch.target_names)}\n" in description
+    assert f":Number of Groups: {len(set(bunch.groups))}\n" in description
+
+
+def test_description_of_emoji():
+    emoji = load_emoji()
+    description = " ".join(emoji.DESCR.split())
+    keywords = emoji.data["keywords"]
+    assert emoji.data["name"].is_unique
+    assert f"{keywords.isna().sum()} cells of keywords are None" in description
+    assert f"{keywords.dropna().str.split(', ').str.len().mean():.0f} on average" in description
+    assert f"{(emoji.groups == 'country-flag').sum()} of the 270 flags" in description
+    assert f"there are {emoji.data['image'].nunique():,} different ones" in description
+    n_names = rows_naming_their_class(emoji, "name")
+    assert f"{n_names} names do because" in description
+    pairs = pd.DataFrame({"image": emoji.data["image"], "target": emoji.target}).drop_duplicates()
+    assert pairs["image"].is_unique  # equal pictures are of one class
+
+
+def test_emoji_keywords_never_name_a_class():
+    emoji = load_emoji()
+    of_classes = set().union(*map(words, emoji.target_names))
+    of_keywords = set().union(*map(words, emoji.data["keywords"].dropna()))
+    assert not of_classes & of_keywords
+
+
+def test_emoji_subgroups_are_of_one_class():
+    emoji = load_emoji()
+    assert len(set(zip(emoji.groups, emoji.target, strict=True))) == len(set(emoji.groups)) == 98
+
+
+def test_description_of_openclipart():
+    clipart = load_openclipart()
+    description = " ".join(clipart.DESCR.split())
+    title = clipart.data["title"]
+    creators, titles = Counter(clipart.groups), Counter(title.dropna())
+    n_series = sum(count >= 20 for count in titles.values())
+    assert f"{title.isna().sum()} titles are None" in description
+    assert f"in {title.isna().sum()} rows" in description
+    assert f"{titles['card']} playing cards" in description
+    assert f"The {creators['unknown']} pictures without a creator" in description
+    assert f"drew {creators.most_common(1)[0][1]} of the pictures" in description
+    assert f"{rows_naming_their_class(clipart, 'title')} contain a word" in description
+    assert f"{len(titles):,} different ones, and {n_series} of them" in description
+    assert clipart.data["image"].is_unique
+
+
+@pytest.mark.parametrize("random_state", range(3))
+def test_every_class_can_be_split_by_group(bunch, random_state):
+    """Three folds by group: each class is in every training set."""
+    cv = StratifiedGroupKFold(3, shuffle=True, random_state=random_state)
+    for train, _ in cv.split(bunch.data, bunch.target, bunch.groups):
+        assert len(set(bunch.target.iloc[train])) == len(bunch.target_names)
+
+
+def test_licences_are_there():
+    emoji, clipart = load_emoji().license, load_openclipart().license
+    apache = Path(load_emoji().filename).with_name("APACHE-2.0.txt").read_text(encoding="utf-8")
+    assert "END OF TERMS AND CONDITIONS" in apache
+    for phrase in [
+        "Apache License, Version 2.0",
+        "Google Inc.",
+        "Cal Henderson",
+        "Miles Johnson",
+        "UNICODE LICENSE V3",
+        "*Changes:*",
+    ]:
+        assert phrase in " ".join(emoji.split())
+    assert "public domain" in clipart and "*Changes:*" in clipart
+    assert "Apache" not in clipart
+
+
+def test_files_are_small_and_plain():
+    """Anyone can open the files, and no clock is in them, so that builds can be compared."""
+    paths = [Path(loader().filename) for loader in LOADERS]
+    assert sum(path.stat().st_size for path in paths) <= 12e6
+    for path in paths:
+        with ZipFile(path) as archive:
+            assert archive.testzip() is None
+            names = archive.namelist()
+            assert names == ["table.csv", *sorted(names[1:])]
+            assert {entry.date_time[0] for entry in archive.infolist()} == {1980}
+
+
+def test_loading_needs_no_torch():
+    code = "import sys, sklembed.datasets as d; d.load_emoji(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
