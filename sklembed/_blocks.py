@@ -28,7 +28,7 @@ def observed_rows(X: np.ndarray) -> np.ndarray:
         row = torn[0]
         raise ValueError(
             f"Input X contains NaN in {nan[row].sum()} of {X.shape[1]} columns of row {row} "
-            f"({len(torn)} such rows in all). A row of NaN throughout is a missing modality; single "
-            "missing numbers have to be imputed first, for example by SimpleImputer."
+            f"({len(torn)} such rows in all). A row of NaN throughout is a missing modality; "
+            "single missing numbers have to be imputed first, for example by SimpleImputer."
         )
     return ~missing

@@ -30,9 +30,9 @@ def as_table(X):
         X = np.asarray(X)
         if X.ndim != 2:
             raise ValueError(
-                f"Expected 2D array, got {X.ndim}D array instead: X must be one table with rows and "
-                "columns. Reshape your data either using array.reshape(-1, 1) if it has a single "
-                "feature or array.reshape(1, -1) if it contains a single sample."
+                f"Expected 2D array, got {X.ndim}D array instead: X must be one table with rows "
+                "and columns. Reshape your data either using array.reshape(-1, 1) if it has a "
+                "single feature or array.reshape(1, -1) if it contains a single sample."
             )
     n_rows, n_columns = X.shape
     if n_rows == 0:

@@ -1,5 +1,8 @@
 """Where device and dtype are resolved, and arrays become tensors and tensors arrays."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -38,9 +41,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def _computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Torch before 2.10 cannot say; there float32 is the safe answer.
-    features = getattr(torch.cpu, "get_capabilities", dict)()
+    features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and bool(
         features.get("avx512_bf16", False) or features.get("amx_bf16", False)
     )

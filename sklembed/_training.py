@@ -113,7 +113,7 @@ class ShuffledBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.X), generator=self.generator).to(self.X.device)
-        for rows in order.split(self.batch_size):
+        for rows in torch.split(order, self.batch_size):
             yield self.X[rows], self.y[rows]
 
 

@@ -1,10 +1,8 @@
 """Checks shared by estimators, with messages that say what was got and what to do."""
 
-import importlib
-from types import ModuleType
-
 import numpy as np
 import pandas as pd
+import sklearn
 from sklearn.utils import column_or_1d
 
 
@@ -17,7 +15,7 @@ def check_no_missing_label(y) -> None:
         If any label is None, NaN or NA.
     """
     missing = np.atleast_1d(pd.isna(np.asarray(y)))
-    rows = np.flatnonzero(missing.reshape(len(missing), -1).any(axis=1))
+    rows = np.flatnonzero(missing.any(axis=tuple(range(1, missing.ndim))))
     if len(rows):
         raise ValueError(
             f"Input y contains NaN or None in {len(rows)} of {len(missing)} rows, first in row "
@@ -43,23 +41,23 @@ def encode_classes(y) -> tuple[np.ndarray, np.ndarray]:
     classes, codes = np.unique(column_or_1d(y, warn=True), return_inverse=True)
     if len(classes) < 2:
         raise ValueError(
-            f"y holds 1 class only ({classes[0]!r} in all {len(codes)} rows); contrasting needs at "
+            f"y holds 1 class only ({classes[0]} in all {len(codes)} rows); contrasting needs at "
             "least two."
         )
     return classes, codes.astype(np.int64)
 
 
-def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import an optional dependency, or say which extra brings it.
+def check_routing_enabled(params, estimator) -> None:
+    """Refuse metadata that would go nowhere, because metadata routing is off.
 
     Raises
     ------
-    ImportError
-        If the module is not installed.
+    ValueError
+        If there are any.
     """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"{purpose} needs {module}, which is not installed. Run: pip install 'sklembed[{extra}]'"
-        ) from error
+    if params and not sklearn.get_config()["enable_metadata_routing"]:
+        raise ValueError(
+            f"{type(estimator).__name__} was given {sorted(params)}, which it could only pass on "
+            "by metadata routing. Call sklearn.set_config(enable_metadata_routing=True), and "
+            "request the metadata where it is used, for example by set_split_request(groups=True)."
+        )

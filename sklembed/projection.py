@@ -21,7 +21,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sklembed._blocks import observed_rows
-from sklembed._validation import check_no_missing_label, encode_classes
+from sklembed._validation import check_no_missing_label, check_routing_enabled, encode_classes
 
 
 class ContrastiveProjector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -244,6 +244,7 @@ class ContrastiveProjector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         ValueError
             For what `fit` raises it, and if the folds of `cv` do not hold out each row once.
         """
+        check_routing_enabled(params, self)
         routed = process_routing(self, "fit_transform", **params)
         X, codes, observed = self._check_training_data(X, y)
         seed = _draw_seed(self.random_state)
@@ -297,6 +298,7 @@ class ContrastiveProjector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
     def _check_training_data(self, X, y):
         """Return X as float32, the class codes, and the mask of observed rows."""
+        _check_layer_sizes(self.hidden_layer_sizes)
         if y is not None:
             check_no_missing_label(y)
         X, y = validate_data(
@@ -405,6 +407,15 @@ class _StratifiedFolds(StratifiedKFold):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The least populated class")
             yield from super().split(X, y)
+
+
+def _check_layer_sizes(sizes):
+    """Refuse hidden layers that are not a sequence of positive integers."""
+    if not all(isinstance(size, Integral) and size > 0 for size in sizes):
+        raise ValueError(
+            f"hidden_layer_sizes must hold positive integers, such as (256,), or be empty; got "
+            f"{sizes!r}."
+        )
 
 
 def _draw_seed(random_state):

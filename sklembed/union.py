@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.preprocessing import FunctionTransformer
-from sklearn.utils import Bunch
+from sklearn.utils import Bunch, get_tags
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -20,6 +20,7 @@ from sklembed._tables import (
     take_columns,
     take_rows,
 )
+from sklembed._validation import check_routing_enabled
 
 
 class PerModalityUnion(TransformerMixin, BaseEstimator):
@@ -213,6 +214,7 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
             The joined blocks, NaN where a row lacks the modality.
         """
         check_is_fitted(self)
+        check_routing_enabled(params, self)
         routed = process_routing(self, "transform", **params)
         X = as_table(X)
         if not (is_frame(X) and hasattr(self, "feature_names_in_")):
@@ -230,6 +232,11 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
             )
         )
         return self._join(outputs, observed, len(X))
+
+    @property
+    def named_transformers_(self):
+        """The fitted branches by name."""
+        return Bunch(**{name: fitted for name, fitted, _ in self.transformers_})
 
     def get_feature_names_out(self, input_features=None):
         """Name the output columns ``<branch>__<the branch's own name>``.
@@ -278,7 +285,8 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
         return router
 
     def _fit_branches(self, run, caller, X, y, params):
-        """Fit all branches; return their outputs, the rows each observed, and the number of rows."""
+        """Fit all branches; return their outputs, the rows each saw, and how many there are."""
+        check_routing_enabled(params, self)
         routed = process_routing(self, caller, **params)
         self._check_transformers()
         X = as_table(X)
@@ -310,7 +318,6 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
             (name, transformer, columns)
             for transformer, (name, _, columns) in zip(fitted, branches, strict=True)
         ]
-        self.named_transformers_ = Bunch(**{name: fitted for name, fitted, _ in self.transformers_})
         ends = np.cumsum(widths).tolist()
         self.blocks_ = {
             name: slice(end - width, end)
@@ -369,8 +376,13 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
-        tags.input_tags.allow_nan = True  # a missing modality
         tags.input_tags.string = True
+        if _are_branches(self.transformers):
+            # Rows of NaN never reach a branch; single numbers that are missing do.
+            tags.input_tags.allow_nan = all(
+                isinstance(transformer, str) or get_tags(transformer).input_tags.allow_nan
+                for _, transformer, _ in self.transformers
+            )
         return tags
 
 
@@ -386,7 +398,7 @@ def _is_dropped(transformer):
 
 
 def _resolve(X, name, columns):
-    """Fix a selection: names where the table has them, so that they are found again; or positions."""
+    """Fix a selection, as names where the table has them, to be found again; else positions."""
     positions, scalar = column_positions(X, columns, owner=f"Branch {name!r}")
     named = is_frame(X) and all(isinstance(column, str) for column in X.columns)
     resolved = [X.columns[position] for position in positions] if named else positions

@@ -194,9 +194,7 @@ class HuggingFaceBackend:
         """Name what changes a vector: checkpoint, tower, pooling, length, precision."""
         return {
             "backend": "huggingface",
-            "checkpoint": _checkpoint_identity(
-                self.model, self.revision, self.local_files_only, self.trust_remote_code
-            ),
+            "checkpoint": self._checkpoint(),
             "modality": self.modality,
             "pooling": self.pooling,
             "max_length": self.max_length,
@@ -291,8 +289,19 @@ class HuggingFaceBackend:
 
     def _config(self):
         return _read_config(
-            self.model, self.revision, self.local_files_only, self.trust_remote_code
+            self.model, self._commit(), self.local_files_only, self.trust_remote_code
         )
+
+    def _checkpoint(self) -> str:
+        """Name the checkpoint's content: the hub's commit, or a digest of a directory's files."""
+        if os.path.isdir(self.model):
+            return f"{Path(self.model).resolve().name}@{_digest_directory(self.model)}"
+        return f"{self.model}@{self._commit()}"
+
+    def _commit(self) -> str | None:
+        if os.path.isdir(self.model):
+            return None
+        return _resolve_commit(self.model, self.revision, self.local_files_only)
 
     def _sentence_transformer(self) -> dict[str, Any]:
         return _read_sentence_transformer(self.model) if os.path.isdir(self.model) else {}
@@ -304,7 +313,7 @@ class HuggingFaceBackend:
 
     def _source(self) -> dict[str, Any]:
         return {
-            "revision": getattr(self._config(), "_commit_hash", None) or self.revision,
+            "revision": self._commit(),  # the one that the fingerprint names
             "local_files_only": self.local_files_only,
             "trust_remote_code": self.trust_remote_code,
         }
@@ -383,49 +392,62 @@ def _longest(tokenizer, config) -> int | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _read_config(model, revision, local_files_only, trust_remote_code):
-    """Read a checkpoint's configuration, or say why it cannot be had.
+def _resolve_commit(model, revision, local_files_only) -> str:
+    """Ask the hub, or its local cache, which commit a revision stands for now; once a process.
 
     Raises
     ------
     OSError
-        If the model is neither a directory nor to be found on the hub or in its local cache.
+        If the model is neither a directory nor to be found.
     """
-    from transformers import AutoConfig
+    from transformers.utils import cached_file
 
-    if os.path.isdir(model) and not Path(model, "config.json").is_file():
-        raise OSError(
-            f"The directory {model!r} holds no config.json, so it is not a checkpoint. Give the "
-            "directory that save_pretrained wrote, or a hub id."
-        )
     try:
-        return AutoConfig.from_pretrained(
-            model,
-            revision=revision,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
+        path = cached_file(
+            model, "config.json", revision=revision, local_files_only=local_files_only
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         where = "the local cache" if local_files_only else "the hub or the local cache"
         raise OSError(
             f"The model {model!r} is neither a local directory nor found in {where}. Check the "
             "name, download it while online, or give the directory of a checkpoint. "
             f"(transformers says: {str(error).splitlines()[0]})"
         ) from error
+    return Path(path).parent.name  # …/snapshots/<commit>/config.json
 
 
-def _checkpoint_identity(model, revision, local_files_only, trust_remote_code) -> str:
-    """Name a checkpoint's content: the hub's commit, or a digest of a directory's files."""
-    if os.path.isdir(model):
-        files = sorted(
-            path
-            for path in Path(model).rglob("*")
-            if path.suffix in _CONTENT_SUFFIXES and path.is_file()
+@functools.lru_cache(maxsize=64)
+def _read_config(model, commit, local_files_only, trust_remote_code):
+    """Read a checkpoint's configuration.
+
+    Raises
+    ------
+    OSError
+        If a directory holds none.
+    """
+    from transformers import AutoConfig
+
+    if commit is None and not Path(model, "config.json").is_file():
+        raise OSError(
+            f"The directory {model!r} holds no config.json, so it is not a checkpoint. Give the "
+            "directory that save_pretrained wrote, or a hub id."
         )
-        signature = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-        return f"{Path(model).resolve().name}@{_digest_files(model, signature)}"
-    config = _read_config(model, revision, local_files_only, trust_remote_code)
-    return f"{model}@{getattr(config, '_commit_hash', None) or revision or 'main'}"
+    return AutoConfig.from_pretrained(
+        model,
+        revision=commit,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _digest_directory(model) -> str:
+    files = sorted(
+        path
+        for path in Path(model).rglob("*")
+        if path.suffix in _CONTENT_SUFFIXES and path.is_file()
+    )
+    signature = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    return _digest_files(model, signature)
 
 
 # What can change a vector; a README or an example cannot.

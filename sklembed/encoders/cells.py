@@ -54,8 +54,8 @@ def identify(cell, modality: str) -> bytes:
 def decode(cell, modality: str):
     """Turn a cell into what backends take: a str that UTF-8 can carry, or an RGB picture.
 
-    Pictures are turned upright by their EXIF orientation; transparent ones are laid on white; 16-bit
-    ones keep their upper 8 bits; of an animation the first frame counts.
+    Pictures are turned upright by their EXIF orientation; transparent ones are laid on white;
+    16-bit ones keep their upper 8 bits; of an animation the first frame counts.
 
     Raises
     ------

@@ -248,6 +248,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         vectors = np.full((len(digests), backend.n_features), np.nan, dtype=np.float32)
         position = {digest: i for i, digest in enumerate(distinct)}
         vectors[~missing] = found[[position[digest] for digest in digests if digest is not None]]
+        self._warn_of_unreadable(column, vectors)
         return vectors
 
     def stats(self):
@@ -307,8 +308,8 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         ignored = [name for name in _HUB_ONLY if getattr(self, name) != defaults[name].default]
         if ignored:
             raise ValueError(
-                f"{', '.join(ignored)} would have no effect: {self.model!r} is a backend object and "
-                "decides that itself."
+                f"{', '.join(ignored)} would have no effect: {self.model!r} is a backend object "
+                "and decides that itself."
             )
         if self.modality not in ("auto", self.model.modality):
             raise ValueError(
@@ -330,9 +331,8 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         return EmbeddingStore(None if self.store == "default" else self.store)
 
     def _identify(self, column, modality):
-        """Digest each cell, or None where it is missing; return the digests and the missing rows."""
+        """Digest each cell, with None where it is missing; return digests and missing rows."""
         digests = [None] * len(column.cells)
-        unreadable = []
         for row, cell in enumerate(column.cells):
             if is_missing(cell):
                 if self.missing == "error":
@@ -344,8 +344,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             try:
                 digests[row] = identify(cell, modality)
             except (TypeError, ValueError, OSError) as error:
-                self._raise_or_note(error, column, row, unreadable)
-        _warn_of(unreadable, column)
+                self._raise_unless_tolerated(error, column, row)
         return digests, np.asarray([digest is None for digest in digests])
 
     def _vectors(self, column, backend, distinct):
@@ -362,7 +361,6 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             return vectors
         made = np.full((len(lacking), backend.n_features), np.nan, dtype=np.float32)
         batch_size = _AUTO_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
-        unreadable = []
         progress = tqdm(
             desc=f"encoding {column}",
             total=len(rows),
@@ -379,7 +377,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
                 try:
                     decoded[i] = decode(column.cells[row], backend.modality)
                 except (ValueError, OSError) as error:
-                    self._raise_or_note(error, column, row, unreadable)
+                    self._raise_unless_tolerated(error, column, row)
             progress.update(len(positions))
             if not decoded:
                 return [], made[:0]
@@ -400,7 +398,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
                     encode=encode,
                     batch_size=batch_size,
                 )
-        _warn_of(unreadable, column)
+            progress.update(len(rows) - progress.n)  # what other processes have encoded
         vectors[lacking] = made
         return vectors
 
@@ -411,22 +409,36 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         if vectors.shape != expected or not np.isfinite(vectors).all():
             got = f"shape {vectors.shape}" if vectors.shape != expected else "NaN or infinity"
             raise ValueError(
-                f"{self.model!r} returned {got} for a batch of {len(cells)} cells; finite numbers of "
-                f"shape {expected} were expected. Nothing of the batch was stored."
+                f"{self.model!r} returned {got} for a batch of {len(cells)} cells; finite "
+                f"numbers of shape {expected} were expected. Nothing of the batch was stored."
             )
         vectors = vectors.astype(np.float32)
         if self.normalize:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors
 
-    def _raise_or_note(self, error, column, row, unreadable):
-        """Raise an error that names the cell, or note the cell if it is to count as missing."""
+    def _raise_unless_tolerated(self, error, column, row):
+        """Raise an error that names the cell, unless the cell is to count as missing."""
         if self.errors == "missing" and not isinstance(error, TypeError):
-            unreadable.append(column.place(row))
             return
         kinds = (TypeError, FileNotFoundError, OSError, ValueError)
         kind = next(kind for kind in kinds if isinstance(error, kind))
         raise kind(f"{column.place(row)}: {error}.") from error
+
+    def _warn_of_unreadable(self, column, vectors):
+        """Warn once of cells that hold something, but have no vector."""
+        lost = [
+            row
+            for row in np.flatnonzero(np.isnan(vectors[:, 0]))
+            if not is_missing(column.cells[row])
+        ]
+        if lost:
+            warnings.warn(
+                f"{len(lost)} cells of {column} could not be read and count as missing, first: "
+                f"{column.place(lost[0])}.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     @property
     def _n_features_out(self):
@@ -504,13 +516,3 @@ def _first_rows(digests):
         if digest is not None:
             rows.setdefault(digest, row)
     return rows
-
-
-def _warn_of(unreadable, column):
-    if unreadable:
-        warnings.warn(
-            f"{len(unreadable)} cells of {column} could not be read and count as missing, first: "
-            f"{unreadable[0]}.",
-            UserWarning,
-            stacklevel=3,
-        )

@@ -57,9 +57,9 @@ class EmbeddingStore:
     The key of a vector is the digest of the cell's content and the fingerprint of the model, so
     folds, candidates, clones, processes, runs and projects share what any of them has computed.
     The file holds no raw inputs, is readable by its owner only, and can be opened with any SQLite
-    client. Many processes may read and write at once. Cells that one process is encoding are claimed,
-    so that another waits for them instead of encoding them again; claims of a process that died
-    are void.
+    client. Many processes may read and write at once. Cells that one process is encoding are
+    claimed, so that another waits for them instead of encoding them again; claims of a process
+    that died are void.
 
     Parameters
     ----------
@@ -172,9 +172,9 @@ class EmbeddingStore:
         Returns
         -------
         stats : DataFrame
-            A row for each model, by fingerprint: its description, `n_features`, `rows` and `bytes` held, and how
-            many vectors were ever `encoded` into the store and `served` from it. `encoded` above
-            `rows` would mean that a cell was encoded twice.
+            A row for each model, by fingerprint: its description, `n_features`, `rows` and
+            `bytes` held, and how many vectors were ever `encoded` into the store and `served`
+            from it. `encoded` above `rows` would mean that a cell was encoded twice.
         """
         with self._connection() as db:
             rows = db.execute(

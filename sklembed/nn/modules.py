@@ -38,6 +38,9 @@ class Projection(nn.Module):
         What inputs are standardised with.
     """
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         sizes: Sequence[int],
@@ -66,7 +69,8 @@ class Projection(nn.Module):
 
 def _linear(n_in: int, n_out: int, generator: torch.Generator) -> nn.Linear:
     """Make a linear layer with torch's default initialisation, drawn from the generator."""
-    layer = nn.utils.skip_init(nn.Linear, n_in, n_out, device=generator.device)
+    layer = nn.Linear(n_in, n_out, device="meta")
+    layer.to_empty(device=generator.device)
     bound = 1.0 / math.sqrt(n_in)
     nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
     nn.init.uniform_(layer.bias, -bound, bound, generator=generator)

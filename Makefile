@@ -1,0 +1,51 @@
+# Each verb does its own set-up in .venv; nothing is needed beforehand but Python >= 3.11 and make.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
+BIN = .venv/bin
+
+.PHONY: demo test lint docs bench clean
+
+demo: .venv/.demo
+	$(BIN)/python examples/plot_quickstart.py
+
+test: .venv/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: .venv/.docs
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+bench: .venv/.dev
+	for script in examples/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv docs/_build docs/api docs/auto_examples
+
+.venv/.python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "sklembed needs Python >= 3.11; $(PYTHON) is older. Run: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# constraints.txt pins what the project is tested with. torch comes first and alone, so that no other
+# package picks a build of it.
+.venv/.torch: .venv/.python constraints.txt
+	$(PIP) install --constraint constraints.txt torch
+	touch $@
+
+.venv/.demo: .venv/.torch pyproject.toml
+	$(PIP) install --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+.venv/.dev: .venv/.torch pyproject.toml
+	$(PIP) install --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+.venv/.docs: .venv/.dev
+	$(PIP) install --constraint constraints.txt --editable '.[demo,dev,docs]'
+	touch $@

@@ -1,0 +1,124 @@
+"""Offline, private to the run, and with tiny checkpoints of each kind of architecture."""
+
+import os
+import tempfile
+
+# Before anything imports transformers or scipy: nothing is downloaded, the user's own store is left
+# alone, and scikit-learn's array API check runs instead of being skipped.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["SCIPY_ARRAY_API"] = "1"
+os.environ["SKLEMBED_STORE"] = os.path.join(
+    tempfile.mkdtemp(prefix="sklembed-test-"), "store.sqlite"
+)
+
+import numpy as np
+import pytest
+
+from sklembed import CallableBackend, EmbeddingStore
+
+WORDS = "the a cat dog sat ran on under mat tree and then slept".split()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return EmbeddingStore(tmp_path / "store.sqlite")
+
+
+def count_letters(texts):
+    """Encode texts by how often each of eight letters occurs, plus their length."""
+    return np.array([[text.count(letter) for letter in "aeinorst"] + [len(text)] for text in texts])
+
+
+def mean_colours(pictures):
+    """Encode pictures by the mean and spread of each channel."""
+    pixels = [np.asarray(picture, dtype=float).reshape(-1, 3) for picture in pictures]
+    return np.array([np.r_[p.mean(axis=0), p.std(axis=0)] for p in pixels])
+
+
+@pytest.fixture
+def text_backend():
+    return CallableBackend(
+        lambda: count_letters, name="letters", version="1", modality="text", n_features=9
+    )
+
+
+@pytest.fixture
+def image_backend():
+    return CallableBackend(
+        lambda: mean_colours, name="colours", version="1", modality="image", n_features=6
+    )
+
+
+@pytest.fixture
+def clusters():
+    """Three noisy classes in 20 dimensions: 90 rows, float32."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], 30)
+    X = rng.normal(size=(3, 20))[y] + rng.normal(scale=1.5, size=(90, 20))
+    return X.astype(np.float32), y
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Directories of tiny random checkpoints, made to be read by `from_pretrained`."""
+    import torch
+    import transformers as hf
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
+    vision = small | {"image_size": 32, "patch_size": 8}
+    text = small | {"vocab_size": len(WORDS) + 5, "max_position_embeddings": 24}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = {
+            "bert": hf.BertModel(hf.BertConfig(**text)),
+            "vit": hf.ViTModel(hf.ViTConfig(**vision), add_pooling_layer=False),
+            "dinov2": hf.Dinov2Model(hf.Dinov2Config(**vision, mlp_ratio=2)),
+            "resnet": hf.ResNetModel(
+                hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+            ),
+            "clip": hf.CLIPModel(
+                hf.CLIPConfig(
+                    text_config=text | {"eos_token_id": 3, "pad_token_id": 0, "bos_token_id": 2},
+                    vision_config=vision,
+                    projection_dim=12,
+                )
+            ),
+        }
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        if name in ("bert", "clip"):
+            _tokenizer().save_pretrained(root / name)
+        if name != "bert":
+            processor = hf.CLIPImageProcessorPil if name == "clip" else hf.ViTImageProcessorPil
+            size = {"shortest_edge": 32} if name == "clip" else {"height": 32, "width": 32}
+            crop = {"crop_size": {"height": 32, "width": 32}} if name == "clip" else {}
+            processor(size=size, **crop).save_pretrained(root / name)
+    return {name: str(root / name) for name in models}
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=24,
+    )

@@ -1,0 +1,233 @@
+"""What every estimator must do: scikit-learn's whole battery, and our own contract beside it."""
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import skops.io
+import torch
+from conftest import count_letters
+from sklearn.base import clone
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import check_estimator, parametrize_with_checks
+
+from sklembed import CallableBackend, ContrastiveProjector, FrozenEncoder, PerModalityUnion
+
+CHEAP = {"n_components": 4, "hidden_layer_sizes": (8,), "max_epochs": 2}
+
+
+@parametrize_with_checks(
+    [
+        ContrastiveProjector(**CHEAP, cv=None),
+        ContrastiveProjector(**CHEAP, cv=None, loss="pairwise_bce", similarity="dot"),
+        PerModalityUnion([("all", StandardScaler(), slice(None))]),
+        PerModalityUnion([("first", StandardScaler(), [0]), ("all", PCA(1), slice(None))]),
+    ]
+)
+def test_scikit_learn_s_battery(estimator, check):
+    check(estimator)
+
+
+# fit_transform is cross-fitted, so it cannot equal fit().transform(), which these two compare.
+CROSS_FITTED = {"check_transformer_general", "check_transformer_data_not_an_array"}
+
+
+def test_the_cross_fitted_default_fails_exactly_what_it_must():
+    results = check_estimator(ContrastiveProjector(**CHEAP), on_skip=None, on_fail=None)
+    failed = {result["check_name"] for result in results if result["status"] == "failed"}
+    assert failed == CROSS_FITTED
+    assert "skipped" not in {result["status"] for result in results}
+    for result in results:
+        if result["status"] == "failed":
+            assert "fit_transform and transform outcomes not consistent" in str(result["exception"])
+
+
+# Our own contract. A case is an estimator, a table, and labels for those that want them.
+
+
+def _load():
+    return count_letters
+
+
+BACKEND = CallableBackend(_load, name="letters", version="1", modality="text", n_features=9)
+
+
+def numeric(n_rows=60):
+    rng = np.random.default_rng(0)
+    y = np.arange(n_rows) % 3
+    return rng.normal(size=(3, 6))[y] + rng.normal(size=(n_rows, 6)), y
+
+
+def words(n_rows=60):
+    rng = np.random.default_rng(0)
+    notes = ["".join(rng.choice(list("aeinorst "), 12)) for _ in range(n_rows)]
+    return pd.DataFrame({"note": notes}), np.arange(n_rows) % 3
+
+
+CASES = {
+    "FrozenEncoder": (FrozenEncoder(BACKEND, store=None), words),
+    "ContrastiveProjector": (ContrastiveProjector(**CHEAP, random_state=0), numeric),
+    "ContrastiveProjector, plain": (
+        ContrastiveProjector(**CHEAP, cv=None, random_state=0),
+        numeric,
+    ),
+    "PerModalityUnion": (
+        PerModalityUnion(
+            [
+                ("a", StandardScaler(), [0, 1]),
+                ("b", ContrastiveProjector(**CHEAP, random_state=0), slice(2, 6)),
+            ]
+        ),
+        numeric,
+    ),
+}
+each = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture
+def case(name):
+    estimator, make = CASES[name]
+    return clone(estimator), *make()
+
+
+@each
+def test_fit_twice_equals_once(case):
+    estimator, X, y = case
+    once = clone(estimator).fit(X, y).transform(X)
+    twice = estimator.fit(X[:30], y[:30]).fit(X, y).transform(X)
+    np.testing.assert_array_equal(once, twice)
+
+
+@each
+def test_a_row_s_output_depends_neither_on_its_batch_nor_on_its_neighbours(case):
+    estimator, X, y = case
+    estimator.fit(X, y)
+    together = estimator.transform(X)
+    alone = np.vstack([estimator.transform(X[i : i + 1]) for i in range(len(X))])
+    order = np.random.default_rng(1).permutation(len(X))
+    shuffled = estimator.transform(X.iloc[order] if hasattr(X, "iloc") else X[order])
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(together[order], shuffled, rtol=1e-5, atol=1e-6)
+
+
+@each
+def test_clones_pickles_and_skops_files_do_the_same(case):
+    estimator, X, y = case
+    expected = estimator.fit(X, y).transform(X)
+    np.testing.assert_array_equal(clone(estimator).fit(X, y).transform(X), expected)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(estimator)).transform(X), expected)
+    file = skops.io.dumps(estimator)
+    unknown = skops.io.get_untrusted_types(data=file)
+    own = {f"sklembed.{module}" for module in ("projection", "union", "encoders")}
+    users = {"test_common._load"}  # an object that the user passed as a parameter
+    assert all(t in users or any(t.startswith(o) for o in own) for t in unknown), unknown
+    np.testing.assert_array_equal(skops.io.loads(file, trusted=unknown).transform(X), expected)
+
+
+@each
+def test_global_random_states_are_left_alone(case):
+    estimator, X, y = case
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    estimator.fit_transform(X, y)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "FrozenEncoder"])
+def test_every_form_of_numeric_input_gives_the_same_numbers(case):
+    estimator, X, y = case
+    X = X.astype(np.float32)
+    expected = clone(estimator).fit_transform(X, y)
+    readonly = X.copy()
+    readonly.flags.writeable = False
+    forms = {
+        "float64": X.astype(np.float64),
+        "Fortran order": np.asfortranarray(X),
+        "read-only": readonly,
+        "negative strides": X[::-1, ::-1].copy()[::-1, ::-1],
+        "frame": pd.DataFrame(X, columns=list("abcdef")),
+        "list": X.tolist(),
+    }
+    for form, table in forms.items():
+        np.testing.assert_allclose(
+            clone(estimator).fit_transform(table, y), expected, rtol=1e-5, atol=1e-6, err_msg=form
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "FrozenEncoder"])
+def test_every_kind_of_label_gives_the_same_numbers(case):
+    estimator, X, y = case
+    expected = clone(estimator).fit_transform(X, y)
+    for labels in (y + 1, np.array(["ant", "bee", "cow"])[y], pd.Series(y), y.tolist(), y * 1.0):
+        np.testing.assert_array_equal(clone(estimator).fit_transform(X, labels), expected)
+
+
+# A value for each parameter that changes the result.
+EFFECTIVE = {
+    "FrozenEncoder": {
+        "model": CallableBackend(
+            lambda: lambda texts: count_letters(texts) + 1,
+            name="letters + 1",
+            version="1",
+            modality="text",
+            n_features=9,
+        ),
+        "normalize": True,
+    },
+    "ContrastiveProjector": {
+        "n_components": 3,
+        "hidden_layer_sizes": (5,),
+        "loss": "pairwise_bce",
+        "similarity": "dot",
+        "temperature": 0.5,
+        "dropout": 0.1,
+        "standardize": False,
+        "cv": 3,
+        "max_epochs": 3,
+        "batch_size": 16,
+        "lr": 1e-2,
+        "weight_decay": 10.0,
+        "random_state": 1,
+        "skorch_params": {"lr": 1e-2},
+    },
+    "PerModalityUnion": {
+        "transformers": [("a", StandardScaler(), [0, 1])],
+        "a": "passthrough",
+        "a__with_mean": False,
+        "b__temperature": 0.5,
+    },
+}
+# How the result is come by, not what it is; each has a test of its own.
+SILENT = {
+    "FrozenEncoder": {
+        "batch_size",
+        "store",
+        "verbose",
+        "missing",
+        "errors",
+        # of checkpoints alone, and refused beside a backend object: see test_backends
+        "modality",
+        "pooling",
+        "max_length",
+        "device",
+        "dtype",
+        "revision",
+        "local_files_only",
+        "trust_remote_code",
+    },
+    "ContrastiveProjector": {"device", "verbose"},
+    "PerModalityUnion": {"n_jobs"},
+}
+
+
+@pytest.mark.parametrize("name", EFFECTIVE)
+def test_every_parameter_that_set_params_sets_changes_the_result(case, name):
+    estimator, X, y = case
+    base = clone(estimator).fit_transform(X, y)
+    assert set(estimator.get_params(deep=False)) <= EFFECTIVE[name].keys() | SILENT[name]
+    for parameter, value in EFFECTIVE[name].items():
+        changed = clone(estimator).set_params(**{parameter: value}).fit_transform(X, y)
+        same = changed.shape == base.shape and np.array_equal(changed, base, equal_nan=True)
+        assert not same, f"{parameter}={value!r} changed nothing"

@@ -1,0 +1,355 @@
+"""ContrastiveProjector: what it learns, how it is cross-fitted, and what it refuses."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sklearn
+import torch
+from scipy.linalg import orthogonal_procrustes
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import silhouette_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    LeaveOneGroupOut,
+    ShuffleSplit,
+    StratifiedGroupKFold,
+    StratifiedKFold,
+    cross_val_score,
+)
+from sklearn.pipeline import make_pipeline
+
+from sklembed import ContrastiveProjector
+from sklembed.nn.losses import LOSSES
+from sklembed.nn.modules import Projection
+
+
+def small(**options):
+    defaults = {
+        "n_components": 4,
+        "hidden_layer_sizes": (16,),
+        "max_epochs": 5,
+        "batch_size": 32,
+        "random_state": 0,
+    }
+    return ContrastiveProjector(**(defaults | options))
+
+
+def buried_classes(noise):
+    """Make three classes that differ in ten columns, beside fifty columns of loud noise."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 900)
+    signal = rng.normal(size=(3, 10))[y] + rng.normal(scale=noise, size=(900, 10))
+    return np.hstack([signal, rng.normal(scale=5, size=(900, 50))]), y
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_training_separates_classes_of_new_rows(loss, similarity):
+    X, y = buried_classes(noise=0.7)
+    projector = small(loss=loss, similarity=similarity, max_epochs=20).fit(X[:600], y[:600])
+    assert silhouette_score(X[600:], y[600:]) < 0.05
+    assert silhouette_score(projector.transform(X[600:]), y[600:]) > 0.25
+    assert projector.history_[-1]["train_loss"] < projector.history_[0]["train_loss"]
+
+
+@pytest.mark.parametrize("hidden", [(), (7,), (9, 5)])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_numpy_transform_equals_the_torch_module(clusters, hidden, similarity):
+    X, y = clusters
+    projector = small(hidden_layer_sizes=hidden, similarity=similarity).fit(X, y)
+    module = Projection(
+        [20, *hidden, 4],
+        dropout=0.5,
+        generator=torch.Generator(),
+        mean=torch.zeros(20),
+        scale=torch.ones(20),
+    )
+    module.load_state_dict({k: torch.from_numpy(v) for k, v in projector.weights_.items()})
+    with torch.inference_mode():
+        expected = module.eval()(torch.from_numpy(X))
+    if similarity == "cosine":
+        expected = torch.nn.functional.normalize(expected, dim=1)
+    np.testing.assert_allclose(projector.transform(X), expected.numpy(), atol=1e-5)
+
+
+def test_cosine_projections_have_unit_length_and_dot_ones_do_not(clusters):
+    cosine = np.linalg.norm(small().fit_transform(*clusters), axis=1)
+    dot = np.linalg.norm(small(similarity="dot").fit_transform(*clusters), axis=1)
+    np.testing.assert_allclose(cosine, 1, atol=1e-5)
+    assert np.ptp(dot) > 0.1
+
+
+def test_weights_are_float32_arrays(clusters):
+    projector = small().fit(*clusters)
+    assert {name: value.shape for name, value in projector.weights_.items()} == {
+        "mean": (20,),
+        "scale": (20,),
+        "layers.0.weight": (16, 20),
+        "layers.0.bias": (16,),
+        "layers.1.weight": (4, 16),
+        "layers.1.bias": (4,),
+    }
+    assert {value.dtype for value in projector.weights_.values()} == {np.dtype(np.float32)}
+    assert projector.n_iter_ == 5
+
+
+def test_transform_imports_no_torch(clusters, tmp_path):
+    import joblib
+
+    X, y = clusters
+    projector = small().fit(X, y)
+    joblib.dump((projector, X, projector.transform(X)), tmp_path / "it.joblib")
+    code = (
+        "import sys, joblib, numpy as np\n"
+        f"projector, X, Z = joblib.load({str(tmp_path / 'it.joblib')!r})\n"
+        "np.testing.assert_array_equal(projector.transform(X), Z)\n"
+        "assert 'torch' not in sys.modules and 'skorch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Cross-fitting
+
+
+def test_fit_transform_shows_each_row_to_no_network_that_has_seen_it():
+    """On labels that mean nothing, an honest projection carries no information about them."""
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(300, 50)), rng.integers(0, 2, 300)
+    wide = {"hidden_layer_sizes": (64,), "max_epochs": 40, "dropout": 0.0}
+    leaky = small(cv=None, **wide).fit_transform(X, y)
+    honest = small(cv=5, **wide).fit_transform(X, y)
+    assert cross_val_score(LogisticRegression(), leaky, y).mean() > 0.9
+    assert 0.4 < cross_val_score(LogisticRegression(), honest, y).mean() < 0.6
+
+
+def test_cross_fitting_keeps_what_comes_next_from_being_overconfident():
+    """A classifier trusts the clarity of its training rows, which new rows do not have."""
+    X, y = buried_classes(noise=1.5)
+    losses = {
+        cv: -cross_val_score(
+            make_pipeline(
+                small(cv=cv, hidden_layer_sizes=(64,), max_epochs=30, dropout=0.0),
+                LogisticRegression(C=100),
+            ),
+            X,
+            y,
+            cv=StratifiedKFold(3, shuffle=True, random_state=0),
+            scoring="neg_log_loss",
+        ).mean()
+        for cv in (None, 5)
+    }
+    assert losses[5] < 0.8 * losses[None]
+
+
+def test_held_out_rows_come_from_their_fold_s_network_turned_onto_the_full_one(clusters):
+    X, y = clusters
+    folds = list(StratifiedKFold(3, shuffle=True, random_state=1).split(X, y))
+    projector = small(cv=folds)
+    Z = projector.fit_transform(X, y)
+    everywhere = projector.transform(X)
+    for train, held_out in folds:
+        alone = small(cv=None).fit(X[train], y[train])
+        rotation, _ = orthogonal_procrustes(alone.transform(X[train]), everywhere[train])
+        np.testing.assert_allclose(Z[held_out], alone.transform(X[held_out]) @ rotation, atol=1e-5)
+
+
+def test_transform_after_fit_transform_uses_the_network_of_all_rows(clusters):
+    X, y = clusters
+    projector = small()
+    Z = projector.fit_transform(X, y)
+    np.testing.assert_array_equal(projector.transform(X), small().fit(X, y).transform(X))
+    assert not np.allclose(Z, projector.transform(X))
+
+
+def test_without_cv_fit_transform_is_fit_then_transform(clusters):
+    X, y = clusters
+    np.testing.assert_array_equal(
+        small(cv=None).fit_transform(X, y), small(cv=None).fit(X, y).transform(X)
+    )
+
+
+def test_folds_are_capped_at_the_smallest_class(clusters):
+    X, y = clusters
+    rows = np.r_[0:33]  # 30 of class 0 and 3 of class 1
+    assert small()._splitter(y[rows], 0).get_n_splits() == 3
+    assert np.isfinite(small().fit_transform(X[rows], y[rows])).all()
+
+
+def test_a_class_of_one_row_is_projected_all_the_same(clusters):
+    X, y = clusters
+    rows = np.r_[0:31]
+    assert np.isfinite(small().fit_transform(X[rows], y[rows])).all()
+
+
+def test_groups_are_routed_to_the_splitter(clusters):
+    X, y = clusters
+    groups = np.arange(90) // 2 % 15
+    splitter = StratifiedGroupKFold(3)
+    folds = list(splitter.split(X, y, groups))
+    with sklearn.config_context(enable_metadata_routing=True):
+        Z = small(cv=splitter).fit_transform(X, y, groups=groups)
+        small(cv=3).fit_transform(X, y)  # no groups, and none missed
+    np.testing.assert_array_equal(Z, small(cv=folds).fit_transform(X, y))
+
+
+def test_groups_without_routing_are_refused(clusters):
+    with pytest.raises(ValueError, match=r"given \['groups'\].*enable_metadata_routing=True"):
+        small(cv=LeaveOneGroupOut()).fit_transform(*clusters, groups=np.arange(90) % 3)
+
+
+@pytest.mark.parametrize("cv", [ShuffleSplit(3, random_state=0), [([0, 1, 2, 3], [4])]])
+def test_folds_that_do_not_partition_the_rows_are_refused(clusters, cv):
+    with pytest.raises(ValueError, match="cv must hold out each row exactly once, but row"):
+        small(cv=cv).fit_transform(*clusters)
+
+
+# Missing rows
+
+
+@pytest.mark.parametrize("cv", [None, 3])
+def test_missing_rows_stay_nan_and_teach_nothing(clusters, cv):
+    X, y = clusters
+    holed = X.copy()
+    holed[::7] = np.nan
+    observed = ~np.isnan(holed[:, 0])
+    projector = small(cv=cv)
+    Z = projector.fit_transform(holed, y)
+    np.testing.assert_array_equal(np.isnan(Z).all(axis=1), ~observed)
+    assert np.isfinite(Z[observed]).all()
+    np.testing.assert_array_equal(
+        projector.transform(holed)[observed],
+        small(cv=cv).fit(X[observed], y[observed]).transform(X[observed]),
+    )
+
+
+def test_a_row_that_is_half_there_is_refused(clusters):
+    X, y = clusters
+    projector = small().fit(X, y)
+    X = X.copy()
+    X[5, 3] = np.nan
+    for method in (projector.transform, lambda X: small().fit(X, y)):
+        with pytest.raises(ValueError, match="contains NaN in 1 of 20 columns of row 5"):
+            method(X)
+
+
+# Seeds and threads
+
+
+def test_equal_seeds_give_equal_projections_and_others_differ(clusters):
+    Z = small().fit_transform(*clusters)
+    np.testing.assert_array_equal(Z, small().fit_transform(*clusters))
+    assert not np.allclose(Z, small(random_state=1).fit_transform(*clusters))
+
+
+def test_a_random_state_instance_is_drawn_from(clusters):
+    rng = np.random.RandomState(0)  # noqa: NPY002
+    first, second = (small(random_state=rng).fit_transform(*clusters) for _ in range(2))
+    assert not np.allclose(first, second)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (["a"] * 90, "y holds 1 class only .a in all 90 rows"),
+        (np.arange(90).astype(str), "No class has two observed rows .90 rows, 90 classes"),
+        ([None] + ["a", "b"] * 44 + ["a"], "contains NaN or None in 1 of 90 rows, first in row 0"),
+        (np.r_[0.0, np.nan, np.ones(88)], "contains NaN or None in 1 of 90 rows, first in row 1"),
+        (np.linspace(0, 1, 90), "Unknown label type"),
+        (np.zeros((90, 2), dtype=int), "multilabel|1d|1D|shape"),
+    ],
+    ids=["one class", "one row per class", "None", "NaN", "continuous", "two columns"],
+)
+@pytest.mark.filterwarnings("ignore:The number of unique classes is greater than 50%")
+def test_bad_labels_are_refused(clusters, y, message):
+    for method in ("fit", "fit_transform"):
+        with pytest.raises(ValueError, match=message):
+            getattr(small(), method)(clusters[0], y)
+
+
+def test_an_all_missing_modality_is_refused(clusters):
+    X, y = clusters
+    with pytest.raises(ValueError, match="All 90 rows of X are NaN"):
+        small().fit(np.full_like(X, np.nan), y)
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (np.empty((0, 20)), "0 sample"),
+        (np.empty((90, 0)), "0 feature"),
+        (np.full((90, 2), np.inf), "infinity"),
+    ],
+)
+def test_bad_tables_are_refused(clusters, X, message):
+    with pytest.raises(ValueError, match=message):
+        small().fit(X, clusters[1][: len(X)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_components": 0},
+        {"hidden_layer_sizes": 16},
+        {"hidden_layer_sizes": (16, 0)},
+        {"loss": "triplet"},
+        {"similarity": "euclidean"},
+        {"temperature": 0},
+        {"dropout": 1.0},
+        {"cv": 1},
+        {"max_epochs": 0},
+        {"batch_size": 1},
+        {"lr": -1.0},
+        {"device": "gpu9"},
+    ],
+    ids=str,
+)
+def test_bad_parameters_are_refused_by_name(clusters, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}|k-fold"):
+        small(**options).fit_transform(*clusters)
+
+
+# In pipelines
+
+
+def test_it_is_tuned_inside_a_pipeline(clusters):
+    X, y = clusters
+    labels = np.array(["ant", "bee", "cow"])[y]
+    search = GridSearchCV(
+        make_pipeline(small(max_epochs=20), LogisticRegression()),
+        {"contrastiveprojector__temperature": [0.05, 0.5]},
+        cv=3,
+        error_score="raise",
+    ).fit(X, labels)
+    assert search.best_score_ > 0.5
+    assert len(set(search.cv_results_["mean_test_score"])) == 2
+
+
+def test_the_paper_s_setting_is_a_matter_of_parameters(clusters):
+    """arXiv 2502.02048 as released: 16 hidden units, dot product, Adam, no standardisation."""
+    preset = {
+        "n_components": 128,
+        "hidden_layer_sizes": (16,),
+        "loss": "pairwise_bce",
+        "similarity": "dot",
+        "temperature": 0.1,
+        "dropout": 0.0,
+        "weight_decay": 0.0,
+        "standardize": False,
+        "max_epochs": 10,
+        "cv": None,
+    }
+    X, y = clusters
+    Z = ContrastiveProjector(**preset, random_state=0).fit_transform(X, y)
+    assert Z.shape == (90, 128)
+    assert np.linalg.matrix_rank(Z - Z.mean(axis=0), tol=1e-3) <= 16  # the bottleneck
+
+
+def test_it_works_in_clones_of_fitted_ones(clusters):
+    fitted = small().fit(*clusters)
+    assert not hasattr(clone(fitted), "weights_")
