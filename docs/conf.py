@@ -1,0 +1,70 @@
+"""Sphinx configuration."""
+
+import os
+import sys
+import warnings
+
+import sklembed
+
+project = "sklembed"
+copyright = "2026, the sklembed developers"
+version = release = sklembed.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "numpydoc",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx_gallery.gen_gallery",
+]
+templates_path = ["_templates"]
+exclude_patterns = ["_build"]
+html_static_path = ["_static"]
+html_theme = "pydata_sphinx_theme"
+html_title = "sklembed"
+html_theme_options = {
+    "navbar_end": ["theme-switcher"],
+    "show_toc_level": 2,
+    "show_prev_next": False,
+    "secondary_sidebar_items": ["page-toc"],
+}
+html_show_sourcelink = False
+
+autosummary_generate = True
+autodoc_default_options = {"members": True, "inherited-members": True}
+numpydoc_show_class_members = False
+numpydoc_validation_checks = {"GL01", "GL03", "GL08", "PR01", "PR02", "PR03", "RT01", "SS03"}
+numpydoc_validation_exclude = {
+    # written by scikit-learn
+    r"\.set_\w+_request$",
+    r"\.set_output$",
+    r"\.get_params$",
+    r"\.set_params$",
+    r"\.get_metadata_routing$",
+    r"\.get_feature_names_out$",
+    r"\.fit_transform$",
+}
+
+# Cross-references into other projects work where their inventories can be had; the build does not
+# depend on the network.
+intersphinx_mapping = {}
+nitpicky = False
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "auto_examples",
+    "filename_pattern": r"plot_",
+    "ignore_pattern": r"benchmarks",
+    "doc_module": "sklembed",
+    "reference_url": {"sklembed": None},
+    "remove_config_comments": True,
+    "abort_on_example_error": True,
+    "show_memory": False,
+    "show_signature": False,
+    "capture_repr": (),
+}
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+warnings.filterwarnings("ignore", category=DeprecationWarning)
+sys.path.insert(0, os.path.abspath("."))
