@@ -3,13 +3,16 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 BIN = .venv/bin
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test test-oldest lint docs bench clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/plot_quickstart.py
 
 test: .venv/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-oldest: .venv-oldest/.dev
+	.venv-oldest/bin/python -m pytest $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -24,7 +27,7 @@ bench: .venv/.dev
 	for script in examples/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf .venv docs/_build docs/api docs/auto_examples
+	rm -rf .venv .venv-oldest docs/_build docs/api docs/auto_examples
 
 .venv/.python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
@@ -48,4 +51,10 @@ clean:
 
 .venv/.docs: .venv/.dev
 	$(PIP) install --constraint constraints.txt --editable '.[demo,dev,docs]'
+	touch $@
+
+.venv-oldest/.dev: .venv/.python constraints-oldest.txt pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip --quiet install --constraint constraints-oldest.txt torch
+	.venv-oldest/bin/python -m pip --quiet install --constraint constraints-oldest.txt --editable '.[demo,dev]'
 	touch $@

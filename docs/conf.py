@@ -33,7 +33,8 @@ html_theme_options = {
 html_show_sourcelink = False
 
 autosummary_generate = True
-autodoc_default_options = {"members": True, "inherited-members": True}
+# Inherited members are scikit-learn's own; their references lead into its documentation.
+autodoc_default_options = {"members": True, "inherited-members": False}
 numpydoc_show_class_members = False
 numpydoc_validation_checks = {"GL01", "GL03", "GL08", "PR01", "PR02", "PR03", "RT01", "SS03"}
 numpydoc_validation_exclude = {

@@ -62,7 +62,7 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
     n_features_in_ : int
         Number of columns seen during fit.
 
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Their names, where `X` has them.
 
     See Also
@@ -72,21 +72,21 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
     Examples
     --------
     >>> import pandas as pd
-    >>> from sklearn.feature_extraction.text import HashingVectorizer
     >>> from sklearn.preprocessing import StandardScaler
-    >>> from sklearn.pipeline import make_pipeline
-    >>> from sklearn.decomposition import TruncatedSVD
-    >>> from sklembed import PerModalityUnion
-    >>> X = pd.DataFrame({"note": ["a red cat", None, "a blue dog"], "size": [1.0, 2.0, None]})
+    >>> from sklembed import CallableBackend, FrozenEncoder, PerModalityUnion
+    >>> def load():
+    ...     return lambda texts: [[len(text), text.count(" ")] for text in texts]
+    >>> shape = CallableBackend(load, name="lengths", version="1", modality="text", n_features=2)
+    >>> X = pd.DataFrame({"note": ["a red cat", None, "blue"], "size": [1.0, 2.0, None]})
     >>> union = PerModalityUnion([
-    ...     ("text", make_pipeline(HashingVectorizer(), TruncatedSVD(1, random_state=0)), "note"),
+    ...     ("text", FrozenEncoder(shape, store=None), "note"),
     ...     ("table", StandardScaler(), ["size"]),
     ... ]).set_output(transform="pandas")
-    >>> union.fit_transform(X).round(1)
-       text__truncatedsvd0  table__size
-    0                  0.8         -1.0
-    1                  NaN          1.0
-    2                  0.8          NaN
+    >>> union.fit_transform(X)
+       text__frozenencoder0  text__frozenencoder1  table__size
+    0                   9.0                   2.0         -1.0
+    1                   NaN                   NaN          1.0
+    2                   4.0                   0.0          NaN
     """
 
     _parameter_constraints: dict = {

@@ -100,7 +100,13 @@ class CallableBackend:
         return self
 
     def describe(self):
-        """Name what changes a vector: the model's name and version."""
+        """Name what changes a vector.
+
+        Returns
+        -------
+        description : dict
+            The name, the version, the modality and the width.
+        """
         return {
             "backend": "callable",
             "name": self.name,
@@ -110,7 +116,13 @@ class CallableBackend:
         }
 
     def load(self):
-        """Load the model and return its encoding function."""
+        """Load the model.
+
+        Returns
+        -------
+        encode : callable
+            What the `load` given at construction returns.
+        """
         return self._load()
 
 
