@@ -70,6 +70,16 @@ def test_a_changed_file_has_another_digest(picture, tmp_path):
     assert identify(path, "image") != before
 
 
+def test_a_file_that_changes_before_it_is_decoded_is_refused(picture, tmp_path):
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    digest = identify(path, "image")
+    assert decode(path, "image", digest).size == picture.size
+    picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    with pytest.raises(ValueError, match="changed while it was being encoded"):
+        decode(path, "image", digest)
+
+
 def test_pixels_have_one_digest_as_array_or_picture(pixels, picture):
     assert identify(pixels, "image") == identify(picture, "image")
     assert identify(pixels[::-1], "image") == identify(pixels[::-1].copy(), "image")

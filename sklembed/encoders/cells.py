@@ -51,7 +51,7 @@ def identify(cell, modality: str) -> bytes:
     return _digest(b"rgb", repr(picture.size).encode(), picture.tobytes())
 
 
-def decode(cell, modality: str):
+def decode(cell, modality: str, digest: bytes | None = None):
     """Turn a cell into what backends take: a str that UTF-8 can carry, or an RGB picture.
 
     Pictures are turned upright by their EXIF orientation; transparent ones are laid on white;
@@ -60,11 +60,14 @@ def decode(cell, modality: str):
     Raises
     ------
     ValueError
-        If the picture cannot be decoded.
+        If the picture cannot be decoded, or is a file that no longer has the given digest.
     """
     if modality == "text":
         return str(cell).encode("utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
-    return _to_rgb(_image_source(cell))
+    source = _image_source(cell)
+    if digest is not None and isinstance(source, bytes) and _digest(b"file", source) != digest:
+        raise ValueError("the file was changed while it was being encoded. Run again")
+    return _to_rgb(source)
 
 
 def _digest(*parts: bytes) -> bytes:

@@ -204,17 +204,30 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             column, or the model cannot be found.
         """
         column = _Column(X)
-        backend = self._backend()
-        _, missing = self._identify(column, backend.modality)
-        if missing.all():
-            raise ValueError(
-                f"All {len(missing)} cells of {column} are missing: there is nothing to encode. "
-                "Leave the branch out, or check the column."
-            )
-        self.n_features_in_ = 1
-        if isinstance(column.name, str):
-            self.feature_names_in_ = np.asarray([column.name], dtype=object)
-        return self
+        _, missing = self._identify(column, self._backend().modality)
+        return self._fit(column, missing)
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit_transform(self, X, y=None):
+        """Do what `fit` and `transform` do, but look at each cell once.
+
+        Parameters
+        ----------
+        X : DataFrame, Series or array-like of shape (n_samples,) or (n_samples, 1)
+            One column of cells.
+
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        vectors : ndarray of shape (n_samples, n_features_out), dtype float32
+            The vectors; NaN for missing cells.
+        """
+        column = _Column(X)
+        digests, missing = self._identify(column, self._backend().modality)
+        self._fit(column, missing)
+        return self._transform(column, digests, missing)
 
     def transform(self, X):
         """Return a vector for each cell, from the store or the model.
@@ -237,19 +250,8 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         """
         self._validate_params()
         column = _Column(X)
-        backend = self._backend()
-        digests, missing = self._identify(column, backend.modality)
-        distinct = _first_rows(digests)
-        if backend.modality == "text":  # longest first: texts of like length pad each other little
-            by_length = sorted(distinct.items(), key=lambda item: -len(column.cells[item[1]]))
-            distinct = dict(by_length)
-        found = self._vectors(column, backend, distinct)
-
-        vectors = np.full((len(digests), backend.n_features), np.nan, dtype=np.float32)
-        position = {digest: i for i, digest in enumerate(distinct)}
-        vectors[~missing] = found[[position[digest] for digest in digests if digest is not None]]
-        self._warn_of_unreadable(column, vectors)
-        return vectors
+        digests, missing = self._identify(column, self._backend().modality)
+        return self._transform(column, digests, missing)
 
     def stats(self):
         """Count what the store holds of this encoder's vectors, and has done for it.
@@ -274,6 +276,33 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         if fingerprint not in counts.index:
             return dict.fromkeys(counts.columns, 0)
         return {name: int(count) for name, count in counts.loc[fingerprint].items()}
+
+    def _fit(self, column, missing):
+        """Refuse an empty column, and note what scikit-learn asks for."""
+        if missing.all():
+            raise ValueError(
+                f"All {len(missing)} cells of {column} are missing: there is nothing to encode. "
+                "Leave the branch out, or check the column."
+            )
+        self.n_features_in_ = 1
+        if isinstance(column.name, str):
+            self.feature_names_in_ = np.asarray([column.name], dtype=object)
+        return self
+
+    def _transform(self, column, digests, missing):
+        """Give each row the vector of the distinct cell that it shows."""
+        backend = self._backend()
+        distinct = _first_rows(digests)
+        if backend.modality == "text":  # longest first: texts of like length pad each other little
+            by_length = sorted(distinct.items(), key=lambda item: -len(column.cells[item[1]]))
+            distinct = dict(by_length)
+        found = self._vectors(column, backend, distinct)
+
+        vectors = np.full((len(digests), backend.n_features), np.nan, dtype=np.float32)
+        position = {digest: i for i, digest in enumerate(distinct)}
+        vectors[~missing] = found[[position[digest] for digest in digests if digest is not None]]
+        self._warn_of_unreadable(column, vectors)
+        return vectors
 
     def _backend(self):
         """Return what offers the model, without loading it."""
@@ -373,9 +402,9 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             """Encode cells by their positions in `lacking`; leave out what cannot be decoded."""
             decoded = {}
             for i in positions:
-                row = rows[lacking[i]]
+                row, digest = rows[lacking[i]], digests[lacking[i]]
                 try:
-                    decoded[i] = decode(column.cells[row], backend.modality)
+                    decoded[i] = decode(column.cells[row], backend.modality, digest)
                 except (ValueError, OSError) as error:
                     self._raise_unless_tolerated(error, column, row)
             progress.update(len(positions))
