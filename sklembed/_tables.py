@@ -27,7 +27,10 @@ def as_table(X):
             "DataFrame."
         )
     if not is_frame(X):
-        X = np.asarray(X)
+        table = np.asarray(X)
+        if table.dtype.kind in "US" and not isinstance(X, np.ndarray):
+            table = np.asarray(X, dtype=object)  # else NaN beside texts becomes the text "nan"
+        X = table
         if X.ndim != 2:
             raise ValueError(
                 f"Expected 2D array, got {X.ndim}D array instead: X must be one table with rows "
@@ -82,6 +85,11 @@ def column_positions(X, columns, *, owner):
         columns = _slice_positions(columns, names, X.shape[1], owner)
     columns = list(columns)
     if columns and all(isinstance(column, bool | np.bool_) for column in columns):
+        if len(columns) != X.shape[1]:
+            raise ValueError(
+                f"{owner} selects by a mask of {len(columns)} values, but X has {X.shape[1]} "
+                "columns."
+            )
         columns = list(np.flatnonzero(columns))
     if not columns:
         raise ValueError(f"{owner} selects no column.")

@@ -61,6 +61,11 @@ def train(
         The module's parameters and buffers.
     history : list of dict
         One entry an epoch: "epoch", "train_loss", "dur" (seconds) and whatever callbacks recorded.
+
+    Raises
+    ------
+    ValueError
+        If the device cannot be used, or the weights did not stay finite.
     """
     device = resolve_device(options.device)
     generator = torch.Generator(device).manual_seed(options.seed)
@@ -82,6 +87,11 @@ def train(
     )
     net.fit(to_tensor(X, device), to_tensor(y, device))
     weights = {name: to_numpy(value) for name, value in net.module_.state_dict().items()}
+    if not all(np.isfinite(value).all() for value in weights.values()):
+        raise ValueError(
+            f"Training diverged: the weights are not finite after {len(net.history)} epochs at "
+            f"lr={options.lr}. Lower lr, or scale the input."
+        )
     return weights, [_scalars(epoch) for epoch in net.history]
 
 

@@ -141,7 +141,7 @@ class ContrastiveProjector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         "temperature": [Interval(Real, 0, None, closed="neither")],
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "standardize": ["boolean"],
-        "cv": ["cv_object", None],
+        "cv": ["cv_object"],
         "max_epochs": [Interval(Integral, 1, None, closed="left")],
         "batch_size": [Interval(Integral, 2, None, closed="left")],
         "lr": [Interval(Real, 0, None, closed="neither")],

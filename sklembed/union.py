@@ -10,7 +10,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import Bunch, get_tags
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.parallel import Parallel, delayed
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from sklembed._tables import (
     as_table,
@@ -222,7 +222,10 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
         parts = [_part(X, name, columns) for name, _, columns in self.transformers_]
         observed = [np.flatnonzero(~_missing_rows(part)) for part in parts]
         outputs = Parallel(n_jobs=self.n_jobs)(
-            delayed(_transform_branch)(
+            delayed(_noting_branch)(
+                _transform_branch,
+                name,
+                len(X),
                 transformer,
                 take_rows(part, rows),
                 _cut_to_rows(routed[name]["transform"], rows, len(X)),
@@ -291,6 +294,7 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
         self._check_transformers()
         X = as_table(X)
         validate_data(self, X, skip_check_array=True)
+        check_consistent_length(X, y)
         branches = [
             (name, transformer, _resolve(X, name, columns))
             for name, transformer, columns in self.transformers
@@ -302,7 +306,10 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
             for part, (name, _, columns) in zip(parts, branches, strict=True)
         ]
         results = Parallel(n_jobs=self.n_jobs)(
-            delayed(run)(
+            delayed(_noting_branch)(
+                run,
+                name,
+                len(X),
                 _fresh(transformer),
                 take_rows(part, rows),
                 None if y is None else take_rows(y, rows),
@@ -456,7 +463,7 @@ def _fresh(transformer):
 def _fit_branch(transformer, X, y, params):
     transformer.fit(X, y, **params["fit"])
     names = _feature_names(transformer)
-    width = len(names) if names is not None else np.shape(transformer.transform(X[:1]))[1]
+    width = len(names) if names is not None else _width(transformer.transform(X[:1]))
     return transformer, None, width
 
 
@@ -465,11 +472,32 @@ def _fit_transform_branch(transformer, X, y, params):
         output = transformer.fit_transform(X, y, **params["fit_transform"])
     else:
         output = transformer.fit(X, y, **params["fit"]).transform(X, **params["transform"])
-    return transformer, output, np.shape(output)[1]
+    return transformer, output, _width(output)
 
 
 def _transform_branch(transformer, X, params):
     return transformer.transform(X, **params) if len(X) else None
+
+
+def _width(output):
+    """Return the number of columns of a branch's output."""
+    shape = np.shape(output)
+    if len(shape) != 2:
+        raise ValueError(
+            f"The output has shape {shape}, but a table is needed. A column that is selected by a "
+            "scalar is handed on one-dimensional: select it by a list, as in ['x']."
+        )
+    return shape[1]
+
+
+def _noting_branch(run, name, n_rows, transformer, X, *rest):
+    """Run a branch; an error that leaves it says which branch it was and what rows it saw."""
+    try:
+        return run(transformer, X, *rest)
+    except Exception as error:
+        seen = "all rows" if len(X) == n_rows else f"the {len(X)} of {n_rows} rows that it has"
+        error.add_note(f"This was in branch {name!r} of PerModalityUnion, which was given {seen}.")
+        raise
 
 
 def _feature_names(transformer, input_features=None):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import threading
@@ -9,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -53,11 +55,12 @@ class CallableBackend:
         something to encode, so that neither clones nor pickles carry weights.
 
     name : str
-        The model's name.
+        The model's name. With the version it is all that stored vectors are known by, in every
+        project that shares the store: make it as telling as the name of a package.
 
     version : str
-        Names everything else that changes a vector: weights, preprocessing, pooling. Stored
-        vectors are found by name and version, so change it whenever the vectors change.
+        Names everything else that changes a vector: weights, preprocessing, pooling. Change it
+        whenever you edit `load`, or you will be handed the vectors and the model of before.
 
     modality : {"text", "image"}
         What the cells are: "text" cells arrive as str, "image" cells as RGB PIL images.
@@ -86,11 +89,16 @@ class CallableBackend:
             )
         if modality not in MODALITIES:
             raise ValueError(f"modality must be one of {MODALITIES}; got {modality!r}.")
+        if not isinstance(n_features, Integral) or n_features < 1:
+            raise ValueError(
+                "n_features must be the width of the vectors, a positive integer; got "
+                f"{n_features!r}."
+            )
         self._load = load
         self.name = name
         self.version = version
         self.modality = modality
-        self.n_features = n_features
+        self.n_features = int(n_features)
 
     def __repr__(self):
         return f"CallableBackend({self.name!r}, version={self.version!r})"
@@ -123,7 +131,15 @@ class CallableBackend:
         encode : callable
             What the `load` given at construction returns.
         """
-        return self._load()
+        if _needs_arguments(self._load):
+            raise TypeError(
+                f"load must take nothing and return the encoding function, but {self._load!r} asks "
+                "for arguments. If it is the encoding function itself, pass: lambda: encode."
+            )
+        encode = self._load()
+        if not callable(encode):
+            raise TypeError(f"load must return the encoding function; it returned {encode!r}.")
+        return encode
 
 
 @dataclass(frozen=True)
@@ -198,7 +214,13 @@ class HuggingFaceBackend:
     @property
     def max_length(self) -> int | None:
         """Tokens after which a text is cut; None leaves it to the tokenizer."""
+        most = getattr(self._config(), "max_position_embeddings", None)
         if self.max_length_wanted is not None:
+            if most and self.max_length_wanted > most:
+                raise ValueError(
+                    f"max_length={self.max_length_wanted}, but {self.model!r} takes at most {most} "
+                    "tokens. Leave max_length=None, or lower it."
+                )
             return self.max_length_wanted
         return self._sentence_transformer().get("max_length")
 
@@ -206,6 +228,7 @@ class HuggingFaceBackend:
         """Name what changes a vector: checkpoint, tower, pooling, length, precision."""
         return {
             "backend": "huggingface",
+            "label": Path(self.model).name,  # for people; no part of the fingerprint
             "checkpoint": self._checkpoint(),
             "modality": self.modality,
             "pooling": self.pooling,
@@ -220,21 +243,36 @@ class HuggingFaceBackend:
 
         from sklembed._torch import resolve_device
 
+        prepare = self._tokenizer() if self.modality == "text" else self._image_processor()
         with _quiet():
             model = AutoModel.from_pretrained(self.model, dtype=self._dtype(), **self._source())
         model = model.eval().requires_grad_(False).to(resolve_device(self.device))
         if self._config().is_encoder_decoder:
             model = model.get_encoder()
-        return (
-            self._text_encoding(model) if self.modality == "text" else self._image_encoding(model)
-        )
+        encoding = self._text_encoding if self.modality == "text" else self._image_encoding
+        return encoding(model, prepare)
 
-    def _text_encoding(self, model) -> Encode:
+    def _tokenizer(self):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.model, **self._source())
+        # Where the files are absent, transformers makes one that knows no word and says nothing.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise OSError(
+                f"{self.model!r} holds no tokenizer files, without which every text looks alike. "
+                "Save the tokenizer beside the model: tokenizer.save_pretrained(directory)."
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def _image_processor(self):
+        from transformers import AutoImageProcessor
+
+        # Pillow resizes alike on every machine; torchvision, where present, would not.
+        return AutoImageProcessor.from_pretrained(self.model, backend="pil", **self._source())
+
+    def _text_encoding(self, model, tokenizer) -> Encode:
         max_length = self.max_length or _longest(tokenizer, self._config())
 
         def forward(texts):
@@ -252,12 +290,7 @@ class HuggingFaceBackend:
 
         return self._finish(forward)
 
-    def _image_encoding(self, model) -> Encode:
-        from transformers import AutoImageProcessor
-
-        # Pillow resizes alike on every machine; torchvision, where present, would not.
-        processor = AutoImageProcessor.from_pretrained(self.model, backend="pil", **self._source())
-
+    def _image_encoding(self, model, processor) -> Encode:
         def forward(pictures):
             pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
             pixels = pixels.to(model.device, model.dtype)
@@ -307,7 +340,7 @@ class HuggingFaceBackend:
     def _checkpoint(self) -> str:
         """Name the checkpoint's content: the hub's commit, or a digest of a directory's files."""
         if os.path.isdir(self.model):
-            return f"{Path(self.model).resolve().name}@{_digest_directory(self.model)}"
+            return _digest_directory(self.model)
         return f"{self.model}@{self._commit()}"
 
     def _commit(self) -> str | None:
@@ -329,6 +362,14 @@ class HuggingFaceBackend:
             "local_files_only": self.local_files_only,
             "trust_remote_code": self.trust_remote_code,
         }
+
+
+def _needs_arguments(function) -> bool:
+    """Tell whether a function cannot be called without arguments."""
+    return any(
+        p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        for p in inspect.signature(function).parameters.values()
+    )
 
 
 _LOADED: OrderedDict[str, Encode] = OrderedDict()
@@ -422,7 +463,8 @@ def _resolve_commit(model, revision, local_files_only) -> str:
         where = "the local cache" if local_files_only else "the hub or the local cache"
         raise OSError(
             f"The model {model!r} is neither a local directory nor found in {where}. Check the "
-            "name, download it while online, or give the directory of a checkpoint. "
+            "name, download it while online, or give the directory of a checkpoint; offline, "
+            "local_files_only=True answers at once. "
             f"(transformers says: {str(error).splitlines()[0]})"
         ) from error
     return Path(path).parent.name  # …/snapshots/<commit>/config.json

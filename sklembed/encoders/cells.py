@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Part of every fingerprint: raise it when a decoding rule below changes, so that vectors made
 # under the old rule are not mistaken for new ones.
@@ -18,7 +18,9 @@ _DIGEST_SIZE = 16  # bytes; 2**64 cells before a collision becomes likely
 
 
 def is_missing(cell) -> bool:
-    """Tell whether a cell is empty: None, NaN, NaT or NA."""
+    """Tell whether a cell is empty: None, NaN, NaT or NA, or a dict of nothing but None."""
+    if isinstance(cell, dict):  # what Hugging Face data sets hold where there is no image
+        return bool(cell) and all(value is None for value in cell.values())
     return cell is None or (pd.api.types.is_scalar(cell) and bool(pd.isna(cell)))
 
 
@@ -40,14 +42,14 @@ def identify(cell, modality: str) -> bytes:
     if modality == "text":
         if not isinstance(cell, str):
             raise TypeError(
-                f"expected a str, got {_type_name(cell)} ({_shorten(cell)}). Convert the column, "
-                "for example by .astype(str), or mark the cell as missing by None"
+                f"expected a str, got {_type_name(cell)} ({_shorten(cell)}). The model encodes "
+                "text: select a column of str, or mark the cell as missing by None"
             )
         return _digest(b"text", cell.encode("utf-8", "surrogatepass"))
     source = _image_source(cell)
     if isinstance(source, bytes):
         return _digest(b"file", source)
-    picture = _to_rgb(source)
+    picture = _to_rgb(source, cell)
     return _digest(b"rgb", repr(picture.size).encode(), picture.tobytes())
 
 
@@ -67,7 +69,7 @@ def decode(cell, modality: str, digest: bytes | None = None):
     source = _image_source(cell)
     if digest is not None and isinstance(source, bytes) and _digest(b"file", source) != digest:
         raise ValueError("the file was changed while it was being encoded. Run again")
-    return _to_rgb(source)
+    return _to_rgb(source, cell)
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -117,8 +119,8 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _to_rgb(source) -> Image.Image:
-    """Decode encoded bytes or a picture in memory into 8-bit RGB."""
+def _to_rgb(source, cell) -> Image.Image:
+    """Decode encoded bytes or a picture in memory into 8-bit RGB; the cell is for the message."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -132,11 +134,20 @@ def _to_rgb(source) -> Image.Image:
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
     ) as error:
-        size = f"{len(source)} bytes" if isinstance(source, bytes) else "a picture in memory"
+        why = "no known image format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
-            f"cannot decode the image ({size}): {error}. Repair or drop it, mark it as missing by "
-            "None, or pass errors='missing'"
+            f"cannot decode the image {_name(cell, source)}: {why}. Repair or drop it, mark it as "
+            "missing by None, or pass errors='missing'"
         ) from error
+
+
+def _name(cell, source) -> str:
+    """Name an image by its path where it has one, and its size."""
+    if not isinstance(source, bytes):
+        return "in memory"
+    path = cell.get("path") if isinstance(cell, dict) else cell
+    named = f"{os.fspath(path)!r} " if isinstance(path, str | os.PathLike) else ""
+    return f"{named}({len(source)} bytes)"
 
 
 def _flatten(picture: Image.Image) -> Image.Image:

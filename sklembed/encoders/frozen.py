@@ -76,7 +76,8 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         Where the model runs: "auto" takes an accelerator if there is one, else the CPU.
 
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
-        Precision of the model: "auto" is bfloat16 where the hardware computes in it, else float32.
+        Precision of the model: "auto" is bfloat16 where the hardware gains by it (CUDA, CPUs with
+        AMX), else float32. The precision is part of what a vector is stored under.
         Vectors are float32 either way. A vector depends on its batch only by rounding: the
         relative error is below 1e-5 in float32 and 3e-2 in bfloat16.
 
@@ -88,7 +89,8 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     errors : {"raise", "missing"}, default="raise"
         What to do about a file that is absent or an image that cannot be decoded: raise, naming
-        the row, or warn once and treat the cell as missing.
+        the row, or warn once a call and treat the cell as missing. The row of NaN then reaches
+        whatever comes next in the pipeline, which has to take it.
 
     revision : str or None, default=None
         Branch, tag or commit of a hub model.
@@ -351,7 +353,8 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             "unit_length": self.normalize or backend.describe().get("unit_length", False),
             "decoding": DECODING_VERSION,
         }
-        text = json.dumps(description, sort_keys=True)
+        key = {name: value for name, value in description.items() if name != "label"}
+        text = json.dumps(key, sort_keys=True)
         return blake2b(text.encode(), digest_size=16).hexdigest(), description
 
     def _store(self):
@@ -433,7 +436,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     def _encode_batch(self, cells, backend, fingerprint):
         """Run the model, and check that it returned what it promised."""
-        vectors = np.asarray(encode_batch(backend, f"{fingerprint} on {self.device}", cells))
+        vectors = _as_array(encode_batch(backend, f"{fingerprint} on {self.device}", cells))
         expected = (len(cells), backend.n_features)
         if vectors.shape != expected or not np.isfinite(vectors).all():
             got = f"shape {vectors.shape}" if vectors.shape != expected else "NaN or infinity"
@@ -515,8 +518,11 @@ class _Column:
 
     def place(self, row):
         """Name a cell for a message, by its position and, where there is one, its index label."""
-        label = f" (index {self.labels[row]!r})" if self.labels is not None else ""
-        return f"Row {row}{label} of {self}"
+        if self.labels is None:
+            return f"Row {row} of {self}"
+        label = self.labels[row]
+        label = label.item() if isinstance(label, np.generic) else label
+        return f"Row {row} (index {label!r}) of {self}"
 
 
 def _list_cells(X):
@@ -536,6 +542,13 @@ def _list_cells(X):
     if cells and all(isinstance(cell, list | tuple) and len(cell) == 1 for cell in cells):
         cells = [cell for (cell,) in cells]
     return cells
+
+
+def _as_array(vectors):
+    """Bring home what users' functions return besides arrays: torch tensors, sparse matrices."""
+    if hasattr(vectors, "detach"):
+        vectors = vectors.detach().cpu().numpy()
+    return vectors.toarray() if hasattr(vectors, "toarray") else np.asarray(vectors)
 
 
 def _first_rows(digests):
