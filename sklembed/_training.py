@@ -82,9 +82,14 @@ def train(
         "verbose": options.verbose,
         "device": device,
     }
-    net = NeuralNet(
-        make_module(generator), Criterion(loss), **(settings | (options.skorch_params or {}))
-    )
+    given = options.skorch_params or {}
+    for part, own in (
+        ("optimizer", "optimizer__fused"),
+        ("iterator_train", "iterator_train__seed"),
+    ):
+        if part in given:
+            del settings[own]  # another class may not know it
+    net = NeuralNet(make_module(generator), Criterion(loss), **(settings | given))
     net.fit(to_tensor(X, device), to_tensor(y, device))
     weights = {name: to_numpy(value) for name, value in net.module_.state_dict().items()}
     if not all(np.isfinite(value).all() for value in weights.values()):

@@ -38,7 +38,15 @@ def encode_classes(y) -> tuple[np.ndarray, np.ndarray]:
     ValueError
         If there are fewer than two classes.
     """
-    classes, codes = np.unique(column_or_1d(y, warn=True), return_inverse=True)
+    y = column_or_1d(y, warn=True)
+    try:
+        classes, codes = np.unique(y, return_inverse=True)
+    except TypeError as error:
+        kinds = sorted({type(label).__name__ for label in y})
+        raise TypeError(
+            f"y mixes labels of the types {', '.join(kinds)}, which have no order. Make them one "
+            "type, for example all str."
+        ) from error
     if len(classes) < 2:
         raise ValueError(
             f"y holds 1 class only ({classes[0]} in all {len(codes)} rows); contrasting needs at "

@@ -252,14 +252,11 @@ class ContrastiveProjector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             self._fit_all(X[observed], codes[observed], seed)
             return self._project_observed(self.weights_, X, observed)
 
-        splitter = self._splitter(codes[observed], seed)
-        folds = list(splitter.split(X, codes, **routed["splitter"]["split"]))
-        _check_each_row_held_out_once(folds, len(X))
+        folds = self._folds(X, codes, observed, seed, routed["splitter"]["split"])
         self._fit_all(X[observed], codes[observed], seed)
         everywhere = self._project_observed(self.weights_, X, observed)
         Z = np.full_like(everywhere, np.nan)
         for train, held_out in folds:
-            train, held_out = train[observed[train]], held_out[observed[held_out]]
             weights, _ = self._train(X[train], codes[train], seed)
             # Both networks see the fold's training rows: there the two spaces are matched.
             rotation, _ = orthogonal_procrustes(self._project(weights, X[train]), everywhere[train])
@@ -320,13 +317,32 @@ class ContrastiveProjector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self.classes_ = classes
         return X, codes, observed
 
-    def _splitter(self, codes, seed):
-        """Resolve `cv`; an int is capped at the smallest class that can be split at all."""
-        if not isinstance(self.cv, Integral):
-            return check_cv(self.cv, codes, classifier=True)
-        sizes = np.bincount(codes)
-        n_splits = min(self.cv, sizes[sizes >= 2].min())
-        return _StratifiedFolds(n_splits, shuffle=True, random_state=seed)
+    def _folds(self, X, codes, observed, seed, routed):
+        """List the folds as indices of observed rows to train on, and observed rows held out."""
+        rows = np.flatnonzero(observed)
+        if isinstance(self.cv, Integral):
+            sizes = np.bincount(codes[rows])
+            # Never more folds than the smallest class that can be split at all has rows.
+            n_splits = min(self.cv, sizes[sizes >= 2].min())
+            splitter = _StratifiedFolds(n_splits, shuffle=True, random_state=seed)
+            folds = splitter.split(rows, codes[rows])
+            return [(rows[train], rows[held_out]) for train, held_out in folds]
+        everyone = np.arange(len(X))
+        splitter = check_cv(self.cv, codes, classifier=True)
+        folds = [
+            (everyone[np.asarray(train)], everyone[np.asarray(held_out)])
+            for train, held_out in splitter.split(X, codes, **routed)
+        ]
+        _check_each_row_held_out_once(folds, len(X))
+        folds = [
+            (train[observed[train]], held_out[observed[held_out]]) for train, held_out in folds
+        ]
+        if not all(len(train) for train, _ in folds):
+            raise ValueError(
+                "A fold of cv has no observed row to train on. Use fewer folds, or folds by which "
+                "the observed rows are spread."
+            )
+        return [(train, held_out) for train, held_out in folds if len(held_out)]
 
     def _fit_all(self, X, codes, seed):
         """Train the network that `transform` uses."""
@@ -411,7 +427,9 @@ class _StratifiedFolds(StratifiedKFold):
 
 def _check_layer_sizes(sizes):
     """Refuse hidden layers that are not a sequence of positive integers."""
-    if not all(isinstance(size, Integral) and size > 0 for size in sizes):
+    if not all(
+        isinstance(size, Integral) and not isinstance(size, bool) and size > 0 for size in sizes
+    ):
         raise ValueError(
             f"hidden_layer_sizes must hold positive integers, such as (256,), or be empty; got "
             f"{sizes!r}."
@@ -424,10 +442,16 @@ def _draw_seed(random_state):
 
 
 def _check_each_row_held_out_once(folds, n_samples):
-    """Refuse folds that leave a training row without a projection, or give it two."""
+    """Refuse folds by which a row has no projection, or two, or one that has seen its label."""
     times = np.zeros(n_samples, dtype=int)
-    for _, held_out in folds:
+    for fold, (train, held_out) in enumerate(folds):
         times[held_out] += 1
+        both = np.intersect1d(train, held_out)
+        if len(both):
+            raise ValueError(
+                f"Fold {fold} of cv trains on row {both[0]}, which it holds out ({len(both)} such "
+                "rows). The rows of a fold's two parts must differ."
+            )
     wrong = np.flatnonzero(times != 1)
     if len(wrong):
         raise ValueError(

@@ -4,6 +4,7 @@ from collections import Counter
 from numbers import Integral
 
 import numpy as np
+import pandas as pd
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.preprocessing import FunctionTransformer
@@ -255,6 +256,14 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
             The names; a branch that cannot name its columns has them numbered.
         """
         check_is_fitted(self)
+        seen = getattr(self, "feature_names_in_", input_features)
+        if input_features is not None and (
+            len(input_features) != self.n_features_in_ or list(input_features) != list(seen)
+        ):
+            raise ValueError(
+                f"input_features must equal the {self.n_features_in_} columns seen in fit; got "
+                f"{list(input_features)}."
+            )
         if input_features is None:
             input_features = getattr(
                 self, "feature_names_in_", [f"x{i}" for i in range(self.n_features_in_)]
@@ -277,6 +286,7 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
         """
         router = MetadataRouter(owner=self)
         for name, transformer, _ in self.transformers:
+            transformer = _as_transformer(transformer)
             mapping = MethodMapping().add(caller="fit", callee="fit")
             if hasattr(transformer, "fit_transform"):
                 mapping.add(caller="fit_transform", callee="fit_transform")
@@ -290,13 +300,13 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
     def _fit_branches(self, run, caller, X, y, params):
         """Fit all branches; return their outputs, the rows each saw, and how many there are."""
         check_routing_enabled(params, self)
-        routed = process_routing(self, caller, **params)
         self._check_transformers()
+        routed = process_routing(self, caller, **params)
         X = as_table(X)
         validate_data(self, X, skip_check_array=True)
         check_consistent_length(X, y)
         branches = [
-            (name, transformer, _resolve(X, name, columns))
+            (name, transformer, _resolve(X, name, columns, flat=not _is_passthrough(transformer)))
             for name, transformer, columns in self.transformers
             if not _is_dropped(transformer)
         ]
@@ -310,7 +320,7 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
                 run,
                 name,
                 len(X),
-                _fresh(transformer),
+                clone(_as_transformer(transformer)),
                 take_rows(part, rows),
                 None if y is None else take_rows(y, rows),
                 {
@@ -344,6 +354,12 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
                 f"{self.transformers!r}."
             )
         names = [name for name, _, _ in self.transformers]
+        for name, transformer, _ in self.transformers:
+            if not (_is_dropped(transformer) or hasattr(_as_transformer(transformer), "transform")):
+                raise TypeError(
+                    f"Branch {name!r} needs a transformer, 'passthrough' or 'drop'; got "
+                    f"{transformer!r}."
+                )
         for name, times in Counter(names).items():
             if times > 1:
                 raise ValueError(f"Branch names must differ, but {name!r} stands {times} times.")
@@ -404,12 +420,15 @@ def _is_dropped(transformer):
     return isinstance(transformer, str) and transformer == "drop"
 
 
-def _resolve(X, name, columns):
-    """Fix a selection, as names where the table has them, to be found again; else positions."""
+def _resolve(X, name, columns, *, flat):
+    """Fix a selection, as names where the table has them, to be found again; else positions.
+
+    A scalar stays one, and so hands on a flat column, if `flat`.
+    """
     positions, scalar = column_positions(X, columns, owner=f"Branch {name!r}")
     named = is_frame(X) and all(isinstance(column, str) for column in X.columns)
     resolved = [X.columns[position] for position in positions] if named else positions
-    return resolved[0] if scalar else resolved
+    return resolved[0] if scalar and flat else resolved
 
 
 def _part(X, name, columns):
@@ -453,11 +472,15 @@ def _has_rows(value, n_rows):
     return hasattr(value, "__len__") and not isinstance(value, str | dict) and len(value) == n_rows
 
 
-def _fresh(transformer):
-    """Return an unfitted copy of a branch's transformer."""
-    if isinstance(transformer, str) and transformer == "passthrough":
+def _is_passthrough(transformer):
+    return isinstance(transformer, str) and transformer == "passthrough"
+
+
+def _as_transformer(transformer):
+    """Return what stands for a branch's transformer: for "passthrough", the identity."""
+    if _is_passthrough(transformer):
         return FunctionTransformer(feature_names_out="one-to-one")
-    return clone(transformer)
+    return transformer
 
 
 def _fit_branch(transformer, X, y, params):
@@ -518,7 +541,7 @@ def _as_float_array(output, name, n_rows, block):
     output = np.asarray(output)
     if output.dtype.kind != "f":
         try:
-            output = output.astype(np.float64)
+            output = pd.DataFrame(output).to_numpy(dtype=np.float64, na_value=np.nan)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"Branch {name!r} returned {output.dtype} columns that are not numbers ({error}). "

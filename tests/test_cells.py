@@ -120,6 +120,10 @@ def test_sixteen_bits_keep_their_upper_eight():
     assert [decode(encoded(grey), "image").getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
+def test_thirty_two_bits_that_hold_eight_are_kept():
+    assert decode(Image.new("I", (1, 1), 200), "image").getpixel((0, 0)) == (200, 200, 200)
+
+
 def test_exif_orientation_is_applied(picture):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
@@ -162,6 +166,7 @@ def test_a_decompression_bomb_is_refused(monkeypatch, picture):
         ("https://example.org/cat.png", ValueError, "no URL is ever opened"),
         ("no/such/file.png", FileNotFoundError, "there is no file 'no/such/file.png'"),
         (Image.new("F", (2, 2)), ValueError, "pixels are floats"),
+        (Image.new("I", (2, 2), 70_000), ValueError, "pixels run from 70000 to 70000"),
     ],
 )
 def test_what_is_not_an_image_is_refused(cell, error, message):

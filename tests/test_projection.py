@@ -174,7 +174,7 @@ def test_without_cv_fit_transform_is_fit_then_transform(clusters):
 def test_folds_are_capped_at_the_smallest_class(clusters):
     X, y = clusters
     rows = np.r_[0:33]  # 30 of class 0 and 3 of class 1
-    assert small()._splitter(y[rows], 0).get_n_splits() == 3
+    assert len(small()._folds(X[rows], y[rows], np.ones(33, dtype=bool), 0, {})) == 3
     assert np.isfinite(small().fit_transform(X[rows], y[rows])).all()
 
 

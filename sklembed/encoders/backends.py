@@ -1,20 +1,19 @@
 """What a model must offer: describe itself, and load a function that encodes a batch of cells."""
 
 import contextlib
-import functools
 import inspect
-import json
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+
+from sklembed.encoders.checkpoints import Checkpoint
 
 Modality = Literal["text", "image"]
 Encode = Callable[[list], np.ndarray]
@@ -87,6 +86,9 @@ class CallableBackend:
                 f"load must be a function that takes nothing and returns the encoding function; "
                 f"got {load!r}."
             )
+        for argument, value in (("name", name), ("version", version)):
+            if not isinstance(value, str) or not value:
+                raise TypeError(f"{argument} must be a str that is not empty; got {value!r}.")
         if modality not in MODALITIES:
             raise ValueError(f"modality must be one of {MODALITIES}; got {modality!r}.")
         if not isinstance(n_features, Integral) or n_features < 1:
@@ -146,18 +148,15 @@ class CallableBackend:
 class HuggingFaceBackend:
     """A text or vision checkpoint, or one tower of a dual encoder, through transformers.
 
-    The parameters are those of FrozenEncoder. Reading the configuration needs no weights.
+    The parameters are those of FrozenEncoder. All but `load` do without the weights.
     """
 
-    model: str
+    checkpoint: Checkpoint
     modality_wanted: str
     pooling_wanted: str
     max_length_wanted: int | None
     device: str
     dtype: str
-    revision: str | None
-    local_files_only: bool
-    trust_remote_code: bool
 
     @property
     def modality(self) -> Modality:
@@ -166,22 +165,22 @@ class HuggingFaceBackend:
         if self.modality_wanted == "auto":
             if len(offered) > 1:
                 raise ValueError(
-                    f"{self.model!r} encodes text and images; say which: modality='text' or "
+                    f"{self._name} encodes text and images; say which: modality='text' or "
                     "modality='image'."
                 )
             return offered[0]
         if self.modality_wanted not in offered:
             raise ValueError(
-                f"modality={self.modality_wanted!r}, but {self.model!r} "
-                f"({self._config().model_type}) encodes {' and '.join(offered)}."
+                f"modality={self.modality_wanted!r}, but {self._name} "
+                f"({self._config.model_type}) encodes {' and '.join(offered)}."
             )
         return self.modality_wanted
 
     @property
     def n_features(self) -> int:
         """Width of the vectors, from the configuration."""
-        config = self._config()
-        if self._is_dual():
+        config = self._config
+        if self._is_dual:
             tower = config.text_config if self.modality == "text" else config.vision_config
             projected = getattr(config, "projection_dim", None)
             return projected or getattr(tower, "projection_size", None) or tower.hidden_size
@@ -191,99 +190,142 @@ class HuggingFaceBackend:
         if getattr(config, "hidden_sizes", None):
             return config.hidden_sizes[-1]
         raise ValueError(
-            f"The width of the vectors of {self.model!r} ({config.model_type}) cannot be read from "
+            f"The width of the vectors of {self._name} ({config.model_type}) cannot be read from "
             "its configuration; wrap the model in a CallableBackend."
         )
 
     @property
     def pooling(self) -> str:
         """How a sequence of vectors becomes one."""
-        if self._is_dual():
+        if self._is_dual:
             if self.pooling_wanted != "auto":
                 raise ValueError(
-                    f"pooling={self.pooling_wanted!r}, but {self.model!r} pools its towers itself; "
+                    f"pooling={self.pooling_wanted!r}, but {self._name} pools its towers itself; "
                     "leave pooling='auto'."
                 )
             return "projected"
         if self.pooling_wanted != "auto":
             return self.pooling_wanted
         if self.modality == "text":
-            return self._sentence_transformer().get("pooling", "mean")
-        return "mean" if self._is_convolutional() else "cls"
+            return self._settings.get("pooling", "mean")
+        return "cls" if self._config.model_type in _WITH_CLASS_TOKEN else "mean"
 
     @property
     def max_length(self) -> int | None:
-        """Tokens after which a text is cut; None leaves it to the tokenizer."""
-        most = getattr(self._config(), "max_position_embeddings", None)
+        """Tokens after which a text is cut; None where the model knows no limit."""
+        most = _most_tokens(self._config.text_config if self._is_dual else self._config)
         if self.max_length_wanted is not None:
             if most and self.max_length_wanted > most:
                 raise ValueError(
-                    f"max_length={self.max_length_wanted}, but {self.model!r} takes at most {most} "
+                    f"max_length={self.max_length_wanted}, but {self._name} takes at most {most} "
                     "tokens. Leave max_length=None, or lower it."
                 )
             return self.max_length_wanted
-        return self._sentence_transformer().get("max_length")
+        return self._settings.get("max_length") or most
 
     def describe(self) -> dict[str, Any]:
-        """Name what changes a vector: checkpoint, tower, pooling, length, precision."""
-        return {
+        """Name what changes a vector: checkpoint, tower, pooling, length, precision.
+
+        Raises
+        ------
+        ValueError, OSError
+            If the checkpoint cannot be found, or does not offer what is asked of it.
+        """
+        if self._config.model_type in _RANDOM:
+            raise ValueError(
+                f"{self._name} ({self._config.model_type}) masks patches at random, so a picture "
+                "has no vector of its own. Choose another checkpoint."
+            )
+        description = {
             "backend": "huggingface",
-            "label": Path(self.model).name,  # for people; no part of the fingerprint
-            "checkpoint": self._checkpoint(),
+            "label": Path(self.checkpoint.model).name,  # for people; no part of the fingerprint
+            "checkpoint": self.checkpoint.identity(),
             "modality": self.modality,
             "pooling": self.pooling,
-            "max_length": self.max_length,
             "dtype": str(self._dtype()).removeprefix("torch."),
-            "unit_length": self._sentence_transformer().get("normalize", False),
+            "unit_length": self._settings.get("normalize", False),
         }
+        if self.modality == "text":
+            description |= {
+                "max_length": self.max_length,
+                "prompt": self._settings.get("prompt", ""),
+                "lower_case": self._settings.get("lower_case", False),
+            }
+        return description
 
     def load(self) -> Encode:
-        """Load the checkpoint, to evaluation mode, on the device."""
-        from transformers import AutoModel
+        """Load the checkpoint, to evaluation mode, on the device.
 
+        Raises
+        ------
+        OSError
+            If tokenizer files or weights are absent, which transformers would make up.
+        """
         from sklembed._torch import resolve_device
 
         prepare = self._tokenizer() if self.modality == "text" else self._image_processor()
-        with _quiet():
-            model = AutoModel.from_pretrained(self.model, dtype=self._dtype(), **self._source())
-        model = model.eval().requires_grad_(False).to(resolve_device(self.device))
-        if self._config().is_encoder_decoder:
-            model = model.get_encoder()
+        model = self._model().eval().requires_grad_(False).to(resolve_device(self.device))
         encoding = self._text_encoding if self.modality == "text" else self._image_encoding
         return encoding(model, prepare)
+
+    def _model(self):
+        from transformers import AutoModel
+
+        with _quiet():
+            model, report = AutoModel.from_pretrained(
+                dtype=self._dtype(), output_loading_info=True, **self.checkpoint.source()
+            )
+        unused = () if self._is_dual else ("pooler", "lm_head")
+        if hasattr(model, "encoder") and hasattr(model, "decoder"):  # T5 and its like
+            model, unused = model.get_encoder(), (*unused, "decoder")
+        absent = [key for key in report["missing_keys"] if not any(u in key for u in unused)]
+        if absent or report["mismatched_keys"]:
+            raise OSError(
+                f"{self._name} lacks {len(absent)} weights of its architecture, such as "
+                f"{absent[:2] or report['mismatched_keys']}; they would be made up at random. Save "
+                "the whole model by save_pretrained."
+            )
+        return model
 
     def _tokenizer(self):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.model, **self._source())
+        tokenizer = AutoTokenizer.from_pretrained(**self.checkpoint.source())
         # Where the files are absent, transformers makes one that knows no word and says nothing.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise OSError(
-                f"{self.model!r} holds no tokenizer files, without which every text looks alike. "
+                f"{self._name} holds no tokenizer files, without which every text looks alike. "
                 "Save the tokenizer beside the model: tokenizer.save_pretrained(directory)."
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"  # on the left it would shift absolute positions
         return tokenizer
 
     def _image_processor(self):
         from transformers import AutoImageProcessor
 
         # Pillow resizes alike on every machine; torchvision, where present, would not.
-        return AutoImageProcessor.from_pretrained(self.model, backend="pil", **self._source())
+        return AutoImageProcessor.from_pretrained(backend="pil", **self.checkpoint.source())
 
     def _text_encoding(self, model, tokenizer) -> Encode:
-        max_length = self.max_length or _longest(tokenizer, self._config())
+        prompt, lower_case = self._settings.get("prompt", ""), self._settings.get("lower_case")
+        limits = [self.max_length, tokenizer.model_max_length]
+        max_length = min(limit for limit in [*limits, _UNLIMITED] if limit is not None)
+        # SigLIP reads the last position, and was trained with every text padded to full length.
+        whole = self._config.model_type.startswith("siglip")
 
         def forward(texts):
+            texts = [prompt + text for text in texts]
             inputs = tokenizer(
-                texts,
-                padding=True,
-                truncation=max_length is not None,
-                max_length=max_length,
+                [text.lower() for text in texts] if lower_case else texts,
+                padding="max_length" if whole else True,
+                truncation=max_length < _UNLIMITED,
+                max_length=max_length if max_length < _UNLIMITED else None,
+                return_attention_mask=not whole,
                 return_tensors="pt",
             ).to(model.device)
-            if self._is_dual():
+            if self._is_dual:
                 return _features(model.get_text_features(**inputs))
             states = model(**inputs).last_hidden_state
             return _pool(states.float(), inputs["attention_mask"], self.pooling)
@@ -294,7 +336,7 @@ class HuggingFaceBackend:
         def forward(pictures):
             pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
             pixels = pixels.to(model.device, model.dtype)
-            if self._is_dual():
+            if self._is_dual:
                 return _features(model.get_image_features(pixel_values=pixels))
             states = model(pixel_values=pixels).last_hidden_state.float()
             if states.ndim == 4:  # (batch, channels, height, width) of a convolutional network
@@ -308,7 +350,7 @@ class HuggingFaceBackend:
 
         from sklembed._torch import to_numpy
 
-        normalize = self._sentence_transformer().get("normalize", False)
+        normalize = self._settings.get("normalize", False)
 
         def encode(cells):
             with torch.inference_mode():
@@ -320,48 +362,56 @@ class HuggingFaceBackend:
         return encode
 
     def _towers(self) -> list[Modality]:
-        config = self._config()
-        if self._is_dual():
+        if self._is_dual:
             return ["text", "image"]
-        return ["image"] if hasattr(config, "num_channels") else ["text"]
+        return ["image"] if hasattr(self._config, "num_channels") else ["text"]
 
-    def _is_dual(self) -> bool:
-        config = self._config()
-        return hasattr(config, "text_config") and hasattr(config, "vision_config")
+    @property
+    def _name(self) -> str:
+        return repr(self.checkpoint.model)
 
-    def _is_convolutional(self) -> bool:
-        return bool(getattr(self._config(), "hidden_sizes", None))
-
+    @property
     def _config(self):
-        return _read_config(
-            self.model, self._commit(), self.local_files_only, self.trust_remote_code
-        )
+        return self.checkpoint.config()
 
-    def _checkpoint(self) -> str:
-        """Name the checkpoint's content: the hub's commit, or a digest of a directory's files."""
-        if os.path.isdir(self.model):
-            return _digest_directory(self.model)
-        return f"{self.model}@{self._commit()}"
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return self.checkpoint.sentence_transformer()
 
-    def _commit(self) -> str | None:
-        if os.path.isdir(self.model):
-            return None
-        return _resolve_commit(self.model, self.revision, self.local_files_only)
-
-    def _sentence_transformer(self) -> dict[str, Any]:
-        return _read_sentence_transformer(self.model) if os.path.isdir(self.model) else {}
+    @property
+    def _is_dual(self) -> bool:
+        return hasattr(self._config, "text_config") and hasattr(self._config, "vision_config")
 
     def _dtype(self):
         from sklembed._torch import resolve_device, resolve_dtype
 
         return resolve_dtype(self.dtype, resolve_device(self.device))
 
-    def _source(self) -> dict[str, Any]:
-        return {
-            "revision": self._commit(),  # the one that the fingerprint names
-            "local_files_only": self.local_files_only,
-            "trust_remote_code": self.trust_remote_code,
-        }
+
+# Vision transformers whose first token stands for the picture; others have patches alone.
+_WITH_CLASS_TOKEN = {
+    "beit",
+    "clip_vision_model",
+    "data2vec-vision",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "vit",
+    "vit_msn",
+}
+_RANDOM = {"vit_mae"}
+# Position embeddings of these begin behind the padding token's index.
+_OFFSET_POSITIONS = {"camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta"}
+_UNLIMITED = 1_000_000  # tokenizers say 1e30 where they know no limit
+
+
+def _most_tokens(config) -> int | None:
+    """Find how many tokens a model has positions for, where it says so."""
+    most = getattr(config, "max_position_embeddings", None)
+    if most and config.model_type in _OFFSET_POSITIONS:
+        most -= config.pad_token_id + 1
+    return most
 
 
 def _needs_arguments(function) -> bool:
@@ -374,7 +424,9 @@ def _needs_arguments(function) -> bool:
 
 _LOADED: OrderedDict[str, Encode] = OrderedDict()
 _LOADED_LIMIT = 4
-_MODELS = threading.Lock()  # guards _LOADED, loading (not safe in threads) and the models' use
+_MODELS = (
+    threading.RLock()
+)  # a model may call another; guards _LOADED, loading (not safe in threads) and the models' use
 
 
 def encode_batch(backend: Backend, key: str, cells: list) -> np.ndarray:
@@ -391,7 +443,7 @@ def encode_batch(backend: Backend, key: str, cells: list) -> np.ndarray:
 def _forget_after_fork() -> None:
     """Start afresh in a forked child, where the lock may be held by a thread that is no more."""
     global _MODELS
-    _MODELS = threading.Lock()
+    _MODELS = threading.RLock()
     _LOADED.clear()
 
 
@@ -435,140 +487,3 @@ def _pool(states, mask, pooling: str):
 def _features(output):
     """Return a tower's projected vectors: the output itself, or in transformers 5 a field of it."""
     return getattr(output, "pooler_output", output)
-
-
-def _longest(tokenizer, config) -> int | None:
-    """Find the longest text a model takes, where it says so; tokenizers say 1e30 for "unknown"."""
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-    known = [limit for limit in limits if limit is not None and limit < 1_000_000]
-    return min(known, default=None)
-
-
-@functools.lru_cache(maxsize=64)
-def _resolve_commit(model, revision, local_files_only) -> str:
-    """Ask the hub, or its local cache, which commit a revision stands for now; once a process.
-
-    Raises
-    ------
-    OSError
-        If the model is neither a directory nor to be found.
-    """
-    from transformers.utils import cached_file
-
-    try:
-        path = cached_file(
-            model, "config.json", revision=revision, local_files_only=local_files_only
-        )
-    except (OSError, ValueError) as error:
-        where = "the local cache" if local_files_only else "the hub or the local cache"
-        raise OSError(
-            f"The model {model!r} is neither a local directory nor found in {where}. Check the "
-            "name, download it while online, or give the directory of a checkpoint; offline, "
-            "local_files_only=True answers at once. "
-            f"(transformers says: {str(error).splitlines()[0]})"
-        ) from error
-    return Path(path).parent.name  # …/snapshots/<commit>/config.json
-
-
-@functools.lru_cache(maxsize=64)
-def _read_config(model, commit, local_files_only, trust_remote_code):
-    """Read a checkpoint's configuration.
-
-    Raises
-    ------
-    OSError
-        If a directory holds none.
-    """
-    from transformers import AutoConfig
-
-    if commit is None and not Path(model, "config.json").is_file():
-        raise OSError(
-            f"The directory {model!r} holds no config.json, so it is not a checkpoint. Give the "
-            "directory that save_pretrained wrote, or a hub id."
-        )
-    return AutoConfig.from_pretrained(
-        model,
-        revision=commit,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def _digest_directory(model) -> str:
-    files = sorted(
-        path
-        for path in Path(model).rglob("*")
-        if path.suffix in _CONTENT_SUFFIXES and path.is_file()
-    )
-    signature = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-    return _digest_files(model, signature)
-
-
-# What can change a vector; a README or an example cannot.
-_CONTENT_SUFFIXES = {".json", ".txt", ".model", ".safetensors", ".bin", ".pt", ".py", ".jinja"}
-
-
-@functools.lru_cache(maxsize=64)
-def _digest_files(root, signature) -> str:
-    """Digest files by name and content; read again only when a size or time has changed."""
-    digest = blake2b(digest_size=16)
-    for path, size, _ in signature:
-        digest.update(f"{os.path.relpath(path, root)}\0{size}\0".encode())
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _read_sentence_transformer(model) -> dict[str, Any]:
-    """Read what a sentence-transformers directory says of pooling, length and normalisation.
-
-    Raises
-    ------
-    ValueError
-        If the directory asks for a module that is not understood here.
-    """
-    modules = Path(model, "modules.json")
-    if not modules.is_file():
-        return {}
-    settings: dict[str, Any] = {}
-    length = _read_json(Path(model, "sentence_bert_config.json"), {}).get("max_seq_length")
-    if length:
-        settings["max_length"] = length
-    for module in _read_json(modules, []):
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            settings["pooling"] = _read_pooling(Path(model, module["path"], "config.json"))
-        elif kind == "Normalize":
-            settings["normalize"] = True
-        elif kind != "Transformer":
-            raise ValueError(
-                f"{model!r} is a sentence-transformers model with a {kind} module, which is not "
-                "supported. Wrap it: CallableBackend(lambda: SentenceTransformer(...).encode, …)."
-            )
-    return settings
-
-
-def _read_pooling(path) -> str:
-    config = _read_json(path, {})
-    modes = [m for m in config if m.startswith("pooling_mode_") and config[m] is True]
-    modes = modes or [f"pooling_mode_{config.get('pooling_mode', 'mean')}"]
-    known = {
-        "pooling_mode_mean_tokens": "mean",
-        "pooling_mode_cls_token": "cls",
-        "pooling_mode_max_tokens": "max",
-        "pooling_mode_lasttoken": "last",
-        "pooling_mode_mean": "mean",
-        "pooling_mode_cls": "cls",
-        "pooling_mode_max": "max",
-    }
-    if len(modes) != 1 or modes[0] not in known:
-        raise ValueError(
-            f"{str(path)!r} asks for the pooling {modes}; one of {sorted(known)} is supported. "
-            "Wrap the model in a CallableBackend."
-        )
-    return known[modes[0]]
-
-
-def _read_json(path, default):
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default

@@ -1,7 +1,6 @@
 """Text and image cells: what counts as one, what identifies it, and how it is decoded."""
 
 import os
-import warnings
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -84,7 +83,7 @@ def _digest(*parts: bytes) -> bytes:
 def _image_source(cell):
     """Reduce an image cell to encoded bytes or to a picture in memory."""
     if isinstance(cell, dict) and cell.keys() & {"bytes", "path"}:
-        cell = cell["path"] if cell.get("bytes") is None else cell["bytes"]
+        cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
     if isinstance(cell, bytes | bytearray | memoryview):
         return bytes(cell)
     if isinstance(cell, str | os.PathLike):
@@ -122,18 +121,11 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 def _to_rgb(source, cell) -> Image.Image:
     """Decode encoded bytes or a picture in memory into 8-bit RGB; the cell is for the message."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(BytesIO(source)) if isinstance(source, bytes) else source
-            picture = ImageOps.exif_transpose(picture)
-            return _flatten(picture)
-    except (
-        OSError,
-        SyntaxError,  # what Pillow raises for some broken PNGs
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+        picture = Image.open(BytesIO(source)) if isinstance(source, bytes) else source
+        return _flatten(ImageOps.exif_transpose(picture))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise what they like at broken files
         why = "no known image format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
             f"cannot decode the image {_name(cell, source)}: {why}. Repair or drop it, mark it as "
@@ -154,8 +146,12 @@ def _flatten(picture: Image.Image) -> Image.Image:
     """Bring any mode of picture to RGB, with transparent parts on white."""
     if picture.mode == "F":
         raise ValueError("its pixels are floats, of unknown range; convert it to 8 bits first")
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    elif picture.mode == "I":
+        low, high = picture.getextrema()
+        if low < 0 or high > 255:
+            raise ValueError(f"its pixels run from {low} to {high}; convert it to 8 bits first")
     if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

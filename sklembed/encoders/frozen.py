@@ -20,6 +20,7 @@ from tqdm import tqdm
 from sklembed._tables import is_frame
 from sklembed.encoders.backends import MODALITIES, POOLINGS, HuggingFaceBackend, encode_batch
 from sklembed.encoders.cells import DECODING_VERSION, decode, identify, is_missing
+from sklembed.encoders.checkpoints import Checkpoint
 from sklembed.encoders.store import EmbeddingStore
 
 _AUTO_BATCH_SIZE = 32
@@ -206,7 +207,9 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             column, or the model cannot be found.
         """
         column = _Column(X)
-        _, missing = self._identify(column, self._backend().modality)
+        backend = self._backend()
+        self._fingerprint(backend)  # asks the checkpoint for all that it must offer
+        _, missing = self._identify(column, backend.modality)
         return self._fit(column, missing)
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -310,15 +313,17 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         """Return what offers the model, without loading it."""
         if isinstance(self.model, str | os.PathLike):
             return HuggingFaceBackend(
-                model=os.fspath(self.model),
+                Checkpoint(
+                    os.fspath(self.model),
+                    self.revision,
+                    self.local_files_only,
+                    self.trust_remote_code,
+                ),
                 modality_wanted=self.modality,
                 pooling_wanted=self.pooling,
                 max_length_wanted=self.max_length,
                 device=self.device,
                 dtype=self.dtype,
-                revision=self.revision,
-                local_files_only=self.local_files_only,
-                trust_remote_code=self.trust_remote_code,
             )
         lacks = [
             name
@@ -438,13 +443,14 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         """Run the model, and check that it returned what it promised."""
         vectors = _as_array(encode_batch(backend, f"{fingerprint} on {self.device}", cells))
         expected = (len(cells), backend.n_features)
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            vectors = vectors.astype(np.float32)
         if vectors.shape != expected or not np.isfinite(vectors).all():
             got = f"shape {vectors.shape}" if vectors.shape != expected else "NaN or infinity"
             raise ValueError(
                 f"{self.model!r} returned {got} for a batch of {len(cells)} cells; finite "
                 f"numbers of shape {expected} were expected. Nothing of the batch was stored."
             )
-        vectors = vectors.astype(np.float32)
         if self.normalize:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors
@@ -503,7 +509,7 @@ class _Column:
                     "Select one, or give each its own encoder in a PerModalityUnion."
                 )
             X = X.iloc[:, 0] if hasattr(X, "iloc") else X[:, 0]
-        if hasattr(X, "name"):  # a pandas or polars Series
+        if hasattr(X, "to_list"):  # a pandas or polars Series
             self.name = X.name
             self.cells = X.to_list()
         else:
@@ -527,7 +533,7 @@ class _Column:
 
 def _list_cells(X):
     """List the cells of an array or a list, flat or of one column."""
-    if isinstance(X, str | bytes) or not hasattr(X, "__len__"):
+    if not isinstance(X, np.ndarray | list | tuple):
         raise TypeError(
             f"X must be one column of cells: a DataFrame, Series, array or list; got {X!r}."
         )

@@ -17,7 +17,7 @@ _APPLICATION_ID = 0x534B4C45  # "SKLE", in the file's header
 _SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE models (
-    id INTEGER PRIMARY KEY,
+    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given out twice, even after clear()
     fingerprint TEXT NOT NULL UNIQUE,  -- names everything that changes a vector
     description TEXT NOT NULL,         -- the same in JSON, for people
     n_features INTEGER NOT NULL,
@@ -106,11 +106,10 @@ class EmbeddingStore:
             model = _model_id(db, fingerprint)
             if model is None:
                 return found
-            for start in range(0, len(digests), _LOOKUP_CHUNK):
-                position = {d: start + i for i, d in enumerate(digests[start:][:_LOOKUP_CHUNK])}
-                for digest, vector in _select(db, "digest, vector", "vectors", model, position):
-                    out[position[digest]] = np.frombuffer(vector, dtype="<f4")
-                    found[position[digest]] = True
+            position = {digest: i for i, digest in enumerate(digests)}
+            for digest, vector in _select(db, "digest, vector", "vectors", model, digests):
+                out[position[digest]] = np.frombuffer(vector, dtype="<f4")
+                found[position[digest]] = True
             if found.any():
                 db.execute(
                     "UPDATE models SET served = served + ? WHERE id = ?", (int(found.sum()), model)
@@ -147,8 +146,11 @@ class EmbeddingStore:
                 free = session.claim([digests[i] for i in positions])
                 mine = [i for i in positions if digests[i] in free]
                 for start in range(0, len(mine), batch_size):
-                    done, vectors = encode(mine[start : start + batch_size])
-                    session.put([digests[i] for i in done], vectors)
+                    batch = mine[start : start + batch_size]
+                    done, vectors = encode(batch)
+                    # A cell that could not be encoded is let go with its batch: another session
+                    # that wants it must not wait for this one, which may be waiting for that.
+                    session.put([digests[i] for i in done], vectors, [digests[i] for i in batch])
                     out[done] = vectors
                 return [i for i in positions if digests[i] not in free]
 
@@ -197,13 +199,7 @@ class EmbeddingStore:
     @contextlib.contextmanager
     def _session(self, fingerprint, description, n_features):
         """Open a session that may claim cells; its claims end with it, however it ends."""
-        with self._connection() as db:
-            db.execute(
-                "INSERT OR IGNORE INTO models (fingerprint, description, n_features) "
-                "VALUES (?, ?, ?)",
-                (fingerprint, json.dumps(description, sort_keys=True), n_features),
-            )
-            model = _model_id(db, fingerprint)
+        model = (fingerprint, json.dumps(description, sort_keys=True), n_features)
         owner = uuid.uuid4().hex
         with FileLock(self._life_sign(owner)) as life:
             try:
@@ -275,54 +271,62 @@ class _Session:
 
     def __init__(self, store, model, owner):
         self._store = store
-        self._model = model
+        self._model = model  # fingerprint, description, width
         self._owner = owner
 
     def claim(self, digests):
         """Claim the cells that nobody has encoded or is encoding; return their digests."""
-        with self._store._connection() as db:
-            db.execute("BEGIN IMMEDIATE")
+        with self._transaction() as (db, model):
             taken = {
                 digest
                 for table in ("vectors", "claims")
-                for (digest,) in _select(db, "digest", table, self._model, digests)
+                for (digest,) in _select(db, "digest", table, model, digests)
             }
             free = set(digests) - taken
             db.executemany(
                 "INSERT INTO claims (model, digest, owner) VALUES (?, ?, ?)",
-                [(self._model, digest, self._owner) for digest in free],
+                [(model, digest, self._owner) for digest in free],
             )
-            db.execute("COMMIT")
         return free
 
-    def put(self, digests, vectors):
-        """Keep the vectors of claimed cells; they are on disk when this returns."""
+    def put(self, digests, vectors, let_go):
+        """Keep vectors, on disk when this returns, and let go of the claims on a batch's cells."""
         rows = np.ascontiguousarray(vectors, dtype="<f4")
-        with self._store._connection() as db:
-            db.execute("BEGIN IMMEDIATE")
+        with self._transaction() as (db, model):
             db.executemany(
                 "INSERT OR IGNORE INTO vectors (model, digest, vector) VALUES (?, ?, ?)",
-                [(self._model, d, row.tobytes()) for d, row in zip(digests, rows, strict=True)],
+                [(model, d, row.tobytes()) for d, row in zip(digests, rows, strict=True)],
             )
             db.executemany(
-                "DELETE FROM claims WHERE model = ? AND digest = ?",
-                [(self._model, digest) for digest in digests],
+                "DELETE FROM claims WHERE owner = ? AND model = ? AND digest = ?",
+                [(self._owner, model, digest) for digest in let_go],
             )
             db.execute(
-                "UPDATE models SET encoded = encoded + ? WHERE id = ?", (len(digests), self._model)
+                "UPDATE models SET encoded = encoded + ? WHERE id = ?", (len(digests), model)
             )
-            db.execute("COMMIT")
 
     def wait(self):
         """Give other sessions a moment, and void the claims of those that died."""
         time.sleep(_POLL_SECONDS)
         with self._store._connection() as db:
             owners = db.execute(
-                "SELECT DISTINCT owner FROM claims WHERE model = ? AND owner != ?",
-                (self._model, self._owner),
+                "SELECT DISTINCT owner FROM claims WHERE owner != ?", (self._owner,)
             ).fetchall()
             for (owner,) in owners:
                 self._store._bury(db, owner)
+
+    @contextlib.contextmanager
+    def _transaction(self):
+        """Open a write transaction and find the model's row, which `clear` may have deleted."""
+        with self._store._connection() as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute(
+                "INSERT OR IGNORE INTO models (fingerprint, description, n_features) "
+                "VALUES (?, ?, ?)",
+                self._model,
+            )
+            yield db, _model_id(db, self._model[0])
+            db.execute("COMMIT")
 
 
 def _model_id(db, fingerprint):
@@ -332,10 +336,14 @@ def _model_id(db, fingerprint):
 
 def _select(db, columns, table, model, digests):
     """Select rows of one model by digest; `columns` and `table` are this module's own words."""
-    marks = ",".join("?" * len(digests))
-    return db.execute(
-        f"SELECT {columns} FROM {table} WHERE model = ? AND digest IN ({marks})", (model, *digests)
-    )
+    digests = list(digests)
+    for start in range(0, len(digests), _LOOKUP_CHUNK):
+        chunk = digests[start : start + _LOOKUP_CHUNK]
+        marks = ",".join("?" * len(chunk))
+        yield from db.execute(
+            f"SELECT {columns} FROM {table} WHERE model = ? AND digest IN ({marks})",
+            (model, *chunk),
+        )
 
 
 def _check_is_store(db, path):
