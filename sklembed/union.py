@@ -541,7 +541,7 @@ def _as_float_array(output, name, n_rows, block):
     output = np.asarray(output)
     if output.dtype.kind != "f":
         try:
-            output = pd.DataFrame(output).to_numpy(dtype=np.float64, na_value=np.nan)
+            output = np.where(pd.isna(output), np.nan, output).astype(np.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"Branch {name!r} returned {output.dtype} columns that are not numbers ({error}). "

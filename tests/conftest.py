@@ -82,6 +82,29 @@ def checkpoints(tmp_path_factory):
             "resnet": hf.ResNetModel(
                 hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
             ),
+            "llama": hf.LlamaModel(hf.LlamaConfig(**text, num_key_value_heads=2)),
+            "gpt2": hf.GPT2Model(
+                hf.GPT2Config(
+                    vocab_size=len(WORDS) + 5, n_embd=16, n_layer=2, n_head=2, n_positions=24
+                )
+            ),
+            "roberta": hf.RobertaModel(hf.RobertaConfig(**text, pad_token_id=1)),
+            "t5": hf.T5EncoderModel(
+                hf.T5Config(vocab_size=len(WORDS) + 5, d_model=16, d_ff=24, d_kv=8, num_layers=2)
+            ),
+            "swin": hf.SwinModel(
+                hf.SwinConfig(
+                    image_size=32,
+                    patch_size=4,
+                    window_size=4,
+                    embed_dim=8,
+                    depths=[1, 1],
+                    num_heads=[1, 2],
+                )
+            ),
+            "siglip": hf.SiglipModel(
+                hf.SiglipConfig(text_config=text | {"projection_size": 16}, vision_config=vision)
+            ),
             "clip": hf.CLIPModel(
                 hf.CLIPConfig(
                     text_config=text | {"eos_token_id": 3, "pad_token_id": 0, "bos_token_id": 2},
@@ -92,17 +115,20 @@ def checkpoints(tmp_path_factory):
         }
     for name, model in models.items():
         model.save_pretrained(root / name)
-        if name in ("bert", "clip"):
-            _tokenizer().save_pretrained(root / name)
-        if name != "bert":
-            processor = hf.CLIPImageProcessorPil if name == "clip" else hf.ViTImageProcessorPil
-            size = {"shortest_edge": 32} if name == "clip" else {"height": 32, "width": 32}
-            crop = {"crop_size": {"height": 32, "width": 32}} if name == "clip" else {}
-            processor(size=size, **crop).save_pretrained(root / name)
+        if name not in ("vit", "dinov2", "resnet", "swin"):
+            pad = {} if name in ("llama", "gpt2") else {"pad_token": "[PAD]"}
+            side = "left" if name in ("llama", "gpt2") else "right"
+            _tokenizer(padding_side=side, **pad).save_pretrained(root / name)
+        if name == "clip":
+            hf.CLIPImageProcessorPil(
+                size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+            ).save_pretrained(root / name)
+        elif name in ("vit", "dinov2", "resnet", "swin", "siglip"):
+            hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root / name)
     return {name: str(root / name) for name in models}
 
 
-def _tokenizer():
+def _tokenizer(**options):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -116,9 +142,9 @@ def _tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="[UNK]",
-        pad_token="[PAD]",
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
-        model_max_length=24,
+        eos_token="[SEP]",
+        **options,
     )

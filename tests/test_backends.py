@@ -60,8 +60,67 @@ def test_texts_equal_a_forward_pass_of_each_alone(checkpoints, pooling):
     np.testing.assert_allclose(vectors, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
+def test_texts_of_other_families_equal_a_forward_pass_of_each_alone(checkpoints, family, pooling):
+    """Decoders have no padding token, and tokenizers that pad on the left."""
+    expected = [POOL[pooling](text_states(checkpoints[family], text)).numpy() for text in TEXTS]
+    vectors = encode(checkpoints[family], TEXTS, pooling=pooling)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_t5_encoders_equal_a_forward_pass_of_each_alone(checkpoints):
+    path = checkpoints["t5"]
+    model, tokenizer = (
+        hf.T5EncoderModel.from_pretrained(path),
+        hf.AutoTokenizer.from_pretrained(path),
+    )
+    with torch.inference_mode():
+        states = [model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0] for t in TEXTS]
+    expected = [s.mean(0).numpy() for s in states]
+    np.testing.assert_allclose(encode(path, TEXTS), expected, atol=1e-5)
+
+
+def test_siglip_texts_are_padded_as_in_training(checkpoints):
+    path = checkpoints["siglip"]
+    model, tokenizer = hf.AutoModel.from_pretrained(path), hf.AutoTokenizer.from_pretrained(path)
+    vectors = encode(path, TEXTS, modality="text")
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        tokens = tokenizer(text, padding="max_length", max_length=24, return_tensors="pt")
+        with torch.inference_mode():
+            expected = model.get_text_features(input_ids=tokens["input_ids"]).pooler_output[0]
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+
+
+def test_a_checkpoint_without_tokenizer_files_is_refused(checkpoints, tmp_path):
+    path = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], path, ignore=shutil.ignore_patterns("*token*"))
+    with pytest.raises(OSError, match="holds no tokenizer files"):
+        encode(str(path), TEXTS)
+
+
+def test_weights_that_would_be_made_up_are_refused(checkpoints, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], path)
+    weights = load_file(path / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if "layer.1.output" not in key}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OSError, match="lacks 4 weights of its architecture"):
+        encode(str(path), TEXTS)
+
+
+def test_a_model_that_masks_at_random_is_refused(tmp_path):
+    config = hf.ViTMAEConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="masks patches at random"):
+        FrozenEncoder(tmp_path).fit([np.zeros((2, 2, 3), dtype=np.uint8)])
+
+
 @pytest.mark.parametrize(
-    ("family", "pooling"), [("vit", "cls"), ("dinov2", "cls"), ("resnet", "mean")]
+    ("family", "pooling"),
+    [("vit", "cls"), ("dinov2", "cls"), ("resnet", "mean"), ("swin", "mean")],
 )
 def test_images_equal_a_forward_pass_of_each_alone(checkpoints, pictures, family, pooling):
     expected = [POOL[pooling](image_states(checkpoints[family], p)).numpy() for p in pictures]
@@ -99,14 +158,17 @@ def test_the_width_is_known_without_weights(checkpoints, tmp_path, family, width
     assert len(FrozenEncoder(str(path)).get_feature_names_out()) == width
 
 
+@pytest.mark.parametrize(("family", "most"), [("bert", 24), ("roberta", 22)])
+def test_a_max_length_beyond_the_model_s_is_refused(checkpoints, family, most):
+    with pytest.raises(ValueError, match=f"max_length=25, but .* takes at most {most} tokens"):
+        FrozenEncoder(checkpoints[family], max_length=25).fit(TEXTS)
+    assert np.isfinite(encode(checkpoints[family], ["cat " * 500])).all()
+
+
 def test_max_length_cuts_texts(checkpoints):
     long = "the cat sat on a mat and then slept"
     short = encode(checkpoints["bert"], [long], max_length=5)
     np.testing.assert_allclose(short, encode(checkpoints["bert"], ["the cat sat"]), atol=1e-6)
-
-
-def test_a_text_longer_than_the_model_takes_is_cut_by_default(checkpoints):
-    assert np.isfinite(encode(checkpoints["bert"], ["cat " * 500])).all()
 
 
 @pytest.mark.parametrize("mode", ["cls_token", "mean_tokens", "max_tokens"])
@@ -123,6 +185,52 @@ def test_sentence_transformers_modules_that_are_not_understood_are_refused(check
     path = as_sentence_transformer(checkpoints["bert"], tmp_path, {}, extra="Dense")
     with pytest.raises(ValueError, match="with a Dense module, which is not supported"):
         encode(path, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"q": "the dog "}, "default_prompt_name": "q"},
+        ),
+        ("sentence_bert_config.json", {"max_seq_length": 5}),
+        ("sentence_roberta_config.json", {"max_seq_length": 5}),
+    ],
+)
+def test_sentence_transformers_prompts_and_lengths_are_honoured(
+    checkpoints, tmp_path, name, settings
+):
+    from sentence_transformers import SentenceTransformer
+
+    path = as_sentence_transformer(
+        checkpoints["bert"], tmp_path, {"pooling_mode_mean_tokens": True}
+    )
+    os.remove(f"{path}/sentence_bert_config.json")
+    before = encode(path, TEXTS)
+    with open(f"{path}/{name}", "w") as file:
+        json.dump(settings, file)
+    expected = SentenceTransformer(path, device="cpu").encode(TEXTS, show_progress_bar=False)
+    np.testing.assert_allclose(encode(path, TEXTS), expected, atol=1e-6)
+    assert np.abs(before - expected).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "what"),
+    [
+        ("config_sentence_transformers.json", {"truncate_dim": 8}, "truncate_dim"),
+        ("1_Pooling/config.json", {"include_prompt": False}, "leaves the prompt out"),
+        ("1_Pooling/config.json", {"pooling_mode_weightedmean_tokens": True}, "weightedmean"),
+    ],
+)
+def test_sentence_transformers_settings_not_understood_are_refused(
+    checkpoints, tmp_path, name, settings, what
+):
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {})
+    with open(f"{path}/{name}", "w") as file:
+        json.dump(settings, file)
+    with pytest.raises(ValueError, match=f"{what}.*which is not supported"):
+        FrozenEncoder(path).fit(TEXTS)
 
 
 def as_sentence_transformer(source, tmp_path, pooling, extra=None):
@@ -186,8 +294,9 @@ def test_the_fingerprint_names_nothing_else(checkpoints, tmp_path):
     bert = checkpoints["bert"]
     base = fingerprint(bert, dtype="float32")
     assert base == fingerprint(bert, dtype="float32", batch_size=3, device="cpu", store=None)
-    copy = tmp_path / os.path.basename(bert)  # the same checkpoint elsewhere
+    copy = tmp_path / "elsewhere"  # the same checkpoint under another name
     shutil.copytree(bert, copy)
+    (copy / "README.md").write_text("Read me.")
     assert base == fingerprint(str(copy), dtype="float32")
     assert base == fingerprint(copy, dtype="float32")  # a path
 
@@ -201,6 +310,27 @@ def test_the_fingerprint_follows_the_weights(checkpoints, tmp_path):
         model.encoder.layer[0].output.dense.bias += 1
     model.save_pretrained(copy)
     assert fingerprint(copy) != before
+
+
+def test_a_checkpoint_that_is_overwritten_is_read_anew(checkpoints, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(checkpoints["bert"], path)
+    assert encode(path, TEXTS).shape == (4, 16)
+    shutil.rmtree(path)
+    shutil.copytree(checkpoints["clip"], path)
+    assert encode(path, TEXTS, modality="text").shape == (4, 12)
+
+
+def test_a_hub_model_of_sentence_transformers_follows_its_files(checkpoints, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234568"
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {"pooling_mode_cls_token": True})
+    folder = tmp_path / "hub" / "models--someone--sentences"
+    shutil.copytree(path, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    vectors = encode("someone/sentences", TEXTS, local_files_only=True)
+    np.testing.assert_array_equal(vectors, encode(path, TEXTS))
 
 
 def test_a_hub_model_in_the_local_cache_is_found_offline(checkpoints, tmp_path, monkeypatch):
@@ -248,9 +378,68 @@ def test_a_backend_is_loaded_once_a_process_and_not_cloned():
     [
         ({"load": 3}, TypeError, "load must be a function"),
         ({"modality": "sound"}, ValueError, "modality must be one of"),
+        ({"n_features": None}, ValueError, "n_features must be the width.*got None"),
+        ({"name": ""}, TypeError, "name must be a str"),
+        ({"version": 1}, TypeError, "version must be a str"),
     ],
 )
 def test_a_callable_backend_checks_its_arguments(options, error, message):
     good = {"load": list, "name": "n", "version": "1", "modality": "text", "n_features": 1}
     with pytest.raises(error, match=message):
         CallableBackend(**(good | options))
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (lambda texts: None, "load must take nothing.*asks for arguments"),
+        (lambda: "text", "load must return the encoding function; it returned 'text'"),
+    ],
+)
+def test_a_load_of_the_wrong_form_is_refused(load, message):
+    backend = CallableBackend(load, name=message, version="1", modality="text", n_features=1)
+    with pytest.raises(TypeError, match=message):
+        FrozenEncoder(backend, store=None).transform(["a"])
+
+
+def test_functions_may_return_tensors_and_sparse_matrices():
+    import scipy.sparse
+
+    made = {
+        "tensor": torch.ones(2, 3, requires_grad=True),
+        "sparse": scipy.sparse.csr_array(np.ones((2, 3))),
+    }
+    for name, value in made.items():
+        backend = CallableBackend(
+            lambda value=value: lambda texts: value,
+            name=name,
+            version="1",
+            modality="text",
+            n_features=3,
+        )
+        vectors = FrozenEncoder(backend, store=None).transform(["a", "b"])
+        np.testing.assert_array_equal(vectors, np.ones((2, 3)))
+
+
+def test_one_encoder_may_call_another(checkpoints):
+    def load():
+        return FrozenEncoder(checkpoints["bert"], store=None).transform
+
+    outer = CallableBackend(load, name="outer", version="1", modality="text", n_features=16)
+    vectors = FrozenEncoder(outer, store=None).transform(TEXTS)
+    np.testing.assert_array_equal(vectors, encode(checkpoints["bert"], TEXTS))
+
+
+def test_only_the_last_few_models_stay_loaded():
+    from sklembed.encoders import backends
+
+    for i in range(8):
+        backend = CallableBackend(
+            lambda: lambda texts: np.ones((len(texts), 1)),
+            name=f"model {i}",
+            version="1",
+            modality="text",
+            n_features=1,
+        )
+        FrozenEncoder(backend, store=None).transform(["a"])
+    assert len(backends._LOADED) == backends._LOADED_LIMIT

@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -228,6 +229,8 @@ def test_nothing_is_loaded_before_bad_cells_are_found():
         (pd.DataFrame({"a": ["x"], "b": ["y"]}), ValueError, r"X has 2: \['a', 'b'\]"),
         (np.array([["x", "y"]]), ValueError, r"X has shape \(1, 2\)"),
         ("one text", TypeError, "X must be one column of cells"),
+        (Path("one.png"), TypeError, "X must be one column of cells"),
+        ({"note": ["x"]}, TypeError, "X must be one column of cells"),
         (pd.DataFrame({"note": [None, None]}), ValueError, "All 2 cells of column 'note'"),
         (["fine", b"bytes"], TypeError, "Row 1 of the column: expected a str, got bytes"),
     ],
@@ -240,6 +243,7 @@ def test_bad_columns_are_refused(text_backend, X, error, message):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
+        (np.full((2, 9), 1e300), "returned NaN or infinity"),
         (np.zeros((2, 3)), r"returned shape \(2, 3\)"),
         (np.zeros(9), r"returned shape \(9,\)"),
         (np.full((2, 9), np.nan), "returned NaN or infinity"),
@@ -247,7 +251,11 @@ def test_bad_columns_are_refused(text_backend, X, error, message):
 )
 def test_a_backend_that_breaks_its_promise_is_refused(store, made, message):
     backend = CallableBackend(
-        lambda: lambda texts: made, name=message, version="1", modality="text", n_features=9
+        lambda: lambda texts: made,
+        name=message,
+        version=str(made.max()),
+        modality="text",
+        n_features=9,
     )
     encoder = FrozenEncoder(backend, store=store)
     with pytest.raises(ValueError, match=message):
@@ -295,19 +303,76 @@ def test_a_store_that_cannot_be_used_is_a_clear_error(text_backend, tmp_path):
 
 
 def test_forked_children_start_afresh(text_backend):
+    """A thread of the parent is inside a model, and so holds the lock, when the child is born."""
     import os
+    import threading
 
-    FrozenEncoder(text_backend, store=None).transform(TEXTS)
+    inside, leave = threading.Event(), threading.Event()
+
+    def load():
+        def encode(texts):
+            inside.set()
+            leave.wait(timeout=60)
+            return np.zeros((len(texts), 1))
+
+        return encode
+
+    slow = CallableBackend(load, name="slow", version="1", modality="text", n_features=1)
+    thread = threading.Thread(target=FrozenEncoder(slow, store=None).transform, args=(["a"],))
+    thread.start()
+    inside.wait(timeout=60)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads; none is used
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads
         child = os.fork()
     if child == 0:
+        import signal
+
+        signal.alarm(20)  # a deadlock ends the child
+        vectors = FrozenEncoder(text_backend, store=None).transform(TEXTS)
+        os._exit(0 if np.array_equal(vectors, count_letters(TEXTS)) else 1)
+    status = os.waitpid(child, 0)[1]
+    leave.set()
+    thread.join()
+    assert status == 0
+
+
+def test_threads_use_a_model_one_at_a_time():
+    import threading
+    import time
+
+    busy = []
+
+    def load():
+        def encode(texts):
+            busy.append(1)
+            assert len(busy) == 1
+            time.sleep(0.02)
+            busy.pop()
+            return np.zeros((len(texts), 1))
+
+        return encode
+
+    backend = CallableBackend(load, name="busy", version="1", modality="text", n_features=1)
+    failures = []
+
+    def work():
         try:
-            vectors = FrozenEncoder(text_backend, store=None).transform(TEXTS)
-            os._exit(0 if np.array_equal(vectors, count_letters(TEXTS)) else 1)
-        except BaseException:
-            os._exit(2)
-    assert os.waitpid(child, 0)[1] == 0
+            FrozenEncoder(backend, store=None, batch_size=1).transform(["a", "b", "c"])
+        except AssertionError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_texts_are_encoded_longest_first(counting):
+    backend, seen = counting
+    FrozenEncoder(backend, store=None).transform(["aa", "aaaa", "a", "aaa"])
+    assert seen == ["aaaa", "aaa", "aa", "a"]
 
 
 def test_stores_are_given_by_path_or_object(text_backend, tmp_path):

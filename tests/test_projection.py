@@ -200,6 +200,45 @@ def test_groups_without_routing_are_refused(clusters):
         small(cv=LeaveOneGroupOut()).fit_transform(*clusters, groups=np.arange(90) % 3)
 
 
+@pytest.mark.parametrize("as_fold", [list, np.array, lambda rows: np.isin(np.arange(90), rows)])
+def test_folds_are_given_as_lists_arrays_or_masks(clusters, as_fold):
+    X, y = clusters
+    folds = list(StratifiedKFold(3).split(X, y))
+    given = [(as_fold(train.tolist()), as_fold(held_out.tolist())) for train, held_out in folds]
+    np.testing.assert_array_equal(
+        small(cv=given).fit_transform(X, y), small(cv=folds).fit_transform(X, y)
+    )
+
+
+def test_folds_that_train_on_what_they_hold_out_are_refused(clusters):
+    rows = np.arange(90)
+    with pytest.raises(ValueError, match="Fold 0 of cv trains on row 0, which it holds out"):
+        small(cv=[(rows, rows[:45]), (rows, rows[45:])]).fit_transform(*clusters)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_few_observed_rows_are_spread_over_the_folds(seed):
+    X = np.full((60, 5), np.nan)
+    X[:6] = np.random.default_rng(0).normal(size=(6, 5))
+    y = np.arange(60) % 2
+    Z = small(random_state=seed, n_components=2).fit_transform(X, y)
+    assert np.isfinite(Z[:6]).all()
+
+
+def test_a_fold_without_an_observed_row_to_train_on_is_refused(clusters):
+    X, y = clusters
+    X = X.copy()
+    X[30:] = np.nan
+    folds = [(np.r_[30:90], np.r_[0:30]), (np.r_[0:30], np.r_[30:90])]
+    with pytest.raises(ValueError, match="has no observed row to train on"):
+        small(cv=folds).fit_transform(X, np.arange(90) % 2)
+
+
+def test_training_that_diverges_is_an_error(clusters):
+    with pytest.raises(ValueError, match="Training diverged.*Lower lr"):
+        small(lr=1e30, max_epochs=20).fit(*clusters)
+
+
 @pytest.mark.parametrize("cv", [ShuffleSplit(3, random_state=0), [([0, 1, 2, 3], [4])]])
 def test_folds_that_do_not_partition_the_rows_are_refused(clusters, cv):
     with pytest.raises(ValueError, match="cv must hold out each row exactly once, but row"):
@@ -261,9 +300,10 @@ def test_a_random_state_instance_is_drawn_from(clusters):
         ([None] + ["a", "b"] * 44 + ["a"], "contains NaN or None in 1 of 90 rows, first in row 0"),
         (np.r_[0.0, np.nan, np.ones(88)], "contains NaN or None in 1 of 90 rows, first in row 1"),
         (np.linspace(0, 1, 90), "Unknown label type"),
+        (np.array([1, "a"] * 45, dtype=object), "Unknown label type|mixes labels"),
         (np.zeros((90, 2), dtype=int), "multilabel|1d|1D|shape"),
     ],
-    ids=["one class", "one row per class", "None", "NaN", "continuous", "two columns"],
+    ids=["one class", "one row per class", "None", "NaN", "continuous", "mixed", "two columns"],
 )
 @pytest.mark.filterwarnings("ignore:The number of unique classes is greater than 50%")
 def test_bad_labels_are_refused(clusters, y, message):

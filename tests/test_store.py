@@ -116,6 +116,56 @@ def test_cells_that_cannot_be_encoded_are_left_out(store):
     assert read(store, [0, 1, 2, 3])[0].tolist() == [True, False, True, False]
 
 
+def test_sessions_that_cannot_encode_a_cell_do_not_wait_for_each_other(store):
+    """Each holds a cell that nobody can encode, and that the other wants too."""
+    met = threading.Barrier(2, timeout=20)
+    results = {}
+
+    def work(numbers):
+        started = []
+
+        def encode(positions):
+            if not started:
+                started.append(met.wait())
+            good = [i for i in positions if numbers[i] not in (0, 99)]
+            return good, np.ones((len(good), 3))
+
+        results[numbers[0]] = fill(store, numbers, encode=encode, batch_size=2)
+
+    ways = [list(range(100)), list(range(100))[::-1]]
+    threads = [threading.Thread(target=work, args=(way,), daemon=True) for way in ways]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert results.keys() == {0, 99}
+    for out in results.values():
+        assert np.isnan(out[:, 0]).sum() == 2
+
+
+def test_clear_in_the_middle_of_a_session_mixes_no_models(store):
+    another = {"fingerprint": "g", "description": {"name": "another"}}
+
+    def clear_and_let_another_in(positions):
+        store.clear()
+        fill(store, [1, 2], model=another)
+        return list(positions), np.full((len(positions), 3), 100.0)
+
+    out = fill(store, [1, 2], encode=clear_and_let_another_in)
+    np.testing.assert_array_equal(out, 100.0)
+    found, vectors = read(store, [1, 2], fingerprint="g")
+    assert found.all()
+    np.testing.assert_array_equal(vectors[:, 0], [1, 2])
+    assert read(store, [1, 2])[0].all()
+
+
+def test_a_batch_may_be_larger_than_a_query(store):
+    numbers = list(range(300_000))
+    encoded = []
+    fill(store, numbers, encoded=encoded, batch_size=300_000)
+    assert len(encoded) == 300_000
+
+
 def test_threads_encode_each_cell_once(store):
     encoded, results = [], {}
 

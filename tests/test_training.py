@@ -107,6 +107,14 @@ def test_skorch_params_reach_the_net(regression):
     assert "valid_loss" in history[0]
 
 
+@pytest.mark.parametrize(
+    "params", [{"optimizer": torch.optim.RMSprop}, {"iterator_train": torch.utils.data.DataLoader}]
+)
+def test_skorch_params_may_replace_what_has_options_of_our_own(regression, params):
+    _, history = fit(regression, skorch_params=params)
+    assert len(history) == 3
+
+
 def test_a_partial_last_batch_is_trained_on(regression):
     X, Y = (array[:17] for array in regression)  # 16 + 1 rows
     _, history = fit((X, Y))

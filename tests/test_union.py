@@ -161,6 +161,7 @@ def test_named_columns_are_found_in_any_order_and_among_others(union, table):
         ([7], "Branch 'b' asks for column 7, but X has 3 columns"),
         ([], "Branch 'b' selects no column"),
         (slice("colour", None), "asks for column 'colour'"),
+        ([True, False], "a mask of 2 values, but X has 3 columns"),
     ],
 )
 def test_absent_columns_are_refused(table, columns, message):
@@ -245,10 +246,11 @@ def test_dropping_a_branch_can_be_searched_over(table):
         ([("n_jobs", "passthrough", [0])], "'n_jobs' is a parameter of the union"),
         ([("a", "passthrough")], r"tuples \(name, transformer, columns\)"),
         ([("a", "drop", [0])], "All branches are 'drop'"),
+        ([("a", None, [0])], "Branch 'a' needs a transformer"),
     ],
 )
 def test_branches_that_could_not_be_told_apart_are_refused(transformers, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         PerModalityUnion(transformers).fit(np.zeros((3, 2)))
 
 
@@ -312,6 +314,72 @@ def test_groups_reach_the_projector_s_splitter_through_a_pipeline():
         union = PerModalityUnion([("a", make_pipeline(projector), [0, 1])])
         make_pipeline(union, HistGradientBoostingClassifier()).fit(X, y, groups=groups)
     np.testing.assert_array_equal(seen["groups"], groups[6:])
+
+
+def test_metadata_of_transform_is_cut_to_the_branch_s_rows(table):
+    class Tagging(Recorder):
+        def transform(self, X, tags=None):
+            self.tags_ = tags
+            return super().transform(X)
+
+    with sklearn.config_context(enable_metadata_routing=True):
+        tagging = Tagging().set_transform_request(tags=True)
+        union = PerModalityUnion([("size", tagging, ["height", "width"])]).fit(table)
+        union.transform(table, tags=list("uvwxyz"))
+    assert union.named_transformers_["size"].tags_ == list("uvxyz")
+
+
+def test_passthrough_and_drop_stand_beside_routed_metadata(table):
+    with sklearn.config_context(enable_metadata_routing=True):
+        recorder = Recorder().set_fit_request(sample_weight=True)
+        union = PerModalityUnion(
+            [("h", recorder, ["height"]), ("w", "passthrough", ["width"]), ("n", "drop", "note")]
+        )
+        blocks = union.fit_transform(table, sample_weight=np.ones(6))
+    np.testing.assert_array_equal(blocks, table[["height", "width"]].to_numpy())
+
+
+@pytest.mark.parametrize("y", [np.zeros(5), np.zeros(8)])
+def test_labels_of_another_length_are_refused(union, table, y):
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        union.fit(table, y)
+
+
+def test_nan_in_a_list_of_rows_is_missing(text_backend):
+    union = PerModalityUnion([("text", FrozenEncoder(text_backend, store=None), 0)])
+    blocks = union.fit_transform([["a cat", 1.0], [np.nan, 2.0]])
+    assert np.isnan(blocks).all(axis=1).tolist() == [False, True]
+
+
+def test_passthrough_takes_a_single_name_and_nullable_numbers(table):
+    union = PerModalityUnion([("h", "passthrough", "height"), ("both", "passthrough", [1, 2])])
+    blocks = union.fit_transform(table.astype({"height": "Float64", "width": "Float64"}))
+    np.testing.assert_array_equal(blocks[:, 0], table["height"])
+    np.testing.assert_array_equal(blocks[:, 1:], table[["height", "width"]].to_numpy())
+
+
+def test_a_flat_output_is_refused_with_the_way_out(table):
+    with pytest.raises(ValueError, match=r"select it by a list, as in \['x'\]"):
+        PerModalityUnion([("h", Recorder(), "height")]).fit_transform(table)
+
+
+def test_errors_name_the_branch_and_the_rows_it_saw(table):
+    with pytest.raises(ValueError, match="y holds 1 class only") as caught:
+        PerModalityUnion([("h", ContrastiveProjector(), ["height"])]).fit_transform(
+            table, ["x", "y", "y", "x", "y", "x"][:1] + ["x", "y", "x", "y", "x"]
+        )
+    assert caught.value.__notes__ == [
+        "This was in branch 'h' of PerModalityUnion, which was given the 4 of 6 rows that it has."
+    ]
+
+
+def test_names_given_for_output_must_be_those_seen(union, table):
+    union.fit(table)
+    names = union.get_feature_names_out(["note", "height", "width"])
+    assert names.tolist() == union.get_feature_names_out().tolist()
+    for wrong in (["a", "b", "c"], ["note"]):
+        with pytest.raises(ValueError, match="must equal the 3 columns seen in fit"):
+            union.get_feature_names_out(wrong)
 
 
 def test_metadata_without_routing_is_refused(union, table):
