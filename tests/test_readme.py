@@ -1,4 +1,4 @@
-"""The README's example runs, on fewer rows, and its table has the form of the demo's."""
+"""The README's example runs, on fewer rows."""
 
 import re
 from pathlib import Path
