@@ -56,5 +56,5 @@ clean:
 .venv-oldest/.dev: .venv/.python constraints-oldest.txt pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip --quiet install --constraint constraints-oldest.txt torch
-	.venv-oldest/bin/python -m pip --quiet install --constraint constraints-oldest.txt --editable '.[demo,dev]'
+	.venv-oldest/bin/python -m pip --quiet install --constraint constraints-oldest.txt --editable '.[demo,test]'
 	touch $@
