@@ -354,8 +354,9 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     def _fingerprint(self, backend):
         """Name everything that changes a vector: a digest, and what it is the digest of."""
-        description = backend.describe() | {
-            "unit_length": self.normalize or backend.describe().get("unit_length", False),
+        description = backend.describe()
+        description |= {
+            "unit_length": self.normalize or description.get("unit_length", False),
             "decoding": DECODING_VERSION,
         }
         key = {name: value for name, value in description.items() if name != "label"}
