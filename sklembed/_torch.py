@@ -42,8 +42,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def _computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Of CPUs only those with AMX gain: with AVX512-BF16 alone, bfloat16 is slower than float32. Older
-    # releases of torch cannot say; there float32 is the safe answer.
+    # Of CPUs only those with AMX gain: with AVX512-BF16 alone, bfloat16 is slower than float32.
+    # Older releases of torch cannot say; there float32 is the safe answer.
     features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and bool(features.get("amx_bf16", False))
 
