@@ -306,12 +306,11 @@ def test_exif_orientation_is_applied_once(picture, orientation, format):
     ],
 )
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_broken_metadata_do_not_break_a_picture_and_warn_of_nothing(picture, exif, format):
+def test_broken_metadata_do_not_break_a_picture(picture, exif, format):
     plain = decode(encoded(picture, format), "image")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own words about the metadata
         np.testing.assert_array_equal(decode(encoded(picture, format, exif=exif), "image"), plain)
-    assert not caught
 
 
 @pytest.mark.parametrize(
@@ -405,11 +404,10 @@ def test_a_decompression_bomb_is_refused_whatever_is_done_about_warnings(
 ):
     """Pillow raises at twice its limit, and up to there warns and decodes."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True):
         warnings.simplefilter(action)
-        with pytest.raises(ValueError, match="decompression bomb .* Raise PIL.Image.MAX_IMAGE_PIX"):
+        with pytest.raises(ValueError, match="(?i)raise .*if you trust it"):
             decode(encoded(picture), "image")
-    assert not caught
 
 
 def test_a_decompression_bomb_is_refused_by_its_header_and_never_loaded():
@@ -426,10 +424,12 @@ def test_postscript_is_not_run(picture):
         decode(encoded(picture, "EPS"), "image")
 
 
-def test_threads_leave_the_settings_of_the_process_as_they_were(picture):
-    """Filters of warnings are the process's: threads that put them back in turn would mix them."""
+@pytest.mark.parametrize("lenient", [False, True])
+def test_threads_leave_the_settings_of_the_process_as_they_were(picture, lenient, monkeypatch):
+    """Settings are the process's: threads that put them back in turn would mix them up."""
     good, bad = encoded(picture), encoded(picture)[:60]
-    filters, lenient = list(warnings.filters), ImageFile.LOAD_TRUNCATED_IMAGES
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+    filters = list(warnings.filters)
 
     def read(i):
         try:
@@ -641,14 +641,14 @@ files = list(some_files())
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
     kept=st.just(1.0) | st.floats(0, 1),
 )
-def test_a_corrupt_file_is_a_picture_or_a_value_error_and_warns_of_nothing(file, flips, kept):
+def test_a_corrupt_file_is_a_picture_or_a_value_error(file, flips, kept):
     corrupt = bytearray(file)
     for place, byte in flips:
         # Squared, for most of what a decoder can stumble over stands at the beginning.
         corrupt[int(place**2 * len(corrupt))] = byte
     corrupt = bytes(corrupt[: int(kept * len(corrupt))])
     with (
-        warnings.catch_warnings(record=True) as caught,
+        warnings.catch_warnings(record=True),
         mock.patch.object(Image, "MAX_IMAGE_PIXELS", 100_000),  # larger ones cost time
     ):
         warnings.simplefilter("always")
@@ -660,7 +660,6 @@ def test_a_corrupt_file_is_a_picture_or_a_value_error_and_warns_of_nothing(file,
             assert decoded.mode == "RGB"
             assert 0 not in decoded.size
             np.testing.assert_array_equal(decode(corrupt, "image"), decoded)
-    assert not caught
 
 
 class Unprintable:

@@ -2,7 +2,6 @@
 
 import os
 import threading
-import warnings
 from contextlib import contextmanager
 from hashlib import blake2b
 from io import BytesIO
@@ -18,7 +17,8 @@ DECODING_VERSION = 2
 _DIGEST_SIZE = 16  # bytes; 2**64 cells before a collision becomes likely
 _MAX_FILE_SIZE = 2**30  # bytes; the pixels that Pillow admits fill less, even uncompressed
 
-_PILLOW = threading.Lock()
+_PILLOW = threading.Lock()  # guards _n_decoding, the threads for which Pillow was made strict
+_n_decoding = 0
 _UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -167,8 +167,11 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 def _to_rgb(source, cell) -> Image.Image:
     """Decode encoded bytes or a picture in memory into 8-bit RGB; the cell is for the message."""
     try:
-        with _strict_pillow():
-            picture = Image.open(BytesIO(source)) if isinstance(source, bytes) else source
+        with _no_half_pictures():
+            picture = source
+            if isinstance(source, bytes):
+                picture = Image.open(BytesIO(source))
+                _refuse_bomb(picture)
             if picture is not source and picture.format == "EPS":
                 raise ValueError("it is PostScript, a program that Ghostscript would have to run")
             _load(picture)
@@ -184,20 +187,35 @@ def _to_rgb(source, cell) -> Image.Image:
         ) from error
 
 
-@contextmanager
-def _strict_pillow():
-    """Make Pillow decode alike whatever the process has set, and raise rather than warn.
+def _refuse_bomb(picture: Image.Image) -> None:
+    """Refuse what Pillow would only warn of, before its pixels take up memory."""
+    limit = Image.MAX_IMAGE_PIXELS
+    n_pixels = picture.width * picture.height
+    if limit is not None and n_pixels > limit:
+        raise ValueError(
+            f"it has {n_pixels} pixels, more than the {limit} of PIL.Image.MAX_IMAGE_PIXELS; raise "
+            "that if you trust it"
+        )
 
-    The settings are the process's, so one thread at a time changes them and puts them back.
+
+@contextmanager
+def _no_half_pictures():
+    """Have truncated files refused, also in a process that has told Pillow to put up with them.
+
+    The setting is the process's: it comes back when the last of the threads that decode is done.
     """
-    with _PILLOW, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken metadata: pixels count
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-        try:
-            yield
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+    global _n_decoding
+    with _PILLOW:
+        lenient = ImageFile.LOAD_TRUNCATED_IMAGES or _n_decoding > 0
+        _n_decoding += lenient
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        if lenient:
+            with _PILLOW:
+                _n_decoding -= 1
+                ImageFile.LOAD_TRUNCATED_IMAGES = _n_decoding == 0
 
 
 def _load(picture: Image.Image) -> None:
