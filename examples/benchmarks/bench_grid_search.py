@@ -8,9 +8,9 @@ with ``--fast`` a function that only counts letters, whose seconds are those of 
 Counts are exact, over all processes. Seconds are those of the search, loading the model included,
 side by side on the machine that prints them; with ``--repeats`` they are medians.
 
-The peers encode by a transformer that loads its model once a process; those that they ship do so
-for every clone. Where a peer's cache does better ahead of the folds than in them, both are shown;
-the search can then no longer tune what encodes.
+The peers encode by a transformer that loads its model once a process, when it has something to
+encode; those that they ship load theirs for every clone. Where a peer's cache does better ahead of
+the folds than in them, both are shown; the search can then no longer tune what encodes.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def load_minilm():
 
     def encode(texts):
         note("rows", len(texts))
-        return encoder.transform(texts) if texts else []  # embetter asks for none where it has all
+        return encoder.transform(texts)
 
     return encode
 
@@ -92,7 +92,8 @@ def loaded(load):
 
 def encode(texts, load):
     """Encode a list, a column or a table of one column."""
-    return loaded(load)(list(np.ravel(texts)))
+    texts = list(np.ravel(texts))
+    return loaded(load)(texts) if texts else []  # embetter asks for none where it has them all
 
 
 class Encoder(TransformerMixin, BaseEstimator):
