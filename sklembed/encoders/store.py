@@ -38,7 +38,7 @@ CREATE TABLE cells (
     model INTEGER NOT NULL REFERENCES models (id),
     digest BLOB NOT NULL,       -- of the cell's content; the cell itself is not kept
     id INTEGER NOT NULL,        -- of its row in vectors
-    checksum INTEGER NOT NULL,  -- CRC-32 of the vector: SQLite has none for its pages
+    checksum INTEGER NOT NULL,  -- CRC-32 of digest and vector: SQLite has none for its pages
     size INTEGER NOT NULL,      -- bytes of the vector
     used INTEGER NOT NULL,      -- hour of last use, since 1970
     PRIMARY KEY (model, digest)
@@ -67,7 +67,6 @@ _PATIENCE_SECONDS = 60.0  # for another process's transaction
 _BOOKKEEPING_PATIENCE_SECONDS = 5.0  # counts and recency are not worth a longer wait
 _PRUNE_TO = 0.9  # of the cap, so that pruning is rare
 
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _REFUSED = {  # what a full, failing, busy or write-protected disk answers
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_CANTOPEN,
@@ -251,7 +250,7 @@ class EmbeddingStore:
             served, damaged = 0, []
             try:
                 for piece in _pieces(cells, _READ_BYTES):
-                    sound, values, unsound = _fetch(db, space, piece)
+                    sound, values, unsound = _fetch(db, space, digests, piece)
                     damaged.extend(unsound)
                     if len(sound):
                         served += len(sound)
@@ -636,6 +635,9 @@ class _Session:
         owners = {owner for (owner,) in db.execute("SELECT DISTINCT owner FROM claims").fetchall()}
         owners |= {sign.name for sign in self._life_sign(self._owner).parent.iterdir()}
         for owner in owners - {self._owner}:
+            if not re.fullmatch("[0-9a-f]{32}", str(owner)):  # damage; it names no file of ours
+                db.execute("DELETE FROM claims WHERE owner IS ?", (owner,))
+                continue
             lock = FileLock(self._life_sign(owner))
             # A living session keeps its sign locked; the system lets go when it dies.
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):
@@ -719,9 +721,10 @@ def _model_id(db, space):
     number, *kept = row
     asked = [space.n_features, space.dtype, int(space.ragged)]
     if kept != asked:
-        raise sqlite3.DatabaseError(
-            f"{space.fingerprint} is kept as (n_features, dtype, ragged) = {kept}, but asked for "
-            f"as {asked}; a fingerprint must tell these apart"
+        raise OSError(
+            f"The embedding store keeps {space.fingerprint} as (n_features, dtype, ragged) = "
+            f"{kept}, but was asked for {asked}. A fingerprint must tell these apart; if it does, "
+            "the file is damaged: move it away."
         )
     return number
 
@@ -811,7 +814,7 @@ def _pieces(cells, max_bytes):
     return np.split(cells, cuts) if len(cells) else []
 
 
-def _fetch(db, space, cells):
+def _fetch(db, space, digests, cells):
     """Read vectors; return the cells whose vector is sound, their values, and the other cells."""
     blobs = [b""] * len(cells)
     for place, blob in db.execute(
@@ -821,7 +824,9 @@ def _fetch(db, space, cells):
     ).fetchall():
         blobs[place] = blob or b""
     sizes = np.fromiter(map(len, blobs), np.int64, len(blobs))
-    checksums = np.fromiter(map(crc32, blobs), np.int64, len(blobs))
+    # The digest asked for is part of it: in a damaged tree a lookup may end at a neighbour's row.
+    asked = map(digests.__getitem__, cells["position"].tolist())
+    checksums = np.fromiter(map(crc32, blobs, map(crc32, asked)), np.int64, len(blobs))
     sound = (sizes == cells["size"]) & (checksums == cells["checksum"]) & space._fits(sizes)
     if not sound.all():
         blobs = list(itertools.compress(blobs, sound))
@@ -842,7 +847,7 @@ def _insert(db, model, digests, blobs):
     db.executemany(
         "INSERT INTO cells (model, digest, id, checksum, size, used) VALUES (?, ?, ?, ?, ?, ?)",
         [
-            (model, digests[i], first + n, crc32(blobs[i]), len(blobs[i]), hour)
+            (model, digests[i], first + n, crc32(blobs[i], crc32(digests[i])), len(blobs[i]), hour)
             for n, i in enumerate(fresh)
         ],
     )
@@ -950,7 +955,7 @@ def _everything(db, model, space):
         digests = [digest for (digest,) in rows]
         last = digests[-1]
         for piece in _pieces(_look_up(db, model, digests), _EXPORT_BYTES):
-            sound, values, _ = _fetch(db, space, piece)
+            sound, values, _ = _fetch(db, space, digests, piece)
             if len(sound):
                 yield [digests[i] for i in sound["position"]], values
 
@@ -1074,7 +1079,7 @@ def _clear_errors(path):
     """Let SQLite's errors say which file, and what to do."""
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter from a damaged schema
         raise OSError(_trouble(path, error)) from error
 
 
@@ -1092,10 +1097,10 @@ def _origin(error):
 
 
 def _trouble(path, error):
-    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED:
-        advice = "It is damaged, or no store. Move it away, and vectors will be computed anew"
-    else:
+    if _is_refused(error):
         advice = "Check the file and its directory"
+    else:
+        advice = "It is damaged, or no store. Move it away, and vectors will be computed anew"
     return (
         f"The embedding store {path} cannot be used: {error}. {advice}, give another path "
         "(store=... or the variable SKLEMBED_STORE), or pass store=None."

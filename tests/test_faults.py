@@ -1,0 +1,388 @@
+"""Whatever befalls processes, disks and files: never a wrong vector, and nothing kept is lost."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sklembed.encoders import store as store_module
+from sklembed.encoders.store import EmbeddingStore, Space
+
+SPACE = Space("f", {"name": "test"}, 64)
+BATCH = 8
+
+# Lives to live, one list of them a line. A fork has everything imported, so that starting it is
+# instant; numpy only.
+NURSERY = """
+import json, os, sys, time
+from hashlib import blake2b
+import numpy as np
+from sklembed.encoders.store import EmbeddingStore, Space
+
+def live(path, log, numbers):
+    numbers = np.array(numbers)
+    log = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+    def vectors(positions):
+        return np.sin(np.outer(numbers[positions], np.arange(64))).astype(np.float32)
+
+    def encode(claims):
+        for claimed in claims:
+            for start in range(0, len(claimed), 8):
+                batch = claimed[start : start + 8]
+                time.sleep(0.001)
+                os.write(log, numbers[batch].tobytes())
+                yield batch, batch, vectors(batch)
+
+    n_done = 0
+    digests = [blake2b(bytes([*divmod(i, 256)]), digest_size=16).digest() for i in numbers]
+    for positions, values in EmbeddingStore(path).fill(
+        Space("f", {"name": "test"}, 64), digests, encode=encode, claim_size=32
+    ):
+        assert np.array_equal(values, vectors(positions))
+        n_done += len(positions)
+    assert n_done == len(numbers)
+
+def fork(life):
+    child = os.fork()
+    if child:
+        return child
+    try:
+        live(*life)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+for line in sys.stdin:
+    children = [fork(life) for life in json.loads(line)]
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitpid(child, 0)[1] for child in children]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    with subprocess.Popen(
+        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+def start(nursery, *lives):
+    """Start processes, each given by the store, its log and the numbers to encode."""
+    nursery.stdin.write(json.dumps(lives) + "\n")
+    nursery.stdin.flush()
+    return json.loads(nursery.stdout.readline())
+
+
+def statuses(nursery):
+    """Wait for the processes started last; 0 stands for a good end."""
+    return json.loads(nursery.stdout.readline())
+
+
+def logged(log):
+    """List the numbers that were encoded."""
+    return np.fromfile(log, dtype=np.int64).tolist() if log.exists() else []
+
+
+def vectors(numbers):
+    return np.sin(np.outer(numbers, np.arange(64))).astype(np.float32)
+
+
+def digests(n):
+    return [blake2b(bytes([*divmod(i, 256)]), digest_size=16).digest() for i in range(n)]
+
+
+def encode(claims):
+    for claimed in claims:
+        yield claimed, claimed, vectors(claimed)
+
+
+def gather(pieces):
+    """Collect the values of numbers, and check them bit by bit."""
+    values = {}
+    for positions, found in pieces:
+        np.testing.assert_array_equal(found, vectors(positions))
+        values |= dict(zip(positions.tolist(), found, strict=True))
+    return values
+
+
+def fill(store, n, encode=encode):
+    return gather(store.fill(SPACE, digests(n), encode=encode, claim_size=BATCH))
+
+
+def read(store, n):
+    return gather(store.read(SPACE, digests(n)))
+
+
+def assert_sound(path):
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_kill_9_loses_at_most_a_batch_and_nothing_is_encoded_again(nursery, store, tmp_path):
+    rng = np.random.default_rng(0)
+    n = 20_000
+    kept = set()
+    n_interrupted = 0
+    while n_interrupted < 20:
+        log = tmp_path / f"encoded-{n_interrupted}"
+        (process,) = start(nursery, (str(store.path), str(log), list(range(n))))
+        time.sleep(rng.uniform(0.05, 0.4))
+        os.kill(process, signal.SIGKILL)
+        assert statuses(nursery) == [signal.SIGKILL]
+        encoded = logged(log)
+        assert kept.isdisjoint(encoded)  # nothing committed is encoded again
+        kept |= read(store, n).keys()
+        assert len(set(encoded) - kept) <= BATCH  # at most one batch is lost
+        assert_sound(store.path)
+        n_interrupted += bool(encoded)
+    assert len(kept) < n  # it was always the middle
+
+
+def test_eight_processes_encode_each_cell_once(nursery, store, tmp_path):
+    """They start on no file at all, with overlapping rows in different orders."""
+    rng = np.random.default_rng(0)
+    lives = [
+        (str(store.path), str(tmp_path / "encoded"), rng.permutation(1600)[:1200].tolist())
+        for _ in range(8)
+    ]
+    start(nursery, *lives)
+    assert statuses(nursery) == [0] * 8
+    encoded = logged(tmp_path / "encoded")
+    assert len(encoded) == len(set(encoded)) == len(set().union(*(life[2] for life in lives)))
+    stats = store.stats().loc["f"]
+    assert stats["encoded"] == stats["rows"] == len(encoded)
+    assert_sound(store.path)
+
+
+def test_a_process_that_dies_with_claims_blocks_no_other(nursery, store, tmp_path):
+    lives = [(str(store.path), str(tmp_path / f"encoded-{i}"), list(range(2000))) for i in range(3)]
+    processes = start(nursery, *lives)
+    while len(logged(tmp_path / "encoded-0")) < BATCH:
+        time.sleep(0.005)
+    os.kill(processes[0], signal.SIGKILL)
+    assert statuses(nursery) == [signal.SIGKILL, 0, 0]
+    assert read(store, 2000).keys() == set(range(2000))
+    encoded = sum((logged(tmp_path / f"encoded-{i}") for i in range(3)), [])
+    assert len(encoded) <= 2000 + BATCH
+    assert not os.listdir(f"{store.path}.sessions")
+
+
+@pytest.fixture
+def folder():
+    """A folder that every user can reach."""
+    path = Path(tempfile.mkdtemp())
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def write_protected(folder, file_mode=0o600):
+    """Take away the right to write to a folder and, by their mode, its files; also from root."""
+    root = os.geteuid() == 0
+    for path in folder.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else file_mode)
+        if root:
+            os.chown(path, 65534, 65534)
+    folder.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("file_mode", [0o600, 0o400])
+def test_a_write_protected_store_is_read_and_encoding_goes_on_without_it(folder, file_mode):
+    store = EmbeddingStore(folder / "store.sqlite")
+    fill(store, 10)
+    with write_protected(folder, file_mode):
+        assert read(store, 12).keys() == set(range(10))
+        assert store.lacks(SPACE, digests(12)).tolist() == [False] * 10 + [True] * 2
+        with pytest.warns(UserWarning, match=r"store.sqlite cannot be written") as caught:
+            assert fill(store, 40).keys() == set(range(40))
+        assert len(caught) == 1
+        with pytest.raises(OSError, match="readonly database"):
+            store.clear()
+    assert read(store, 40).keys() == set(range(10))
+
+
+def test_where_no_store_can_be_made_there_is_a_clear_error(folder):
+    store = EmbeddingStore(folder / "store.sqlite")
+    for use in (store.stats, lambda: read(store, 1), lambda: fill(store, 1)):
+        with (
+            write_protected(folder),
+            pytest.raises(OSError, match=r"store.sqlite cannot be used.*Permission.*store=None"),
+        ):
+            use()
+
+
+def test_a_full_disk_costs_no_result(store, monkeypatch):
+    fill(store, 10)
+    connect = store_module._connect
+
+    def connect_to_a_full_disk(path):
+        db = connect(path)
+        db.execute("PRAGMA max_page_count = 1")  # as many as there are
+        return db
+
+    monkeypatch.setattr(store_module, "_connect", connect_to_a_full_disk)
+    with pytest.warns(UserWarning, match="disk is full.*not kept") as caught:
+        assert fill(store, 2000).keys() == set(range(2000))
+    assert len(caught) == 1
+    monkeypatch.undo()
+    kept = read(store, 2000).keys()
+    assert set(range(10)) <= kept < set(range(2000))
+    assert_sound(store.path)
+    assert fill(store, 2000).keys() == set(range(2000))  # once there is space, all are kept
+    assert read(store, 2000).keys() == set(range(2000))
+
+
+def test_an_input_output_error_costs_no_result(store):
+    fill(store, 10)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = os.path.getsize(store.path)
+    with pytest.warns(UserWarning, match=r"(I/O error|disk is full).*not kept") as caught:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        try:
+            assert fill(store, 2000).keys() == set(range(2000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert len(caught) == 1
+    assert set(range(10)) <= read(store, 2000).keys() < set(range(2000))
+    assert_sound(store.path)
+
+
+@pytest.mark.parametrize(
+    "mounts, kind",
+    [
+        ("server:/home {mount} nfs4 rw 0 0", "nfs4"),
+        ("//server/home {mount} cifs rw 0 0", "cifs"),
+        ("me@server: {mount} fuse.sshfs rw 0 0", "fuse.sshfs"),
+        ("/dev/sda1 {mount} ext4 rw 0 0\nserver:/x {mount} lustre rw 0 0", "lustre"),
+        ("server:/x {mount} nfs rw 0 0\n/dev/sda1 {mount}/local ext4 rw 0 0", None),
+        ("server:/x {mount}/loc nfs rw 0 0", None),
+        ("server:/x / nfs rw 0 0\n/dev/sda1 {mount} xfs rw 0 0", None),
+    ],
+)
+def test_a_network_file_system_is_refused(tmp_path, monkeypatch, mounts, kind):
+    """The deepest mount point counts, and the last of several there; names may be escaped."""
+    mount = tmp_path / "my files"
+    table = tmp_path / "mounts"
+    table.write_text("/dev/vda / ext4 rw 0 0\n" + mounts.format(mount=f"{tmp_path}/my\\040files"))
+    monkeypatch.setattr(store_module, "_MOUNTS", table)
+    store = EmbeddingStore(mount / "local" / "store.sqlite")
+    if kind is None:
+        assert store.stats().empty
+        return
+    for use in (store.stats, lambda: read(store, 1), lambda: fill(store, 1)):
+        with pytest.raises(OSError, match=rf"network file system \({kind}\).*SKLEMBED_STORE"):
+            use()
+    assert not mount.exists()
+
+
+def test_where_the_system_lists_no_mounts_nothing_is_refused(store, monkeypatch, tmp_path):
+    monkeypatch.setattr(store_module, "_MOUNTS", tmp_path / "absent")
+    assert fill(store, 1).keys() == {0}
+
+
+def test_a_damaged_vector_is_encoded_anew(store):
+    fill(store, 20)
+    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
+        wrong = vectors([99]).tobytes()
+        db.execute("UPDATE vectors SET vector = ? WHERE id = 5", (wrong,))
+        db.execute("UPDATE vectors SET vector = SUBSTR(vector, 5) WHERE id = 7")
+        db.execute("UPDATE vectors SET vector = 'text' WHERE id = 9")
+        db.execute("DELETE FROM vectors WHERE id = 11")
+    encoded = []
+
+    def note(claims):
+        for claimed in claims:
+            encoded.extend(claimed)
+            yield claimed, claimed, vectors(claimed)
+
+    with pytest.warns(UserWarning, match="4 vectors in .*store.sqlite are damaged") as caught:
+        assert fill(store, 20, note).keys() == set(range(20))
+    assert len(caught) == 1
+    assert sorted(encoded) == [4, 6, 8, 10]
+    assert read(store, 20).keys() == set(range(20))
+    assert store.stats().loc["f", "bytes"] == 20 * 256
+
+
+def test_damage_in_a_write_protected_store_ends_no_loop(folder):
+    store = EmbeddingStore(folder / "store.sqlite")
+    fill(store, 3)
+    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
+        db.execute("UPDATE vectors SET vector = x'00' WHERE id = 2")
+    with (
+        write_protected(folder),
+        pytest.warns(UserWarning, match="cannot be written"),
+        pytest.warns(UserWarning, match="1 vectors in .* are damaged"),
+    ):
+        assert fill(store, 3).keys() == {0, 1, 2}
+
+
+def mutate(content, rng):
+    """Damage a file's content as disks, programs and people do."""
+    content = bytearray(content)
+    at = int(rng.integers(len(content)))
+    page = at // 32768 * 32768
+    # Structure is a small part of the file, but the more interesting one.
+    small = int(
+        rng.choice([rng.integers(100), rng.integers(len(content)), page + rng.integers(64)])
+    )
+    kind = rng.integers(6)
+    if kind <= 1:
+        content[small] ^= 1 << rng.integers(8)
+    elif kind == 2:
+        for place in rng.integers(len(content), size=20):
+            content[place] = rng.integers(256)
+    elif kind == 3:
+        del content[at:]
+    elif kind == 4:
+        content[page : page + 32768] = rng.bytes(32768)
+    else:
+        content[at : at + 5000] = bytes(len(content[at : at + 5000]))
+    return content
+
+
+def test_no_damage_to_the_file_makes_a_wrong_vector(store, tmp_path):
+    """Reading and filling either say that the file is unusable, or are right."""
+    rng = np.random.default_rng(0)
+    fill(store, 600)
+    content = store.path.read_bytes()
+    ends = {"right": 0, "refused": 0}
+    for trial in range(300):
+        victim = EmbeddingStore(tmp_path / f"{trial}.sqlite")
+        victim.path.write_bytes(mutate(content, rng))
+        for use in (read, fill):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                try:
+                    n_found = len(use(victim, 600))
+                except OSError as error:
+                    assert "ove" in str(error)  # "Move it away", or "or move it"
+                    ends["refused"] += 1
+                else:
+                    assert use is read or n_found == 600
+                    ends["right"] += 1
+    assert min(ends.values()) >= 100
