@@ -16,6 +16,15 @@ import pytest
 
 from sklembed import CallableBackend, EmbeddingStore
 
+VISION = ("vit", "dinov2", "dinov2_registers", "resnet", "convnext", "swin")
+DECODERS = ("llama", "qwen", "gpt2")
+MODERNBERT = {
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "cls_token_id": 2,
+    "eos_token_id": 3,
+    "sep_token_id": 3,
+}
 WORDS = "the a cat dog sat ran on under mat tree and then slept".split()
 
 
@@ -80,8 +89,17 @@ def checkpoints(tmp_path_factory):
             "vit": hf.ViTModel(hf.ViTConfig(**vision), add_pooling_layer=False),
             "dinov2": hf.Dinov2Model(hf.Dinov2Config(**vision, mlp_ratio=2)),
             "resnet": hf.ResNetModel(
-                hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+                hf.ResNetConfig(embedding_size=6, hidden_sizes=[8, 10, 12, 16], depths=[1] * 4)
             ),
+            "dinov2_registers": hf.Dinov2WithRegistersModel(
+                hf.Dinov2WithRegistersConfig(**vision, mlp_ratio=2, num_register_tokens=3)
+            ),
+            "convnext": hf.ConvNextModel(
+                hf.ConvNextConfig(hidden_sizes=[8, 10, 12, 16], depths=[1] * 4, image_size=64)
+            ),
+            "mpnet": hf.MPNetModel(hf.MPNetConfig(**text, pad_token_id=1)),
+            "modernbert": hf.ModernBertModel(hf.ModernBertConfig(**text, **MODERNBERT)),
+            "qwen": hf.Qwen3Model(hf.Qwen3Config(**text, num_key_value_heads=2, head_dim=8)),
             "llama": hf.LlamaModel(hf.LlamaConfig(**text, num_key_value_heads=2)),
             "gpt2": hf.GPT2Model(
                 hf.GPT2Config(
@@ -115,16 +133,18 @@ def checkpoints(tmp_path_factory):
         }
     for name, model in models.items():
         model.save_pretrained(root / name)
-        if name not in ("vit", "dinov2", "resnet", "swin"):
+        if name not in VISION:
             pad = {} if name in ("llama", "gpt2") else {"pad_token": "[PAD]"}
-            side = "left" if name in ("llama", "gpt2") else "right"
+            side = "left" if name in DECODERS else "right"
             _tokenizer(padding_side=side, **pad).save_pretrained(root / name)
         if name == "clip":
             hf.CLIPImageProcessorPil(
                 size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
             ).save_pretrained(root / name)
-        elif name in ("vit", "dinov2", "resnet", "swin", "siglip"):
-            hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root / name)
+        elif name in (*VISION, "siglip"):
+            side = 64 if name in ("resnet", "convnext") else 32
+            processor = hf.ViTImageProcessorPil(size={"height": side, "width": side})
+            processor.save_pretrained(root / name)
     return {name: str(root / name) for name in models}
 
 

@@ -204,12 +204,18 @@ SILENT = {
     "FrozenEncoder": {
         "batch_size",
         "store",
+        "store_dtype",
         "verbose",
         "missing",
         "errors",
-        # of checkpoints alone, and refused beside a backend object: see test_backends
+        # of checkpoints alone, and refused beside a backend object: see test_huggingface
         "modality",
+        "output",
         "pooling",
+        "layer",
+        "layer_aggregation",
+        "special_tokens",
+        "stride",
         "max_length",
         "device",
         "dtype",

@@ -75,16 +75,18 @@ def test_distinct_cells_are_encoded_once_ever(counting, store):
     assert len(seen) == 3
     np.testing.assert_array_equal(first, again[::-1])
     np.testing.assert_array_equal(first, in_another_run)
-    assert encoder.stats() == {"rows": 3, "bytes": 108, "encoded": 3, "served": 6}
+    stats = encoder.stats()
+    assert stats == {"rows": 3, "bytes": 108, "encoded": 3, "served": 6, "hit_rate": 2 / 3}
 
 
 def test_stats_of_an_encoder_that_has_done_nothing(text_backend, store):
     stats = FrozenEncoder(text_backend, store=store).stats()
+    assert np.isnan(stats.pop("hit_rate"))
     assert stats == {"rows": 0, "bytes": 0, "encoded": 0, "served": 0}
 
 
 def test_stats_without_a_store(text_backend):
-    with pytest.raises(ValueError, match="store=None keeps no counts"):
+    with pytest.raises(ValueError, match="store=None keeps nothing"):
         FrozenEncoder(text_backend, store=None).stats()
 
 
@@ -193,7 +195,7 @@ def test_a_broken_picture_is_refused_by_row_and_what_came_before_is_kept(image_b
     encoder = FrozenEncoder(image_backend, store=store, batch_size=2)
     with pytest.raises(ValueError, match=r"Row 5 \(index 105\) of column 'scan': cannot decode"):
         encoder.transform(X)
-    assert encoder.stats()["rows"] == 4
+    assert encoder.stats()["rows"] == 5
 
 
 def test_unreadable_pictures_can_count_as_missing(image_backend, store):

@@ -8,6 +8,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+# What a Dense module of sentence-transformers may apply, by their names in torch.nn.
+_ACTIVATIONS = {"GELU", "Identity", "ReLU", "SiLU", "Sigmoid", "Tanh"}
+_POOLED = {None, "sentence_embedding"}
 # Files that no vector can depend on; whatever else lies in a checkpoint's directory counts.
 _WITHOUT_EFFECT = {".md", ".png", ".jpg", ".svg", ".onnx", ".h5", ".msgpack", ".ot", ".gguf"}
 
@@ -73,8 +76,31 @@ class Checkpoint:
         )
         return None if found is None else Path(found)
 
+    def tensors(self, folder: str) -> dict[str, Any]:
+        """Read the weights of one module of a sentence-transformers model.
+
+        Raises
+        ------
+        OSError
+            If there are none.
+        """
+        path = self.file(f"{folder}/model.safetensors")
+        if path is not None:
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        path = self.file(f"{folder}/pytorch_model.bin")
+        if path is None:
+            raise OSError(
+                f"The folder {folder!r} of {self.model!r} holds neither model.safetensors nor "
+                "pytorch_model.bin. Save the whole model, by SentenceTransformer.save."
+            )
+        import torch
+
+        return torch.load(path, map_location="cpu", weights_only=True)
+
     def sentence_transformer(self) -> dict[str, Any]:
-        """Read what sentence-transformers files say: pooling, lengths, normalisation, prompt.
+        """Read what sentence-transformers files say: pooling, lengths, prompt, what follows.
 
         Raises
         ------
@@ -151,15 +177,20 @@ def _read_sentence_transformer(checkpoint, identity) -> dict[str, Any]:
     if modules is None:
         return {}
     settings = _read_transformer_settings(checkpoint) | _read_prompt(checkpoint)
+    head = []  # what is done to pooled vectors
     for module in modules:
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
-            settings["pooling"] = _read_pooling(checkpoint, f"{module['path']}/config.json")
+            settings |= _read_pooling(checkpoint, f"{module['path']}/config.json")
         elif kind == "Normalize":
-            settings["normalize"] = True
+            head.append({"kind": "normalize"})
+        elif kind == "Dense":
+            head.append(_read_dense(checkpoint, module["path"]))
         elif kind != "Transformer":
             raise _not_understood(checkpoint, f"a {kind} module")
-    return settings
+    if "truncate_dim" in settings:
+        head.append({"kind": "truncate", "n_features": settings.pop("truncate_dim")})
+    return settings | {"head": head}
 
 
 def _read_transformer_settings(checkpoint) -> dict[str, Any]:
@@ -177,30 +208,38 @@ def _read_transformer_settings(checkpoint) -> dict[str, Any]:
 
 def _read_prompt(checkpoint) -> dict[str, Any]:
     config = _read_json(checkpoint, "config_sentence_transformers.json") or {}
-    if config.get("truncate_dim"):
-        raise _not_understood(checkpoint, "truncate_dim")
     name = config.get("default_prompt_name")
-    return {} if name is None else {"prompt": config["prompts"][name]}
+    settings = {} if name is None else {"prompt": config["prompts"][name]}
+    if config.get("truncate_dim"):
+        settings["truncate_dim"] = config["truncate_dim"]
+    return settings
 
 
-def _read_pooling(checkpoint, name) -> str:
+def _read_pooling(checkpoint, name) -> dict[str, Any]:
     config = _read_json(checkpoint, name) or {}
-    if config.get("include_prompt") is False:
-        raise _not_understood(checkpoint, "pooling that leaves the prompt out")
     modes = [m for m in config if m.startswith("pooling_mode_") and config[m] is True]
     modes = modes or [f"pooling_mode_{config.get('pooling_mode', 'mean')}"]
-    known = {
-        "pooling_mode_mean_tokens": "mean",
-        "pooling_mode_cls_token": "cls",
-        "pooling_mode_max_tokens": "max",
-        "pooling_mode_lasttoken": "last",
-        "pooling_mode_mean": "mean",
-        "pooling_mode_cls": "cls",
-        "pooling_mode_max": "max",
-    }
-    if len(modes) != 1 or modes[0] not in known:
+    mode = modes[0].removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+    known = {mode: mode for mode in ("mean", "cls", "max", "weightedmean")}
+    known |= {"lasttoken": "last", "mean_sqrt_len": "mean_sqrt_len"}
+    if len(modes) != 1 or mode not in known:
         raise _not_understood(checkpoint, f"the pooling {', '.join(modes)}")
-    return known[modes[0]]
+    return {"pooling": known[mode], "pool_prompt": config.get("include_prompt", True)}
+
+
+def _read_dense(checkpoint, path) -> dict[str, Any]:
+    """Read the shape of a dense layer; its weights are read with the model's."""
+    config = _read_json(checkpoint, f"{path}/config.json") or {}
+    activation = config.get("activation_function", "Tanh").rsplit(".", 1)[-1]
+    source = config.get("module_input_name", "sentence_embedding")
+    if activation not in _ACTIVATIONS or config.get("use_residual") or source not in _POOLED:
+        raise _not_understood(checkpoint, f"a Dense module of the kind {config}")
+    return {
+        "kind": "dense",
+        "path": path,
+        "n_features": config["out_features"],
+        "activation": activation,
+    }
 
 
 def _read_json(checkpoint, name):

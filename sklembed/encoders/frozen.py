@@ -1,5 +1,6 @@
 """FrozenEncoder: check cells, digest them, ask the store, encode what is missing."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -8,25 +9,36 @@ from hashlib import blake2b
 from numbers import Integral
 
 import numpy as np
+from sklearn import get_config
 from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     _fit_context,
 )
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, Options, StrOptions
 from tqdm import tqdm
 
 from sklembed._tables import is_frame
-from sklembed.encoders.backends import MODALITIES, POOLINGS, HuggingFaceBackend, encode_batch
+from sklembed.encoders.backends import MODALITIES
 from sklembed.encoders.cells import DECODING_VERSION, decode, identify, is_missing
 from sklembed.encoders.checkpoints import Checkpoint
-from sklembed.encoders.store import EmbeddingStore
+from sklembed.encoders.huggingface import POOLINGS, HuggingFaceBackend
+from sklembed.encoders.inference import encode
+from sklembed.encoders.store import EmbeddingStore, Space
 
-_AUTO_BATCH_SIZE = 32
+# Cells claimed at once: enough to keep claims rare, few enough to share work between processes.
+_CLAIM_SIZE = {"text": 128, "image": 64}
+# What batching may change of a vector, relative to its length, by the precision of the model.
+_TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
 # What a backend object decides for itself; given beside one, these would silently do nothing.
 _HUB_ONLY = (
     "pooling",
+    "layer",
+    "layer_aggregation",
+    "special_tokens",
+    "stride",
     "max_length",
     "device",
     "dtype",
@@ -59,10 +71,32 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     modality : {"auto", "text", "image"}, default="auto"
         What the cells are. "auto" reads it from the model; a dual encoder needs it said.
 
-    pooling : {"auto", "mean", "cls", "max", "last"}, default="auto"
-        How a sequence of vectors becomes one. "auto" follows sentence-transformers files, else it
-        is the mean for texts and convolutional networks and the class token for vision
-        transformers. Padding is left out.
+    output : {"pooled", "tokens"}, default="pooled"
+        One vector a cell, or the vectors of its tokens (words, image patches, the cells of a
+        convolutional feature map): one object column whose entries are arrays of shape
+        (n_tokens, n_features), and None for missing cells. See :attr:`grid_shape`.
+
+    pooling : {"auto", "mean", "cls", "max", "last", "pooler"}, default="auto"
+        How the vectors of tokens become one. "auto" follows sentence-transformers files, else it is
+        the projection into the common space for dual encoders, the class token for vision
+        transformers, and the mean for texts and convolutional networks. "pooler" is the model's own
+        pooled vector, before any projection. Padding is left out.
+
+    layer : int or list of int, default=-1
+        Which hidden states: -1 is the model's output, 0 the embeddings before the first layer.
+        Those of intermediate layers often transfer better, and come as they are, before any final
+        normalisation.
+
+    layer_aggregation : {"concat", "mean"}, default="concat"
+        How the vectors of several layers become one.
+
+    special_tokens : bool, default=False
+        Whether tokens that stand for no word or patch, such as class and register tokens, are part
+        of the output "tokens".
+
+    stride : {8, 16, 32} or None, default=None
+        For the tokens of a convolutional network: which feature map, by how many pixels apart its
+        cells are, instead of by `layer`. None is the last, of stride 32.
 
     normalize : bool, default=False
         Whether to scale vectors to unit length.
@@ -71,7 +105,8 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         Tokens after which a text is cut; by default what the model says.
 
     batch_size : int or "auto", default="auto"
-        Cells to a batch. It does not change vectors beyond rounding.
+        Cells to a batch; "auto" fills batches by their number of tokens. It does not change vectors
+        beyond rounding. A batch for which memory runs out is halved.
 
     device : str, default="auto"
         Where the model runs: "auto" takes an accelerator if there is one, else the CPU.
@@ -84,6 +119,10 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     store : "default", path, EmbeddingStore or None, default="default"
         Where vectors are kept. ``None`` keeps none.
+
+    store_dtype : {"float32", "float16"}, default="float32"
+        Precision in which vectors are kept; "float16" halves the store. Vectors are rounded to it
+        whether they come from the store or the model.
 
     missing : {"nan", "error"}, default="nan"
         What becomes of None and NaN cells: a row of NaN, or an error.
@@ -103,10 +142,13 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         Whether to run modelling code that a hub repository brings.
 
     verbose : int, default=0
-        Above 0, shows a progress bar while encoding.
+        Above 0, shows a progress bar while encoding, with the rate and what the store had.
 
     Attributes
     ----------
+    grid_shape : tuple of int
+        Rows and columns of the patches that the tokens of an image stand for, row by row.
+
     n_features_in_ : int
         Number of columns seen during fit: one.
 
@@ -133,13 +175,19 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     _parameter_constraints: dict = {
         "model": "no_validation",  # checked by _backend
         "modality": [StrOptions({"auto", *MODALITIES})],
+        "output": [StrOptions({"pooled", "tokens"})],
         "pooling": [StrOptions({"auto", *POOLINGS})],
+        "layer": [Integral, list, tuple],
+        "layer_aggregation": [StrOptions({"concat", "mean"})],
+        "special_tokens": ["boolean"],
+        "stride": [Options(Integral, {8, 16, 32}), None],
         "normalize": ["boolean"],
         "max_length": [Interval(Integral, 1, None, closed="left"), None],
         "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
         "device": [str],
         "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
         "store": [str, os.PathLike, EmbeddingStore, None],
+        "store_dtype": [StrOptions({"float32", "float16"})],
         "missing": [StrOptions({"nan", "error"})],
         "errors": [StrOptions({"raise", "missing"})],
         "revision": [str, None],
@@ -153,13 +201,19 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         model,
         *,
         modality="auto",
+        output="pooled",
         pooling="auto",
+        layer=-1,
+        layer_aggregation="concat",
+        special_tokens=False,
+        stride=None,
         normalize=False,
         max_length=None,
         batch_size="auto",
         device="auto",
         dtype="auto",
         store="default",
+        store_dtype="float32",
         missing="nan",
         errors="raise",
         revision=None,
@@ -169,13 +223,19 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     ):
         self.model = model
         self.modality = modality
+        self.output = output
         self.pooling = pooling
+        self.layer = layer
+        self.layer_aggregation = layer_aggregation
+        self.special_tokens = special_tokens
+        self.stride = stride
         self.normalize = normalize
         self.max_length = max_length
         self.batch_size = batch_size
         self.device = device
         self.dtype = dtype
         self.store = store
+        self.store_dtype = store_dtype
         self.missing = missing
         self.errors = errors
         self.revision = revision
@@ -208,7 +268,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         """
         column = _Column(X)
         backend = self._backend()
-        self._fingerprint(backend)  # asks the checkpoint for all that it must offer
+        self._space(backend)  # asks the checkpoint for all that it must offer
         _, missing = self._identify(column, backend.modality)
         return self._fit(column, missing)
 
@@ -227,7 +287,9 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         Returns
         -------
         vectors : ndarray of shape (n_samples, n_features_out), dtype float32
-            The vectors; NaN for missing cells.
+            The vectors; NaN for missing cells. For ``output="tokens"`` of shape (n_samples, 1) and
+            dtype object: arrays of shape (n_tokens, n_features), dtype float32; None for missing
+            cells.
         """
         column = _Column(X)
         digests, missing = self._identify(column, self._backend().modality)
@@ -245,7 +307,9 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         Returns
         -------
         vectors : ndarray of shape (n_samples, n_features_out), dtype float32
-            The vectors; NaN for missing cells.
+            The vectors; NaN for missing cells. For ``output="tokens"`` of shape (n_samples, 1) and
+            dtype object: arrays of shape (n_tokens, n_features), dtype float32; None for missing
+            cells.
 
         Raises
         ------
@@ -264,23 +328,93 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         Returns
         -------
         stats : dict
-            "rows" and "bytes" held now, and how many vectors were ever "encoded" and "served", by
-            any process and clone.
+            "rows" and "bytes" held now, how many vectors were ever "encoded" and "served", by any
+            process and clone, and the "hit_rate", served of both together.
 
         Raises
         ------
         ValueError
             If the encoder has no store.
         """
-        store = self._store()
-        if store is None:
-            raise ValueError("store=None keeps no counts; give the encoder a store.")
         self._validate_params()
-        counts = store.stats().drop(columns=["model", "n_features"])
-        fingerprint, _ = self._fingerprint(self._backend())
+        counts = self._required_store().stats().drop(columns=["model", "n_features"])
+        fingerprint = self._space(self._backend()).fingerprint
         if fingerprint not in counts.index:
-            return dict.fromkeys(counts.columns, 0)
-        return {name: int(count) for name, count in counts.loc[fingerprint].items()}
+            return dict.fromkeys(counts.columns, 0) | {"hit_rate": np.nan}
+        return counts.astype(object).loc[fingerprint].to_dict()
+
+    def verify(self, X, n_samples=100, random_state=None):
+        """Encode a sample of cells anew and compare with what the store holds for them.
+
+        The store holds no cells, so it takes `X` to know what to encode. Vectors may drift when a
+        library that decodes, tokenises or multiplies is updated.
+
+        Parameters
+        ----------
+        X : DataFrame, Series or array-like of shape (n_samples,) or (n_samples, 1)
+            One column of cells.
+
+        n_samples : int, default=100
+            How many distinct cells to compare, of those that the store has.
+
+        random_state : int, RandomState instance or None, default=None
+            Chooses them.
+
+        Returns
+        -------
+        report : dict
+            "compared", the number of cells; "median_error" and "max_error", the length of the
+            difference relative to that of the stored vector; and "tolerance", what rounding may
+            make of it in this precision. Above it, the stored vectors are of another making: clear
+            them, by ``EmbeddingStore.clear``.
+
+        Raises
+        ------
+        ValueError
+            If the encoder has no store, or the store has none of the cells.
+        """
+        self._validate_params()
+        store, backend, column = self._required_store(), self._backend(), _Column(X)
+        space = self._space(backend)
+        digests, _ = self._identify(column, backend.modality)
+        first_row = _first_rows(digests)
+        known = np.flatnonzero(~store.lacks(space, list(first_row)))
+        if not len(known):
+            raise ValueError(
+                f"The store has none of the {len(first_row)} distinct cells of {column}; transform "
+                "them first."
+            )
+        size = min(n_samples, len(known))
+        chosen = np.sort(check_random_state(random_state).choice(known, size, replace=False))
+        stored = _by_position(store.read(space, [list(first_row)[i] for i in chosen]))
+        fresh = _by_position(
+            self._encode(
+                column, backend, None, space, list(first_row), list(first_row.values()), chosen
+            )
+        )
+        errors = [_relative_error(fresh[chosen[i]], stored[i]) for i in stored]
+        dtypes = {space.description.get("dtype", "float32"), self.store_dtype}
+        return {
+            "compared": len(errors),
+            "median_error": float(np.median(errors)),
+            "max_error": float(np.max(errors)),
+            "tolerance": max(_TOLERANCES[dtype] for dtype in dtypes),
+        }
+
+    @property
+    def grid_shape(self):
+        """Rows and columns of the patches that the tokens of an image stand for.
+
+        Raises
+        ------
+        ValueError
+            If the model encodes text, keeps the proportions of each picture, or is a backend object
+            that has no grid.
+        """
+        backend = self._backend()
+        if not hasattr(backend, "grid_shape"):
+            raise ValueError(f"{self.model!r} is a backend object, of whose grid nothing is known.")
+        return backend.grid_shape
 
     def _fit(self, column, missing):
         """Refuse an empty column, and note what scikit-learn asks for."""
@@ -297,17 +431,95 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     def _transform(self, column, digests, missing):
         """Give each row the vector of the distinct cell that it shows."""
         backend = self._backend()
-        distinct = _first_rows(digests)
-        if backend.modality == "text":  # longest first: texts of like length pad each other little
-            by_length = sorted(distinct.items(), key=lambda item: -len(column.cells[item[1]]))
-            distinct = dict(by_length)
-        found = self._vectors(column, backend, distinct)
-
-        vectors = np.full((len(digests), backend.n_features), np.nan, dtype=np.float32)
-        position = {digest: i for i, digest in enumerate(distinct)}
-        vectors[~missing] = found[[position[digest] for digest in digests if digest is not None]]
+        self._check_container()
+        first_row = _first_rows(digests)
+        rows = np.fromiter(first_row.values(), dtype=np.intp, count=len(first_row))
+        if self.output == "tokens":
+            vectors = np.full((len(digests), 1), None, dtype=object)
+        else:
+            vectors = np.full((len(digests), backend.n_features), np.nan, dtype=np.float32)
+        for positions, values in self._vectors(column, backend, first_row):
+            if self.output == "tokens":
+                for row, value in zip(rows[positions], values, strict=True):
+                    vectors[row, 0] = value
+            else:
+                vectors[rows[positions]] = values
+        if len(rows) + missing.sum() < len(digests):
+            source = [i if d is None else first_row[d] for i, d in enumerate(digests)]
+            repeats = np.flatnonzero(np.asarray(source) != np.arange(len(source)))
+            vectors[repeats] = vectors[np.asarray(source)[repeats]]
         self._warn_of_unreadable(column, vectors)
         return vectors
+
+    def _encode_lacking(self, X):
+        """Encode the cells that the store lacks, and say how many; `prefetch` calls this."""
+        self._validate_params()
+        column, backend, store = _Column(X), self._backend(), self._required_store()
+        space = self._space(backend)
+        digests, _ = self._identify(column, backend.modality)
+        first_row = _first_rows(digests)
+        digests, rows = list(first_row), list(first_row.values())
+        lacking = np.flatnonzero(store.lacks(space, digests)).tolist()
+        found = self._encode(column, backend, store, space, digests, rows, lacking)
+        return {
+            "model": space.description.get("label") or space.description.get("name"),
+            "fingerprint": space.fingerprint,
+            "cells": len(rows),
+            "encoded": sum(len(positions) for positions, _ in found) if lacking else 0,
+        }
+
+    def _vectors(self, column, backend, first_row):
+        """Yield positions among the distinct cells, and vectors: the store's first, then the rest.
+
+        `first_row` maps the digest of each distinct cell to a row that shows it.
+        """
+        store, space = self._store(), self._space(backend)
+        digests, rows = list(first_row), list(first_row.values())
+        known = np.zeros(len(rows), dtype=bool)
+        if store is not None:
+            for positions, values in store.read(space, digests):
+                known[positions] = True
+                yield positions, values
+        if not known.all():
+            lacking = np.flatnonzero(~known).tolist()
+            yield from self._encode(column, backend, store, space, digests, rows, lacking)
+
+    def _encode(self, column, backend, store, space, digests, rows, lacking):
+        """Encode the cells at the positions `lacking`; yield positions and vectors."""
+        n_known = len(rows) - len(lacking)
+        if backend.modality == "text":  # longest first: texts of like length pad each other little
+            lacking = sorted(lacking, key=lambda i: -len(column.cells[rows[i]]))
+        digests, rows = [digests[i] for i in lacking], [rows[i] for i in lacking]
+        progress = tqdm(
+            desc=f"encoding {column}",
+            total=len(rows),
+            postfix=f"{n_known} more from the store" if n_known else None,
+            unit=" cells",
+            disable=not self.verbose,
+        )
+
+        def encode_chunks(chunks):
+            for batch, done, values in encode(
+                backend,
+                chunks,
+                lambda i: decode(column.cells[rows[i]], backend.modality, digests[i]),
+                batch_size=None if self.batch_size == "auto" else self.batch_size,
+                on_error=lambda error, i: self._raise_unless_tolerated(error, column, rows[i]),
+            ):
+                yield batch, done, self._checked(values, len(done), space)
+                progress.update(len(batch))
+
+        if store is None:
+            results = (result[1:] for result in encode_chunks([range(len(rows))]))
+        else:
+            results = store.fill(
+                space, digests, encode=encode_chunks, claim_size=_CLAIM_SIZE[backend.modality]
+            )
+        order = np.asarray(lacking)
+        with progress, contextlib.closing(results):
+            for positions, values in results:
+                yield order[positions], values
+            progress.update(len(rows) - progress.n)  # what other processes have encoded
 
     def _backend(self):
         """Return what offers the model, without loading it."""
@@ -320,14 +532,19 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
                     self.trust_remote_code,
                 ),
                 modality_wanted=self.modality,
+                output=self.output,
                 pooling_wanted=self.pooling,
+                layer=self.layer if isinstance(self.layer, Integral) else tuple(self.layer),
+                layer_aggregation=self.layer_aggregation,
+                special_tokens=self.special_tokens,
+                stride=self.stride,
                 max_length_wanted=self.max_length,
                 device=self.device,
                 dtype=self.dtype,
             )
         lacks = [
             name
-            for name in ("modality", "n_features", "describe", "load")
+            for name in ("modality", "n_features", "describe", "weights", "load", "encoding")
             if not hasattr(self.model, name)
         ]
         if lacks:
@@ -352,21 +569,45 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
                 f"modality={self.modality!r}, but {self.model!r} takes {self.model.modality}."
             )
 
-    def _fingerprint(self, backend):
-        """Name everything that changes a vector: a digest, and what it is the digest of."""
+    def _space(self, backend):
+        """Name everything that changes a vector, and its shape, for the store."""
         description = backend.describe()
         description |= {
+            "output": self.output,
             "unit_length": self.normalize or description.get("unit_length", False),
             "decoding": DECODING_VERSION,
+            "store_dtype": self.store_dtype,
         }
         key = {name: value for name, value in description.items() if name != "label"}
         text = json.dumps(key, sort_keys=True)
-        return blake2b(text.encode(), digest_size=16).hexdigest(), description
+        return Space(
+            fingerprint=blake2b(text.encode(), digest_size=16).hexdigest(),
+            description=description,
+            n_features=backend.n_features,
+            dtype=self.store_dtype,
+            ragged=self.output == "tokens",
+        )
 
     def _store(self):
         if self.store is None or isinstance(self.store, EmbeddingStore):
             return self.store
         return EmbeddingStore(None if self.store == "default" else self.store)
+
+    def _required_store(self):
+        store = self._store()
+        if store is None:
+            raise ValueError("store=None keeps nothing; give the encoder a store.")
+        return store
+
+    def _check_container(self):
+        """Refuse the one container that cannot hold tokens."""
+        config = getattr(self, "_sklearn_output_config", {})
+        container = config.get("transform") or get_config()["transform_output"]
+        if self.output == "tokens" and container == "polars":
+            raise ValueError(
+                "output='tokens' makes an object column of arrays of different lengths, which "
+                "polars does not have. Use set_output(transform='pandas') or 'default'."
+            )
 
     def _identify(self, column, modality):
         """Digest each cell, with None where it is missing; return digests and missing rows."""
@@ -385,76 +626,39 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
                 self._raise_unless_tolerated(error, column, row)
         return digests, np.asarray([digest is None for digest in digests])
 
-    def _vectors(self, column, backend, distinct):
-        """Return the vectors of distinct cells, given as digest -> a row that shows the cell."""
-        digests, rows = list(distinct), list(distinct.values())
-        vectors = np.full((len(rows), backend.n_features), np.nan, dtype=np.float32)
-        fingerprint, description = self._fingerprint(backend)
-        store = self._store()
-        known = np.zeros(len(rows), dtype=bool)
-        if store is not None:
-            known = store.get(fingerprint, digests, vectors)
-        lacking = np.flatnonzero(~known)
-        if not len(lacking):
-            return vectors
-        made = np.full((len(lacking), backend.n_features), np.nan, dtype=np.float32)
-        batch_size = _AUTO_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
-        progress = tqdm(
-            desc=f"encoding {column}",
-            total=len(rows),
-            initial=int(known.sum()),
-            unit="cell",
-            disable=not self.verbose,
-        )
-
-        def encode(positions):
-            """Encode cells by their positions in `lacking`; leave out what cannot be decoded."""
-            decoded = {}
-            for i in positions:
-                row, digest = rows[lacking[i]], digests[lacking[i]]
-                try:
-                    decoded[i] = decode(column.cells[row], backend.modality, digest)
-                except (ValueError, OSError) as error:
-                    self._raise_unless_tolerated(error, column, row)
-            progress.update(len(positions))
-            if not decoded:
-                return [], made[:0]
-            cells = list(decoded.values())
-            return list(decoded), self._encode_batch(cells, backend, fingerprint)
-
-        with progress:
-            if store is None:
-                for start in range(0, len(lacking), batch_size):
-                    done, batch = encode(range(start, min(start + batch_size, len(lacking))))
-                    made[done] = batch
-            else:
-                store.fill(
-                    made,
-                    [digests[i] for i in lacking],
-                    fingerprint=fingerprint,
-                    description=description,
-                    encode=encode,
-                    batch_size=batch_size,
-                )
-            progress.update(len(rows) - progress.n)  # what other processes have encoded
-        vectors[lacking] = made
-        return vectors
-
-    def _encode_batch(self, cells, backend, fingerprint):
-        """Run the model, and check that it returned what it promised."""
-        vectors = _as_array(encode_batch(backend, f"{fingerprint} on {self.device}", cells))
-        expected = (len(cells), backend.n_features)
-        with np.errstate(over="ignore"):  # what overflows is refused below
-            vectors = vectors.astype(np.float32)
-        if vectors.shape != expected or not np.isfinite(vectors).all():
-            got = f"shape {vectors.shape}" if vectors.shape != expected else "NaN or infinity"
-            raise ValueError(
-                f"{self.model!r} returned {got} for a batch of {len(cells)} cells; finite "
-                f"numbers of shape {expected} were expected. Nothing of the batch was stored."
+    def _checked(self, values, n_cells, space):
+        """Check that the model returned what it promised; bring it to the store's precision."""
+        if n_cells == 0:
+            return [] if space.ragged else np.empty((0, space.n_features), dtype=np.float32)
+        if space.ragged:
+            shape = f"{n_cells} arrays of shape (n_tokens, {space.n_features})"
+            arrays = [_as_array(value) for value in values]
+            fits = len(arrays) == n_cells and all(
+                a.ndim == 2 and a.shape[1] == space.n_features for a in arrays
             )
-        if self.normalize:
-            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors
+        else:
+            shape = f"shape {(n_cells, space.n_features)}"
+            arrays = [_as_array(values)]
+            fits = arrays[0].shape == (n_cells, space.n_features)
+        if fits:
+            arrays = [self._finished(array) for array in arrays]
+        if not fits or not all(np.isfinite(array).all() for array in arrays):
+            shapes = [array.shape for array in arrays]
+            got = "NaN or infinity" if fits else f"shape {shapes if space.ragged else shapes[0]}"
+            raise ValueError(
+                f"{self.model!r} returned {got} for a batch of {n_cells} cells; finite "
+                f"{space.dtype} numbers of {shape} were expected. Nothing of the batch was stored."
+            )
+        return arrays if space.ragged else arrays[0]
+
+    def _finished(self, vectors):
+        """Scale to unit length if asked to, and round as the store does."""
+        with np.errstate(over="ignore"):  # what overflows is refused
+            vectors = vectors.astype(np.float32)
+            if self.normalize:
+                norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+                vectors /= np.maximum(norms, 1e-12)
+            return vectors.astype(self.store_dtype).astype(np.float32, copy=False)
 
     def _raise_unless_tolerated(self, error, column, row):
         """Raise an error that names the cell, unless the cell is to count as missing."""
@@ -466,11 +670,9 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     def _warn_of_unreadable(self, column, vectors):
         """Warn once of cells that hold something, but have no vector."""
-        lost = [
-            row
-            for row in np.flatnonzero(np.isnan(vectors[:, 0]))
-            if not is_missing(column.cells[row])
-        ]
+        first = vectors[:, 0]
+        empty = [v is None for v in first] if first.dtype == object else np.isnan(first)
+        lost = [row for row in np.flatnonzero(empty) if not is_missing(column.cells[row])]
         if lost:
             warnings.warn(
                 f"{len(lost)} cells of {column} could not be read and count as missing, first: "
@@ -481,7 +683,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     @property
     def _n_features_out(self):
-        return self._backend().n_features
+        return 1 if self.output == "tokens" else self._backend().n_features
 
     def __sklearn_is_fitted__(self):
         return True  # stateless: there is nothing to learn
@@ -556,6 +758,22 @@ def _as_array(vectors):
     if hasattr(vectors, "detach"):
         vectors = vectors.detach().cpu().numpy()
     return vectors.toarray() if hasattr(vectors, "toarray") else np.asarray(vectors)
+
+
+def _by_position(chunks):
+    """Map positions to vectors, out of chunks of both."""
+    return {
+        int(position): value
+        for positions, values in chunks
+        for position, value in zip(positions, values, strict=True)
+    }
+
+
+def _relative_error(vectors, reference):
+    """Measure how far vectors are from others; tokens of another number are infinitely far."""
+    if vectors.shape != reference.shape:
+        return np.inf
+    return np.linalg.norm(vectors - reference) / max(np.linalg.norm(reference), 1e-12)
 
 
 def _first_rows(digests):

@@ -1,0 +1,616 @@
+"""Text and vision checkpoints through transformers: pooled vectors, tokens, layers, both towers."""
+
+import contextlib
+import functools
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sklembed.encoders.backends import Modality
+from sklembed.encoders.checkpoints import Checkpoint
+from sklembed.encoders.inference import Encoding
+
+POOLINGS = ("mean", "cls", "max", "last", "pooler")
+
+# What a batch may cost in tokens. A CPU is fastest while a batch's activations fit its caches.
+_BUDGETS = {"cpu": 2048}
+_BUDGET_OF_ACCELERATORS = 65536
+_PIXELS_A_TOKEN = 16 * 16
+_UNLIMITED = 1_000_000  # tokenizers say 1e30 where they know no limit
+
+# Vision transformers whose first token stands for the picture; others have patches alone.
+_WITH_CLASS_TOKEN = {
+    "beit",
+    "clip_vision_model",
+    "data2vec-vision",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "vit",
+    "vit_msn",
+}
+_RANDOM = {"vit_mae"}
+# Position embeddings of these begin behind the padding token's index.
+_OFFSET_POSITIONS = {"camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta"}
+
+
+@dataclass(frozen=True)
+class HuggingFaceBackend:
+    """A text or vision checkpoint, or one tower of a dual encoder, through transformers.
+
+    The parameters are those of FrozenEncoder. Only `load` and `encoding` need the weights. What
+    the files say is read once: an object of this class lives for one call of the encoder.
+    """
+
+    checkpoint: Checkpoint
+    modality_wanted: str = "auto"
+    output: str = "pooled"
+    pooling_wanted: str = "auto"
+    layer: int | tuple[int, ...] = -1
+    layer_aggregation: str = "concat"
+    special_tokens: bool = False
+    stride: int | None = None
+    max_length_wanted: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @functools.cached_property
+    def modality(self) -> Modality:
+        """The modality asked for, checked against what the checkpoint offers."""
+        offered = self._towers()
+        if self.modality_wanted == "auto":
+            if len(offered) > 1:
+                raise ValueError(
+                    f"{self._name} encodes text and images; say which: modality='text' or "
+                    "modality='image'."
+                )
+            return offered[0]
+        if self.modality_wanted not in offered:
+            raise ValueError(
+                f"modality={self.modality_wanted!r}, but {self._name} "
+                f"({self._config.model_type}) encodes {' and '.join(offered)}."
+            )
+        return self.modality_wanted
+
+    @property
+    def n_features(self) -> int:
+        """Width of the vectors, from the configuration."""
+        config = self._tower
+        if self.output == "pooled":
+            if self.pooling == "projected" and getattr(self._config, "projection_dim", None):
+                return self._config.projection_dim
+            if self.pooling in ("projected", "pooler"):  # SigLIP's texts have a width of their own
+                return getattr(config, "projection_size", None) or self._width(self._n_layers)
+            resized = [step["n_features"] for step in self._head if "n_features" in step]
+            if resized:
+                return resized[-1]
+        widths = [self._width(layer) for layer in self.layers]
+        return widths[0] if self.layer_aggregation == "mean" else sum(widths)
+
+    @functools.cached_property
+    def pooling(self) -> str:
+        """How a sequence of vectors becomes one."""
+        if self.pooling_wanted != "auto":
+            return self.pooling_wanted
+        if self._is_dual and self.output == "pooled":
+            return "projected"
+        if self.modality == "text":
+            return self._settings.get("pooling", "mean")
+        return "cls" if self._config.model_type in _WITH_CLASS_TOKEN else "mean"
+
+    @functools.cached_property
+    def layers(self) -> list[int]:
+        """The hidden states asked for: 0 the embeddings, the number of layers the last state."""
+        n_layers = self._n_layers
+        if self.stride is not None:
+            return [n_layers - {32: 0, 16: 1, 8: 2}[self.stride]]
+        wanted = [self.layer] if isinstance(self.layer, int) else list(self.layer)
+        for layer in wanted:
+            if not -n_layers - 1 <= layer <= n_layers:
+                raise ValueError(
+                    f"layer={layer}, but {self._name} has hidden states 0 (the embeddings) to "
+                    f"{n_layers}, or {-n_layers - 1} to -1 from the end."
+                )
+        return [layer % (n_layers + 1) for layer in wanted]
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens after which a text is cut; None where the model knows no limit."""
+        most = _most_tokens(self._tower)
+        if self.max_length_wanted is not None:
+            if most and self.max_length_wanted > most:
+                raise ValueError(
+                    f"max_length={self.max_length_wanted}, but {self._name} takes at most {most} "
+                    "tokens. Leave max_length=None, or lower it."
+                )
+            return self.max_length_wanted
+        return self._settings.get("max_length") or most
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """Rows and columns of the patches, or of the feature map, that image tokens stand for.
+
+        Raises
+        ------
+        ValueError
+            If the model encodes text, or the grid depends on the picture.
+        """
+        if self.modality == "text":
+            raise ValueError(f"{self._name} encodes text; only images have a grid of patches.")
+        from PIL import Image
+
+        processor = _load_image_processor(self.checkpoint)
+        sizes = {
+            processor(images=[Image.new("RGB", size)], return_tensors="np")["pixel_values"].shape
+            for size in ((64, 48), (48, 96))
+        }
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{self._name} keeps the proportions of a picture, so each has a grid of its own."
+            )
+        height, width = sizes.pop()[-2:]
+        return self._grid((height, width))
+
+    def describe(self) -> dict[str, Any]:
+        """Name what changes a vector: checkpoint, tower, layers, pooling, length, precision.
+
+        Raises
+        ------
+        ValueError, OSError
+            If the checkpoint cannot be found, or does not offer what is asked of it.
+        """
+        self._check()
+        description = {
+            "backend": "huggingface",
+            "label": Path(self.checkpoint.model).name,  # for people; no part of the fingerprint
+            "checkpoint": self.checkpoint.identity(),
+            "modality": self.modality,
+            "layers": self.layers,
+            "dtype": self._dtype_name,
+        }
+        if len(self.layers) > 1:
+            description["layer_aggregation"] = self.layer_aggregation
+        if self.output == "tokens":
+            description["special_tokens"] = self.special_tokens
+        else:
+            description |= {"pooling": self.pooling, "head": self._head}
+            description["unit_length"] = self._head[-1:] == [{"kind": "normalize"}]
+        if self.modality == "text":
+            description |= {
+                "max_length": self.max_length,
+                "prompt": self._settings.get("prompt", ""),
+                "pool_prompt": self._settings.get("pool_prompt", True),
+                "lower_case": self._settings.get("lower_case", False),
+            }
+        return description
+
+    def weights(self) -> str:
+        """Name the weights, their precision and where they lie; all else is done with them."""
+        return f"{self.checkpoint.identity()} in {self._dtype_name} on {self._device}"
+
+    def load(self) -> "_Loaded":
+        """Load the checkpoint, to evaluation mode, on the device."""
+        from transformers import AutoModel
+
+        with _quiet():
+            model, report = AutoModel.from_pretrained(
+                dtype=getattr(_torch(), self._dtype_name),
+                output_loading_info=True,
+                **self.checkpoint.source(),
+            )
+        unused = ["lm_head"]
+        if hasattr(model, "encoder") and hasattr(model, "decoder"):  # T5 and its like
+            model = model.get_encoder()
+            unused.append("decoder")
+        absent = [key for key in report["missing_keys"] if not any(u in key for u in unused)]
+        absent += [str(key) for key in report["mismatched_keys"]]
+        model = model.eval().requires_grad_(False).to(self._device)
+        return _Loaded(self.checkpoint, model, absent)
+
+    def encoding(self, loaded: "_Loaded") -> Encoding:
+        """Say how the loaded checkpoint encodes cells.
+
+        Raises
+        ------
+        OSError
+            If tokenizer files or weights are absent, which transformers would make up.
+        """
+        self._check_weights(loaded.absent)
+        steps = self._text_steps if self.modality == "text" else self._image_steps
+        prepare, cost, run = steps(loaded)
+        head = [_head_step(step, self.checkpoint, loaded.model.device) for step in self._head]
+
+        def forward(prepared):
+            with _torch().inference_mode():
+                states, keep = run(prepared)
+                if self.output == "tokens":
+                    return _ragged(_combine(states, self.layer_aggregation), keep)
+                if self.pooling not in ("projected", "pooler"):
+                    states = [_pool(state, keep, self.pooling) for state in states]
+                vectors = _combine(states, self.layer_aggregation)
+                for step in head:
+                    vectors = step(vectors)
+                return vectors.cpu().numpy()
+
+        budget = _BUDGETS.get(loaded.model.device.type, _BUDGET_OF_ACCELERATORS)
+        return Encoding(forward, prepare, cost, budget)
+
+    def _text_steps(self, loaded):
+        """Return how texts are tokenised, what they cost, and how the model runs on them."""
+        tokenizer = loaded.tokenizer
+        prompt, lower_case = self._settings.get("prompt", ""), self._settings.get("lower_case")
+        limits = [self.max_length, tokenizer.model_max_length, _UNLIMITED]
+        max_length = min(limit for limit in limits if limit is not None)
+        # SigLIP reads the last position, and was trained with every text padded to full length.
+        whole = self._config.model_type.startswith("siglip")
+        skipped = 0 if self._settings.get("pool_prompt", True) else loaded.prompt_length(prompt)
+        padding = {
+            "input_ids": tokenizer.pad_token_id,
+            "token_type_ids": tokenizer.pad_token_type_id,
+            "attention_mask": 0,
+            "special_tokens_mask": 1,
+        }
+
+        def prepare(texts):
+            texts = [prompt + text for text in texts]
+            with loaded.tokenizing:  # a fast tokenizer refuses two threads at once
+                columns = tokenizer(
+                    [text.lower() for text in texts] if lower_case else texts,
+                    padding="max_length" if whole else False,
+                    truncation=max_length < _UNLIMITED,
+                    max_length=max_length if max_length < _UNLIMITED else None,
+                    return_attention_mask=True,
+                    return_special_tokens_mask=True,
+                )
+            names = [name for name in padding if name in columns]
+            return [{name: columns[name][i] for name in names} for i in range(len(texts))]
+
+        def run(prepared):
+            inputs = {
+                name: _pad([cell[name] for cell in prepared], padding[name], loaded.model.device)
+                for name in prepared[0]
+            }
+            special, keep = inputs.pop("special_tokens_mask"), inputs["attention_mask"].clone()
+            if whole:
+                del inputs["attention_mask"]
+            if self.output == "tokens" and not self.special_tokens:
+                keep *= 1 - special
+            keep[:, :skipped] = 0
+            return self._states(loaded.model, inputs), keep
+
+        return prepare, lambda cell: len(cell["input_ids"]), run
+
+    def _image_steps(self, loaded):
+        """Return how pictures become pixels, what they cost, and how the model runs on them."""
+        processor, model = loaded.image_processor, loaded.model
+
+        def prepare(pictures):
+            return [
+                processor(images=[picture], return_tensors="np")["pixel_values"][0]
+                for picture in pictures
+            ]
+
+        def run(prepared):
+            torch = _torch()
+            pixels = torch.from_numpy(np.stack(prepared)).to(model.device, model.dtype)
+            states = self._states(model, {"pixel_values": pixels})
+            if self.output == "pooled":
+                return states, None
+            keep = torch.ones(states[0].shape[:2], dtype=torch.long, device=model.device)
+            if not self.special_tokens:
+                # Class and register tokens come before the patches.
+                rows, columns = self._grid(pixels.shape[-2:])
+                keep[:, : keep.shape[1] - rows * columns] = 0
+            return states, keep
+
+        return prepare, lambda pixels: max(1, pixels[0].size // _PIXELS_A_TOKEN), run
+
+    def _states(self, model, inputs):
+        """Run the model or the tower; return (batch, tokens, dim) states, or its own vector."""
+        if self.pooling == "projected":
+            run = model.get_text_features if self.modality == "text" else model.get_image_features
+            output = run(**inputs)  # in transformers 5 the vector is a field of it
+            return [getattr(output, "pooler_output", output).float()]
+        if self._is_dual:
+            model = model.text_model if self.modality == "text" else model.vision_model
+        if self.pooling == "pooler":
+            return [model(**inputs).pooler_output.float().flatten(1)]
+        if self.layers == [self._n_layers]:
+            return [_as_sequence(model(**inputs).last_hidden_state)]
+        output = model(output_hidden_states=True, **inputs)
+        states = [*output.hidden_states[: self._n_layers], output.last_hidden_state]
+        return [_as_sequence(states[layer]) for layer in self.layers]
+
+    def _check(self) -> None:
+        """Refuse what the checkpoint cannot do, and what would silently have no effect."""
+        kind = self._config.model_type
+        if kind in _RANDOM:
+            raise ValueError(
+                f"{self._name} ({kind}) masks patches at random, so a picture has no vector of "
+                "its own. Choose another checkpoint."
+            )
+        if self.output == "tokens":
+            if self.pooling_wanted != "auto":
+                raise ValueError(
+                    f"pooling={self.pooling_wanted!r} would have no effect with output='tokens'."
+                )
+            if self.modality == "image" and self._cell_size is None:
+                raise ValueError(
+                    f"The patches of {self._name} ({kind}) cannot be told from its configuration; "
+                    "wrap the model in a CallableBackend."
+                )
+        elif self.special_tokens or self.stride is not None:
+            name = "special_tokens" if self.special_tokens else "stride"
+            raise ValueError(
+                f"{name} would have no effect with output='pooled'; pass output='tokens'"
+                + (", or choose the layer by layer=." if name == "stride" else ".")
+            )
+        if self.stride is not None and (not self._is_convolutional or self.layer != -1):
+            raise ValueError(
+                f"stride={self.stride} chooses the feature map of a convolutional network instead "
+                f"of layer; got layer={self.layer} and {self._name} ({kind})."
+            )
+        if self.pooling in ("projected", "pooler") and self.layers != [self._n_layers]:
+            raise ValueError(
+                f"layer={self.layer}, but pooling={self.pooling_wanted!r} takes the model's own "
+                "vector, which comes after all layers. Pass pooling='mean' or 'cls'."
+            )
+        widths = {self._width(layer) for layer in self.layers}
+        if len(widths) > 1 and (self.layer_aggregation == "mean" or self.output == "tokens"):
+            raise ValueError(
+                f"The layers {self.layer} of {self._name} differ in width or in grid; pool them "
+                "with layer_aggregation='concat', or choose one."
+            )
+
+    def _check_weights(self, absent) -> None:
+        """Refuse weights that transformers made up, unless nothing is done with them."""
+        if not self._is_dual and self.pooling != "pooler":
+            absent = [key for key in absent if "pooler" not in key]
+        if absent:
+            raise OSError(
+                f"{self._name} lacks {len(absent)} weights of its architecture, such as "
+                f"{absent[:2]}; they would be made up at random. Save the whole model by "
+                "save_pretrained."
+            )
+
+    def _towers(self) -> list[Modality]:
+        config = self._config
+        if self._is_dual:
+            return ["text", "image"]
+        if hasattr(config, "vision_config") or not (
+            hasattr(config, "num_channels") or hasattr(config, "vocab_size")
+        ):
+            raise ValueError(
+                f"{self._name} ({config.model_type}) is neither a text model, a vision model nor a "
+                "dual encoder of both with a common space. Wrap it in a CallableBackend."
+            )
+        return ["image"] if hasattr(config, "num_channels") else ["text"]
+
+    def _width(self, layer: int) -> int:
+        """Find the width of a hidden state in the configuration."""
+        config = self._tower
+        if self._is_convolutional:
+            widths = [getattr(config, "embedding_size", config.hidden_sizes[0])]
+            return [*widths, *config.hidden_sizes][layer]
+        for name in ("hidden_size", "d_model", "dim"):
+            if isinstance(getattr(config, name, None), int):
+                return getattr(config, name)
+        raise ValueError(
+            f"The width of the vectors of {self._name} ({config.model_type}) cannot be read from "
+            "its configuration; wrap the model in a CallableBackend."
+        )
+
+    def _grid(self, size) -> tuple[int, int]:
+        """Count the rows and columns of patches, or of the feature map, in pixels of a size."""
+        if self._is_convolutional:  # which pad the last cell
+            return tuple(-(-length // self._cell_size) for length in size)
+        return tuple(length // self._cell_size for length in size)
+
+    @functools.cached_property
+    def _cell_size(self) -> int | None:
+        """Pixels from one token of a picture to the next; None where the configuration is mute."""
+        config = self._tower
+        if self._is_convolutional:
+            return 32 >> (self._n_layers - self.layers[0])
+        patch = getattr(config, "patch_size", None)
+        patch = patch[0] if isinstance(patch, list | tuple) else patch
+        merged = len(config.depths) - 1 if hasattr(config, "depths") else 0  # Swin halves its grid
+        return patch and patch << merged
+
+    @functools.cached_property
+    def _n_layers(self) -> int:
+        config = self._tower
+        if self._is_convolutional:
+            return len(config.hidden_sizes)
+        return getattr(config, "num_hidden_layers", None) or 0
+
+    @functools.cached_property
+    def _is_convolutional(self) -> bool:
+        return bool(getattr(self._tower, "hidden_sizes", None))
+
+    @functools.cached_property
+    def _is_dual(self) -> bool:
+        """Tell an encoder of texts and images from a generative model that reads both."""
+        config = self._config
+        return (
+            hasattr(config, "text_config")
+            and hasattr(config, "vision_config")
+            and (hasattr(config, "projection_dim") or config.model_type.startswith("siglip"))
+        )
+
+    @functools.cached_property
+    def _tower(self):
+        """The configuration of the model, or of the dual encoder's tower that is asked for."""
+        if not self._is_dual:
+            return self._config
+        return self._config.text_config if self.modality == "text" else self._config.vision_config
+
+    @functools.cached_property
+    def _head(self) -> list[dict[str, Any]]:
+        """What sentence-transformers files do to a pooled vector.
+
+        Dense layers are trained for the files' own pooling, and left out for another.
+        """
+        steps = self._settings.get("head", [])
+        if self.pooling != self._settings.get("pooling") or self.layers != [self._n_layers]:
+            return [step for step in steps if step["kind"] == "normalize"]
+        return steps
+
+    @property
+    def _name(self) -> str:
+        return repr(self.checkpoint.model)
+
+    @functools.cached_property
+    def _config(self):
+        return self.checkpoint.config()
+
+    @functools.cached_property
+    def _settings(self) -> dict[str, Any]:
+        return self.checkpoint.sentence_transformer()
+
+    @functools.cached_property
+    def _device(self):
+        from sklembed._torch import resolve_device
+
+        return resolve_device(self.device)
+
+    @functools.cached_property
+    def _dtype_name(self) -> str:
+        from sklembed._torch import resolve_dtype
+
+        return str(resolve_dtype(self.dtype, self._device)).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model on its device, and what prepares cells for it, loaded when first asked for."""
+
+    checkpoint: Checkpoint
+    model: Any
+    absent: list[str]  # weights that the checkpoint lacks
+    tokenizing: threading.Lock = field(default_factory=threading.Lock)
+
+    @functools.cached_property
+    def tokenizer(self):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(**self.checkpoint.source())
+        # Where the files are absent, transformers makes one that knows no word and says nothing.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise OSError(
+                f"{self.checkpoint.model!r} holds no tokenizer files, without which every text "
+                "looks alike. Save the tokenizer beside the model: "
+                "tokenizer.save_pretrained(directory)."
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @functools.cached_property
+    def image_processor(self):
+        return _load_image_processor(self.checkpoint)
+
+    def prompt_length(self, prompt: str) -> int:
+        """Count the tokens of a prompt, without the one that ends a text."""
+        ids = self.tokenizer(prompt)["input_ids"]
+        return len(ids) - (bool(ids) and ids[-1] in self.tokenizer.all_special_ids)
+
+
+def _load_image_processor(checkpoint):
+    from transformers import AutoImageProcessor
+
+    # Pillow resizes alike on every machine; torchvision, where present, would not.
+    return AutoImageProcessor.from_pretrained(backend="pil", **checkpoint.source())
+
+
+def _head_step(step, checkpoint, device):
+    """Make a function of one step that sentence-transformers files apply to pooled vectors."""
+    torch = _torch()
+    if step["kind"] == "normalize":
+        return lambda vectors: torch.nn.functional.normalize(vectors, dim=1)
+    if step["kind"] == "truncate":
+        return lambda vectors: vectors[:, : step["n_features"]]
+    weights = checkpoint.tensors(step["path"])
+    weights = {name: tensor.to(device).float() for name, tensor in weights.items()}
+    activation = getattr(torch.nn, step["activation"])()
+    return lambda vectors: activation(
+        torch.nn.functional.linear(vectors, weights["linear.weight"], weights.get("linear.bias"))
+    )
+
+
+def _most_tokens(config) -> int | None:
+    """Find how many tokens a model has positions for, where it says so."""
+    most = getattr(config, "max_position_embeddings", None)
+    if most and config.model_type in _OFFSET_POSITIONS:
+        most -= config.pad_token_id + 1
+    return most
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep transformers from drawing a bar for every model that a worker loads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _torch():
+    """Import torch when a model is about to run, and not before."""
+    import torch
+
+    return torch
+
+
+def _pad(rows, value, device):
+    """Stack rows of different lengths, padded on the right: on the left, positions would shift."""
+    torch = _torch()
+    tensors = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, True, value).to(device)  # (batch, tokens)
+
+
+def _as_sequence(states):
+    """Lay out a convolutional network's (batch, dim, height, width) as (batch, tokens, dim)."""
+    states = states.float()
+    return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+
+
+def _pool(states, keep, pooling: str):
+    """Reduce (batch, tokens, dim) to (batch, dim), leaving out what `keep` marks by 0."""
+    torch = _torch()
+    if keep is None:
+        keep = torch.ones(states.shape[:2], device=states.device)
+    keep = keep.to(states.dtype)  # (batch, tokens)
+    rows = torch.arange(len(states), device=states.device)
+    if pooling == "cls":
+        return states[rows, keep.argmax(dim=1)]
+    if pooling == "last":
+        return states[rows, keep.shape[1] - 1 - keep.flip(1).argmax(dim=1)]
+    if pooling == "max":
+        return states.masked_fill(keep[..., None] == 0, float("-inf")).amax(dim=1)
+    if pooling == "weightedmean":
+        keep = keep * torch.arange(1, keep.shape[1] + 1, device=keep.device)
+    n_tokens = keep.sum(dim=1, keepdim=True)
+    total = (states * keep[..., None]).sum(dim=1)
+    return total / (n_tokens.sqrt() if pooling == "mean_sqrt_len" else n_tokens)
+
+
+def _combine(states, aggregation: str):
+    """Join the vectors of several layers, or average them."""
+    torch = _torch()
+    return torch.stack(states).mean(0) if aggregation == "mean" else torch.cat(states, dim=-1)
+
+
+def _ragged(states, keep):
+    """Split (batch, tokens, dim) into an array (T_i, dim) a cell, of the tokens to keep."""
+    states, keep = states.cpu().numpy(), keep.bool().cpu().numpy()
+    return [state[kept] for state, kept in zip(states, keep, strict=True)]

@@ -1,0 +1,220 @@
+"""Run a model over cells: loaded once a process, fed by threads, in batches that memory holds."""
+
+import os
+import sys
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import joblib
+
+_CELLS_A_JOB = {"text": 128, "image": 8}  # what a thread prepares at once
+_LOADED_LIMIT = 4
+
+_LOADED: OrderedDict[str, Any] = OrderedDict()
+# Guards _LOADED, loading (not safe in threads) and the models' use; a model may call another.
+_MODELS = threading.RLock()
+
+
+def _one(prepared: Any) -> int:
+    return 1
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a loaded model encodes cells: a step for threads beside it, and the model itself.
+
+    A batch costs its number of cells times the cost of the costliest, and at most `budget` where
+    the user names no batch size.
+    """
+
+    forward: Callable[[list], Any]  # prepared cells -> (n, d) array, or n arrays (T_i, d)
+    prepare: Callable[[list], list] = list  # decoded cells -> prepared cells, one for each
+    cost: Callable[[Any], int] = _one  # of a prepared cell
+    budget: int = 32
+
+
+@dataclass
+class _Cell:
+    position: int
+    prepared: Any = None
+    cost: int = 0
+    error: Exception | None = None
+
+
+@dataclass
+class _Limit:
+    """What a batch may cost; lowered when memory runs out."""
+
+    cost: int
+
+
+def encoding_of(backend) -> Encoding:
+    """Load a backend's weights, unless this process has them; the last few stay loaded."""
+    with _MODELS:
+        key = backend.weights()
+        if key not in _LOADED:
+            _LOADED[key] = backend.load()
+            if len(_LOADED) > _LOADED_LIMIT:
+                _LOADED.popitem(last=False)
+        _LOADED.move_to_end(key)
+        return backend.encoding(_LOADED[key])
+
+
+def encode(
+    backend,
+    chunks: Iterable[list[int]],
+    decode: Callable[[int], Any],
+    *,
+    batch_size: int | None,
+    on_error: Callable[[Exception, int], None],
+) -> Iterator[tuple[list[int], list[int], Any]]:
+    """Encode the cells at given positions, in batches, preparing those to come meanwhile.
+
+    The model is loaded when there is a first position. When memory runs out the batch is halved,
+    and so are those that follow.
+
+    Parameters
+    ----------
+    backend : Backend
+        What offers the model.
+    chunks : iterable of list of int
+        The positions; pulled a little ahead of the model.
+    decode : callable
+        Takes a position and returns the decoded cell; runs in threads.
+    batch_size : int or None
+        Cells to a batch; None for as many as the encoding's budget allows.
+    on_error : callable
+        Takes what decoding raised and the position. If it returns, the cell is left out; if it
+        raises, all cells before have been yielded.
+
+    Yields
+    ------
+    batch : list of int
+        Positions dealt with.
+    done : list of int
+        Those of them that could be encoded.
+    values : ndarray of shape (n_done, d), or list of n_done ndarrays of shape (T_i, d)
+        Their vectors.
+    """
+    chunks = iter(chunks)
+    first = next(chunks, None)
+    if first is None:
+        return
+    encoding = encoding_of(backend)
+    if batch_size is not None:
+        encoding = replace(encoding, cost=_one, budget=batch_size)
+    limit = _Limit(encoding.budget)
+    cells = _prepare_ahead(encoding, chain([first], chunks), decode, backend.modality)
+    for batch in _batches(cells, limit):
+        if batch[0].error is not None:
+            on_error(batch[0].error, batch[0].position)
+            yield [batch[0].position], [], []
+        else:
+            yield from _forward(encoding, batch, limit)
+
+
+def _prepare_ahead(encoding, chunks, decode, modality) -> Iterator[_Cell]:
+    """Decode and prepare in threads, a few jobs ahead of whoever consumes the cells."""
+
+    def prepare(positions):
+        cells = []
+        for position in positions:
+            try:
+                cells.append(_Cell(position, decode(position)))
+            except (ValueError, OSError) as error:
+                cells.append(_Cell(position, error=error))
+        decoded = [cell for cell in cells if cell.error is None]
+        prepared = encoding.prepare([cell.prepared for cell in decoded]) if decoded else []
+        for cell, content in zip(decoded, prepared, strict=True):
+            cell.prepared, cell.cost = content, encoding.cost(content)
+        return sorted(cells, key=lambda cell: -cell.cost)
+
+    size = _CELLS_A_JOB[modality]
+    jobs = (chunk[i : i + size] for chunk in chunks for i in range(0, len(chunk), size))
+    # Fast tokenizers have threads of their own, and are not to be shared by ours.
+    workers = 1 if modality == "text" else joblib.cpu_count()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        ahead = deque()
+        for job in jobs:
+            ahead.append(pool.submit(prepare, job))
+            if len(ahead) > workers + 1:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(cells: Iterable[_Cell], limit: _Limit) -> Iterator[list[_Cell]]:
+    """Gather as many cells as the limit allows; what could not be decoded comes alone."""
+    batch: list[_Cell] = []
+    costliest = 0
+    for cell in cells:
+        costliest = max(costliest, cell.cost)
+        if batch and (cell.error is not None or (len(batch) + 1) * costliest > limit.cost):
+            yield batch
+            batch, costliest = [], cell.cost
+        if cell.error is None:
+            batch.append(cell)
+        else:
+            yield [cell]
+    if batch:
+        yield batch
+
+
+def _forward(encoding, batch, limit):
+    """Run the model on a batch, or on its halves where memory does not hold the whole."""
+    positions = [cell.position for cell in batch]
+    try:
+        with _MODELS:
+            values = encoding.forward([cell.prepared for cell in batch])
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            raise MemoryError(
+                "the model ran out of memory on a single cell. Lower max_length, take a smaller "
+                f"model or another device ({error})"
+            ) from error
+    else:
+        yield positions, positions, values
+        return
+    _free_memory()  # outside of the except block, which keeps the failed batch's tensors alive
+    half = len(batch) // 2
+    limit.cost = half * max(cell.cost for cell in batch)
+    yield from _forward(encoding, batch[:half], limit)
+    yield from _forward(encoding, batch[half:], limit)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell a lack of memory, of the host or an accelerator, from any other trouble."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _free_memory() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _start_afresh_after_fork() -> None:
+    """Forget models in a forked child, whose lock may be held by a thread that is no more."""
+    global _MODELS
+    _MODELS = threading.RLock()
+    _LOADED.clear()
+    # Else the tokenizers library says at length that it does so itself.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_afresh_after_fork)

