@@ -13,6 +13,7 @@ _HOMES = {
     "FrozenEncoder": "sklembed.encoders",
     "PerModalityUnion": "sklembed.union",
     "datasets": "sklembed",
+    "prefetch": "sklembed.encoders",
 }
 
 __all__ = sorted(_HOMES)

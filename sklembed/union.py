@@ -237,6 +237,32 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
         )
         return self._join(outputs, observed, len(X))
 
+    def iter_parts(self, X):
+        """Yield what each branch is shown of a table, before or after fit.
+
+        Parameters
+        ----------
+        X : DataFrame or array-like of shape (n_samples, n_features)
+            The table.
+
+        Yields
+        ------
+        name : str
+            The branch; dropped ones are left out.
+
+        transformer : transformer or "passthrough"
+            Its transformer, not fitted.
+
+        part : DataFrame, Series or ndarray
+            The columns that it reads, of the rows that have the modality.
+        """
+        X = as_table(X)
+        for name, transformer, columns in self.transformers:
+            if not _is_dropped(transformer):
+                columns = _resolve(X, name, columns, flat=not _is_passthrough(transformer))
+                part = _part(X, name, columns)
+                yield name, transformer, take_rows(part, np.flatnonzero(~_missing_rows(part)))
+
     @property
     def named_transformers_(self):
         """The fitted branches by name."""

@@ -2,6 +2,7 @@
 
 from sklembed.encoders.backends import CallableBackend
 from sklembed.encoders.frozen import FrozenEncoder
+from sklembed.encoders.prefetch import prefetch
 from sklembed.encoders.store import EmbeddingStore
 
-__all__ = ["CallableBackend", "EmbeddingStore", "FrozenEncoder"]
+__all__ = ["CallableBackend", "EmbeddingStore", "FrozenEncoder", "prefetch"]
