@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -430,6 +431,20 @@ def test_a_hub_model_in_the_local_cache_is_found_offline(checkpoints, tmp_path, 
 def test_a_model_that_is_nowhere_is_a_clear_error():
     with pytest.raises(OSError, match="'nobody/nothing' is neither a local directory nor found"):
         FrozenEncoder("nobody/nothing").fit(["text"])
+
+
+def test_an_encoder_unpickled_where_the_weights_are_not_says_what_is_missing(checkpoints, tmp_path):
+    path = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], path)
+    encoder = FrozenEncoder(str(path), store=None, dtype="float32").fit(TEXTS)
+    expected = encoder.transform(TEXTS)
+    pickled = pickle.dumps(encoder)
+    shutil.rmtree(path)
+    encoder = pickle.loads(pickled)
+    with pytest.raises(OSError, match=r"no directory '.*bert' on this machine.*set_params\(model"):
+        encoder.transform(TEXTS)
+    encoder.set_params(model=checkpoints["bert"])
+    np.testing.assert_array_equal(encoder.transform(TEXTS), expected)
 
 
 def test_a_directory_without_a_checkpoint_is_a_clear_error(tmp_path):

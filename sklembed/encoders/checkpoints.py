@@ -129,6 +129,11 @@ def _resolve_commit(model, revision, local_files_only) -> str:
             model, "config.json", revision=revision, local_files_only=local_files_only
         )
     except (OSError, ValueError) as error:
+        if model.count("/") > 1 or model.startswith((".", "~", "/")):  # a path, and no owner/name
+            raise OSError(
+                f"There is no directory {model!r} on this machine. An encoder carries no weights: "
+                "copy the checkpoint there, or name another place by set_params(model=...)."
+            ) from error
         where = "the local cache" if local_files_only else "the hub or the local cache"
         raise OSError(
             f"The model {model!r} is neither a local directory nor found in {where}. Check the "
