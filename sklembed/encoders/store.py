@@ -832,10 +832,10 @@ def _fetch(db, space, digests, cells):
     asked = map(digests.__getitem__, cells["position"].tolist())
     checksums = np.fromiter(map(crc32, blobs, map(crc32, asked)), np.int64, len(blobs))
     sound = (sizes == cells["size"]) & (checksums == cells["checksum"]) & space._fits(sizes)
-    if not sound.all():
-        blobs = list(itertools.compress(blobs, sound))
-    values = space._unpack(blobs) if blobs else []
-    return cells[sound], values, cells[~sound]
+    if sound.all():
+        return cells, space._unpack(blobs), cells[:0]
+    blobs = list(itertools.compress(blobs, sound))
+    return cells[sound], space._unpack(blobs) if blobs else [], cells[~sound]
 
 
 def _insert(db, model, digests, blobs):
