@@ -1,4 +1,4 @@
-"""What the embedding store costs: warm reads, cold encodes, size on disk, memory for a million rows.
+"""What the store costs: warm reads, cold encodes, size on disk, memory for a million rows.
 
 Warm reads go through ``FrozenEncoder.transform``, hashing of the cells included, and through
 ``EmbeddingStore.read`` alone; the peer is ``np.load`` of the same array, which knows no cells. The
