@@ -90,7 +90,9 @@ def fill_directly(store, n_rows, batch_size=4096):
 
 def read_all(store, digests):
     """Read vectors into one array."""
-    out = np.empty((len(digests), N_FEATURES), dtype=np.float32)
+    # Filled, as the encoder does for missing cells: Linux finds huge pages for memory that is first
+    # touched between reads of a file slowly, and that would be what is measured.
+    out = np.full((len(digests), N_FEATURES), np.nan, dtype=np.float32)
     for positions, values in store.read(SPACE, digests):
         out[positions] = values
     return out
