@@ -37,7 +37,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 
-from sklembed import CallableBackend, FrozenEncoder
+from sklembed import CallableBackend, FrozenEncoder, prefetch
 
 with suppress(ImportError):  # the arms of a peer that is not installed are skipped
     import skrub
@@ -193,7 +193,10 @@ ARMS = {  # and the peers that they need
     "embetter cached, ahead of them": (embetter_ahead, "embetter"),
     OURS: (frozen_encoder, None),
     "FrozenEncoder, n_jobs=2": (partial(frozen_encoder, n_jobs=2), None),
-    # Further arms of ours, one line each:
+    "FrozenEncoder, prefetch, n_jobs=2": (
+        partial(frozen_encoder, n_jobs=2, prepare=prefetch),
+        None,
+    ),
 }
 
 
