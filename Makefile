@@ -23,8 +23,10 @@ lint: .venv/.dev
 docs: .venv/.docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-bench: .venv/.dev
-	for script in examples/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+bench: .venv/.bench
+	$(BIN)/python examples/benchmarks/bench_encode.py --json docs/benchmarks/encode.json
+	$(BIN)/python examples/benchmarks/bench_store.py --json docs/benchmarks/store.json
+	$(BIN)/python examples/benchmarks/bench_grid_search.py --fast --json docs/benchmarks/grid_search.json
 
 clean:
 	rm -rf .venv .venv-oldest docs/_build docs/api docs/auto_examples
@@ -47,6 +49,10 @@ clean:
 
 .venv/.dev: .venv/.torch pyproject.toml
 	$(PIP) install --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+.venv/.bench: .venv/.dev
+	$(PIP) install --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
 .venv/.docs: .venv/.dev

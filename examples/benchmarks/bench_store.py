@@ -4,8 +4,8 @@ Warm reads go through ``FrozenEncoder.transform``, hashing of the cells included
 ``EmbeddingStore.read`` alone; the peer is ``np.load`` of the same array, which knows no cells. The
 cold encode is all-MiniLM-L6-v2 on texts of a few words, with a store and without, in turns. The
 million rows are written and read back in a process of its own, whose peak memory is compared with
-what it had before, and with the array that is read. Seconds are those of the machine that prints
-them: best of the repeats for reads, medians for the cold encode.
+what it had before, and with the array that is read. Figures are medians of the repeats, on the
+machine that prints them.
 """
 
 import argparse
@@ -38,14 +38,14 @@ def load_random():
     return lambda texts: rng.normal(size=(len(texts), N_FEATURES)).astype(np.float32)
 
 
-def best_rate(n_rows, work, repeats):
-    """Return the most rows a second in several tries."""
+def rate(n_rows, work, repeats):
+    """Return the rows a second, as the median of several tries."""
     seconds = []
     for _ in range(repeats):
         tick = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - tick)
-    return n_rows / min(seconds)
+    return n_rows / np.median(seconds)
 
 
 def measure_reads(folder, n_rows, repeats):
@@ -62,11 +62,9 @@ def measure_reads(folder, n_rows, repeats):
 
     digests = fill_directly(store, n_rows)
     return {
-        "warm transform, rows/s": best_rate(n_rows, lambda: encoder.transform(texts), repeats),
-        "EmbeddingStore.read, rows/s": best_rate(n_rows, lambda: read_all(store, digests), repeats),
-        "np.load of the array, rows/s": best_rate(
-            n_rows, lambda: np.load(folder / "peer.npy"), repeats
-        ),
+        "warm transform, rows/s": rate(n_rows, lambda: encoder.transform(texts), repeats),
+        "EmbeddingStore.read, rows/s": rate(n_rows, lambda: read_all(store, digests), repeats),
+        "np.load of the array, rows/s": rate(n_rows, lambda: np.load(folder / "peer.npy"), repeats),
         "size on disk / raw vectors": store.path.stat().st_size / (2 * cold.nbytes),
     }
 
