@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sklembed.encoders import store as store_module
-from sklembed.encoders.store import EmbeddingStore, Space
+from sklembed.encoders import database
+from sklembed.encoders.database import Space
+from sklembed.encoders.store import EmbeddingStore
 
 SPACE = Space("f", {"name": "test"}, 64)
 BATCH = 8
@@ -30,7 +31,8 @@ NURSERY = """
 import json, os, sys, time
 from hashlib import blake2b
 import numpy as np
-from sklembed.encoders.store import EmbeddingStore, Space
+from sklembed.encoders.database import Space
+from sklembed.encoders.store import EmbeddingStore
 
 def live(path, log, numbers):
     numbers = np.array(numbers)
@@ -238,14 +240,14 @@ def test_where_no_store_can_be_made_there_is_a_clear_error(folder):
 
 def test_a_full_disk_costs_no_result(store, monkeypatch):
     fill(store, 10)
-    connect = store_module._connect
+    connect = database.connect
 
     def connect_to_a_full_disk(path):
         db = connect(path)
         db.execute("PRAGMA max_page_count = 1")  # as many as there are
         return db
 
-    monkeypatch.setattr(store_module, "_connect", connect_to_a_full_disk)
+    monkeypatch.setattr(database, "connect", connect_to_a_full_disk)
     with pytest.warns(UserWarning, match="disk is full.*not kept") as caught:
         assert fill(store, 2000).keys() == set(range(2000))
     assert len(caught) == 1
@@ -289,7 +291,7 @@ def test_a_network_file_system_is_refused(tmp_path, monkeypatch, mounts, kind):
     mount = tmp_path / "my files"
     table = tmp_path / "mounts"
     table.write_text("/dev/vda / ext4 rw 0 0\n" + mounts.format(mount=f"{tmp_path}/my\\040files"))
-    monkeypatch.setattr(store_module, "_MOUNTS", table)
+    monkeypatch.setattr(database, "_MOUNTS", table)
     store = EmbeddingStore(mount / "local" / "store.sqlite")
     if kind is None:
         assert store.stats().empty
@@ -301,7 +303,7 @@ def test_a_network_file_system_is_refused(tmp_path, monkeypatch, mounts, kind):
 
 
 def test_where_the_system_lists_no_mounts_nothing_is_refused(store, monkeypatch, tmp_path):
-    monkeypatch.setattr(store_module, "_MOUNTS", tmp_path / "absent")
+    monkeypatch.setattr(database, "_MOUNTS", tmp_path / "absent")
     assert fill(store, 1).keys() == {0}
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from sklembed import EmbeddingStore
+from sklembed.encoders import database
 from sklembed.encoders import store as store_module
-from sklembed.encoders.store import Space, default_path
+from sklembed.encoders.database import Space, default_path
 
 SPACE = Space("f", {"name": "test"}, 3)
 ANOTHER = Space("g", {"label": "another"}, 3)
@@ -88,7 +89,7 @@ def opened(store):
 def clock(monkeypatch):
     """Set the hour by a one-element list."""
     hour = [1000]
-    monkeypatch.setattr(store_module, "_hour", lambda: hour[0])
+    monkeypatch.setattr(database, "_hour", lambda: hour[0])
     return hour
 
 
@@ -301,7 +302,7 @@ def test_warm_reads_write_recency_once_an_hour(store, clock):
 
 def test_reading_goes_on_where_its_counts_cannot_be_written(store, monkeypatch):
     fill(store, [1])
-    monkeypatch.setattr(store_module, "_BOOKKEEPING_PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(database, "_BOOKKEEPING_PATIENCE_SECONDS", 0.01)
     with opened(store) as db:
         db.execute("BEGIN IMMEDIATE")
         assert_values(read(store, [1]), [1])
@@ -326,8 +327,8 @@ def test_vectors_are_exported_to_parquet(store, tmp_path):
 
 
 def test_vectors_are_exported_to_npy_in_pieces(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_EXPORT_ROWS", 3)
-    monkeypatch.setattr(store_module, "_EXPORT_BYTES", 20)
+    monkeypatch.setattr(database, "_EXPORT_ROWS", 3)
+    monkeypatch.setattr(database, "_EXPORT_BYTES", 20)
     fill(store, list(range(10)))
     fill(store, [1], space=RAGGED)
     assert store.export(tmp_path / "some.npy", model="test") == 10

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
-from sklembed.encoders.store import Space
+from sklembed.encoders.database import Space
 
 N_FEATURES = 384
 SPACE = Space("bench", {"name": "bench"}, N_FEATURES)

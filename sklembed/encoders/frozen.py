@@ -24,9 +24,10 @@ from sklembed._tables import is_frame
 from sklembed.encoders.backends import MODALITIES
 from sklembed.encoders.cells import DECODING_VERSION, decode, identify, is_missing
 from sklembed.encoders.checkpoints import Checkpoint
+from sklembed.encoders.database import Space
 from sklembed.encoders.huggingface import POOLINGS, HuggingFaceBackend
 from sklembed.encoders.inference import encode
-from sklembed.encoders.store import EmbeddingStore, Space
+from sklembed.encoders.store import EmbeddingStore
 
 # Cells claimed at once: enough to keep claims rare, few enough to share work between processes.
 _CLAIM_SIZE = {"text": 128, "image": 64}
@@ -462,7 +463,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         lacking = np.flatnonzero(store.lacks(space, digests)).tolist()
         found = self._encode(column, backend, store, space, digests, rows, lacking)
         return {
-            "model": space.description.get("label") or space.description.get("name"),
+            "model": space.names[-1],
             "fingerprint": space.fingerprint,
             "cells": len(rows),
             "encoded": sum(len(positions) for positions, _ in found) if lacking else 0,
