@@ -71,6 +71,19 @@ def test_texts_of_other_families_equal_a_forward_pass_of_each_alone(checkpoints,
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
 
 
+def test_an_empty_text_has_a_vector_even_without_special_tokens(checkpoints, tmp_path):
+    path = tmp_path / "gpt2"
+    shutil.copytree(checkpoints["gpt2"], path)
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    for pooling in ("mean", "last"):
+        vectors = encode(path, ["", "the cat"], pooling=pooling)
+        assert np.isfinite(vectors).all()
+        np.testing.assert_allclose(vectors[:1], encode(path, [""], pooling=pooling), atol=1e-5)
+    tokens = encode(path, ["", "the cat"], output="tokens")
+    assert [cell.shape for cell in tokens[:, 0]] == [(0, 16), (2, 16)]
+
+
 def test_t5_encoders_equal_a_forward_pass_of_each_alone(checkpoints):
     path = checkpoints["t5"]
     model, tokenizer = (

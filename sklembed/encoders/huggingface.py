@@ -255,6 +255,8 @@ class HuggingFaceBackend:
             "special_tokens_mask": 1,
         }
 
+        empty = padding | {"attention_mask": 1}
+
         def prepare(texts):
             texts = [prompt + text for text in texts]
             with loaded.tokenizing:  # a fast tokenizer refuses two threads at once
@@ -267,7 +269,11 @@ class HuggingFaceBackend:
                     return_special_tokens_mask=True,
                 )
             names = [name for name in padding if name in columns]
-            return [{name: columns[name][i] for name in names} for i in range(len(texts))]
+            # Where a tokenizer adds no special tokens, an empty text has no token at all.
+            return [
+                {name: columns[name][i] or [empty[name]] for name in names}
+                for i in range(len(texts))
+            ]
 
         def run(prepared):
             inputs = {
