@@ -245,10 +245,10 @@ def test_bad_columns_are_refused(text_backend, X, error, message):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (np.full((2, 9), 1e300), "returned NaN or infinity"),
+        (np.full((2, 9), 1e300), "returned what is no finite float32"),
         (np.zeros((2, 3)), r"returned shape \(2, 3\)"),
         (np.zeros(9), r"returned shape \(9,\)"),
-        (np.full((2, 9), np.nan), "returned NaN or infinity"),
+        (np.full((2, 9), np.nan), "returned what is no finite float32"),
     ],
 )
 def test_a_backend_that_breaks_its_promise_is_refused(store, made, message):
@@ -381,3 +381,31 @@ def test_stores_are_given_by_path_or_object(text_backend, tmp_path):
     path = tmp_path / "one.sqlite"
     FrozenEncoder(text_backend, store=str(path)).transform(TEXTS)
     assert EmbeddingStore(path).stats()["rows"].item() == 3
+
+
+def test_a_backend_s_own_description_is_left_alone():
+    class Described(CallableBackend):
+        def describe(self):
+            return described
+
+    described = {"backend": "mine"}
+    backend = Described(lambda: len, name="d", version="1", modality="text", n_features=1)
+    spaces = [
+        FrozenEncoder(backend, normalize=normalize)._space(backend) for normalize in (True, False)
+    ]
+    assert described == {"backend": "mine"}
+    assert spaces[0].fingerprint != spaces[1].fingerprint
+
+
+def test_repeated_rows_are_copied_in_blocks(text_backend, monkeypatch):
+    monkeypatch.setattr("sklembed.encoders.frozen._COPIED_ROWS", 3)
+    texts = [None, *TEXTS, None, *TEXTS[::-1], *TEXTS]
+    vectors = FrozenEncoder(text_backend, store=None).transform(texts)
+    filled = [text or "" for text in texts]
+    expected = np.where([[t is None] for t in texts], np.nan, count_letters(filled))
+    np.testing.assert_array_equal(vectors, expected)
+
+
+def test_parameters_are_checked_against_the_model_before_cells_are_read(checkpoints):
+    with pytest.raises(ValueError, match="layer=99"):
+        FrozenEncoder(checkpoints["bert"], layer=99).transform([3])

@@ -371,18 +371,141 @@ def fingerprint(model, **options):
     return encoder._space(encoder._backend()).fingerprint
 
 
-def test_the_fingerprint_names_what_changes_a_vector(checkpoints, tmp_path):
-    bert = checkpoints["bert"]
-    base = fingerprint(bert, dtype="float32")
-    changed = {
-        fingerprint(bert, dtype="bfloat16"),
-        fingerprint(bert, dtype="float32", pooling="cls"),
-        fingerprint(bert, dtype="float32", normalize=True),
-        fingerprint(bert, dtype="float32", max_length=5),
-        fingerprint(checkpoints["clip"], dtype="float32", modality="text"),
-        fingerprint(checkpoints["clip"], dtype="float32", modality="image"),
-    }
-    assert len(changed | {base}) == 7
+# A value of each parameter that changes a vector, and what it takes to have an effect.
+CHANGING = {
+    "modality": ("clip", {"modality": "text"}, {"modality": "image"}),
+    "output": ("bert", {}, {"output": "tokens"}),
+    "pooling": ("bert", {}, {"pooling": "cls"}),
+    "layer": ("bert", {}, {"layer": 1}),
+    "layer_aggregation": ("bert", {"layer": [0, 1]}, {"layer_aggregation": "mean"}),
+    "special_tokens": ("bert", {"output": "tokens"}, {"special_tokens": True}),
+    "stride": ("resnet", {"output": "tokens"}, {"stride": 16}),
+    "normalize": ("bert", {}, {"normalize": True}),
+    "max_length": ("bert", {}, {"max_length": 5}),
+    "dtype": ("bert", {"dtype": "float32"}, {"dtype": "bfloat16"}),
+    "store_dtype": ("bert", {}, {"store_dtype": "float16"}),
+    "trust_remote_code": ("remote", {}, {"trust_remote_code": True}),
+}
+# These change where and how it is done, what becomes of bad cells, or which checkpoint is meant.
+UNCHANGING = {
+    *("model", "batch_size", "device", "store", "missing", "errors", "verbose"),
+    *("revision", "local_files_only"),
+}
+
+
+@pytest.fixture
+def remote(checkpoints, tmp_path):
+    """A checkpoint that brings modelling code: BERT, with one added to what it returns."""
+    path = tmp_path / "remote"
+    shutil.copytree(checkpoints["bert"], path)
+    (path / "modeling_plus.py").write_text(
+        "from transformers import BertModel\n\n\n"
+        "class PlusModel(BertModel):\n"
+        "    def forward(self, *args, **kwargs):\n"
+        "        output = super().forward(*args, **kwargs)\n"
+        "        output.last_hidden_state = output.last_hidden_state + 1\n"
+        "        return output\n"
+    )
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling_plus.PlusModel"}
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.mark.parametrize("parameter", CHANGING)
+def test_the_fingerprint_names_what_changes_a_vector(checkpoints, remote, parameter):
+    family, base, change = CHANGING[parameter]
+    model = (checkpoints | {"remote": remote})[family]
+    assert fingerprint(model, **base) != fingerprint(model, **base | change)
+
+
+def test_every_parameter_is_known_to_change_vectors_or_not(checkpoints):
+    assert FrozenEncoder("any").get_params().keys() == CHANGING.keys() | UNCHANGING
+
+
+def test_a_checkpoint_s_own_code_is_not_mistaken_for_transformers(remote, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    plain = encode(remote, TEXTS)
+    np.testing.assert_allclose(encode(remote, TEXTS, trust_remote_code=True), plain + 1, atol=1e-5)
+
+
+def test_what_prepares_cells_is_read_where_the_encoder_points(checkpoints, tmp_path):
+    """Two equal checkpoints share a model; one goes after it was loaded for its other tower."""
+    paths = [tmp_path / "one", tmp_path / "other"]
+    for path in paths:
+        shutil.copytree(checkpoints["clip"], path)
+        (path / "unique.json").write_text("for this test")  # no other test has loaded it
+    expected = encode(checkpoints["clip"], [np.zeros((9, 9, 3), np.uint8)], modality="image")
+    encode(paths[0], TEXTS, modality="text")
+    shutil.rmtree(paths[0])
+    vectors = encode(paths[1], [np.zeros((9, 9, 3), np.uint8)], modality="image")
+    np.testing.assert_array_equal(vectors, expected)
+
+
+def test_linked_folders_are_part_of_a_checkpoint(checkpoints, tmp_path):
+    path, _ = saved_by_sentence_transformers(checkpoints["bert"], tmp_path / "st", extra=[dense()])
+    shutil.move(f"{path}/2_Dense", tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", f"{path}/2_Dense")
+    os.symlink(path, f"{path}/circle")
+    before = fingerprint(path)
+    with open(tmp_path / "elsewhere" / "config.json", "a") as file:
+        file.write(" ")
+    assert fingerprint(path) != before
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_on_which_a_tokenizer_pads_makes_no_difference(checkpoints, tmp_path, side):
+    path = tmp_path / "qwen"
+    shutil.copytree(checkpoints["qwen"], path)
+    tokenizer = hf.AutoTokenizer.from_pretrained(path)
+    tokenizer.padding_side = side
+    tokenizer.save_pretrained(path)
+    for pooling in ("mean", "last"):
+        vectors = encode(path, TEXTS, pooling=pooling)
+        expected = encode(checkpoints["qwen"], TEXTS, pooling=pooling)
+        np.testing.assert_array_equal(vectors, expected)
+
+
+def test_a_sentence_transformers_length_beats_the_tokenizer_s(checkpoints, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    path = as_sentence_transformer(
+        checkpoints["bert"], tmp_path, {"pooling_mode_mean_tokens": True}
+    )
+    tokenizer = hf.AutoTokenizer.from_pretrained(path)
+    tokenizer.model_max_length = 4
+    tokenizer.save_pretrained(path)
+    expected = SentenceTransformer(path, device="cpu").encode(TEXTS, show_progress_bar=False)
+    np.testing.assert_allclose(encode(path, TEXTS), expected, atol=1e-5)
+    cut, longer = (encode(path, TEXTS, max_length=length) for length in (4, 12))
+    assert np.abs(cut - longer).max() > 0.01
+
+
+def test_numpy_s_numbers_are_numbers(checkpoints):
+    expected = encode(checkpoints["bert"], TEXTS, layer=[1, 2], max_length=9, normalize=True)
+    numbers = {"layer": [np.int64(1), np.int64(2)], "max_length": np.int64(9)}
+    vectors = encode(checkpoints["bert"], TEXTS, **numbers, normalize=np.bool_(True))
+    np.testing.assert_array_equal(vectors, expected)
+
+
+def test_tokens_that_are_no_grid_are_refused(tmp_path):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = hf.YolosModel(
+        hf.YolosConfig(**small, intermediate_size=24, image_size=[32, 32], patch_size=8)
+    )
+    model.save_pretrained(tmp_path)
+    hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="which are not 0 special ones and a grid of 4 x 4"):
+        encode(tmp_path, [np.zeros((9, 9, 3), np.uint8)], output="tokens")
+
+
+def test_a_swin_whose_grid_is_padded_keeps_all_its_patches(checkpoints, tmp_path):
+    path = tmp_path / "swin"
+    shutil.copytree(checkpoints["swin"], path)
+    hf.ViTImageProcessorPil(size={"height": 36, "width": 36}).save_pretrained(path)
+    encoder = FrozenEncoder(path, output="tokens", store=None)
+    assert encoder.grid_shape == (5, 5)
+    assert encoder.transform([np.zeros((9, 9, 3), np.uint8)])[0, 0].shape == (25, 16)
 
 
 def test_the_fingerprint_names_nothing_else(checkpoints, tmp_path):
@@ -632,6 +755,9 @@ def test_encoders_that_differ_in_what_follows_the_model_share_its_weights(
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
+        ("bert", {"layer": []}, "layer must be an int or a list of some"),
+        ("swin", {"layer": 0}, "the widths and grids of the stages"),
+        ("vit", {"max_length": 5}, "max_length would have no effect"),
         ("bert", {"layer": 3}, r"layer=3, but .* hidden states 0 \(the embeddings\) to 2"),
         ("bert", {"pooling": "pooler", "layer": 1}, "takes the model's own vector"),
         ("clip", {"modality": "text", "layer": 1}, "takes the model's own vector"),
@@ -657,7 +783,7 @@ def test_a_pooler_that_would_be_made_up_is_refused(checkpoints, pictures):
 @pytest.mark.parametrize("config", [hf.LlavaConfig, hf.EncodecConfig])
 def test_models_that_are_no_encoders_of_texts_or_images_are_refused(tmp_path, config):
     config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="wrap|Wrap it in a CallableBackend"):
+    with pytest.raises(ValueError, match="is neither a text model, a vision model nor"):
         FrozenEncoder(tmp_path).fit(TEXTS)
 
 

@@ -1,7 +1,9 @@
 """Running a model: threads ahead of it, batches by cost, memory that runs out, a few loaded."""
 
 import threading
+import time
 
+import joblib
 import numpy as np
 import pytest
 
@@ -44,8 +46,7 @@ def lengths(texts):
 def test_batches_are_filled_up_to_the_budget_and_no_further():
     encoding = Encoding(lengths, cost=len, budget=12)
     batches = [batch for batch, _, _ in run(encoding, ["aaaaa", "bbbb", "cccc", "dd", "e" * 40])]
-    costs = [[40], [5, 4], [4, 2]]  # the costliest first; each costs all of its batch
-    assert [[len("x" * c) for c in cost] for cost in costs] == [[40], [5, 4], [4, 2]]
+    # The costliest first. They cost 40; twice 5; twice 4.
     assert batches == [[4], [0, 1], [2, 3]]
 
 
@@ -148,6 +149,46 @@ def test_a_consumer_that_stops_leaves_no_thread_behind():
     next(results)
     results.close()
     assert threading.active_count() == before
+
+
+def letters(load, name, **options):
+    backend = CallableBackend(load, name=name, version="1", modality="text", n_features=1)
+    return FrozenEncoder(backend, **options)
+
+
+@pytest.mark.parametrize("where", ["encode", "prepare", "threads of encode"])
+def test_encoders_within_encoders_do_not_wait_for_each_other(store, where):
+    """Two threads: one encodes by the inner model, the other by the outer, which asks the inner."""
+
+    def load_inner():
+        return lambda text: time.sleep(0.002) or text, lengths
+
+    inner = letters(load_inner, f"inner of {where}", store=store, batch_size=4)
+
+    def load_outer():
+        if where == "prepare":
+            return lambda text: inner.transform([text])[0], np.array
+        if where == "encode":
+            return inner.transform
+        work = joblib.delayed(inner.transform)
+        return lambda texts: np.concatenate(
+            joblib.Parallel(2, backend="threading")(work([text]) for text in texts)
+        )
+
+    outer = letters(load_outer, f"outer of {where}", store=store, batch_size=4)
+    texts = ["a" * i for i in range(1, 60)]
+    results = {}
+    threads = [
+        threading.Thread(target=lambda e=e: results.update({e: e.transform(texts)}), daemon=True)
+        for e in (inner, outer)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert results.keys() == {inner, outer}
+    for vectors in results.values():
+        assert vectors[:, 0].tolist() == list(range(1, 60))
 
 
 def test_only_the_last_few_models_stay_loaded():

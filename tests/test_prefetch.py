@@ -9,7 +9,7 @@ from conftest import count_letters
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
-from sklearn.ensemble import VotingClassifier
+from sklearn.ensemble import BaggingClassifier, VotingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.pipeline import make_pipeline, make_union
@@ -135,6 +135,30 @@ def test_encoders_within_other_estimators_are_found(text_backend, store, table, 
     encoder = FrozenEncoder(text_backend, store=store)
     pipeline = make_pipeline(make_union(encoder, encoder), classifier())
     assert prefetch(wrap(pipeline), table[0][["note"]])["encoded"].sum() == 16
+
+
+def test_searches_within_other_estimators_are_walked(text_backend, image_backend, store, table):
+    encoders = [FrozenEncoder(text_backend, store=store, normalize=n) for n in (True, False)]
+    pipeline = make_pipeline(encoders[0], classifier())
+    search = GridSearchCV(pipeline, {"frozenencoder": encoders})
+    assert len(prefetch(BaggingClassifier(search), table[0][["note"]])) == 2
+
+
+def test_a_candidate_that_brings_an_encoder_and_sets_it_is_found(text_backend, store, table):
+    pipeline = make_pipeline(FunctionTransformer(), LogisticRegression())
+    other = make_pipeline(FrozenEncoder(text_backend, store=store), classifier())
+    grid = {"logisticregression": [other], "logisticregression__frozenencoder__normalize": [True]}
+    prefetch(GridSearchCV(pipeline, grid), table[0][["note"]])
+    (stats,) = store.stats().to_dict("records")
+    assert '"unit_length": true' in stats["model"]
+
+
+def test_a_randomised_search_that_leaves_the_encoder_alone_needs_no_seed(
+    text_backend, store, table
+):
+    pipeline = make_pipeline(FrozenEncoder(text_backend, store=store), LogisticRegression())
+    search = RandomizedSearchCV(pipeline, {"logisticregression__C": [1, 2]})
+    assert prefetch(search, table[0][["note"]])["encoded"].tolist() == [16]
 
 
 def test_bad_cells_are_found_before_anything_is_encoded(text_backend, store, table):

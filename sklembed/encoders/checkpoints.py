@@ -46,9 +46,20 @@ class Checkpoint:
         if self.is_directory and self.file("config.json") is None:
             raise OSError(
                 f"The directory {self.model!r} holds no config.json, so it is not a checkpoint. "
-                "Give the directory that save_pretrained wrote, or a hub id."
+                "Give the directory that save_pretrained wrote, or a hub id; a model in the old "
+                "layout of sentence-transformers has to be loaded and saved by that library once."
             )
         return _read_config(self, self.identity())
+
+    @property
+    def name(self) -> str:
+        """The name that people know it by."""
+        return Path(self.model).resolve().name if self.is_directory else self.model
+
+    @property
+    def runs_remote_code(self) -> bool:
+        """Whether the checkpoint brings modelling code, and may run it."""
+        return self.trust_remote_code and bool(getattr(self.config(), "auto_map", None))
 
     def source(self) -> dict[str, Any]:
         """Return the arguments by which `from_pretrained` finds what `identity` names."""
@@ -153,13 +164,16 @@ def _read_config(checkpoint, identity):
 
 
 def _digest_directory(directory: Path) -> str:
-    files = sorted(
-        path
-        for path in directory.rglob("*")
-        if path.is_file()
-        and path.suffix not in _WITHOUT_EFFECT
-        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
-    )
+    files, seen = [], set()
+    for folder, folders, names in os.walk(directory, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(Path(folder, name)) not in seen
+        )
+        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    files = [path for path in files if path.is_file() and path.suffix not in _WITHOUT_EFFECT]
     signature = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
     return _digest_files(directory, signature)
 
@@ -204,6 +218,8 @@ def _read_transformer_settings(checkpoint) -> dict[str, Any]:
     for kind in kinds:
         found = _read_json(checkpoint, f"sentence_{kind}_config.json")
         if found is not None:
+            if any((found.get("processing_kwargs") or {}).values()):
+                raise _not_understood(checkpoint, "processing_kwargs")
             return {
                 "max_length": found.get("max_seq_length"),
                 "lower_case": bool(found.get("do_lower_case", False)),

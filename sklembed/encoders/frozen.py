@@ -31,6 +31,7 @@ from sklembed.encoders.store import EmbeddingStore
 
 # Cells claimed at once: enough to keep claims rare, few enough to share work between processes.
 _CLAIM_SIZE = {"text": 128, "image": 64}
+_COPIED_ROWS = 65536  # at once, from a row to those that repeat it
 # What batching may change of a vector, relative to its length, by the precision of the model.
 _TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
 # What a backend object decides for itself; given beside one, these would silently do nothing.
@@ -267,10 +268,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             If a cell is not of the modality, all cells are missing, there is more or less than one
             column, or the model cannot be found.
         """
-        column = _Column(X)
-        backend = self._backend()
-        self._space(backend)  # asks the checkpoint for all that it must offer
-        _, missing = self._identify(column, backend.modality)
+        column, _, _, _, missing = self._check(X)
         return self._fit(column, missing)
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -292,10 +290,10 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             dtype object: arrays of shape (n_tokens, n_features), dtype float32; None for missing
             cells.
         """
-        column = _Column(X)
-        digests, missing = self._identify(column, self._backend().modality)
+        checked = self._check(X)
+        column, *_, missing = checked
         self._fit(column, missing)
-        return self._transform(column, digests, missing)
+        return self._transform(*checked)
 
     def transform(self, X):
         """Return a vector for each cell, from the store or the model.
@@ -319,9 +317,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             such a cell is in the store.
         """
         self._validate_params()
-        column = _Column(X)
-        digests, missing = self._identify(column, self._backend().modality)
-        return self._transform(column, digests, missing)
+        return self._transform(*self._check(X))
 
     def stats(self):
         """Count what the store holds of this encoder's vectors, and has done for it.
@@ -375,9 +371,10 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             If the encoder has no store, or the store has none of the cells.
         """
         self._validate_params()
-        store, backend, column = self._required_store(), self._backend(), _Column(X)
-        space = self._space(backend)
-        digests, _ = self._identify(column, backend.modality)
+        if n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1; got {n_samples}.")
+        store = self._required_store()
+        column, backend, space, digests, _ = self._check(X)
         first_row = _first_rows(digests)
         known = np.flatnonzero(~store.lacks(space, list(first_row)))
         if not len(known):
@@ -399,7 +396,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             "compared": len(errors),
             "median_error": float(np.median(errors)),
             "max_error": float(np.max(errors)),
-            "tolerance": max(_TOLERANCES[dtype] for dtype in dtypes),
+            "tolerance": max(_TOLERANCES.get(dtype, 0) for dtype in dtypes),
         }
 
     @property
@@ -417,6 +414,14 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             raise ValueError(f"{self.model!r} is a backend object, of whose grid nothing is known.")
         return backend.grid_shape
 
+    def _check(self, X):
+        """Check the parameters against the model, then the cells; digest them. Run nothing."""
+        self._check_container()
+        column, backend = _Column(X), self._backend()
+        space = self._space(backend)  # asks the checkpoint for all that it must offer
+        digests, missing = self._identify(column, backend.modality)
+        return column, backend, space, digests, missing
+
     def _fit(self, column, missing):
         """Refuse an empty column, and note what scikit-learn asks for."""
         if missing.all():
@@ -429,35 +434,33 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             self.feature_names_in_ = np.asarray([column.name], dtype=object)
         return self
 
-    def _transform(self, column, digests, missing):
+    def _transform(self, column, backend, space, digests, missing):
         """Give each row the vector of the distinct cell that it shows."""
-        backend = self._backend()
-        self._check_container()
         first_row = _first_rows(digests)
         rows = np.fromiter(first_row.values(), dtype=np.intp, count=len(first_row))
         if self.output == "tokens":
             vectors = np.full((len(digests), 1), None, dtype=object)
         else:
             vectors = np.full((len(digests), backend.n_features), np.nan, dtype=np.float32)
-        for positions, values in self._vectors(column, backend, first_row):
+        for positions, values in self._vectors(column, backend, space, first_row):
             if self.output == "tokens":
                 for row, value in zip(rows[positions], values, strict=True):
                     vectors[row, 0] = value
             else:
                 vectors[rows[positions]] = values
         if len(rows) + missing.sum() < len(digests):
-            source = [i if d is None else first_row[d] for i, d in enumerate(digests)]
-            repeats = np.flatnonzero(np.asarray(source) != np.arange(len(source)))
-            vectors[repeats] = vectors[np.asarray(source)[repeats]]
+            source = np.asarray([i if d is None else first_row[d] for i, d in enumerate(digests)])
+            repeats = np.flatnonzero(source != np.arange(len(source)))
+            for some in np.array_split(repeats, len(repeats) // _COPIED_ROWS + 1):
+                vectors[some] = vectors[source[some]]
         self._warn_of_unreadable(column, vectors)
         return vectors
 
     def _encode_lacking(self, X):
         """Encode the cells that the store lacks, and say how many; `prefetch` calls this."""
         self._validate_params()
-        column, backend, store = _Column(X), self._backend(), self._required_store()
-        space = self._space(backend)
-        digests, _ = self._identify(column, backend.modality)
+        store = self._required_store()
+        column, backend, space, digests, _ = self._check(X)
         first_row = _first_rows(digests)
         digests, rows = list(first_row), list(first_row.values())
         lacking = np.flatnonzero(store.lacks(space, digests)).tolist()
@@ -469,12 +472,12 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             "encoded": sum(len(positions) for positions, _ in found) if lacking else 0,
         }
 
-    def _vectors(self, column, backend, first_row):
+    def _vectors(self, column, backend, space, first_row):
         """Yield positions among the distinct cells, and vectors: the store's first, then the rest.
 
         `first_row` maps the digest of each distinct cell to a row that shows it.
         """
-        store, space = self._store(), self._space(backend)
+        store = self._store()
         digests, rows = list(first_row), list(first_row.values())
         known = np.zeros(len(rows), dtype=bool)
         if store is not None:
@@ -535,11 +538,11 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
                 modality_wanted=self.modality,
                 output=self.output,
                 pooling_wanted=self.pooling,
-                layer=self.layer if isinstance(self.layer, Integral) else tuple(self.layer),
+                layer=_as_ints(self.layer),
                 layer_aggregation=self.layer_aggregation,
-                special_tokens=self.special_tokens,
+                special_tokens=bool(self.special_tokens),
                 stride=self.stride,
-                max_length_wanted=self.max_length,
+                max_length_wanted=None if self.max_length is None else int(self.max_length),
                 device=self.device,
                 dtype=self.dtype,
             )
@@ -572,10 +575,10 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     def _space(self, backend):
         """Name everything that changes a vector, and its shape, for the store."""
-        description = backend.describe()
-        description |= {
+        own = backend.describe()
+        description = own | {
             "output": self.output,
-            "unit_length": self.normalize or description.get("unit_length", False),
+            "unit_length": bool(self.normalize or own.get("unit_length", False)),
             "decoding": DECODING_VERSION,
             "store_dtype": self.store_dtype,
         }
@@ -645,10 +648,14 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             arrays = [self._finished(array) for array in arrays]
         if not fits or not all(np.isfinite(array).all() for array in arrays):
             shapes = [array.shape for array in arrays]
-            got = "NaN or infinity" if fits else f"shape {shapes if space.ragged else shapes[0]}"
+            got = (
+                f"what is no finite {space.dtype}"
+                if fits
+                else f"shape {shapes if space.ragged else shapes[0]}"
+            )
             raise ValueError(
-                f"{self.model!r} returned {got} for a batch of {n_cells} cells; finite "
-                f"{space.dtype} numbers of {shape} were expected. Nothing of the batch was stored."
+                f"{self.model!r} returned {got} for a batch of {n_cells} cells; "
+                f"numbers of {shape} were expected. Nothing of the batch was stored."
             )
         return arrays if space.ragged else arrays[0]
 
@@ -757,8 +764,17 @@ def _list_cells(X):
 def _as_array(vectors):
     """Bring home what users' functions return besides arrays: torch tensors, sparse matrices."""
     if hasattr(vectors, "detach"):
-        vectors = vectors.detach().cpu().numpy()
+        from sklembed._torch import to_numpy
+
+        return to_numpy(vectors)
     return vectors.toarray() if hasattr(vectors, "toarray") else np.asarray(vectors)
+
+
+def _as_ints(layer):
+    """Bring a layer or a list of them to Python's integers, which JSON knows."""
+    if isinstance(layer, Integral):
+        return int(layer)
+    return tuple(int(i) if isinstance(i, Integral) else i for i in layer)
 
 
 def _by_position(chunks):

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,15 @@ _WITH_CLASS_TOKEN = {
 }
 _RANDOM = {"vit_mae"}
 # Position embeddings of these begin behind the padding token's index.
-_OFFSET_POSITIONS = {"camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta"}
+_OFFSET_POSITIONS = {
+    "camembert",
+    "data2vec-text",
+    "longformer",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+}
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,8 @@ class HuggingFaceBackend:
         if self.stride is not None:
             return [n_layers - {32: 0, 16: 1, 8: 2}[self.stride]]
         wanted = [self.layer] if isinstance(self.layer, int) else list(self.layer)
+        if not wanted or not all(isinstance(layer, int) for layer in wanted):
+            raise ValueError(f"layer must be an int or a list of some; got {self.layer!r}.")
         for layer in wanted:
             if not -n_layers - 1 <= layer <= n_layers:
                 raise ValueError(
@@ -119,7 +128,7 @@ class HuggingFaceBackend:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens after which a text is cut; None where the model knows no limit."""
+        """Tokens after which a text is cut; None leaves it to the tokenizer and the positions."""
         most = _most_tokens(self._tower)
         if self.max_length_wanted is not None:
             if most and self.max_length_wanted > most:
@@ -128,7 +137,7 @@ class HuggingFaceBackend:
                     "tokens. Leave max_length=None, or lower it."
                 )
             return self.max_length_wanted
-        return self._settings.get("max_length") or most
+        return self._settings.get("max_length")
 
     @property
     def grid_shape(self) -> tuple[int, int]:
@@ -166,8 +175,9 @@ class HuggingFaceBackend:
         self._check()
         description = {
             "backend": "huggingface",
-            "label": Path(self.checkpoint.model).name,  # for people; no part of the fingerprint
+            "label": self.checkpoint.name,  # for people; no part of the fingerprint
             "checkpoint": self.checkpoint.identity(),
+            "remote_code": self.checkpoint.runs_remote_code,
             "modality": self.modality,
             "layers": self.layers,
             "dtype": self._dtype_name,
@@ -190,7 +200,8 @@ class HuggingFaceBackend:
 
     def weights(self) -> str:
         """Name the weights, their precision and where they lie; all else is done with them."""
-        return f"{self.checkpoint.identity()} in {self._dtype_name} on {self._device}"
+        code = " by its own code" if self.checkpoint.runs_remote_code else ""
+        return f"{self.checkpoint.identity()}{code} in {self._dtype_name} on {self._device}"
 
     def load(self) -> "_Loaded":
         """Load the checkpoint, to evaluation mode, on the device."""
@@ -209,7 +220,7 @@ class HuggingFaceBackend:
         absent = [key for key in report["missing_keys"] if not any(u in key for u in unused)]
         absent += [str(key) for key in report["mismatched_keys"]]
         model = model.eval().requires_grad_(False).to(self._device)
-        return _Loaded(self.checkpoint, model, absent)
+        return _Loaded(model, absent)
 
     def encoding(self, loaded: "_Loaded") -> Encoding:
         """Say how the loaded checkpoint encodes cells.
@@ -241,15 +252,18 @@ class HuggingFaceBackend:
 
     def _text_steps(self, loaded):
         """Return how texts are tokenised, what they cost, and how the model runs on them."""
-        tokenizer = loaded.tokenizer
+        tokenizer = loaded.tokenizer(self.checkpoint)
         prompt, lower_case = self._settings.get("prompt", ""), self._settings.get("lower_case")
-        limits = [self.max_length, tokenizer.model_max_length, _UNLIMITED]
-        max_length = min(limit for limit in limits if limit is not None)
+        limits = [self.max_length or tokenizer.model_max_length, _most_tokens(self._tower)]
+        max_length = min(limit for limit in [*limits, _UNLIMITED] if limit is not None)
         # SigLIP reads the last position, and was trained with every text padded to full length.
         whole = self._config.model_type.startswith("siglip")
-        skipped = 0 if self._settings.get("pool_prompt", True) else loaded.prompt_length(prompt)
+        skipped = (
+            0 if self._settings.get("pool_prompt", True) else _prompt_length(tokenizer, prompt)
+        )
         padding = {
-            "input_ids": tokenizer.pad_token_id,
+            # Masked, so any token will do where there is none for padding.
+            "input_ids": tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
             "token_type_ids": tokenizer.pad_token_type_id,
             "attention_mask": 0,
             "special_tokens_mask": 1,
@@ -285,14 +299,15 @@ class HuggingFaceBackend:
                 del inputs["attention_mask"]
             if self.output == "tokens" and not self.special_tokens:
                 keep *= 1 - special
-            keep[:, :skipped] = 0
+            longer = keep.sum(1) > skipped  # what is cut within the prompt is all there is
+            keep[longer, :skipped] = 0
             return self._states(loaded.model, inputs), keep
 
         return prepare, lambda cell: len(cell["input_ids"]), run
 
     def _image_steps(self, loaded):
         """Return how pictures become pixels, what they cost, and how the model runs on them."""
-        processor, model = loaded.image_processor, loaded.model
+        processor, model = loaded.image_processor(self.checkpoint), loaded.model
 
         def prepare(pictures):
             return [
@@ -302,18 +317,36 @@ class HuggingFaceBackend:
 
         def run(prepared):
             torch = _torch()
+            if len({pixels.shape for pixels in prepared}) > 1:
+                raise ValueError(
+                    f"{self._name} keeps the proportions of pictures, so that they do not fit "
+                    "into one batch. Pass batch_size=1, or give its processor a fixed size."
+                )
             pixels = torch.from_numpy(np.stack(prepared)).to(model.device, model.dtype)
             states = self._states(model, {"pixel_values": pixels})
             if self.output == "pooled":
                 return states, None
-            keep = torch.ones(states[0].shape[:2], dtype=torch.long, device=model.device)
-            if not self.special_tokens:
-                # Class and register tokens come before the patches.
-                rows, columns = self._grid(pixels.shape[-2:])
-                keep[:, : keep.shape[1] - rows * columns] = 0
+            n_tokens, n_special = states[0].shape[1], self._count_special_tokens(pixels, states[0])
+            keep = torch.ones(len(prepared), n_tokens, dtype=torch.long, device=model.device)
+            if not self.special_tokens:  # they come before the patches
+                keep[:, :n_special] = 0
             return states, keep
 
         return prepare, lambda pixels: max(1, pixels[0].size // _PIXELS_A_TOKEN), run
+
+    def _count_special_tokens(self, pixels, states) -> int:
+        """Count the class and register tokens, and make sure that the rest is the grid."""
+        rows, columns = self._grid(pixels.shape[-2:])
+        kind, expected = self._tower.model_type, 0
+        if kind in _WITH_CLASS_TOKEN:
+            expected = 1 + (getattr(self._tower, "num_register_tokens", 0) or 0) + (kind == "deit")
+        if states.shape[1] != expected + rows * columns:
+            raise ValueError(
+                f"{self._name} ({kind}) makes {states.shape[1]} tokens of a picture, which are not "
+                f"{expected} special ones and a grid of {rows} x {columns}. Wrap the model in a "
+                "CallableBackend that returns the tokens you want."
+            )
+        return expected
 
     def _states(self, model, inputs):
         """Run the model or the tower; return (batch, tokens, dim) states, or its own vector."""
@@ -324,10 +357,21 @@ class HuggingFaceBackend:
         if self._is_dual:
             model = model.text_model if self.modality == "text" else model.vision_model
         if self.pooling == "pooler":
-            return [model(**inputs).pooler_output.float().flatten(1)]
+            vector = getattr(model(**inputs), "pooler_output", None)
+            if vector is None:
+                raise ValueError(
+                    f"pooling='pooler', but {self._name} ({self._config.model_type}) has no pooled "
+                    "vector of its own. Pass pooling='mean', 'cls' or 'last'."
+                )
+            return [vector.float().flatten(1)]
         if self.layers == [self._n_layers]:
             return [_as_sequence(model(**inputs).last_hidden_state)]
         output = model(output_hidden_states=True, **inputs)
+        if len(output.hidden_states) != self._n_layers + 1:
+            raise ValueError(
+                f"{self._name} ({self._config.model_type}) returned {len(output.hidden_states)} "
+                f"hidden states, and {self._n_layers + 1} were expected. Leave layer=-1."
+            )
         states = [*output.hidden_states[: self._n_layers], output.last_hidden_state]
         return [_as_sequence(states[layer]) for layer in self.layers]
 
@@ -338,6 +382,25 @@ class HuggingFaceBackend:
             raise ValueError(
                 f"{self._name} ({kind}) masks patches at random, so a picture has no vector of "
                 "its own. Choose another checkpoint."
+            )
+        if kind == "big_bird" and self._config.attention_type == "block_sparse":
+            raise ValueError(
+                f"{self._name} (big_bird) changes its attention for good at the first short text. "
+                "Save it with attention_type='original_full'."
+            )
+        rope = getattr(self._tower, "rope_parameters", None) or {}
+        short = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "longrope" and (self.max_length or short + 1) > short:
+            raise ValueError(
+                f"{self._name} ({kind}) encodes a text differently beside one of more than {short} "
+                f"tokens. Pass max_length={short}."
+            )
+        if self.modality == "image" and self.max_length_wanted is not None:
+            raise ValueError("max_length would have no effect: the cells are images.")
+        if self._is_hierarchical and self.layers != [self._n_layers]:
+            raise ValueError(
+                f"layer={self.layer}, but the widths and grids of the stages of {self._name} "
+                f"({kind}) are not known here; leave layer=-1."
             )
         if self.output == "tokens":
             if self.pooling_wanted != "auto":
@@ -412,7 +475,7 @@ class HuggingFaceBackend:
 
     def _grid(self, size) -> tuple[int, int]:
         """Count the rows and columns of patches, or of the feature map, in pixels of a size."""
-        if self._is_convolutional:  # which pad the last cell
+        if self._is_convolutional or self._is_hierarchical:  # which pad the last cell
             return tuple(-(-length // self._cell_size) for length in size)
         return tuple(length // self._cell_size for length in size)
 
@@ -424,8 +487,7 @@ class HuggingFaceBackend:
             return 32 >> (self._n_layers - self.layers[0])
         patch = getattr(config, "patch_size", None)
         patch = patch[0] if isinstance(patch, list | tuple) else patch
-        merged = len(config.depths) - 1 if hasattr(config, "depths") else 0  # Swin halves its grid
-        return patch and patch << merged
+        return patch and patch << (len(config.depths) - 1 if self._is_hierarchical else 0)
 
     @functools.cached_property
     def _n_layers(self) -> int:
@@ -437,6 +499,11 @@ class HuggingFaceBackend:
     @functools.cached_property
     def _is_convolutional(self) -> bool:
         return bool(getattr(self._tower, "hidden_sizes", None))
+
+    @functools.cached_property
+    def _is_hierarchical(self) -> bool:
+        """Tell transformers that merge patches from stage to stage, as Swin does."""
+        return hasattr(self._tower, "depths") and not self._is_convolutional
 
     @functools.cached_property
     def _is_dual(self) -> bool:
@@ -491,39 +558,48 @@ class HuggingFaceBackend:
         return str(resolve_dtype(self.dtype, self._device)).removeprefix("torch.")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Loaded:
-    """A model on its device, and what prepares cells for it, loaded when first asked for."""
+    """A model on its device, and what prepares cells for it, loaded when first asked for.
 
-    checkpoint: Checkpoint
+    A checkpoint may lie in several places. What prepares is read where the encoder that asks has
+    found it: elsewhere it may have been changed since the model was loaded.
+    """
+
     model: Any
     absent: list[str]  # weights that the checkpoint lacks
     tokenizing: threading.Lock = field(default_factory=threading.Lock)
+    _tokenizer: Any = None
+    _image_processor: Any = None
 
-    @functools.cached_property
-    def tokenizer(self):
-        from transformers import AutoTokenizer
+    def tokenizer(self, checkpoint):
+        if self._tokenizer is None:
+            self._tokenizer = _load_tokenizer(checkpoint)
+        return self._tokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(**self.checkpoint.source())
-        # Where the files are absent, transformers makes one that knows no word and says nothing.
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise OSError(
-                f"{self.checkpoint.model!r} holds no tokenizer files, without which every text "
-                "looks alike. Save the tokenizer beside the model: "
-                "tokenizer.save_pretrained(directory)."
-            )
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+    def image_processor(self, checkpoint):
+        if self._image_processor is None:
+            self._image_processor = _load_image_processor(checkpoint)
+        return self._image_processor
 
-    @functools.cached_property
-    def image_processor(self):
-        return _load_image_processor(self.checkpoint)
 
-    def prompt_length(self, prompt: str) -> int:
-        """Count the tokens of a prompt, without the one that ends a text."""
-        ids = self.tokenizer(prompt)["input_ids"]
-        return len(ids) - (bool(ids) and ids[-1] in self.tokenizer.all_special_ids)
+def _load_tokenizer(checkpoint):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(**checkpoint.source())
+    # Where the files are absent, transformers makes one that knows no word and says nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise OSError(
+            f"{checkpoint.model!r} holds no tokenizer files, without which every text looks alike. "
+            "Save the tokenizer beside the model: tokenizer.save_pretrained(directory)."
+        )
+    return tokenizer
+
+
+def _prompt_length(tokenizer, prompt: str) -> int:
+    """Count the tokens of a prompt, without the one that ends a text."""
+    ids = tokenizer(prompt)["input_ids"]
+    return len(ids) - (bool(ids) and ids[-1] in tokenizer.all_special_ids)
 
 
 def _load_image_processor(checkpoint):
@@ -550,7 +626,7 @@ def _head_step(step, checkpoint, device):
 
 def _most_tokens(config) -> int | None:
     """Find how many tokens a model has positions for, where it says so."""
-    most = getattr(config, "max_position_embeddings", None)
+    most = max(getattr(config, "max_position_embeddings", None) or 0, 0) or None
     if most and config.model_type in _OFFSET_POSITIONS:
         most -= config.pad_token_id + 1
     return most
@@ -580,7 +656,7 @@ def _torch():
 def _pad(rows, value, device):
     """Stack rows of different lengths, padded on the right: on the left, positions would shift."""
     torch = _torch()
-    tensors = [torch.tensor(row) for row in rows]
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, True, value).to(device)  # (batch, tokens)
 
 

@@ -15,9 +15,10 @@ import joblib
 _CELLS_A_JOB = {"text": 128, "image": 8}  # what a thread prepares at once
 _LOADED_LIMIT = 4
 
-_LOADED: OrderedDict[str, Any] = OrderedDict()
-# Guards _LOADED, loading (not safe in threads) and the models' use; a model may call another.
-_MODELS = threading.RLock()
+# What a backend loaded, and the lock of who runs it: one for each model, since a model may call
+# another, also in other threads, and wait for it.
+_LOADED: OrderedDict[str, tuple[Any, threading.RLock]] = OrderedDict()
+_LOADING = threading.RLock()  # guards _LOADED; loading itself is not safe in threads
 
 
 def _one(prepared: Any) -> int:
@@ -53,16 +54,17 @@ class _Limit:
     cost: int
 
 
-def encoding_of(backend) -> Encoding:
+def _encoding_of(backend) -> tuple[Encoding, threading.RLock]:
     """Load a backend's weights, unless this process has them; the last few stay loaded."""
-    with _MODELS:
+    with _LOADING:
         key = backend.weights()
         if key not in _LOADED:
-            _LOADED[key] = backend.load()
+            _LOADED[key] = backend.load(), threading.RLock()
             if len(_LOADED) > _LOADED_LIMIT:
                 _LOADED.popitem(last=False)
         _LOADED.move_to_end(key)
-        return backend.encoding(_LOADED[key])
+        loaded, lock = _LOADED[key]
+        return backend.encoding(loaded), lock
 
 
 def encode(
@@ -105,7 +107,7 @@ def encode(
     first = next(chunks, None)
     if first is None:
         return
-    encoding = encoding_of(backend)
+    encoding, lock = _encoding_of(backend)
     if batch_size is not None:
         encoding = replace(encoding, cost=_one, budget=batch_size)
     limit = _Limit(encoding.budget)
@@ -115,7 +117,7 @@ def encode(
             on_error(batch[0].error, batch[0].position)
             yield [batch[0].position], [], []
         else:
-            yield from _forward(encoding, batch, limit)
+            yield from _forward(encoding, lock, batch, limit)
 
 
 def _prepare_ahead(encoding, chunks, decode, modality) -> Iterator[_Cell]:
@@ -168,11 +170,11 @@ def _batches(cells: Iterable[_Cell], limit: _Limit) -> Iterator[list[_Cell]]:
         yield batch
 
 
-def _forward(encoding, batch, limit):
+def _forward(encoding, lock, batch, limit):
     """Run the model on a batch, or on its halves where memory does not hold the whole."""
     positions = [cell.position for cell in batch]
     try:
-        with _MODELS:
+        with lock:
             values = encoding.forward([cell.prepared for cell in batch])
     except Exception as error:
         if not _is_out_of_memory(error):
@@ -188,8 +190,8 @@ def _forward(encoding, batch, limit):
     _free_memory()  # outside of the except block, which keeps the failed batch's tensors alive
     half = len(batch) // 2
     limit.cost = half * max(cell.cost for cell in batch)
-    yield from _forward(encoding, batch[:half], limit)
-    yield from _forward(encoding, batch[half:], limit)
+    yield from _forward(encoding, lock, batch[:half], limit)
+    yield from _forward(encoding, lock, batch[half:], limit)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -197,7 +199,10 @@ def _is_out_of_memory(error: Exception) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (
+            isinstance(error, RuntimeError)
+            and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+        )
     )
 
 
@@ -208,9 +213,9 @@ def _free_memory() -> None:
 
 
 def _start_afresh_after_fork() -> None:
-    """Forget models in a forked child, whose lock may be held by a thread that is no more."""
-    global _MODELS
-    _MODELS = threading.RLock()
+    """Forget models in a forked child, whose locks may be held by a thread that is no more."""
+    global _LOADING
+    _LOADING = threading.RLock()
     _LOADED.clear()
     # Else the tokenizers library says at length that it does so itself.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

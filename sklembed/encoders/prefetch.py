@@ -38,7 +38,7 @@ def prefetch(estimator, X):
     -------
     report : DataFrame
         A row for each encoder and setting: its "path" in the estimator, the "model", how many
-        distinct "cells" it has, and how many of them were "encoded" now.
+        distinct "cells" reach it (the most of any candidate), and how many were "encoded" now.
 
     Raises
     ------
@@ -74,45 +74,52 @@ def prefetch(estimator, X):
             )
     encoded = [{"path": path} | encoder._encode_lacking(part) for path, encoder, part in jobs]
     by = ["path", "model", "fingerprint"]
-    report = pd.DataFrame(encoded).groupby(by, sort=False, as_index=False)
+    report = pd.DataFrame(encoded).groupby(by, sort=False, as_index=False, dropna=False)
     return report.agg({"cells": "max", "encoded": "sum"}).drop(columns="fingerprint")
 
 
 def _candidates(estimator):
     """Yield the estimators that a search is going to fit, as far as their encoders differ."""
-    if not hasattr(estimator, "param_grid") and not hasattr(estimator, "param_distributions"):
+    if not _is_search(estimator):
         yield estimator
         return
-    later = tuple(_later_steps(estimator.estimator))
     seen = set()
     for setting in _settings(estimator):
-        setting = {
-            name: value
+        # As in the search, what is set is the candidate's own.
+        own = {name: clone(value, safe=False) for name, value in setting.items()}
+        candidate = clone(estimator.estimator).set_params(**own)
+        later = _later_steps(candidate)
+        key = frozenset(
+            (name, id(value))
             for name, value in setting.items()
-            if _holds_encoder(value) or not f"{name}__".startswith(later or "no such step")
-        }
-        key = frozenset((name, id(value)) for name, value in setting.items())
+            if not f"{name}__".startswith(later)
+        )
         if key not in seen:
             seen.add(key)
-            # As in the search, what is set is the candidate's own.
-            own = {name: clone(value, safe=False) for name, value in setting.items()}
-            yield clone(estimator.estimator).set_params(**own)
+            yield candidate
+
+
+def _is_search(estimator):
+    return hasattr(estimator, "param_grid") or hasattr(estimator, "param_distributions")
 
 
 def _later_steps(pipeline):
-    """Yield the prefixes of parameters of steps after the last encoder, which it cannot feel."""
-    steps = getattr(pipeline, "steps", [])
-    if _holds_encoder(pipeline):
-        for name, step in steps[::-1]:
-            if _holds_encoder(step):
-                return
-            yield f"{name}__"
+    """Return the prefixes of parameters of steps after the last encoder, which it cannot feel."""
+    later = []
+    for name, step in getattr(pipeline, "steps", [])[::-1]:
+        if _holds_encoder(step):
+            return tuple(later)
+        later.append(f"{name}__")
+    return ()
 
 
 def _settings(search):
     """List the parameter settings of a search's candidates."""
     if hasattr(search, "param_grid"):
         return ParameterGrid(search.param_grid)
+    later = _later_steps(search.estimator)
+    if later and all(f"{name}__".startswith(later) for name in search.param_distributions):
+        return [{}]  # whatever is drawn, the encoders are those of the estimator
     if not isinstance(search.random_state, Integral) or not hasattr(search, "n_iter"):
         raise ValueError(
             f"The candidates of {type(search).__name__} cannot be known beforehand. Give it an "
@@ -126,11 +133,11 @@ def _settings(search):
 def _jobs(estimator, X):
     """List the encoders within an estimator, by path, with the columns that reach them."""
     jobs = list(_walk(estimator, X, ()))
-    reached = {id(encoder) for _, encoder, _ in jobs}
+    reached = {path for path, _, _ in jobs}
     lost = [
         name
         for name, value in estimator.get_params(deep=True).items()
-        if isinstance(value, FrozenEncoder) and id(value) not in reached
+        if isinstance(value, FrozenEncoder) and name not in reached
     ]
     if lost:
         raise ValueError(
@@ -144,6 +151,9 @@ def _walk(estimator, X, path):
     """Yield each encoder's path, the encoder and what reaches it of X."""
     if isinstance(estimator, FrozenEncoder):
         yield "__".join(path), estimator, X
+    elif _is_search(estimator):
+        for candidate in _candidates(estimator):
+            yield from _walk(candidate, X, (*path, "estimator"))
     elif hasattr(estimator, "steps"):
         yield from _walk_steps(estimator.steps, X, path)
     else:
