@@ -409,3 +409,45 @@ def test_repeated_rows_are_copied_in_blocks(text_backend, monkeypatch):
 def test_parameters_are_checked_against_the_model_before_cells_are_read(checkpoints):
     with pytest.raises(ValueError, match="layer=99"):
         FrozenEncoder(checkpoints["bert"], layer=99).transform([3])
+
+
+def test_looking_at_an_encoder_asks_its_model_nothing(text_backend):
+    for encoder in (FrozenEncoder("no/such/model"), FrozenEncoder(text_backend).fit(TEXTS)):
+        assert "transform" in dir(encoder)
+        assert "FrozenEncoder" in encoder._repr_html_()
+
+
+def test_what_the_store_exports_can_be_matched_with_the_table(text_backend, store, tmp_path):
+    encoder = FrozenEncoder(text_backend, store=store)
+    texts = [*TEXTS, None]
+    vectors = encoder.transform(texts)
+    store.export(tmp_path / "all.parquet", model=encoder.fingerprint())
+    exported = pd.read_parquet(tmp_path / "all.parquet").set_index("digest")
+    digests = encoder.digests(texts)
+    assert digests[-1] is None
+    for digest, vector in zip(digests[:-1], vectors, strict=False):
+        np.testing.assert_array_equal(exported.loc[digest, "vector"], vector)
+
+
+def test_another_column_than_that_of_fit_is_refused(text_backend):
+    encoder = FrozenEncoder(text_backend, store=None).fit(pd.DataFrame({"note": TEXTS}))
+    encoder.transform(TEXTS)  # without a name
+    with pytest.raises(ValueError, match="feature names should match.*fitted on 'note', and X is"):
+        encoder.transform(pd.DataFrame({"title": TEXTS}))
+
+
+def test_a_cell_that_cannot_be_prepared_is_named(store):
+    def prepare(text):
+        if text == "bad":
+            raise ValueError("no such word")
+        return text
+
+    backend = CallableBackend(
+        lambda: (prepare, count_letters), name="p", version="1", modality="text", n_features=9
+    )
+    encoder = FrozenEncoder(backend, store=store)
+    with pytest.raises(ValueError, match="Row 1 of the column: no such word"):
+        encoder.transform(["good", "bad"])
+    with pytest.warns(UserWarning, match="1 cells of the column"):
+        vectors = encoder.set_params(errors="missing").transform(["good", "bad"])
+    assert np.isnan(vectors[:, 0]).tolist() == [False, True]

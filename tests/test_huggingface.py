@@ -481,6 +481,11 @@ def test_a_sentence_transformers_length_beats_the_tokenizer_s(checkpoints, tmp_p
     assert np.abs(cut - longer).max() > 0.01
 
 
+def test_a_length_without_room_for_a_text_is_refused(checkpoints):
+    with pytest.raises(ValueError, match="max_length=2 leaves no room for a text: .* adds 2 spec"):
+        encode(checkpoints["bert"], TEXTS, max_length=2)
+
+
 def test_numpy_s_numbers_are_numbers(checkpoints):
     expected = encode(checkpoints["bert"], TEXTS, layer=[1, 2], max_length=9, normalize=True)
     numbers = {"layer": [np.int64(1), np.int64(2)], "max_length": np.int64(9)}
@@ -504,7 +509,7 @@ def test_a_swin_whose_grid_is_padded_keeps_all_its_patches(checkpoints, tmp_path
     shutil.copytree(checkpoints["swin"], path)
     hf.ViTImageProcessorPil(size={"height": 36, "width": 36}).save_pretrained(path)
     encoder = FrozenEncoder(path, output="tokens", store=None)
-    assert encoder.grid_shape == (5, 5)
+    assert encoder.grid_shape() == (5, 5)
     assert encoder.transform([np.zeros((9, 9, 3), np.uint8)])[0, 0].shape == (25, 16)
 
 
@@ -620,7 +625,7 @@ def test_patch_tokens_equal_a_forward_pass_of_each_picture_alone(
     encoder = FrozenEncoder(checkpoints[family], output="tokens", store=None, dtype="float32")
     patches = encoder.transform(pictures)[:, 0]
     everything = encoder.set_params(special_tokens=True).transform(pictures)[:, 0]
-    assert encoder.grid_shape == (4, 4)
+    assert encoder.grid_shape() == (4, 4)
     for some, all_, picture in zip(patches, everything, pictures, strict=True):
         expected = image_states(checkpoints[family], picture)
         np.testing.assert_allclose(all_, expected, atol=1e-5)
@@ -637,7 +642,7 @@ def test_maps_of_convolutional_networks_come_at_a_chosen_stride(
     encoder = FrozenEncoder(path, output="tokens", stride=stride, store=None, dtype="float32")
     tokens = encoder.transform(pictures)[:, 0]
     side = 64 // (stride or 32)
-    assert encoder.grid_shape == (side, side)
+    assert encoder.grid_shape() == (side, side)
     model = hf.AutoModel.from_pretrained(path).eval()
     processor = hf.AutoImageProcessor.from_pretrained(path, backend="pil")
     for cell, picture in zip(tokens, pictures, strict=True):
@@ -654,12 +659,12 @@ def test_the_grid_of_a_processor_that_keeps_proportions_is_unknown(checkpoints, 
     options = {"size": {"shortest_edge": 32}, "do_center_crop": False}
     hf.CLIPImageProcessorPil(**options).save_pretrained(path)
     with pytest.raises(ValueError, match="keeps the proportions of a picture"):
-        _ = FrozenEncoder(path, output="tokens").grid_shape
+        FrozenEncoder(path, output="tokens").grid_shape()
 
 
 def test_texts_have_no_grid(checkpoints):
     with pytest.raises(ValueError, match="only images have a grid"):
-        _ = FrozenEncoder(checkpoints["bert"]).grid_shape
+        FrozenEncoder(checkpoints["bert"]).grid_shape()
 
 
 def hidden_states(path, text):
@@ -736,7 +741,7 @@ def test_towers_of_dual_encoders_unprojected(checkpoints, pictures, family, moda
 
 def test_patches_of_a_dual_encoder_s_tower(checkpoints, pictures):
     encoder = FrozenEncoder(checkpoints["clip"], modality="image", output="tokens", store=None)
-    assert encoder.grid_shape == (4, 4)
+    assert encoder.grid_shape() == (4, 4)
     assert [cell.shape for cell in encoder.transform(pictures)[:, 0]] == [(16, 16)] * 3
 
 

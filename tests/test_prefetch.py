@@ -150,7 +150,7 @@ def test_a_candidate_that_brings_an_encoder_and_sets_it_is_found(text_backend, s
     grid = {"logisticregression": [other], "logisticregression__frozenencoder__normalize": [True]}
     prefetch(GridSearchCV(pipeline, grid), table[0][["note"]])
     (stats,) = store.stats().to_dict("records")
-    assert '"unit_length": true' in stats["model"]
+    assert '"unit_length": true' in stats["description"]
 
 
 def test_a_randomised_search_that_leaves_the_encoder_alone_needs_no_seed(

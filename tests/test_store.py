@@ -195,7 +195,8 @@ def test_stats_count_rows_bytes_encoded_served_and_hits(store):
     fill(store, [1], space=ANOTHER, encode=in_batches(lambda i: ([], [])))
     stats = store.stats()
     assert stats.loc["f"].to_dict() == {
-        "model": '{"name": "test"}',
+        "model": "test",
+        "description": '{"name": "test"}',
         "n_features": 3,
         "rows": 3,
         "bytes": 36,
@@ -348,7 +349,7 @@ def test_export_says_what_it_cannot_do(store, tmp_path, monkeypatch):
         store.export(tmp_path / "x.csv")
     with pytest.raises(ValueError, match="2 match.*model="):
         store.export(tmp_path / "x.npy")
-    with pytest.raises(ValueError, match="one vector a cell"):
+    with pytest.raises(ValueError, match="differ in number"):
         store.export(tmp_path / "x.npy", model="r")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):

@@ -53,8 +53,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The name that people know it by."""
-        return Path(self.model).resolve().name if self.is_directory else self.model
+        """The name that people know it by: a hub id, or the end of a directory's path, like one."""
+        return "/".join(Path(self.model).resolve().parts[-2:]) if self.is_directory else self.model
 
     @property
     def runs_remote_code(self) -> bool:

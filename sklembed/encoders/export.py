@@ -43,12 +43,14 @@ def write_parquet(path, contents):
 
 def write_npy(path, contents):
     """Write the vectors of one model as an array, and their digests as another, beside it."""
-    if len(contents) != 1 or contents[0][0].ragged:
+    if len(contents) != 1:
+        found = {space.fingerprint: space.names[-1] for space, _ in contents}
         raise ValueError(
-            f"a .npy file holds one model with one vector a cell, but {len(contents)} match: "
-            f"{[space.names for space, _ in contents]}. Name one as model=..., or export to "
-            ".parquet."
+            f"a .npy file holds one model with its settings, but {len(contents)} match: {found}. "
+            "Name one by its fingerprint, as model=..., or export to .parquet."
         )
+    if contents[0][0].ragged:
+        raise ValueError("tokens differ in number, which .npy cannot hold; export to .parquet.")
     ((space, chunks),) = contents
     with (
         _growing_npy(path, np.float32, space.n_features) as vectors,

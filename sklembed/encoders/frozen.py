@@ -12,7 +12,6 @@ import numpy as np
 from sklearn import get_config
 from sklearn.base import (
     BaseEstimator,
-    ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     _fit_context,
 )
@@ -50,7 +49,7 @@ _HUB_ONLY = (
 )
 
 
-class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class FrozenEncoder(TransformerMixin, BaseEstimator):
     """Turn a column of texts or images into vectors by a pretrained model that stays frozen.
 
     Each distinct cell is encoded once *ever*: a store on disk keeps every vector under the digest
@@ -76,7 +75,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     output : {"pooled", "tokens"}, default="pooled"
         One vector a cell, or the vectors of its tokens (words, image patches, the cells of a
         convolutional feature map): one object column whose entries are arrays of shape
-        (n_tokens, n_features), and None for missing cells. See :attr:`grid_shape`.
+        (n_tokens, n_features), and None for missing cells. See :meth:`grid_shape`.
 
     pooling : {"auto", "mean", "cls", "max", "last", "pooler"}, default="auto"
         How the vectors of tokens become one. "auto" follows sentence-transformers files, else it is
@@ -101,10 +100,11 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         cells are, instead of by `layer`. None is the last, of stride 32.
 
     normalize : bool, default=False
-        Whether to scale vectors to unit length.
+        Whether to scale vectors to unit length. Those of a sentence-transformers model that
+        normalises have it anyway, whatever the pooling and the layer.
 
     max_length : int or None, default=None
-        Tokens after which a text is cut; by default what the model says.
+        Tokens after which a text is cut, special tokens included; by default what the model says.
 
     batch_size : int or "auto", default="auto"
         Cells to a batch; "auto" fills batches by their number of tokens. It does not change vectors
@@ -148,9 +148,6 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     Attributes
     ----------
-    grid_shape : tuple of int
-        Rows and columns of the patches that the tokens of an image stand for, row by row.
-
     n_features_in_ : int
         Number of columns seen during fit: one.
 
@@ -317,7 +314,59 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             such a cell is in the store.
         """
         self._validate_params()
-        return self._transform(*self._check(X))
+        checked = self._check(X)
+        name, fitted = checked[0].name, getattr(self, "feature_names_in_", [None])[0]
+        if isinstance(name, str) and fitted not in (None, name):
+            raise ValueError(
+                "The feature names should match those that were passed during fit: this encoder "
+                f"was fitted on {fitted!r}, and X is {name!r}."
+            )
+        return self._transform(*checked)
+
+    def get_feature_names_out(self, input_features=None):
+        """Name the columns of the output, from the model's configuration alone.
+
+        Parameters
+        ----------
+        input_features : None
+            Ignored.
+
+        Returns
+        -------
+        names : ndarray of shape (n_features_out,), dtype object
+            "frozenencoder0", "frozenencoder1", and so on; for tokens one name.
+        """
+        n_columns = 1 if self.output == "tokens" else self._backend().n_features
+        return np.asarray([f"frozenencoder{i}" for i in range(n_columns)], dtype=object)
+
+    def fingerprint(self):
+        """Return what the store knows this encoder's vectors by.
+
+        Returns
+        -------
+        fingerprint : str
+            A digest of everything that changes a vector, for :meth:`EmbeddingStore.clear` and
+            :meth:`EmbeddingStore.export`.
+        """
+        return self._space(self._backend()).fingerprint
+
+    def digests(self, X):
+        """Return what the store knows cells by, to match what it exports with a table.
+
+        Parameters
+        ----------
+        X : DataFrame, Series or array-like of shape (n_samples,) or (n_samples, 1)
+            One column of cells.
+
+        Returns
+        -------
+        digests : ndarray of shape (n_samples,), dtype object
+            Digests of the cells in hex; None for missing cells.
+        """
+        self._validate_params()
+        *_, digests, _ = self._check(X)
+        named = [None if digest is None else digest.hex() for digest in digests]
+        return np.asarray(named, dtype=object)
 
     def stats(self):
         """Count what the store holds of this encoder's vectors, and has done for it.
@@ -334,7 +383,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             If the encoder has no store.
         """
         self._validate_params()
-        counts = self._required_store().stats().drop(columns=["model", "n_features"])
+        counts = self._required_store().stats().drop(columns=["model", "n_features", "description"])
         fingerprint = self._space(self._backend()).fingerprint
         if fingerprint not in counts.index:
             return dict.fromkeys(counts.columns, 0) | {"hit_rate": np.nan}
@@ -399,9 +448,13 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             "tolerance": max(_TOLERANCES.get(dtype, 0) for dtype in dtypes),
         }
 
-    @property
     def grid_shape(self):
-        """Rows and columns of the patches that the tokens of an image stand for.
+        """Count the rows and columns of patches that the tokens of an image stand for, row by row.
+
+        Returns
+        -------
+        shape : tuple of int
+            Rows and columns.
 
         Raises
         ------
@@ -688,10 +741,6 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
                 UserWarning,
                 stacklevel=3,
             )
-
-    @property
-    def _n_features_out(self):
-        return 1 if self.output == "tokens" else self._backend().n_features
 
     def __sklearn_is_fitted__(self):
         return True  # stateless: there is nothing to learn

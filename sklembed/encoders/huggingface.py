@@ -256,6 +256,12 @@ class HuggingFaceBackend:
         prompt, lower_case = self._settings.get("prompt", ""), self._settings.get("lower_case")
         limits = [self.max_length or tokenizer.model_max_length, _most_tokens(self._tower)]
         max_length = min(limit for limit in [*limits, _UNLIMITED] if limit is not None)
+        n_special = tokenizer.num_special_tokens_to_add()
+        if max_length <= n_special:
+            raise ValueError(
+                f"max_length={max_length} leaves no room for a text: {self._name} adds {n_special} "
+                "special tokens to each."
+            )
         # SigLIP reads the last position, and was trained with every text padded to full length.
         whole = self._config.model_type.startswith("siglip")
         skipped = (

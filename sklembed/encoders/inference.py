@@ -42,6 +42,7 @@ class Encoding:
 @dataclass
 class _Cell:
     position: int
+    decoded: Any = None
     prepared: Any = None
     cost: int = 0
     error: Exception | None = None
@@ -131,10 +132,20 @@ def _prepare_ahead(encoding, chunks, decode, modality) -> Iterator[_Cell]:
             except (ValueError, OSError) as error:
                 cells.append(_Cell(position, error=error))
         decoded = [cell for cell in cells if cell.error is None]
-        prepared = encoding.prepare([cell.prepared for cell in decoded]) if decoded else []
-        for cell, content in zip(decoded, prepared, strict=True):
-            cell.prepared, cell.cost = content, encoding.cost(content)
+        try:
+            prepare_all(decoded)
+        except (ValueError, OSError):  # whose fault is it?
+            for cell in decoded:
+                try:
+                    prepare_all([cell])
+                except (ValueError, OSError) as error:
+                    cell.error = error
         return sorted(cells, key=lambda cell: -cell.cost)
+
+    def prepare_all(cells):
+        prepared = encoding.prepare([cell.decoded for cell in cells]) if cells else []
+        for cell, content in zip(cells, prepared, strict=True):
+            cell.decoded, cell.prepared, cell.cost = None, content, encoding.cost(content)
 
     size = _CELLS_A_JOB[modality]
     jobs = (chunk[i : i + size] for chunk in chunks for i in range(0, len(chunk), size))

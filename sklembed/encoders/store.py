@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import sqlite3
@@ -59,7 +60,7 @@ class EmbeddingStore:
     >>> store = EmbeddingStore(tempfile.mkdtemp() + "/embeddings.sqlite")
     >>> store.stats()
     Empty DataFrame
-    Columns: [model, n_features, rows, bytes, encoded, served, hit_rate]
+    Columns: [model, n_features, rows, bytes, encoded, served, hit_rate, description]
     Index: []
     """
 
@@ -184,10 +185,11 @@ class EmbeddingStore:
         Returns
         -------
         stats : DataFrame
-            A row for each fingerprint: the model's description, `n_features`, `rows` and `bytes`
-            of vectors held, how many values were ever `encoded` into the store and `served` from
-            it, and the `hit_rate`, the part of both that was served. `encoded` above `rows` means
-            that vectors were encoded again, or have been pruned or replaced since.
+            A row for each fingerprint: the `model`, `n_features`, `rows` and `bytes` of vectors
+            held, how many values were ever `encoded` into the store and `served` from it, the
+            `hit_rate`, the part of both that was served, and the `description` of all settings,
+            in JSON. `encoded` above `rows` means that vectors were encoded again, or have been
+            pruned or replaced since.
         """
         with self._connection() as db:
             rows = db.execute(
@@ -195,9 +197,12 @@ class EmbeddingStore:
                 "(SELECT COUNT(*) FROM cells WHERE model = models.id), bytes, encoded, served "
                 "FROM models"
             ).fetchall()
-        columns = ["fingerprint", "model", "n_features", "rows", "bytes", "encoded", "served"]
-        stats = pd.DataFrame(rows, columns=columns).set_index("fingerprint")
-        return stats.assign(hit_rate=stats["served"] / (stats["served"] + stats["encoded"]))
+        names = [database.Space(row[0], json.loads(row[1]), row[2]).names[-1] for row in rows]
+        counts = ["n_features", "rows", "bytes", "encoded", "served"]
+        stats = pd.DataFrame(rows, columns=["fingerprint", "description", *counts])
+        stats = stats.assign(model=names).set_index("fingerprint")
+        stats["hit_rate"] = stats["served"] / (stats["served"] + stats["encoded"])
+        return stats[["model", *counts, "hit_rate", "description"]]
 
     def clear(self, model=None):
         """Delete vectors and counts, of all models or of one; the file shrinks accordingly.
