@@ -662,6 +662,33 @@ def test_the_grid_of_a_processor_that_keeps_proportions_is_unknown(checkpoints, 
         FrozenEncoder(path, output="tokens").grid_shape()
 
 
+def test_tokens_of_a_short_text_leave_an_unpooled_prompt_out(checkpoints, tmp_path):
+    path, _ = saved_by_sentence_transformers(
+        checkpoints["bert"], tmp_path / "st", include_prompt=False, **QUERY
+    )
+    prompted = text_states(checkpoints["bert"], "the dog mat")
+    (tokens,) = encode(path, ["mat"], output="tokens")[0]
+    np.testing.assert_allclose(tokens, prompted[3:4], atol=1e-5)
+
+
+def test_texts_that_would_change_beside_longer_ones_are_refused(tmp_path):
+    """Phi-3 switches its frequencies for a whole batch when one text is long."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    hf.Phi3Config(
+        **small,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_parameters=rope | factors,
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="beside one of more than 16 tokens. Pass max_length=16"):
+        FrozenEncoder(tmp_path).fit(TEXTS)
+    FrozenEncoder(tmp_path, max_length=16).fit(TEXTS)
+
+
 def test_texts_have_no_grid(checkpoints):
     with pytest.raises(ValueError, match="only images have a grid"):
         FrozenEncoder(checkpoints["bert"]).grid_shape()

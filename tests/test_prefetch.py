@@ -137,7 +137,7 @@ def test_encoders_within_other_estimators_are_found(text_backend, store, table, 
     assert prefetch(wrap(pipeline), table[0][["note"]])["encoded"].sum() == 16
 
 
-def test_searches_within_other_estimators_are_walked(text_backend, image_backend, store, table):
+def test_searches_within_other_estimators_are_walked(text_backend, store, table):
     encoders = [FrozenEncoder(text_backend, store=store, normalize=n) for n in (True, False)]
     pipeline = make_pipeline(encoders[0], classifier())
     search = GridSearchCV(pipeline, {"frozenencoder": encoders})

@@ -286,7 +286,7 @@ def spaces(db, model):
 def find(db, table, model, digests, columns=()):
     """Return the positions of the digests that a table has, and integer columns of their rows.
 
-    The digests travel as one value that SQL takes apart: a parameter for each took twice as long.
+    The digests travel as one value that SQL takes apart, which spares a parameter for each.
     """
     kinds = np.dtype([(name, np.int64) for name in ("position", *columns)])
     joined = b"".join(digests)

@@ -434,11 +434,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         size = min(n_samples, len(known))
         chosen = np.sort(check_random_state(random_state).choice(known, size, replace=False))
         stored = _by_position(store.read(space, [list(first_row)[i] for i in chosen]))
-        fresh = _by_position(
-            self._encode(
-                column, backend, None, space, list(first_row), list(first_row.values()), chosen
-            )
-        )
+        fresh = _by_position(self._encode(column, backend, None, space, first_row, chosen))
         errors = [_relative_error(fresh[chosen[i]], stored[i]) for i in stored]
         dtypes = {space.description.get("dtype", "float32"), self.store_dtype}
         return {
@@ -515,13 +511,12 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         store = self._required_store()
         column, backend, space, digests, _ = self._check(X)
         first_row = _first_rows(digests)
-        digests, rows = list(first_row), list(first_row.values())
-        lacking = np.flatnonzero(store.lacks(space, digests)).tolist()
-        found = self._encode(column, backend, store, space, digests, rows, lacking)
+        lacking = np.flatnonzero(store.lacks(space, list(first_row))).tolist()
+        found = self._encode(column, backend, store, space, first_row, lacking)
         return {
             "model": space.names[-1],
             "fingerprint": space.fingerprint,
-            "cells": len(rows),
+            "cells": len(first_row),
             "encoded": sum(len(positions) for positions, _ in found) if lacking else 0,
         }
 
@@ -531,18 +526,18 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         `first_row` maps the digest of each distinct cell to a row that shows it.
         """
         store = self._store()
-        digests, rows = list(first_row), list(first_row.values())
-        known = np.zeros(len(rows), dtype=bool)
+        known = np.zeros(len(first_row), dtype=bool)
         if store is not None:
-            for positions, values in store.read(space, digests):
+            for positions, values in store.read(space, list(first_row)):
                 known[positions] = True
                 yield positions, values
         if not known.all():
             lacking = np.flatnonzero(~known).tolist()
-            yield from self._encode(column, backend, store, space, digests, rows, lacking)
+            yield from self._encode(column, backend, store, space, first_row, lacking)
 
-    def _encode(self, column, backend, store, space, digests, rows, lacking):
-        """Encode the cells at the positions `lacking`; yield positions and vectors."""
+    def _encode(self, column, backend, store, space, first_row, lacking):
+        """Encode the distinct cells at the positions `lacking`; yield positions and vectors."""
+        digests, rows = list(first_row), list(first_row.values())
         n_known = len(rows) - len(lacking)
         if backend.modality == "text":  # longest first: texts of like length pad each other little
             lacking = sorted(lacking, key=lambda i: -len(column.cells[rows[i]]))

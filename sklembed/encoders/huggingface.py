@@ -267,14 +267,13 @@ class HuggingFaceBackend:
         skipped = (
             0 if self._settings.get("pool_prompt", True) else _prompt_length(tokenizer, prompt)
         )
+        fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # masked: any will do
         padding = {
-            # Masked, so any token will do where there is none for padding.
-            "input_ids": tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            "input_ids": next(token for token in fillers if token is not None),
             "token_type_ids": tokenizer.pad_token_type_id,
             "attention_mask": 0,
             "special_tokens_mask": 1,
         }
-
         empty = padding | {"attention_mask": 1}
 
         def prepare(texts):
@@ -303,10 +302,10 @@ class HuggingFaceBackend:
             special, keep = inputs.pop("special_tokens_mask"), inputs["attention_mask"].clone()
             if whole:
                 del inputs["attention_mask"]
-            if self.output == "tokens" and not self.special_tokens:
-                keep *= 1 - special
             longer = keep.sum(1) > skipped  # what is cut within the prompt is all there is
             keep[longer, :skipped] = 0
+            if self.output == "tokens" and not self.special_tokens:
+                keep *= 1 - special
             return self._states(loaded.model, inputs), keep
 
         return prepare, lambda cell: len(cell["input_ids"]), run
@@ -395,7 +394,7 @@ class HuggingFaceBackend:
                 "Save it with attention_type='original_full'."
             )
         rope = getattr(self._tower, "rope_parameters", None) or {}
-        short = rope.get("original_max_position_embeddings")
+        short = rope.get("original_max_position_embeddings") or 0
         if rope.get("rope_type") == "longrope" and (self.max_length or short + 1) > short:
             raise ValueError(
                 f"{self._name} ({kind}) encodes a text differently beside one of more than {short} "
@@ -534,6 +533,8 @@ class HuggingFaceBackend:
 
         Dense layers are trained for the files' own pooling, and left out for another.
         """
+        if self.output == "tokens":
+            return []
         steps = self._settings.get("head", [])
         if self.pooling != self._settings.get("pooling") or self.layers != [self._n_layers]:
             return [step for step in steps if step["kind"] == "normalize"]

@@ -9,7 +9,7 @@ from sklearn.model_selection import ParameterGrid, ParameterSampler
 from sklembed._tables import as_table, column_positions, take_columns
 from sklembed.encoders.frozen import FrozenEncoder
 
-_INNER = ("estimator", "regressor", "classifier", "base_estimator")
+_INNER = ("estimator", "regressor")
 
 
 def prefetch(estimator, X):

@@ -19,8 +19,7 @@ from filelock import FileLock, Timeout
 from sklembed.encoders import database
 from sklembed.encoders.export import WRITERS
 
-# Joining and checking small pieces stays within the processor's caches: pieces of 1.5 MB took
-# half as long again.
+# Small enough that joining and checking a piece stays within the processor's caches.
 _READ_BYTES = 3 << 17
 _WRITE_CACHE_KIB = 65536  # holds the tree of a million cells: digests come in random order
 _POLL_SECONDS = 0.05
