@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 
@@ -29,6 +30,7 @@ BATCH = 8
 # instant; numpy only.
 NURSERY = """
 import json, os, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 import numpy as np
 from sklembed.encoders.database import Space
@@ -226,6 +228,19 @@ def test_a_write_protected_store_is_read_and_encoding_goes_on_without_it(folder,
         with pytest.raises(OSError, match="readonly database"):
             store.clear()
     assert read(store, 40).keys() == set(range(10))
+
+
+def test_the_last_to_leave_may_take_the_log_along_while_another_connects(store):
+    """SQLite removes the log with the last connection, at any moment of somebody else's."""
+    fill(store, 1)
+
+    def come_and_go(_):
+        for _ in range(200):
+            with contextlib.closing(database.connect(store.path)) as db:
+                db.execute("SELECT count(*) FROM models").fetchone()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(come_and_go, range(4)))
 
 
 def test_where_no_store_can_be_made_there_is_a_clear_error(folder):

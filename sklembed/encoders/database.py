@@ -189,11 +189,18 @@ def create(path):
         draft.rename(path)
 
 
+def _size(file):
+    """Ask once for a file's bytes, 0 if there is none: another process may remove it meanwhile."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def connect(path):
     """Open an existing store; for reading only where it cannot be written."""
     ways = ["mode=rw", "mode=ro"]
-    log = Path(f"{path}-wal")
-    if not log.exists() or not log.stat().st_size:
+    if not _size(Path(f"{path}-wal")):
         # In a directory where SQLite cannot make its shared memory. Should someone who can write
         # there do so meanwhile, a torn page is caught by structure or checksum.
         ways.append("mode=ro&immutable=1")
