@@ -18,13 +18,24 @@ from sklembed import CallableBackend, ContrastiveProjector, FrozenEncoder, PerMo
 CHEAP = {"n_components": 4, "hidden_layer_sizes": (8,), "max_epochs": 2}
 
 
+# Rows are drawn into mini-batches, as by SGDClassifier: a row twice is not a row of weight 2.
+DRAWN = {"check_sample_weight_equivalence_on_dense_data"}
+
+
+def known_to_fail(estimator):
+    reason = "mini-batches of repeated rows are not those of weighted ones"
+    return dict.fromkeys(DRAWN, reason) if isinstance(estimator, ContrastiveProjector) else {}
+
+
 @parametrize_with_checks(
     [
         ContrastiveProjector(**CHEAP, cv=None),
         ContrastiveProjector(**CHEAP, cv=None, loss="pairwise_bce", similarity="dot"),
+        ContrastiveProjector(**CHEAP, cv=None, early_stopping=True, validation_fraction=0.5),
         PerModalityUnion([("all", StandardScaler(), slice(None))]),
         PerModalityUnion([("first", StandardScaler(), [0]), ("all", PCA(1), slice(None))]),
-    ]
+    ],
+    expected_failed_checks=known_to_fail,
 )
 def test_scikit_learn_s_battery(estimator, check):
     check(estimator)
@@ -37,10 +48,10 @@ CROSS_FITTED = {"check_transformer_general", "check_transformer_data_not_an_arra
 def test_the_cross_fitted_default_fails_exactly_what_it_must():
     results = check_estimator(ContrastiveProjector(**CHEAP), on_skip=None, on_fail=None)
     failed = {result["check_name"] for result in results if result["status"] == "failed"}
-    assert failed == CROSS_FITTED
+    assert failed == CROSS_FITTED | DRAWN
     assert "skipped" not in {result["status"] for result in results}
     for result in results:
-        if result["status"] == "failed":
+        if result["check_name"] in CROSS_FITTED:
             assert "fit_transform and transform outcomes not consistent" in str(result["exception"])
 
 
@@ -182,6 +193,11 @@ EFFECTIVE = {
         "loss": "pairwise_bce",
         "similarity": "dot",
         "temperature": 0.5,
+        "target_type": "continuous",
+        "passthrough": False,
+        "class_weight": {0: 5.0},
+        "sampler": "balanced",
+        "early_stopping": True,
         "dropout": 0.1,
         "standardize": False,
         "cv": 3,
@@ -223,7 +239,15 @@ SILENT = {
         "local_files_only",
         "trust_remote_code",
     },
-    "ContrastiveProjector": {"device", "verbose"},
+    "ContrastiveProjector": {
+        "device",
+        "verbose",
+        # effective with early_stopping, or in what a fit leaves and the next does
+        "validation_fraction",
+        "n_iter_no_change",
+        "warm_start",
+        "keep_optimizer",
+    },
     "PerModalityUnion": {"n_jobs"},
 }
 

@@ -1,14 +1,15 @@
 """The door to skorch: weights and history come out, and nothing else is left behind."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from skorch.callbacks import EarlyStopping
-from skorch.dataset import ValidSplit
+from skorch.dataset import Dataset, ValidSplit
 
-from sklembed._training import TrainingOptions, train
+from sklembed._training import Batches, Rows, TrainingOptions, train
 from sklembed.nn.modules import Projection
 
 OPTIONS = {"max_epochs": 3, "batch_size": 16, "lr": 1e-2, "weight_decay": 0.0, "device": "cpu"}
@@ -21,22 +22,33 @@ def regression():
     return X, X @ rng.normal(size=(5, 2)).astype(np.float32)
 
 
-def fit(data, *, dropout=0.2, seed=0, **options):
+def squared_error(output, target, weight):
+    losses = (output - target).square().mean(dim=-1)  # (n_networks, batch)
+    return losses.mean(dim=-1) if weight is None else (losses * weight).sum(-1) / weight.sum(-1)
+
+
+def fit(data, *, dropout=0.2, seed=0, rows=None, more=None, **options):
+    more = more or {}
+
     def make_module(generator):
         return Projection(
             [5, 8, 2],
+            n_networks=1 if rows is None else len(rows),
             dropout=dropout,
             generator=generator,
             mean=torch.zeros(5),
             scale=torch.ones(5),
         )
 
-    return train(
+    trained = train(
         make_module,
-        torch.nn.functional.mse_loss,
+        squared_error,
         *data,
+        [Rows(np.arange(len(data[0])))] if rows is None else rows,
         TrainingOptions(**(OPTIONS | {"seed": seed} | options)),
+        **more,
     )
+    return trained.weights, trained.history
 
 
 def assert_same(first, second):
@@ -107,12 +119,117 @@ def test_skorch_params_reach_the_net(regression):
     assert "valid_loss" in history[0]
 
 
-@pytest.mark.parametrize(
-    "params", [{"optimizer": torch.optim.RMSprop}, {"iterator_train": torch.utils.data.DataLoader}]
-)
-def test_skorch_params_may_replace_what_has_options_of_our_own(regression, params):
-    _, history = fit(regression, skorch_params=params)
+def test_skorch_params_may_bring_another_optimizer(regression):
+    _, history = fit(regression, skorch_params={"optimizer": torch.optim.RMSprop})
     assert len(history) == 3
+
+
+@pytest.mark.parametrize("name", ["module", "criterion", "iterator_train", "iterator_valid__rows"])
+def test_skorch_params_may_not_replace_what_keeps_networks_apart(regression, name):
+    with pytest.raises(ValueError, match=f"skorch_params sets {name}"):
+        fit(regression, skorch_params={name: torch.utils.data.DataLoader})
+
+
+# Several networks at once
+
+
+def three_parts(n=100):
+    order = np.random.default_rng(0).permutation(n)
+    return [Rows(order[:40]), Rows(order[30:100]), Rows(order[50:60])]
+
+
+def test_networks_trained_together_are_those_trained_alone(regression):
+    """Of other sizes too: what fills their smaller batches counts for nothing."""
+    together, _ = fit(regression, rows=three_parts(), dropout=0.0)
+    for number, rows in enumerate(three_parts()):
+        # Alone it would take fewer steps; so it gets the batches that it has beside the others.
+        size = -(-len(rows.train) // 5)
+        alone, _ = fit(regression, rows=[rows], dropout=0.0, batch_size=size)
+        for name in ("layers.0.weight", "layers.1.bias"):
+            np.testing.assert_allclose(together[name][number], alone[name][0], atol=1e-5)
+
+
+def test_a_network_knows_nothing_of_rows_that_are_not_its_own(regression):
+    X, Y = regression
+    rows = three_parts()
+    weights, _ = fit((X, Y), rows=rows)
+    X, Y = X.copy(), Y.copy()
+    X[rows[0].train], Y[rows[0].train] = 1e3, -1e3
+    elsewhere = np.setdiff1d(rows[2].train, rows[0].train)
+    assert len(elsewhere) == len(rows[2].train)
+    changed, _ = fit((X, Y), rows=rows)
+    assert not np.array_equal(weights["layers.0.weight"][0], changed["layers.0.weight"][0])
+    np.testing.assert_array_equal(weights["layers.0.weight"][2], changed["layers.0.weight"][2])
+
+
+def test_every_row_is_seen_once_an_epoch(regression):
+    X, Y = (torch.from_numpy(array) for array in regression)
+    X[:, 0] = torch.arange(100)
+    batches = Batches(Dataset(X, Y), 16, rows=three_parts(), seed=0)
+    seen = [[], [], []]
+    for x, (y, weight) in batches:
+        assert x.shape[:2] == y.shape[:2] == weight.shape
+        for network in range(3):
+            seen[network] += x[network, weight[network] > 0, 0].long().tolist()
+    for network, rows in enumerate(three_parts()):
+        assert sorted(seen[network]) == sorted(rows.train.tolist())
+
+
+def test_odds_decide_how_often_a_row_is_drawn(regression):
+    X, Y = (torch.from_numpy(array) for array in regression)
+    X[:, 0] = torch.arange(100)
+    odds = np.where(np.arange(100) < 10, 9.0, 1.0)  # ten rows as often as the ninety
+    batches = Batches(Dataset(X, Y), 50, rows=[Rows(np.arange(100), odds=odds)], seed=0)
+    drawn = np.concatenate([x[0, :, 0].numpy() for _ in range(50) for x, _ in batches])
+    assert len(drawn) == 5000
+    assert abs((drawn < 10).mean() - 0.5) < 0.03
+
+
+def test_each_network_goes_back_to_its_best_epoch(regression):
+    """One network is given targets that turn round, so that it gets worse on its own rows."""
+    X, Y = regression
+    Y = Y.copy()
+    Y[:40] = np.random.default_rng(1).normal(size=(40, 2)) * 5  # nothing to learn
+    rows = [Rows(np.arange(30), np.arange(30, 40)), Rows(np.arange(40, 90), np.arange(90, 100))]
+    options = {"rows": rows, "dropout": 0.0, "max_epochs": 200, "n_iter_no_change": 5}
+    weights, history = fit((X, Y), **options)
+    assert len(history) > 20  # the second goes on when the first has long stopped
+    few = [len(fit((X, Y), **(options | {"rows": [part]}))[1]) for part in rows]
+    assert few[0] < few[1] <= len(history)
+    losses = [epoch["valid_loss"] for epoch in history]
+    assert np.isfinite(losses).all()
+
+
+def test_training_goes_on_from_weights_and_moments(regression):
+    """Two times three epochs equal six, if the optimiser's moments are kept."""
+    whole, _ = fit(regression, dropout=0.0, max_epochs=6, batch_size=100)
+
+    def three(start):
+        options = TrainingOptions(**(OPTIONS | {"seed": 0, "batch_size": 100}))
+        return train(
+            lambda generator: Projection(
+                [5, 8, 2],
+                dropout=0.0,
+                generator=generator,
+                mean=torch.zeros(5),
+                scale=torch.ones(5),
+            ),
+            squared_error,
+            *regression,
+            [Rows(np.arange(100))],
+            options,
+            start=start,
+        )
+
+    first = three(None)
+    second = three(first)
+    forgetful = three(replace(first, optimizer_state={}))
+    np.testing.assert_allclose(
+        whole["layers.0.weight"], second.weights["layers.0.weight"], atol=1e-6
+    )
+    assert not np.allclose(
+        whole["layers.0.weight"], forgetful.weights["layers.0.weight"], atol=1e-4
+    )
 
 
 def test_a_partial_last_batch_is_trained_on(regression):

@@ -1,62 +1,171 @@
-"""Contrastive losses over pair affinities in [0, 1]; each takes embeddings and returns a scalar.
+"""Contrastive losses over pair affinities in [0, 1], and the affinities of targets of each kind.
 
 An affinity says how much two rows belong together: 1 for the same class, 0 for different ones.
-Losses never see labels, so that one code path serves every kind of target.
+Losses never see labels, so that one code path serves every kind of target. All take leading
+dimensions, for several networks trained at once, and return one number for each.
 """
+
+import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def label_affinity(labels: Tensor) -> Tensor:
-    """Affinity of rows that carry one label each: 1 where the labels agree, else 0."""
-    return (labels[:, None] == labels[None, :]).float()  # (batch, batch)
+    """Affinity of rows that carry one label each: 1 where the labels agree, else 0.
+
+    Labels have the shape (..., batch), affinities (..., batch, batch).
+    """
+    return (labels[..., :, None] == labels[..., None, :]).float()
+
+
+def overlap_affinity(indicators: Tensor) -> Tensor:
+    """Affinity of rows that carry several labels: those shared over those that either carries.
+
+    Indicators of 0 and 1 have the shape (..., batch, n_labels). Rows without labels belong with no
+    row.
+    """
+    shared = indicators @ indicators.transpose(-2, -1)
+    counts = indicators.sum(dim=-1)
+    either = counts[..., :, None] + counts[..., None, :] - shared
+    return shared / either.clamp(min=1.0)
+
+
+def rank_affinity(ranks: Tensor, *, width: float = 0.1) -> Tensor:
+    """Affinity of rows with continuous targets: a Gaussian of their distance in rank.
+
+    Ranks are scaled to [0, 1] and have the shape (..., batch, n_outputs); `width` is the standard
+    deviation of the kernel. The distance is the root mean square over the outputs.
+    """
+    gaps = ranks[..., :, None, :] - ranks[..., None, :, :]  # (..., batch, batch, n_outputs)
+    return torch.exp(-gaps.square().mean(dim=-1) / (2 * width**2))
+
+
+def level_affinity(levels: Tensor) -> Tensor:
+    """Affinity of rows in a tree of labels: the share of levels, from the top, that agree.
+
+    Labels have the shape (..., batch, n_levels), the coarsest level first. Below a level where two
+    rows part, equal names say nothing.
+    """
+    agree = levels[..., :, None, :] == levels[..., None, :, :]
+    return agree.float().cumprod(dim=-1).mean(dim=-1)
+
+
+AFFINITIES = {
+    "multiclass": label_affinity,
+    "multilabel": overlap_affinity,
+    "continuous": rank_affinity,
+    "hierarchical": level_affinity,
+}
 
 
 def pair_similarity(z: Tensor, similarity: str) -> Tensor:
     """Similarity of all pairs of rows: their inner product, of unit vectors for "cosine"."""
     if similarity == "cosine":
-        z = F.normalize(z, dim=1)
-    return z @ z.T  # (batch, batch)
+        z = F.normalize(z, dim=-1)
+    return z @ z.transpose(-2, -1)  # (..., batch, batch)
 
 
 def pairwise_bce(
-    z: Tensor, affinity: Tensor, *, temperature: float = 0.1, similarity: str = "cosine"
+    z: Tensor,
+    affinity: Tensor,
+    weight: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    similarity: str = "cosine",
 ) -> Tensor:
     """Binary cross-entropy of every pair i < j (arXiv 2502.02048, section 3.1).
 
     The logit is the similarity over the temperature, without bias or learned scale:
     ``mean_{i<j} log(1 + exp(s_ij)) - a_ij s_ij``. The paper describes the cosine, its released
-    code takes the plain inner product.
+    code takes the plain inner product. With weights, the mean is that of pairs weighted by
+    ``w_i w_j``.
     """
-    if len(z) < 2:
-        return z.sum() * 0.0
     logits = pair_similarity(z, similarity) / temperature
     # The matrix is symmetric, so the mean over i != j is that over i < j, without slow indexing.
     losses = F.softplus(logits) - affinity.to(logits.dtype) * logits
-    losses = losses - torch.diag(losses.diagonal())
-    return losses.sum() / (len(z) * (len(z) - 1))
+    losses = losses.masked_fill(_itself(z), 0.0)
+    if weight is None:
+        n = z.shape[-2]
+        return losses.sum(dim=(-2, -1)) / max(n * (n - 1), 1)
+    pairs = (weight[..., :, None] * weight[..., None, :]).masked_fill(_itself(z), 0.0)
+    return (losses * pairs).sum(dim=(-2, -1)) / _or_one(pairs.sum(dim=(-2, -1)))
 
 
 def supcon(
-    z: Tensor, affinity: Tensor, *, temperature: float = 0.1, similarity: str = "cosine"
+    z: Tensor,
+    affinity: Tensor,
+    weight: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    similarity: str = "cosine",
 ) -> Tensor:
-    """Supervised contrastive loss (arXiv 2004.11362, equation 2).
+    """Supervised contrastive loss (arXiv 2004.11362, equation 2), also of soft labels.
 
     For each anchor, the cross-entropy between its affinities to the other rows, scaled to sum to
     one, and the softmax of its similarities to them; averaged over the anchors that have a
-    positive. A batch without any gives 0, with zero gradients.
+    positive. A batch without any gives 0, with zero gradients. A row of weight w counts as w rows,
+    as an anchor, a positive and a negative.
     """
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    itself = _itself(z)
     logits = pair_similarity(z, similarity) / temperature
-    log_p = F.log_softmax(logits.masked_fill(itself, float("-inf")), dim=1).masked_fill(itself, 0.0)
-    affinity = affinity.to(log_p.dtype).masked_fill(itself, 0.0)
-    mass = affinity.sum(dim=1)  # (batch,)
-    anchors = mass > 0
-    if not anchors.any():
-        return z.sum() * 0.0
-    return -((affinity * log_p).sum(dim=1)[anchors] / mass[anchors]).mean()
+    affinity = affinity.to(logits.dtype).masked_fill(itself, 0.0)
+    if weight is not None:
+        tiny = torch.finfo(logits.dtype).tiny
+        logits = logits + weight.clamp(min=tiny).log()[..., None, :]
+        affinity = affinity * weight[..., None, :]
+    # A large finite number in place of infinity: a batch of one row must not give NaN gradients.
+    log_p = F.log_softmax(logits.masked_fill(itself, -1e9), dim=-1)
+    mass = affinity.sum(dim=-1)  # (..., batch)
+    losses = -(affinity * log_p).sum(dim=-1) / _or_one(mass)
+    anchors = (mass > 0).to(losses.dtype)
+    if weight is not None:
+        anchors = anchors * weight
+    return (losses * anchors).sum(dim=-1) / _or_one(anchors.sum(dim=-1))
 
 
 LOSSES = {"supcon": supcon, "pairwise_bce": pairwise_bce}
+
+
+class PerNetwork(nn.Module):
+    """A loss of the user's own, which knows one network and no weights, for each of several.
+
+    A module, such as a loss of pytorch-metric-learning, is given embeddings and labels, and copied
+    for each network, so that what it learns is each one's own; any other function is given
+    embeddings and affinities.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        affinity: Callable[[Tensor], Tensor],
+        n_networks: int,
+    ) -> None:
+        super().__init__()
+        self.affinity = affinity
+        self.losses = [copy.deepcopy(loss) for _ in range(n_networks)]
+        self.takes_labels = isinstance(loss, nn.Module)
+        # Registered, so that their parameters are trained and moved along.
+        self.modules_to_train = nn.ModuleList(m for m in self.losses if isinstance(m, nn.Module))
+
+    def forward(self, z: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+        """Apply the loss to the rows of each network, without what only fills its batch."""
+        losses = []
+        for network, loss in enumerate(self.losses):
+            there = slice(None) if weight is None else weight[network] > 0
+            labels = y[network][there]
+            target = labels if self.takes_labels else self.affinity(labels)
+            losses.append(loss(z[network][there], target))
+        return torch.stack(losses)
+
+
+def _itself(z: Tensor) -> Tensor:
+    """Mark the pairs of a row with itself."""
+    return torch.eye(z.shape[-2], dtype=torch.bool, device=z.device)
+
+
+def _or_one(total: Tensor) -> Tensor:
+    """Replace zeros, by which nothing can be divided, and which stand over zeros."""
+    return torch.where(total > 0, total, torch.ones_like(total))

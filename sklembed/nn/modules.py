@@ -24,13 +24,38 @@ class SeededDropout(nn.Module):
         return x * kept * (1.0 / (1.0 - self.p))
 
 
+class StackedLinear(nn.Module):
+    """A linear layer of each of several networks, applied at once by one batched product.
+
+    All networks start from the same weights, drawn as `torch.nn.Linear` draws them.
+    """
+
+    def __init__(
+        self, n_in: int, n_out: int, *, n_networks: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        bound = 1.0 / math.sqrt(n_in)
+        weight = torch.empty(n_out, n_in, device=generator.device)
+        bias = torch.empty(n_out, device=generator.device)
+        for drawn in (weight, bias):
+            nn.init.uniform_(drawn, -bound, bound, generator=generator)
+        self.weight = nn.Parameter(weight.repeat(n_networks, 1, 1))
+        self.bias = nn.Parameter(bias.repeat(n_networks, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (n_networks, batch, n_in) to (n_networks, batch, n_out)."""
+        return torch.baddbmm(self.bias[:, None, :], x, self.weight.transpose(1, 2))
+
+
 class Projection(nn.Module):
-    """Linear layers with ReLU and dropout between them, on inputs standardised by buffers.
+    """Networks of one shape, each of linear layers with ReLU and dropout between them.
 
     Parameters
     ----------
     sizes : sequence of int
         Input width, hidden widths, output width.
+    n_networks : int
+        How many; each sees rows of its own.
     dropout : float
         Probability of zeroing a hidden unit in training.
     generator : torch.Generator
@@ -46,6 +71,7 @@ class Projection(nn.Module):
         self,
         sizes: Sequence[int],
         *,
+        n_networks: int = 1,
         dropout: float,
         generator: torch.Generator,
         mean: Tensor,
@@ -55,24 +81,15 @@ class Projection(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
         self.layers = nn.ModuleList(
-            _linear(n_in, n_out, generator) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+            StackedLinear(n_in, n_out, n_networks=n_networks, generator=generator)
+            for n_in, n_out in zip(sizes, sizes[1:], strict=False)
         )
         self.dropout = SeededDropout(dropout, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, n_features) to (batch, n_components)."""
+        """Map (n_networks, batch, n_features) to (n_networks, batch, n_components)."""
         x = (x - self.mean) / self.scale
         for layer in self.layers[:-1]:
-            x = self.dropout(torch.relu(layer(x)))  # (batch, hidden)
+            x = self.dropout(torch.relu(layer(x)))  # (n_networks, batch, hidden)
         out: Tensor = self.layers[-1](x)
         return out
-
-
-def _linear(n_in: int, n_out: int, generator: torch.Generator) -> nn.Linear:
-    """Make a linear layer with torch's default initialisation, drawn from the generator."""
-    layer = nn.Linear(n_in, n_out, device="meta")
-    layer.to_empty(device=generator.device)
-    bound = 1.0 / math.sqrt(n_in)
-    nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-    return layer

@@ -1,0 +1,38 @@
+"""scikit-learn's callbacks, where the installed version has them."""
+
+try:
+    from sklearn.callback import CallbackSupportMixin, with_callbacks
+except ImportError:  # before scikit-learn 1.9
+
+    class CallbackSupportMixin:  # type: ignore[no-redef]
+        """What an estimator needs to run without callbacks."""
+
+        def _init_callback_context(self, **_):
+            return None
+
+    def with_callbacks(method):  # type: ignore[no-redef]
+        """Return the method as it is."""
+        return method
+
+
+def begin(estimator, context, X, y):
+    """Tell callbacks that a task begins."""
+    if context is not None:
+        context.call_on_fit_task_begin(estimator=estimator, X=X, y=y)
+
+
+def end(estimator, context, X, y, attributes=None):
+    """Tell callbacks that a task has ended; return whether one asks to stop.
+
+    `attributes`, or a function that returns them, make the estimator as fitted so far.
+    """
+    return context is not None and bool(
+        context.call_on_fit_task_end(
+            estimator=estimator, X=X, y=y, reconstruction_attributes=attributes
+        )
+    )
+
+
+def subtask(context, name, max_subtasks):
+    """Open a task within another."""
+    return context and context.subcontext(task_name=name, max_subtasks=max_subtasks)

@@ -1,0 +1,77 @@
+"""A gate: of several representations of the same rows, the simplest that serves as well as any."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import balanced_accuracy_score, f1_score, r2_score
+from sklearn.preprocessing import OneHotEncoder
+
+from sklembed._targets import Target
+
+Fold = tuple[np.ndarray, np.ndarray]
+
+
+def choose(
+    candidates: Mapping[str, np.ndarray],
+    target: Target,
+    folds: Sequence[Fold],
+    sample_weight: np.ndarray | None = None,
+) -> tuple[str, dict[str, np.ndarray]]:
+    """Judge representations by a linear probe out of fold, and apply the one-standard-error rule.
+
+    The rule: of the candidates, ordered from simple to complex, take the first that falls behind
+    the best by no more than the standard error of the difference over the folds.
+
+    Parameters
+    ----------
+    candidates : mapping of str to ndarray of shape (n_samples, n_columns)
+        Representations, the simplest first.
+    target : Target
+        What the probe, a ridge regression, has to tell from them.
+    folds : sequence of (train, held_out)
+        Positions of rows.
+    sample_weight : ndarray of shape (n_samples,) or None
+        Weights of rows, for the probe and for its score.
+
+    Returns
+    -------
+    choice : str
+        Name of the chosen candidate.
+    scores : dict of str to ndarray of shape (n_folds,)
+        Balanced accuracy (classes, the coarsest level), micro-F1 (labels) or R² (numbers) in each
+        fold.
+    """
+    scores = {
+        name: np.array([_score(Z, target, fold, sample_weight) for fold in folds])
+        for name, Z in candidates.items()
+    }
+    best = max(scores, key=lambda name: scores[name].mean())
+    for name, score in scores.items():
+        behind = scores[best] - score
+        if behind.mean() <= behind.std(ddof=1) / np.sqrt(len(behind)):
+            return name, scores
+    return best, scores
+
+
+def _score(Z: np.ndarray, target: Target, fold: Fold, weight: np.ndarray | None) -> float:
+    """Fit the probe on a fold's training rows and judge it on those held out."""
+    train, held_out = fold
+    fit_weight, weight = (None, None) if weight is None else (weight[train], weight[held_out])
+    codes = target.values if target.strata is None else target.strata
+    Y = codes
+    if target.strata is not None:
+        Y = OneHotEncoder(sparse_output=False).fit_transform(codes[:, None])
+    probe = RidgeCV(np.logspace(-3, 3, 7)).fit(Z[train], Y[train], sample_weight=fit_weight)
+    found = probe.predict(Z[held_out])
+    if target.kind == "continuous":
+        return r2_score(Y[held_out], found, sample_weight=weight)
+    if target.kind == "multilabel":
+        return f1_score(
+            Y[held_out], found > 0.5, average="micro", sample_weight=weight, zero_division=0.0
+        )
+    # The probe may name a class that the held-out rows lack, of which scikit-learn would warn.
+    present = np.unique(codes[held_out])
+    return balanced_accuracy_score(
+        codes[held_out], present[found[:, present].argmax(axis=1)], sample_weight=weight
+    )

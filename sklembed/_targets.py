@@ -1,0 +1,158 @@
+"""Targets of every kind, turned into arrays from which the affinity of two rows can be told."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import issparse
+from scipy.stats import rankdata
+from sklearn.utils import column_or_1d
+from sklearn.utils.multiclass import type_of_target
+
+from sklembed._validation import check_no_missing_label, encode_classes
+
+TARGET_TYPES = ("multiclass", "multilabel", "continuous", "hierarchical")
+
+_KINDS = {
+    "binary": "multiclass",
+    "multiclass": "multiclass",
+    "multilabel-indicator": "multilabel",
+    "multiclass-multioutput": "hierarchical",
+    "continuous": "continuous",
+    "continuous-multioutput": "continuous",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target, encoded.
+
+    Attributes
+    ----------
+    kind : {"multiclass", "multilabel", "continuous", "hierarchical"}
+        What it is.
+    values : ndarray of shape (n_samples,) or (n_samples, n_columns)
+        Class codes; indicators of labels; ranks scaled to [0, 1]; codes of each level.
+    classes : ndarray, list of ndarray or None
+        The labels seen, for each level if there are levels; None for numbers.
+    strata : ndarray of shape (n_samples,) or None
+        The classes that folds and batches are balanced by: the coarsest level; None where a row
+        has no one class.
+    """
+
+    kind: str
+    values: np.ndarray
+    classes: np.ndarray | list[np.ndarray] | None = None
+    strata: np.ndarray | None = None
+
+    def take(self, rows: np.ndarray) -> "Target":
+        """Return the target of some rows, by positions or a mask."""
+        strata = None if self.strata is None else self.strata[rows]
+        return replace(self, values=self.values[rows], strata=strata)
+
+    def describe(self) -> str:
+        """Say in words what it is."""
+        if self.kind == "continuous":
+            return "continuous"
+        if self.kind == "hierarchical":
+            return f"hierarchical, {len(self.classes)} levels"
+        return f"{self.kind}, {len(self.classes)} classes"
+
+    def has_pairs(self, rows: np.ndarray) -> bool:
+        """Tell whether any two of these rows belong together."""
+        values = self.values[rows]
+        if self.kind == "continuous":
+            return len(values) > 1
+        if self.kind == "multilabel":
+            return bool((values.sum(axis=0) > 1).any())
+        top = values if values.ndim == 1 else values[:, 0]
+        return len(top) > 0 and bool(np.bincount(top).max() > 1)
+
+
+def encode_target(y, target_type: str = "auto") -> Target:
+    """Encode a target of any kind, told from its values unless it is named.
+
+    Parameters
+    ----------
+    y : array-like of shape (n_samples,) or (n_samples, n_columns)
+        Class labels; or numbers with a fraction; or a 0/1 column for each label; or a column of
+        labels for each level of a tree, the coarsest first.
+    target_type : {"auto", "multiclass", "multilabel", "continuous", "hierarchical"}
+        Which of these it is.
+
+    Returns
+    -------
+    target : Target
+        The target as arrays.
+
+    Raises
+    ------
+    ValueError
+        If a label is missing, all rows are alike, or `y` does not fit the type.
+    """
+    y = y.toarray() if issparse(y) else y
+    check_no_missing_label(y)
+    y = np.asarray(y)
+    if y.ndim == 2 and y.shape[1] == 1 and target_type != "multilabel":
+        y = column_or_1d(y, warn=True)
+    kind = _kind(y) if target_type == "auto" else target_type
+    return {
+        "multiclass": _multiclass,
+        "multilabel": _multilabel,
+        "continuous": _continuous,
+        "hierarchical": _hierarchical,
+    }[kind](y)
+
+
+def _kind(y: np.ndarray) -> str:
+    """Tell the kind of a target from its values."""
+    if y.ndim == 2 and y.dtype.kind in "OUS":
+        return "hierarchical"
+    if y.ndim == 1 and y.dtype.kind in "OUS":
+        return "multiclass"
+    kind = type_of_target(y)
+    if kind not in _KINDS:
+        raise ValueError(
+            f"Unknown label type: y of shape {y.shape} is {kind!r}. Give class labels, numbers, a "
+            "0/1 column for each label, or a column of labels for each level of a tree."
+        )
+    return _KINDS[kind]
+
+
+def _multiclass(y: np.ndarray) -> Target:
+    classes, codes = encode_classes(y)
+    return Target("multiclass", codes, classes, codes)
+
+
+def _multilabel(y: np.ndarray) -> Target:
+    if y.ndim != 2 or not np.isin(np.unique(y), (0, 1)).all():
+        raise ValueError(
+            f"A multilabel y holds a column of 0 and 1 for each label; got shape {y.shape} and the "
+            f"values {np.unique(y)[:5]}. See sklearn.preprocessing.MultiLabelBinarizer."
+        )
+    return Target("multilabel", y.astype(np.float32), np.arange(y.shape[1]))
+
+
+def _continuous(y: np.ndarray) -> Target:
+    numbers = pd.DataFrame(y).apply(pd.to_numeric).to_numpy(np.float64)
+    if not np.isfinite(numbers).all():
+        raise ValueError("Input y contains infinity. Continuous targets must be finite.")
+    if (numbers == numbers[0]).all():
+        raise ValueError(
+            f"y is {numbers[0].tolist()} in all {len(numbers)} rows; contrasting needs at least "
+            "two different values."
+        )
+    ranks = (rankdata(numbers, axis=0) - 1) / (len(numbers) - 1)
+    return Target("continuous", ranks.astype(np.float32))
+
+
+def _hierarchical(y: np.ndarray) -> Target:
+    if y.ndim != 2:
+        raise ValueError(
+            f"A hierarchical y holds a column of labels for each level, the coarsest first; got "
+            f"shape {y.shape}."
+        )
+    top, levels = encode_classes(y[:, 0])
+    pairs = [(top, levels)] + [np.unique(column, return_inverse=True) for column in y.T[1:]]
+    codes = np.stack([codes for _, codes in pairs], axis=1).astype(np.int64)
+    return Target("hierarchical", codes, [labels for labels, _ in pairs], levels)
