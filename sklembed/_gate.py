@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from sklearn.linear_model import RidgeCV
-from sklearn.metrics import balanced_accuracy_score, f1_score, r2_score
-from sklearn.preprocessing import OneHotEncoder
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from sklembed._targets import Target
 
@@ -57,15 +56,19 @@ def choose(
 def _score(Z: np.ndarray, target: Target, fold: Fold, weight: np.ndarray | None) -> float:
     """Fit the probe on a fold's training rows and judge it on those held out."""
     train, held_out = fold
-    fit_weight, weight = (None, None) if weight is None else (weight[train], weight[held_out])
-    codes = target.values if target.strata is None else target.strata
-    Y = codes
+    fit_weight = None
+    if weight is not None:
+        train, held_out = train[weight[train] > 0], held_out[weight[held_out] > 0]
+        fit_weight, weight = weight[train], weight[held_out]
+    Y = codes = target.values if target.strata is None else target.strata
     if target.strata is not None:
-        Y = OneHotEncoder(sparse_output=False).fit_transform(codes[:, None])
+        Y = np.eye(codes.max() + 1)[codes]
     probe = RidgeCV(np.logspace(-3, 3, 7)).fit(Z[train], Y[train], sample_weight=fit_weight)
     found = probe.predict(Z[held_out])
     if target.kind == "continuous":
-        return r2_score(Y[held_out], found, sample_weight=weight)
+        # Against the variance of all rows, so that a fold of a single row has a score too.
+        errors = np.square(Y[held_out] - found.reshape(Y[held_out].shape)).mean(axis=1)
+        return 1 - np.average(errors, weights=weight) / Y.var(axis=0).mean()
     if target.kind == "multilabel":
         return f1_score(
             Y[held_out], found > 0.5, average="micro", sample_weight=weight, zero_division=0.0

@@ -8,6 +8,8 @@ import numpy as np
 import sklembed
 
 _FORMAT = 1
+# What scikit-learn keeps of requests and callbacks.
+_OF_THE_PROCESS = {"_metadata_request", "_skl_callbacks", "_parent_callback_ctx"}
 _WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
 
 
@@ -23,7 +25,7 @@ def save(estimator, directory) -> None:
 
     arrays, plain = {}, {}
     for name, value in vars(estimator).items():
-        if name in estimator.get_params(deep=False) or name == "_skl_callbacks":
+        if name in estimator.get_params(deep=False) or name in _OF_THE_PROCESS:
             continue
         if _is_arrays(value):
             arrays |= {f"{name}/{key}": array for key, array in value.items()}

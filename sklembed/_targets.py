@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 from sklearn.utils import column_or_1d
 from sklearn.utils.multiclass import type_of_target
 
-from sklembed._validation import check_no_missing_label, encode_classes
+from sklembed._validation import check_no_missing_label, encode_classes, sorted_labels
 
 TARGET_TYPES = ("multiclass", "multilabel", "continuous", "hierarchical")
 
@@ -153,6 +153,6 @@ def _hierarchical(y: np.ndarray) -> Target:
             f"shape {y.shape}."
         )
     top, levels = encode_classes(y[:, 0])
-    pairs = [(top, levels)] + [np.unique(column, return_inverse=True) for column in y.T[1:]]
-    codes = np.stack([codes for _, codes in pairs], axis=1).astype(np.int64)
+    pairs = [(top, levels)] + [sorted_labels(column) for column in y.T[1:]]
+    codes = np.stack([codes for _, codes in pairs], axis=1)
     return Target("hierarchical", codes, [labels for labels, _ in pairs], levels)

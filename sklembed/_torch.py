@@ -49,8 +49,14 @@ def _computes_in_bfloat16(device: torch.device) -> bool:
 
 
 def to_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy an array to the device; read-only, strided and reversed arrays included."""
-    return torch.tensor(np.ascontiguousarray(array), device=device)
+    """Bring an array to the device, also a read-only, strided or reversed one.
+
+    On the CPU the tensor may share the array's memory: it is for reading.
+    """
+    array = np.ascontiguousarray(array)
+    if not array.flags.writeable:  # torch.from_numpy warns of it
+        return torch.tensor(array, device=device)
+    return torch.from_numpy(array).to(device)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -228,9 +228,16 @@ class Batches:
         device = self.X.device
         parts = [torch.tensor_split(order, self.n_batches) for order in self._orders()]
         for group in zip(*parts, strict=True):
-            filled = nn.utils.rnn.pad_sequence(list(group), batch_first=True, padding_value=-1)
-            index = filled.clamp(min=0).to(device)  # (n_networks, batch)
-            yield self.X[index], (self.y[index], self._weight(filled, index))
+            padded = len({len(part) for part in group}) > 1
+            if padded:
+                filled = nn.utils.rnn.pad_sequence(list(group), batch_first=True, padding_value=-1)
+            else:
+                filled = torch.stack(group)
+            index = filled.clamp(min=0).to(device) if padded else filled.to(device)
+            yield (
+                _take(self.X, index),  # (n_networks, batch, ...)
+                (_take(self.y, index), self._weight(filled >= 0 if padded else None, index)),
+            )
 
     def _orders(self) -> list[Tensor]:
         """Draw the order of each network's rows."""
@@ -245,13 +252,15 @@ class Batches:
                 orders.append(rows[drawn])
         return orders
 
-    def _weight(self, filled: Tensor, index: Tensor) -> Tensor:
+    def _weight(self, there: Tensor | None, index: Tensor) -> Tensor:
         """Return the weights of a batch; an empty tensor if all are 1, as skorch takes no None."""
-        padded = filled < 0
-        if self.sample_weight is None and not padded.any():
-            return torch.empty(0, device=index.device)
-        present = (~padded).to(index.device, torch.float32)
-        return present if self.sample_weight is None else self.sample_weight[index] * present
+        weight = torch.empty(0, device=index.device)
+        if self.sample_weight is not None:
+            weight = _take(self.sample_weight, index)
+        if there is not None:
+            present = there.to(index.device, torch.float32)
+            weight = present if self.sample_weight is None else weight * present
+        return weight
 
 
 class BestOfEach(Callback):  # type: ignore[misc]
@@ -310,6 +319,11 @@ class _AfterEpoch(Callback):  # type: ignore[misc]
         """Tell, and stop if told so."""
         if self.watch([_scalars(epoch) for epoch in net.history], lambda: _weights(net)):
             raise KeyboardInterrupt
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return rows, as `tensor[index]` does, only faster."""
+    return tensor.index_select(0, index.flatten()).view(*index.shape, *tensor.shape[1:])
 
 
 def _optional_tensor(array: np.ndarray | None, device: torch.device) -> Tensor | None:

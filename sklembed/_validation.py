@@ -38,7 +38,23 @@ def encode_classes(y) -> tuple[np.ndarray, np.ndarray]:
     ValueError
         If there are fewer than two classes.
     """
-    y = column_or_1d(y, warn=True)
+    classes, codes = sorted_labels(column_or_1d(y, warn=True))
+    if len(classes) < 2:
+        raise ValueError(
+            f"y holds 1 class only ({classes[0]} in all {len(codes)} rows); contrasting needs at "
+            "least two."
+        )
+    return classes, codes
+
+
+def sorted_labels(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sorted distinct labels, and each row's index into them.
+
+    Raises
+    ------
+    TypeError
+        If they are of types that have no common order.
+    """
     try:
         classes, codes = np.unique(y, return_inverse=True)
     except TypeError as error:
@@ -47,11 +63,6 @@ def encode_classes(y) -> tuple[np.ndarray, np.ndarray]:
             f"y mixes labels of the types {', '.join(kinds)}, which have no order. Make them one "
             "type, for example all str."
         ) from error
-    if len(classes) < 2:
-        raise ValueError(
-            f"y holds 1 class only ({classes[0]} in all {len(codes)} rows); contrasting needs at "
-            "least two."
-        )
     return classes, codes.astype(np.int64)
 
 

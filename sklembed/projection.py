@@ -16,7 +16,7 @@ from sklearn.base import (
 from sklearn.decomposition import PCA
 from sklearn.model_selection import KFold, StratifiedKFold, check_cv, train_test_split
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils import check_random_state, compute_sample_weight
+from sklearn.utils import check_random_state, compute_sample_weight, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -56,7 +56,7 @@ class ContrastiveProjector(
     n_components : int, default=128
         Number of columns of the projection, and at most as many again of the input.
 
-    hidden_layer_sizes : tuple of int, default=(256,)
+    hidden_layer_sizes : tuple of int, default=(512,)
         Units of the hidden layers. ``()`` gives a linear map.
 
     loss : {"supcon", "pairwise_bce"}, callable or torch.nn.Module, default="supcon"
@@ -237,7 +237,7 @@ class ContrastiveProjector(
         self,
         n_components=128,
         *,
-        hidden_layer_sizes=(256,),
+        hidden_layer_sizes=(512,),
         loss="supcon",
         similarity="cosine",
         temperature=0.1,
@@ -389,7 +389,7 @@ class ContrastiveProjector(
             self._reduce_input(data, seed)
         self._train_on_all(data, seed, max_epochs=1, goes_on=goes_on)
         if not goes_on:
-            self._scale_input(data)
+            self.components_ = self._scaled(self.components_, self.weights_, data)
         return self
 
     def transform(self, X):
@@ -477,24 +477,25 @@ class ContrastiveProjector(
         """Fit, and return what becomes of the training rows."""
         check_routing_enabled(params, self)
         routed = process_routing(self, caller, **params)
-        data = self._check_training_data(X, y, sample_weight, reset=True)
+        goes_on = self.warm_start and hasattr(self, "weights_")
+        data = self._check_training_data(X, y, sample_weight, reset=not goes_on)
         seed = _draw_seed(self.random_state)
         folds = self._folds(data, seed, routed["splitter"]["split"]) if cross_fit else None
         context = self._init_callback_context(max_subtasks=1 if folds is None else 2)
         _callbacks.begin(self, context, X, y)
         self._reduce_input(data, seed)
-        goes_on = self.warm_start and hasattr(self, "weights_")
         self._train_on_all(
             data, seed, self.max_epochs, goes_on, _callbacks.subtask(context, "network", None)
         )
-        self._scale_input(data)
-        Z = _project(self.weights_, data.X, self.similarity)
+        self.components_ = self._scaled(self.components_, self.weights_, data)
+        if caller == "fit_transform" or folds is not None:
+            Z = _project(self.weights_, data.X, self.similarity)
         if folds is not None:
             Z = self._cross_fit(data, folds, Z, seed, _callbacks.subtask(context, "folds", None))
             if self.passthrough == "auto":
                 self._ask_gate(data, folds, Z)
         _callbacks.end(self, context, X, y)
-        return self._output(Z, data.X, data.observed)
+        return self._output(Z, data.X, data.observed) if caller == "fit_transform" else None
 
     def _check_training_data(self, X, y, sample_weight, *, reset):
         """Check all that is given, and return the observed rows."""
@@ -581,7 +582,7 @@ class ContrastiveProjector(
                 "by a network that has seen their labels: what learns from them will be "
                 "overconfident.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=2,
             )
             return None
         return folds
@@ -616,8 +617,9 @@ class ContrastiveProjector(
         self.gate_ = "both" if self.passthrough else "projection"
         self.components_ = {}
         if self.passthrough:
-            X = data.X[data.seen()]
-            pca = PCA(min(self.n_components, *X.shape), random_state=seed).fit(X)
+            X = data.X if data.weight is None else data.X[data.seen()]
+            with np.errstate(invalid="ignore", divide="ignore"):  # of an input without variance
+                pca = PCA(min(self.n_components, *X.shape), random_state=seed).fit(X)
             norm = np.sqrt(pca.explained_variance_.sum()) or 1.0
             self.components_ = {
                 "mean": pca.mean_.astype(np.float32),
@@ -625,11 +627,12 @@ class ContrastiveProjector(
             }
         self._n_features_out = self.n_components + len(self.components_.get("axes", ()))
 
-    def _scale_input(self, data):
+    def _scaled(self, components, weights, data):
         """Bring the input that is carried along to the projection's norm, 1 for cosines."""
-        if self.passthrough and self.similarity == "dot":
-            Z = _project(self.weights_, data.X, self.similarity)
-            self.components_["axes"] *= np.sqrt(np.square(Z).sum(axis=1).mean())
+        if not components or self.similarity == "cosine":
+            return components
+        Z = _project(weights, data.X[data.seen()], self.similarity)
+        return components | {"axes": components["axes"] * np.sqrt(np.square(Z).sum(axis=1).mean())}
 
     def _train_on_all(self, data, seed, max_epochs, goes_on, context=None):
         """Train the network that `transform` uses."""
@@ -644,13 +647,10 @@ class ContrastiveProjector(
             seed,
             max_epochs,
             start=start,
-            on_epoch=self._watch(context, data),
+            on_epoch=self._watch(context, data, past),
         )
         self.weights_ = _network(trained.weights, 0)
-        self.history_ = past + [
-            entry | {"epoch": len(past) + number}
-            for number, entry in enumerate(trained.history, start=1)
-        ]
+        self.history_ = _continued(past, trained.history)
         self.n_iter_ = len(self.history_)
         if self.keep_optimizer:
             self.optimizer_state_ = trained.optimizer_state
@@ -664,13 +664,14 @@ class ContrastiveProjector(
             [self._rows(data, train, seed) for train, _ in folds],
             seed,
             self.n_iter_ if self.warm_start else self.max_epochs,
-            on_epoch=self._watch(context, data, fitted=False),
+            on_epoch=self._watch(context, data),
         )
         Z = np.empty_like(everywhere)
         for number, (train, held_out) in enumerate(folds):
             projected = _project(_network(trained.weights, number), data.X, self.similarity)
             # Both networks have seen the fold's training rows: there the two spaces are matched.
-            Z[held_out] = projected[held_out] @ _match(projected[train], everywhere[train])
+            both = data.seen(train)
+            Z[held_out] = projected[held_out] @ _match(projected[both], everywhere[both])
         if self.similarity == "cosine":
             _normalize(Z)
         _callbacks.end(self, context, data.X, data.target.values)
@@ -764,7 +765,10 @@ class ContrastiveProjector(
         n_features = data.X.shape[1]
         mean, scale = np.zeros(n_features, np.float32), np.ones(n_features, np.float32)
         if self.standardize:
-            scaler = StandardScaler().fit(data.X, sample_weight=data.weight)
+            scaler = StandardScaler()
+            for rows in gen_batches(len(data.X), _CHUNK_ROWS):  # whole, it copies X to float64
+                weight = None if data.weight is None else data.weight[rows]
+                scaler.partial_fit(data.X[rows], sample_weight=weight)
             mean, scale = scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
         sizes = [n_features, *self.hidden_layer_sizes, self.n_components]
         return lambda generator: Projection(
@@ -793,19 +797,27 @@ class ContrastiveProjector(
         loss = partial(LOSSES[self.loss], temperature=self.temperature, similarity=self.similarity)
         return lambda z, y, weight: loss(z, affinity(y), weight)
 
-    def _watch(self, context, data, *, fitted=True):
-        """Return a function that tells scikit-learn's callbacks of each epoch."""
+    def _watch(self, context, data, past=None):
+        """Return a function that tells scikit-learn's callbacks of each epoch.
+
+        With the history of epochs before, they can ask for the projector as it is by now.
+        """
         if context is None:
             return None
 
-        def after_epoch(history, weights):
+        def after_epoch(history, stacked):
+            def so_far():
+                weights, entries = _network(stacked(), 0), _continued(past, history)
+                return {
+                    "weights_": weights,
+                    "components_": self._scaled(self.components_, weights, data),
+                    "history_": entries,
+                    "n_iter_": len(entries),
+                }
+
             epoch = _callbacks.subtask(context, "epoch", 0)
             _callbacks.begin(self, epoch, data.X, data.target.values)
-            attributes = (
-                (lambda: {"weights_": _network(weights(), 0), "history_": history})
-                if fitted
-                else None
-            )
+            attributes = None if past is None else so_far
             return _callbacks.end(self, epoch, data.X, data.target.values, attributes)
 
         return after_epoch
@@ -901,6 +913,13 @@ def _match(source, target):
 def _reduce(components, X):
     """Turn rows into their scaled principal components."""
     return (X - components["mean"]) @ components["axes"].T
+
+
+def _continued(past, history):
+    """Join two histories, the epochs of the second numbered on."""
+    return past + [
+        entry | {"epoch": number} for number, entry in enumerate(history, start=len(past) + 1)
+    ]
 
 
 def _network(weights, number):

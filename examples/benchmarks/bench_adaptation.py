@@ -176,7 +176,6 @@ CORE = {
     "PCA-128": lambda: per_modality(PCA(128, random_state=0)),
     "PCA-128, scaled": lambda: per_modality(scaled_pca()),
     "as the paper does it": lambda: per_modality(ours(cv=None, passthrough=False)),
-    "projection alone": lambda: per_modality(ours(passthrough=False)),
     "gate": lambda: per_modality(ours(passthrough="auto")),
     "sklembed, defaults": lambda: per_modality(ours()),
 }
@@ -207,6 +206,7 @@ OTHERS = {
 }
 SENSITIVITY = {
     "defaults": lambda: per_modality(ours()),
+    "passthrough=False": lambda: per_modality(ours(passthrough=False)),
     "n_components=32": lambda: per_modality(ours(n_components=32)),
     "n_components=64": lambda: per_modality(ours(n_components=64)),
     "n_components=256": lambda: per_modality(ours(n_components=256)),
@@ -214,7 +214,7 @@ SENSITIVITY = {
     "temperature=0.2": lambda: per_modality(ours(temperature=0.2)),
     "hidden_layer_sizes=()": lambda: per_modality(ours(hidden_layer_sizes=())),
     "hidden_layer_sizes=(64,)": lambda: per_modality(ours(hidden_layer_sizes=(64,))),
-    "hidden_layer_sizes=(512,)": lambda: per_modality(ours(hidden_layer_sizes=(512,))),
+    "hidden_layer_sizes=(256,)": lambda: per_modality(ours(hidden_layer_sizes=(256,))),
     "one projector for both": lambda: of_both(ours()),
     "cv=None": lambda: per_modality(ours(cv=None)),
     "cv=3": lambda: per_modality(ours(cv=3)),

@@ -112,12 +112,14 @@ def supcon(
     itself = _itself(z)
     logits = pair_similarity(z, similarity) / temperature
     affinity = affinity.to(logits.dtype).masked_fill(itself, 0.0)
-    if weight is not None:
-        tiny = torch.finfo(logits.dtype).tiny
-        logits = logits + weight.clamp(min=tiny).log()[..., None, :]
-        affinity = affinity * weight[..., None, :]
     # A large finite number in place of infinity: a batch of one row must not give NaN gradients.
-    log_p = F.log_softmax(logits.masked_fill(itself, -1e9), dim=-1)
+    others = logits.masked_fill(itself, -1e9)
+    if weight is not None:
+        weight = weight.to(logits.dtype)
+        affinity = affinity * weight[..., None, :]
+        others = others + weight.clamp(min=torch.finfo(logits.dtype).tiny).log()[..., None, :]
+        others = others.masked_fill((weight == 0)[..., None, :], -1e9)
+    log_p = logits - others.logsumexp(dim=-1, keepdim=True)
     mass = affinity.sum(dim=-1)  # (..., batch)
     losses = -(affinity * log_p).sum(dim=-1) / _or_one(mass)
     anchors = (mass > 0).to(losses.dtype)
@@ -154,10 +156,13 @@ class PerNetwork(nn.Module):
         """Apply the loss to the rows of each network, without what only fills its batch."""
         losses = []
         for network, loss in enumerate(self.losses):
-            there = slice(None) if weight is None else weight[network] > 0
-            labels = y[network][there]
-            target = labels if self.takes_labels else self.affinity(labels)
-            losses.append(loss(z[network][there], target))
+            rows, labels = z[network], y[network]
+            if weight is not None:
+                rows, labels = rows[weight[network] > 0], labels[weight[network] > 0]
+            if len(rows):
+                losses.append(loss(rows, labels if self.takes_labels else self.affinity(labels)))
+            else:
+                losses.append(rows.sum() * 0.0)
         return torch.stack(losses)
 
 
