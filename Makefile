@@ -27,6 +27,7 @@ bench: .venv/.bench
 	$(BIN)/python examples/benchmarks/bench_encode.py --json docs/benchmarks/encode.json
 	$(BIN)/python examples/benchmarks/bench_store.py --json docs/benchmarks/store.json
 	$(BIN)/python examples/benchmarks/bench_grid_search.py --fast --json docs/benchmarks/grid_search.json
+	$(BIN)/python examples/benchmarks/bench_adaptation.py core --json docs/benchmarks/adaptation.json
 
 clean:
 	rm -rf .venv .venv-oldest docs/_build docs/api docs/auto_examples

@@ -102,5 +102,11 @@ def insert_benchmarks(app, docname, source):
     source[0] = re.sub(pattern, insert, source[0], flags=re.MULTILINE)
 
 
+def skip_what_scikit_learn_writes(app, what, name, obj, skip, options):
+    """Leave out set_fit_request and its like: their text refers to scikit-learn's own pages."""
+    return True if re.fullmatch(r"set_\w+_request", name) else None
+
+
 def setup(app):
     app.connect("source-read", insert_benchmarks)
+    app.connect("autodoc-skip-member", skip_what_scikit_learn_writes)

@@ -1,7 +1,7 @@
 """
-=======================================================
+========================================================
 The projection of arXiv 2502.02048, as its authors do it
-=======================================================
+========================================================
 
 Margaritis, Petridis and Bertsimas project frozen embeddings by a small network trained on pairs,
 once on the concatenation of the modalities or once for each, and hand the projections to ordinary
