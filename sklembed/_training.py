@@ -31,6 +31,7 @@ class TrainingOptions:
     device: str
     seed: int
     n_iter_no_change: int = 10
+    keep_optimizer: bool = False
     verbose: int = 0
     skorch_params: dict[str, Any] | None = None
 
@@ -168,7 +169,8 @@ def train(
             f"Training diverged: the weights are not finite after {len(net.history)} epochs at "
             f"lr={options.lr}. Lower lr, or scale the input."
         )
-    return Trained(weights, [_scalars(epoch) for epoch in net.history], _optimizer_state(net))
+    state = _optimizer_state(net) if options.keep_optimizer else {}
+    return Trained(weights, [_scalars(epoch) for epoch in net.history], state)
 
 
 class Criterion(nn.Module):
@@ -322,7 +324,7 @@ class _AfterEpoch(Callback):  # type: ignore[misc]
 
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
-    """Return rows, as `tensor[index]` does, only faster."""
+    """Return rows, as `tensor[index]` does."""
     return tensor.index_select(0, index.flatten()).view(*index.shape, *tensor.shape[1:])
 
 

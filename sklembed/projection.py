@@ -175,7 +175,7 @@ class ContrastiveProjector(
         Number of epochs run.
 
     optimizer_state_ : dict of str to ndarray
-        AdamW's moments, with `keep_optimizer`.
+        AdamW's moments, with `keep_optimizer`; else empty.
 
     target_type_ : str
         What `y` was taken for.
@@ -406,8 +406,8 @@ class ContrastiveProjector(
             The projections, and the reduced input beside them; rows of NaN stay NaN.
         """
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float32, ensure_all_finite="allow-nan", reset=False)
-        observed = observed_rows(X)
+        X = validate_data(self, X, dtype=np.float32, ensure_all_finite=False, reset=False)
+        observed = observed_rows(X)  # looks for infinities too
         X = X[observed] if not observed.all() else X
         Z = _project(self.weights_, X, self.similarity) if self.gate_ != "passthrough" else None
         return self._output(Z, X, observed)
@@ -639,11 +639,15 @@ class ContrastiveProjector(
         start, past = None, []
         if goes_on:
             start, past = self._last_state(data.X.shape[1]), self.history_
+            scaling = self.weights_["mean"], self.weights_["scale"]
             seed += len(past)  # not the same batches again
+        else:
+            scaling = self._find_scaling(data)
         _callbacks.begin(self, context, data.X, data.target.values)
         trained = self._train(
             data,
             [self._rows(data, np.arange(len(data.X)), seed)],
+            scaling,
             seed,
             max_epochs,
             start=start,
@@ -652,8 +656,7 @@ class ContrastiveProjector(
         self.weights_ = _network(trained.weights, 0)
         self.history_ = _continued(past, trained.history)
         self.n_iter_ = len(self.history_)
-        if self.keep_optimizer:
-            self.optimizer_state_ = trained.optimizer_state
+        self.optimizer_state_ = trained.optimizer_state
         _callbacks.end(self, context, data.X, data.target.values)
 
     def _cross_fit(self, data, folds, everywhere, seed, context):
@@ -662,6 +665,7 @@ class ContrastiveProjector(
         trained = self._train(
             data,
             [self._rows(data, train, seed) for train, _ in folds],
+            (self.weights_["mean"], self.weights_["scale"]),
             seed,
             self.n_iter_ if self.warm_start else self.max_epochs,
             on_epoch=self._watch(context, data),
@@ -730,7 +734,7 @@ class ContrastiveProjector(
             )
         return train, valid
 
-    def _train(self, data, rows, seed, max_epochs, *, start=None, on_epoch=None):
+    def _train(self, data, rows, scaling, seed, max_epochs, *, start=None, on_epoch=None):
         """Train networks, one for each set of rows; the only place that needs torch."""
         from sklembed._training import TrainingOptions, train
 
@@ -742,11 +746,12 @@ class ContrastiveProjector(
             device=self.device,
             seed=seed,
             n_iter_no_change=self.n_iter_no_change,
+            keep_optimizer=self.keep_optimizer,
             verbose=self.verbose,
             skorch_params=self.skorch_params,
         )
         return train(
-            self._make_module(data, len(rows)),
+            self._make_module(scaling, len(rows)),
             self._make_loss(data.target.kind, len(rows)),
             data.X,
             data.target.values,
@@ -757,20 +762,25 @@ class ContrastiveProjector(
             on_epoch=on_epoch,
         )
 
-    def _make_module(self, data, n_networks):
+    def _find_scaling(self, data):
+        """Return the mean and the scale of each column, by the training rows."""
+        n_features = data.X.shape[1]
+        if not self.standardize:
+            return np.zeros(n_features, np.float32), np.ones(n_features, np.float32)
+        scaler, seen = StandardScaler(), data.seen()
+        for chunk in gen_batches(len(seen), _CHUNK_ROWS):  # whole, it copies X to float64
+            rows = seen[chunk]
+            weight = None if data.weight is None else data.weight[rows]
+            scaler.partial_fit(data.X[rows], sample_weight=weight)
+        return scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
+
+    def _make_module(self, scaling, n_networks):
         """Return a recipe for networks, given the generator to draw their weights from."""
         from sklembed._torch import to_tensor
         from sklembed.nn.modules import Projection
 
-        n_features = data.X.shape[1]
-        mean, scale = np.zeros(n_features, np.float32), np.ones(n_features, np.float32)
-        if self.standardize:
-            scaler = StandardScaler()
-            for rows in gen_batches(len(data.X), _CHUNK_ROWS):  # whole, it copies X to float64
-                weight = None if data.weight is None else data.weight[rows]
-                scaler.partial_fit(data.X[rows], sample_weight=weight)
-            mean, scale = scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
-        sizes = [n_features, *self.hidden_layer_sizes, self.n_components]
+        mean, scale = scaling
+        sizes = [len(mean), *self.hidden_layer_sizes, self.n_components]
         return lambda generator: Projection(
             sizes,
             n_networks=n_networks,
@@ -838,7 +848,7 @@ class ContrastiveProjector(
             name: value[None] if name.startswith("layers") else value
             for name, value in self.weights_.items()
         }
-        return Trained(stacked, [], getattr(self, "optimizer_state_", {}))
+        return Trained(stacked, [], self.optimizer_state_)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -877,32 +887,35 @@ class _StratifiedFolds(StratifiedKFold):
 def _project(weights, X, similarity):
     """Run a network in numpy."""
     n_layers = sum(name.endswith(".weight") for name in weights)
+    # The first layer takes the scaling in: W ((x - mean) / scale) + b = W' x + (b - W' mean).
     first = np.ascontiguousarray((weights["layers.0.weight"] / weights["scale"]).T)
-    Z = np.empty((len(X), len(weights[f"layers.{n_layers - 1}.bias"])), dtype=np.float32)
-    for start in range(0, len(X), _CHUNK_ROWS):
-        rows = slice(start, start + _CHUNK_ROWS)
-        H = (X[rows] - weights["mean"]) @ first
-        H += weights["layers.0.bias"]
-        for layer in range(1, n_layers):
+    bias = weights["layers.0.bias"] - weights["mean"] @ first
+    biases = [bias, *(weights[f"layers.{layer}.bias"] for layer in range(1, n_layers))]
+    matrices = [first, *(weights[f"layers.{layer}.weight"].T for layer in range(1, n_layers))]
+    Z = np.empty((len(X), len(biases[-1])), dtype=np.float32)
+    for rows in gen_batches(len(X), _CHUNK_ROWS):
+        H = X[rows]
+        for matrix, bias in zip(matrices[:-1], biases[:-1], strict=True):
+            H = H @ matrix
+            H += bias
             np.maximum(H, 0, out=H)
-            H = H @ weights[f"layers.{layer}.weight"].T
-            H += weights[f"layers.{layer}.bias"]
+        np.matmul(H, matrices[-1], out=Z[rows])
+        Z[rows] += biases[-1]
         if similarity == "cosine":
-            _normalize(H)
-        Z[rows] = H
+            _normalize(Z[rows])
     return Z
 
 
 def _normalize(Z):
     """Scale rows to unit length, in place."""
-    Z /= np.maximum(np.linalg.norm(Z, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    norms = np.sqrt(np.einsum("ij,ij->i", Z, Z))
+    Z /= np.maximum(norms, np.finfo(np.float32).tiny)[:, None]
 
 
 def _match(source, target):
     """Find the linear map of one space onto another, by ridge regression on rows of both.
 
-    Measured, it serves better than a rotation: it also evens out how far the two networks stretch
-    each direction.
+    Unlike a rotation it also evens out how far the two networks stretch each direction.
     """
     gram = source.T @ source
     ridge = 0.01 * np.trace(gram) / len(gram)

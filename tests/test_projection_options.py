@@ -418,7 +418,7 @@ def test_kept_moments_are_arrays_that_training_goes_on_with(clusters):
     again = pickle.loads(pickle.dumps(keeping))
     assert_same_weights(again.partial_fit(X, y), keeping.partial_fit(X, y))
     forgetful = small().partial_fit(X, y).partial_fit(X, y)
-    assert not hasattr(forgetful, "optimizer_state_")
+    assert forgetful.optimizer_state_ == {}
     assert not np.allclose(forgetful.transform(X), keeping.transform(X), atol=1e-4)
     assert b"torch" not in pickle.dumps(keeping)
 
@@ -713,3 +713,18 @@ def test_weights_that_are_not_asked_for_are_refused_by_the_pipeline(clusters):
         pytest.raises(sklearn.exceptions.UnsetMetadataPassedError, match="sample_weight"),
     ):
         make_pipeline(small(), LogisticRegression()).fit(*clusters, sample_weight=np.ones(90))
+
+
+def test_moments_of_an_earlier_fit_are_forgotten(clusters):
+    projector = small(warm_start=True, keep_optimizer=True).fit(*clusters)
+    assert projector.optimizer_state_
+    projector.set_params(keep_optimizer=False, warm_start=False).fit(*clusters)
+    assert projector.optimizer_state_ == {}
+
+
+def test_the_first_thousands_of_rows_may_weigh_nothing():
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(1300, 5)), np.arange(1300) % 2
+    weight = (np.arange(1300) >= 1200).astype(float)
+    projector = small(cv=None, max_epochs=1).fit(X, y, sample_weight=weight)
+    np.testing.assert_allclose(projector.weights_["mean"], X[1200:].mean(axis=0), atol=1e-5)

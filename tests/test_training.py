@@ -205,7 +205,9 @@ def test_training_goes_on_from_weights_and_moments(regression):
     whole, _ = fit(regression, dropout=0.0, max_epochs=6, batch_size=100)
 
     def three(start):
-        options = TrainingOptions(**(OPTIONS | {"seed": 0, "batch_size": 100}))
+        options = TrainingOptions(
+            **(OPTIONS | {"seed": 0, "batch_size": 100, "keep_optimizer": True})
+        )
         return train(
             lambda generator: Projection(
                 [5, 8, 2],
