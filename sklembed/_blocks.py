@@ -1,10 +1,11 @@
 """Missing rows: a modality that a row lacks is a row of NaN in its block of columns."""
 
 import numpy as np
+from sklearn.utils import assert_all_finite
 
 
 def observed_rows(X: np.ndarray) -> np.ndarray:
-    """Tell which rows of a numeric block hold values, and refuse a row that is half there.
+    """Tell which rows of a numeric block hold values, and refuse infinities and torn rows.
 
     Parameters
     ----------
@@ -19,8 +20,12 @@ def observed_rows(X: np.ndarray) -> np.ndarray:
     Raises
     ------
     ValueError
-        If NaN fills only some of a row's columns.
+        If X holds an infinity, or NaN fills only some of a row's columns.
     """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(X.sum(axis=1)).all():  # the usual case, in one pass over X
+            return np.ones(len(X), dtype=bool)
+        assert_all_finite(X, allow_nan=True, input_name="X")
     nan = np.isnan(X)
     missing = nan.all(axis=1)
     torn = np.flatnonzero(nan.any(axis=1) & ~missing)

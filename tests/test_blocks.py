@@ -15,3 +15,12 @@ def test_a_row_that_is_half_there_is_refused_by_name():
     X = np.array([[1.0, 2.0], [np.nan, 5.0]])
     with pytest.raises(ValueError, match=r"contains NaN in 1 of 2 columns of row 1 \(1 such rows"):
         observed_rows(X)
+
+
+def test_infinities_are_refused_and_large_numbers_are_not():
+    largest = np.finfo(np.float32).max
+    X = np.full((2, 3), largest, dtype=np.float32)  # the sum of a row is infinite
+    assert observed_rows(X).all()
+    X[1] = [np.inf, -np.inf, 0]  # and here it is NaN
+    with pytest.raises(ValueError, match="Input X contains infinity"):
+        observed_rows(X)

@@ -91,7 +91,7 @@ def pairwise_bce(
         n = z.shape[-2]
         return losses.sum(dim=(-2, -1)) / max(n * (n - 1), 1)
     pairs = (weight[..., :, None] * weight[..., None, :]).masked_fill(_itself(z), 0.0)
-    return (losses * pairs).sum(dim=(-2, -1)) / _or_one(pairs.sum(dim=(-2, -1)))
+    return _ratio((losses * pairs).sum(dim=(-2, -1)), pairs.sum(dim=(-2, -1)))
 
 
 def supcon(
@@ -119,13 +119,12 @@ def supcon(
         affinity = affinity * weight[..., None, :]
         others = others + weight.clamp(min=torch.finfo(logits.dtype).tiny).log()[..., None, :]
         others = others.masked_fill((weight == 0)[..., None, :], -1e9)
-    log_p = logits - others.logsumexp(dim=-1, keepdim=True)
     mass = affinity.sum(dim=-1)  # (..., batch)
-    losses = -(affinity * log_p).sum(dim=-1) / _or_one(mass)
+    losses = others.logsumexp(dim=-1) - _ratio((affinity * logits).sum(dim=-1), mass)
     anchors = (mass > 0).to(losses.dtype)
     if weight is not None:
         anchors = anchors * weight
-    return (losses * anchors).sum(dim=-1) / _or_one(anchors.sum(dim=-1))
+    return _ratio((losses * anchors).sum(dim=-1), anchors.sum(dim=-1))
 
 
 LOSSES = {"supcon": supcon, "pairwise_bce": pairwise_bce}
@@ -171,6 +170,6 @@ def _itself(z: Tensor) -> Tensor:
     return torch.eye(z.shape[-2], dtype=torch.bool, device=z.device)
 
 
-def _or_one(total: Tensor) -> Tensor:
-    """Replace zeros, by which nothing can be divided, and which stand over zeros."""
-    return torch.where(total > 0, total, torch.ones_like(total))
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Divide, where 0 by 0 is 0."""
+    return part / whole.clamp(min=torch.finfo(whole.dtype).tiny)

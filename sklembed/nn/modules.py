@@ -20,9 +20,9 @@ class SeededDropout(nn.Module):
         """Zero each entry with probability p and scale the rest, in training only."""
         if not self.training or self.p == 0.0:
             return x
-        # Uniform numbers are drawn faster than bernoulli_ draws with a generator of one's own.
-        kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.p
-        return x * kept * (1.0 / (1.0 - self.p))
+        # Numbers of x's own type throughout: products of bool and float are slower than the draw.
+        kept = torch.rand(x.shape, generator=self.generator, device=x.device).ge_(self.p)
+        return x * kept.div_(1.0 - self.p)
 
 
 class StackedLinear(nn.Module):
@@ -45,8 +45,8 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n_networks, batch, n_in) to (n_networks, batch, n_out)."""
-        if len(self.weight) == 1:  # the plain product is faster
-            return F.linear(x[0], self.weight[0], self.bias[0])[None]
+        if len(self.weight) == 1:  # a plain product will do
+            return F.linear(x, self.weight.squeeze(0), self.bias.squeeze(0))
         return torch.baddbmm(self.bias[:, None, :], x, self.weight.transpose(1, 2))
 
 
@@ -91,7 +91,7 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n_networks, batch, n_features) to (n_networks, batch, n_components)."""
-        x = (x - self.mean) / self.scale
+        x = (x - self.mean).div_(self.scale)
         for layer in self.layers[:-1]:
             x = self.dropout(torch.relu(layer(x)))  # (n_networks, batch, hidden)
         out: Tensor = self.layers[-1](x)
