@@ -27,7 +27,11 @@ bench: .venv/.bench
 	$(BIN)/python examples/benchmarks/bench_encode.py --json docs/benchmarks/encode.json
 	$(BIN)/python examples/benchmarks/bench_store.py --json docs/benchmarks/store.json
 	$(BIN)/python examples/benchmarks/bench_grid_search.py --fast --json docs/benchmarks/grid_search.json
-	$(BIN)/python examples/benchmarks/bench_adaptation.py core --json docs/benchmarks/adaptation.json
+	$(BIN)/python examples/benchmarks/bench_projector.py --json docs/benchmarks/projector.json
+	$(BIN)/python examples/benchmarks/bench_adaptation.py full --json docs/benchmarks/adaptation.json
+	$(BIN)/python examples/benchmarks/bench_adaptation.py sensitivity --folds 3 --json docs/benchmarks/sensitivity.json
+	$(BIN)/python examples/benchmarks/bench_adaptation.py modalities --json docs/benchmarks/modalities.json
+	$(BIN)/python examples/benchmarks/bench_adaptation.py targets --json docs/benchmarks/targets.json
 
 clean:
 	rm -rf .venv .venv-oldest docs/_build docs/api docs/auto_examples
