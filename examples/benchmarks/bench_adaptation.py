@@ -139,7 +139,8 @@ def ours(**options):
 
 def by_group():
     """Make folds within the training rows that keep groups together."""
-    return StratifiedGroupKFold(5, shuffle=True, random_state=0).set_split_request(groups=True)
+    with sklearn.config_context(enable_metadata_routing=True):  # else requests cannot be set
+        return StratifiedGroupKFold(5, shuffle=True, random_state=0).set_split_request(groups=True)
 
 
 def scaled_pca():
