@@ -1,5 +1,7 @@
 """scikit-learn's callbacks, where the installed version has them."""
 
+from contextlib import contextmanager
+
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks
 except ImportError:  # before scikit-learn 1.9
@@ -33,6 +35,20 @@ def end(estimator, context, X, y, attributes=None):
     )
 
 
-def subtask(context, name, max_subtasks):
-    """Open a task within another."""
-    return context and context.subcontext(task_name=name, max_subtasks=max_subtasks)
+def subtask(context, name, max_subtasks, task_id=None):
+    """Open a task within another; `task_id` tells it from those that may run at the same time."""
+    return context and context.subcontext(
+        task_name=name, task_id=task_id, max_subtasks=max_subtasks
+    )
+
+
+@contextmanager
+def fitting(estimator, context, inner, X, y):
+    """Tell callbacks of a task in which `estimator` fits `inner`, and hand them on to that one."""
+    if context is None:
+        yield
+        return
+    with context.propagate_callback_context(inner):
+        begin(estimator, context, X, y)
+        yield
+        end(estimator, context, X, y)

@@ -279,7 +279,7 @@ class BestOfEach(Callback):  # type: ignore[misc]
         """Judge the epoch."""
         losses = self._validate(net, dataset_train)
         net.history.record("valid_loss", float(losses.mean()))
-        state = net.module_.state_dict()
+        state = _module(net).state_dict()
         if self.best is None:
             self.best, self.epochs = np.full(len(losses), np.inf), np.zeros(len(losses), dtype=int)
             self.state = {name: value.clone() for name, value in state.items()}
@@ -288,7 +288,7 @@ class BestOfEach(Callback):  # type: ignore[misc]
         self.epochs = np.where(better, 0, self.epochs + 1)
         self.best = np.where(better, losses, self.best)
         for network in np.flatnonzero(better):
-            for name, _ in net.module_.named_parameters():
+            for name in dict(_module(net).named_parameters()):
                 self.state[name][network] = state[name][network]
         net.history.record("valid_loss_best", bool(better.any()))
         if (self.epochs >= self.patience).all():
@@ -297,7 +297,7 @@ class BestOfEach(Callback):  # type: ignore[misc]
     def on_train_end(self, net: NeuralNet, **_: Any) -> None:
         """Go back to the best weights."""
         if self.best is not None:
-            net.module_.load_state_dict(self.state)
+            _module(net).load_state_dict(self.state)
 
     @staticmethod
     @torch.inference_mode()
@@ -332,9 +332,15 @@ def _optional_tensor(array: np.ndarray | None, device: torch.device) -> Tensor |
     return None if array is None else to_tensor(array.astype(np.float32), device)
 
 
+def _module(net: NeuralNet) -> nn.Module:
+    """Return the module itself, whose weights have other names within a compiled one."""
+    module: nn.Module = getattr(net.module_, "_orig_mod", net.module_)
+    return module
+
+
 def _weights(net: NeuralNet) -> Arrays:
     """Copy the module's parameters and buffers out."""
-    return {name: to_numpy(value).copy() for name, value in net.module_.state_dict().items()}
+    return {name: to_numpy(value).copy() for name, value in _module(net).state_dict().items()}
 
 
 def _optimizer_state(net: NeuralNet) -> Arrays:
@@ -349,7 +355,7 @@ def _optimizer_state(net: NeuralNet) -> Arrays:
 
 def _restore(net: NeuralNet, start: Trained) -> None:
     """Put weights, and the optimiser's state if there is one, where they were."""
-    net.module_.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in start.weights.items()})
+    _module(net).load_state_dict({k: torch.from_numpy(v.copy()) for k, v in start.weights.items()})
     if start.optimizer_state:
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in start.optimizer_state.items():

@@ -13,6 +13,8 @@ from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, proces
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
+from sklembed import _callbacks
+from sklembed._callbacks import CallbackSupportMixin, with_callbacks
 from sklembed._tables import (
     as_table,
     column_positions,
@@ -24,7 +26,7 @@ from sklembed._tables import (
 from sklembed._validation import check_routing_enabled
 
 
-class PerModalityUnion(TransformerMixin, BaseEstimator):
+class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     """Send each modality of a table through a branch of its own and join the results.
 
     A branch is a transformer, often a pipeline of an encoder and a projector, with the columns it
@@ -143,6 +145,7 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
             ]
         return super().set_params(**params)
 
+    @with_callbacks
     @_fit_context(prefer_skip_nested_validation=False)  # branches validate themselves
     def fit(self, X, y=None, **params):
         """Fit each branch on the rows that have its modality.
@@ -173,6 +176,7 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
         self._fit_branches(_fit_branch, "fit", X, y, params)
         return self
 
+    @with_callbacks
     @_fit_context(prefer_skip_nested_validation=False)
     def fit_transform(self, X, y=None, **params):
         """Fit each branch, and join what their `fit_transform` returns for the training rows.
@@ -341,9 +345,15 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
             _observed_in_fit(part, name, columns)
             for part, (name, _, columns) in zip(parts, branches, strict=True)
         ]
+        context = self._init_callback_context(max_subtasks=len(branches), sequential_subtasks=False)
+        _callbacks.begin(self, context, X, y)
+        tasks = [  # before the loop: it pickles the union, of which they change an attribute
+            _callbacks.subtask(context, f"fit-{name}", 0, task_id=number)
+            for number, (name, _, _) in enumerate(branches)
+        ]
         results = Parallel(n_jobs=self.n_jobs)(
             delayed(_noting_branch)(
-                run,
+                _fit_with_callbacks,
                 name,
                 len(X),
                 clone(_as_transformer(transformer)),
@@ -353,8 +363,13 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
                     method: _cut_to_rows(metadata, rows, len(X))
                     for method, metadata in routed[name].items()
                 },
+                run,
+                self,
+                task,
             )
-            for (name, transformer, _), part, rows in zip(branches, parts, observed, strict=True)
+            for (name, transformer, _), part, rows, task in zip(
+                branches, parts, observed, tasks, strict=True
+            )
         )
         fitted, outputs, widths = zip(*results, strict=True)
         self.transformers_ = [
@@ -366,6 +381,7 @@ class PerModalityUnion(TransformerMixin, BaseEstimator):
             name: slice(end - width, end)
             for (name, _, _), end, width in zip(branches, ends, widths, strict=True)
         }
+        _callbacks.end(self, context, X, y)
         return outputs, observed, len(X)
 
     def _check_transformers(self):
@@ -507,6 +523,12 @@ def _as_transformer(transformer):
     if _is_passthrough(transformer):
         return FunctionTransformer(feature_names_out="one-to-one")
     return transformer
+
+
+def _fit_with_callbacks(transformer, X, y, params, run, union, task):
+    """Fit a branch as a task of the union; its transformer is handed the callbacks."""
+    with _callbacks.fitting(union, task, transformer, X, y):
+        return run(transformer, X, y, params)
 
 
 def _fit_branch(transformer, X, y, params):

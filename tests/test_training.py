@@ -243,3 +243,20 @@ def test_a_partial_last_batch_is_trained_on(regression):
 def test_unknown_device_is_refused(regression):
     with pytest.raises(ValueError, match="device='gpu9' cannot be used here"):
         fit(regression, device="gpu9")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, within
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_a_compiled_network_is_trained_alike(regression, early_stopping):
+    """Compiled by the backend that needs no compiler; weights keep their names."""
+    rows = [Rows(np.arange(60)), Rows(np.arange(40))]
+    if early_stopping:
+        rows = [replace(part, valid=np.arange(60, 100)) for part in rows]
+    compiled = {"compile": True, "compile__backend": "aot_eager"}
+    plain = fit(regression, rows=rows)
+    trained = fit(regression, rows=rows, skorch_params=compiled)
+    assert trained.weights.keys() == plain.weights.keys()
+    for name, value in plain.weights.items():
+        np.testing.assert_allclose(trained.weights[name], value, atol=1e-5)
+    gone_on = fit(regression, rows=rows, skorch_params=compiled, more={"start": trained})
+    assert gone_on.weights.keys() == plain.weights.keys()

@@ -192,12 +192,13 @@ OTHERS = {
     ),
     "pytorch-metric-learning": lambda: per_modality(metric_learning()),
     "embetter": lambda: per_modality(ContrastiveTuned()),
-    "preset of the paper": lambda: per_modality(
+    "released code of 2502.02048": lambda: per_modality(
         ours(
             hidden_layer_sizes=(16,),
             loss="pairwise_bce",
             similarity="dot",
             passthrough=False,
+            standardize=False,
             dropout=0.0,
             weight_decay=0.0,
             max_epochs=10,
