@@ -9,7 +9,7 @@ import torch
 from skorch.callbacks import EarlyStopping
 from skorch.dataset import Dataset, ValidSplit
 
-from sklembed._training import Batches, Rows, TrainingOptions, train
+from sklembed._training import Batches, Rows, Trained, TrainingOptions, train
 from sklembed.nn.modules import Projection
 
 OPTIONS = {"max_epochs": 3, "batch_size": 16, "lr": 1e-2, "weight_decay": 0.0, "device": "cpu"}
@@ -253,10 +253,11 @@ def test_a_compiled_network_is_trained_alike(regression, early_stopping):
     if early_stopping:
         rows = [replace(part, valid=np.arange(60, 100)) for part in rows]
     compiled = {"compile": True, "compile__backend": "aot_eager"}
-    plain = fit(regression, rows=rows)
-    trained = fit(regression, rows=rows, skorch_params=compiled)
-    assert trained.weights.keys() == plain.weights.keys()
-    for name, value in plain.weights.items():
-        np.testing.assert_allclose(trained.weights[name], value, atol=1e-5)
-    gone_on = fit(regression, rows=rows, skorch_params=compiled, more={"start": trained})
-    assert gone_on.weights.keys() == plain.weights.keys()
+    plain, _ = fit(regression, rows=rows)
+    weights, history = fit(regression, rows=rows, skorch_params=compiled)
+    assert weights.keys() == plain.keys()
+    for name, value in plain.items():
+        np.testing.assert_allclose(weights[name], value, atol=1e-5)
+    start = {"start": Trained(weights, history, {})}
+    gone_on, _ = fit(regression, rows=rows, skorch_params=compiled, more=start)
+    assert gone_on.keys() == plain.keys()
