@@ -26,6 +26,7 @@ extensions = [
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build"]
+html_css_files = ["figures.css"]
 html_static_path = ["_static"]
 html_theme = "pydata_sphinx_theme"
 html_title = "sklembed"
@@ -88,15 +89,26 @@ def read_benchmark(name, measure=None):
     return pd.DataFrame({"": result.keys(), "figure": result.values()})
 
 
+def as_csv_table(table, digits):
+    """Write a table as reST, without the columns that hold nothing."""
+    table = table.loc[:, (table.notna() & (table != "")).any()]
+    header, *rows = table.to_csv(index=False, float_format=f"%.{digits}f").splitlines()
+    lines = [".. csv-table::", "   :class: figures", f"   :header: {header}", ""]
+    return "\n".join([*lines, *(f"   {row}" for row in rows)])
+
+
 def insert_benchmarks(app, docname, source):
     """Replace lines such as ``.. benchmark:: grid_search rows 0`` (digits last) by a table."""
 
     def insert(match):
         name, measure, digits = match[1], match[2], int(match[3])
         table = read_benchmark(name, measure)
-        header, *rows = table.to_csv(index=False, float_format=f"%.{digits}f").splitlines()
-        lines = [".. csv-table::", f"   :header: {header}", "", *(f"   {row}" for row in rows)]
-        return "\n".join(lines)
+        if "task" not in table:
+            return as_csv_table(table, digits)
+        return "\n".join(
+            f".. rubric:: {task}\n\n{as_csv_table(rows.drop(columns='task'), digits)}\n"
+            for task, rows in table.groupby("task", sort=False)
+        )
 
     pattern = r"^\.\. benchmark:: (\w+)(?: (\w+))? (\d)$"
     source[0] = re.sub(pattern, insert, source[0], flags=re.MULTILINE)
