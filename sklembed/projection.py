@@ -152,7 +152,8 @@ class ContrastiveProjector(
     skorch_params : dict or None, default=None
         Further arguments of :class:`skorch.NeuralNet`, such as ``{"callbacks": [...]}`` or
         ``{"compile": True}``; they override what the other parameters set. The networks of the
-        folds are trained together, in one more net with the same arguments.
+        folds are trained together, in one more net with the same arguments. Callbacks that watch
+        ``valid_loss`` need a `train_split` beside them.
 
     Attributes
     ----------

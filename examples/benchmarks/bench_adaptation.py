@@ -235,7 +235,7 @@ def metric_learning():
 # What a cell is
 
 
-def judge(features, X, y, groups, train, test, classifiers):
+def judge(features, X, y, groups, train, test):
     """Fit features and each classifier on a fold; return macro-F1, seconds and gates."""
     routed = {"groups": groups[train]} if _wants_groups(features) else {}
     tick = time.perf_counter()
@@ -243,7 +243,7 @@ def judge(features, X, y, groups, train, test, classifiers):
         Z = features.fit_transform(X[train], y[train], **routed)
     result = {"features s": time.perf_counter() - tick}
     Z_test = features.transform(X[test])
-    for name, classifier in classifiers.items():
+    for name, classifier in CLASSIFIERS.items():
         found = classifier.fit(Z, y[train]).predict(Z_test)
         result[name] = f1_score(y[test], found, average="macro")
     union = features[0]
@@ -269,10 +269,7 @@ def run_features(task, arm, make, fold, n_folds):
     X, data = load(name)
     y = data.target.to_numpy()
     train, test = outer_folds(y, data.groups, grouped, n_folds)[fold]
-    classifiers = dict(CLASSIFIERS)
-    if arm == "raw":
-        del classifiers["XGB"]  # too slow on 1,664 columns
-    return judge(make(), X, y, data.groups, train, test, classifiers)
+    return judge(make(), X, y, data.groups, train, test)
 
 
 def run_classifier(task, arm, make, fold, n_folds):
@@ -343,7 +340,7 @@ def run_modalities(task, arm, make, fold, n_folds):
     numbers = PowerTransformer().fit_transform(data.data[NUMBERS])  # monotone, sees no label
     train, test = outer_folds(y, data.groups, True, n_folds)[fold]
     table = np.hstack([X, numbers.astype(np.float32)])
-    return judge(make(), table, y, data.groups, train, test, CLASSIFIERS)
+    return judge(make(), table, y, data.groups, train, test)
 
 
 def three_branches(step, columns=("text", "image", "numbers")):
