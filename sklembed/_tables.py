@@ -1,6 +1,7 @@
 """Rows, columns and missing cells of one table, be it pandas, polars or numpy."""
 
 import numbers
+from collections.abc import Hashable
 
 import numpy as np
 import pandas as pd
@@ -73,11 +74,12 @@ def column_positions(X, columns, *, owner):
     Raises
     ------
     ValueError
-        If a named column is absent, a position is out of range, or nothing is selected.
+        If a named column is absent or not the only one of its name, a position is out of range,
+        or nothing is selected.
     """
     if callable(columns):
         columns = columns(X)
-    names = list(X.columns) if is_frame(X) else None
+    names = _positions_by_name(X) if is_frame(X) else None
     scalar = isinstance(columns, str | numbers.Integral) and not isinstance(columns, bool)
     if scalar:
         columns = [columns]
@@ -118,6 +120,14 @@ def missing_cells(X):
     return np.asarray(pd.isna(X))
 
 
+def _positions_by_name(X):
+    """Find the columns of each name, of which there should be one."""
+    positions = {}
+    for position, name in enumerate(X.columns):
+        positions.setdefault(name, []).append(position)
+    return positions
+
+
 def _slice_positions(columns, names, n_columns, owner):
     if isinstance(columns.start, str) or isinstance(columns.stop, str):
         start = None if columns.start is None else _position(columns.start, names, n_columns, owner)
@@ -139,8 +149,15 @@ def _position(column, names, n_columns, owner):
             f"{owner} asks for column {column!r} by name, but X is an array without names. Pass a "
             "DataFrame, or select by position."
         )
-    if column not in names:
+    found = names.get(column, []) if isinstance(column, Hashable) else []
+    if not found:
         raise ValueError(
-            f"{owner} asks for column {column!r}, which is not in X. X has the columns {names}."
+            f"{owner} asks for column {column!r}, which is not in X. X has the columns "
+            f"{list(names)}."
         )
-    return names.index(column)
+    if len(found) > 1:
+        raise ValueError(
+            f"{owner} asks for column {column!r}, but X has {len(found)} columns of that name. "
+            "Rename them."
+        )
+    return found[0]

@@ -1,7 +1,7 @@
 """PerModalityUnion: one branch for each modality of a table, joined side by side."""
 
 from collections import Counter
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
@@ -9,6 +9,7 @@ from sklearn.base import BaseEstimator, TransformerMixin, _fit_context, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import Bunch, get_tags
+from sklearn.utils._param_validation import HasMethods, StrOptions
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
@@ -48,19 +49,31 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         a name, a position, a list or slice of these, a boolean mask or a callable that takes the
         table; a single name or position is handed to the transformer as a one-dimensional column.
 
+    remainder : {"drop", "passthrough"} or transformer, default="drop"
+        What becomes of the columns that no branch names. They are dropped, or they are read by a
+        last branch called "remainder", which hands them on as they are or has this transformer.
+        `fit` settles which columns are left; the columns of a branch that is "drop" are not.
+
     n_jobs : int or None, default=None
         Branches to run at once.
+
+    transformer_weights : dict of str to float or None, default=None
+        What the block of a branch is multiplied by; 1 for branches that are not in it.
+
+    add_indicator : bool, default=False
+        Whether to add a last block, "missing", with one column for each branch, that is 1 where the
+        row lacks the branch's modality and 0 elsewhere.
 
     Attributes
     ----------
     transformers_ : list of (str, transformer, columns) tuples
-        The fitted branches, without the dropped ones.
+        The fitted branches, without the dropped ones; the remainder, if there is one, is the last.
 
     named_transformers_ : :class:`~sklearn.utils.Bunch`
         The fitted branches by name.
 
     blocks_ : dict of str to slice
-        The columns of the output that each branch fills.
+        The columns of the output that each branch fills, and those of the indicator.
 
     n_features_in_ : int
         Number of columns seen during fit.
@@ -94,12 +107,26 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     _parameter_constraints: dict = {
         "transformers": [list],
+        "remainder": [StrOptions({"drop", "passthrough"}), HasMethods(["fit", "transform"])],
         "n_jobs": [Integral, None],
+        "transformer_weights": [dict, None],
+        "add_indicator": ["boolean"],
     }
 
-    def __init__(self, transformers, *, n_jobs=None):
+    def __init__(
+        self,
+        transformers,
+        *,
+        remainder="drop",
+        n_jobs=None,
+        transformer_weights=None,
+        add_indicator=False,
+    ):
         self.transformers = transformers
+        self.remainder = remainder
         self.n_jobs = n_jobs
+        self.transformer_weights = transformer_weights
+        self.add_indicator = add_indicator
 
     def get_params(self, deep=True):
         """Get the parameters of the union and, if deep, its branches and their parameters.
@@ -115,8 +142,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             Parameter names mapped to their values.
         """
         params = super().get_params(deep=False)
-        if deep and _are_branches(self.transformers):
-            for name, transformer, _ in self.transformers:
+        if deep:
+            for name, transformer in self._transformers_by_name():
                 params[name] = transformer
                 if hasattr(transformer, "get_params"):
                     nested = transformer.get_params(deep=True)
@@ -129,7 +156,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Parameters
         ----------
         **params : dict
-            For example ``n_jobs=2``, ``image="drop"`` or ``text__pca__n_components=64``.
+            For example ``n_jobs=2``, ``image="drop"``, ``text__pca__n_components=64`` or
+            ``remainder__with_mean=False``.
 
         Returns
         -------
@@ -170,8 +198,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a selected column is absent, a branch name is not allowed, or no row has a branch's
-            modality.
+            If a selected column is absent, a branch name is not allowed, a weight is of no branch,
+            or no row has a branch's modality.
         """
         self._fit_branches(_fit_branch, "fit", X, y, params)
         return self
@@ -242,7 +270,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return self._join(outputs, observed, len(X))
 
     def iter_parts(self, X):
-        """Yield what each branch is shown of a table, before or after fit.
+        """Yield what each branch is shown of a table by fit; it need not be fitted.
 
         Parameters
         ----------
@@ -252,7 +280,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Yields
         ------
         name : str
-            The branch; dropped ones are left out.
+            The branch; dropped ones are left out, the remainder is the last.
 
         transformer : transformer or "passthrough"
             Its transformer, not fitted.
@@ -261,11 +289,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             The columns that it reads, of the rows that have the modality.
         """
         X = as_table(X)
-        for name, transformer, columns in self.transformers:
-            if not _is_dropped(transformer):
-                columns = _resolve(X, name, columns, flat=not _is_passthrough(transformer))
-                part = _part(X, name, columns)
-                yield name, transformer, take_rows(part, np.flatnonzero(~_missing_rows(part)))
+        for name, transformer, columns in self._branches(X):
+            part = _part(X, name, columns)
+            yield name, transformer, take_rows(part, np.flatnonzero(~_missing_rows(part)))
 
     @property
     def named_transformers_(self):
@@ -273,7 +299,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return Bunch(**{name: fitted for name, fitted, _ in self.transformers_})
 
     def get_feature_names_out(self, input_features=None):
-        """Name the output columns ``<branch>__<the branch's own name>``.
+        """Name the output columns ``<branch>__<the branch's own name>`` or ``missing__<branch>``.
 
         Parameters
         ----------
@@ -304,6 +330,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             block = self.blocks_[name]
             own = range(block.stop - block.start) if own is None else own
             names += [f"{name}__{column}" for column in own]
+        if self._has_indicator:
+            names += [f"missing__{name}" for name, _, _ in self.transformers_]
         return np.asarray(names, dtype=object)
 
     def get_metadata_routing(self):
@@ -315,7 +343,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             The routing, see scikit-learn's user guide on metadata routing.
         """
         router = MetadataRouter(owner=self)
-        for name, transformer, _ in self.transformers:
+        for name, transformer in self._transformers_by_name():
             transformer = _as_transformer(transformer)
             mapping = MethodMapping().add(caller="fit", callee="fit")
             if hasattr(transformer, "fit_transform"):
@@ -331,15 +359,14 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         """Fit all branches; return their outputs, the rows each saw, and how many there are."""
         check_routing_enabled(params, self)
         self._check_transformers()
+        self._check_weights()
         routed = process_routing(self, caller, **params)
         X = as_table(X)
         validate_data(self, X, skip_check_array=True)
         check_consistent_length(X, y)
-        branches = [
-            (name, transformer, _resolve(X, name, columns, flat=not _is_passthrough(transformer)))
-            for name, transformer, columns in self.transformers
-            if not _is_dropped(transformer)
-        ]
+        branches = self._branches(X)
+        if not branches:
+            raise ValueError("All branches are 'drop'; keep at least one, or set remainder.")
         parts = [_part(X, name, columns) for name, _, columns in branches]
         observed = [
             _observed_in_fit(part, name, columns)
@@ -376,16 +403,32 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             (name, transformer, columns)
             for transformer, (name, _, columns) in zip(fitted, branches, strict=True)
         ]
-        ends = np.cumsum(widths).tolist()
-        self.blocks_ = {
-            name: slice(end - width, end)
-            for (name, _, _), end, width in zip(branches, ends, widths, strict=True)
-        }
+        self.blocks_ = _side_by_side(
+            {name: width for (name, _, _), width in zip(branches, widths, strict=True)}
+            | ({"missing": len(branches)} if self.add_indicator else {})
+        )
         _callbacks.end(self, context, X, y)
         return outputs, observed, len(X)
 
+    def _transformers_by_name(self):
+        """List the name and the transformer of each branch, the remainder last."""
+        branches = self.transformers if _are_branches(self.transformers) else []
+        named = [(name, transformer) for name, transformer, _ in branches]
+        return [*named, ("remainder", self.remainder)]
+
+    def _branches(self, X):
+        """List the branches that are run, the remainder last, with their columns fixed."""
+        branches = list(self.transformers)
+        if not _is_dropped(self.remainder) and (left := _columns_left(X, branches)):
+            branches.append(("remainder", self.remainder, left))
+        return [
+            (name, transformer, _resolve(X, name, columns, flat=not _is_passthrough(transformer)))
+            for name, transformer, columns in branches
+            if not _is_dropped(transformer)
+        ]
+
     def _check_transformers(self):
-        """Refuse a list of branches whose names could not be told apart later."""
+        """Refuse what is no list of branches, and what is no transformer in one."""
         if not self.transformers:
             raise ValueError(
                 "transformers is empty; give at least one (name, transformer, columns)."
@@ -395,13 +438,16 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 "transformers is a list of tuples (name, transformer, columns); got "
                 f"{self.transformers!r}."
             )
-        names = [name for name, _, _ in self.transformers]
         for name, transformer, _ in self.transformers:
             if not (_is_dropped(transformer) or hasattr(_as_transformer(transformer), "transform")):
                 raise TypeError(
                     f"Branch {name!r} needs a transformer, 'passthrough' or 'drop'; got "
                     f"{transformer!r}."
                 )
+        self._check_names([name for name, _, _ in self.transformers])
+
+    def _check_names(self, names):
+        """Refuse names of branches that could not be told apart later."""
         for name, times in Counter(names).items():
             if times > 1:
                 raise ValueError(f"Branch names must differ, but {name!r} stands {times} times.")
@@ -410,15 +456,31 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                     f"A branch name is a string without '__', which separates the branch from its "
                     f"columns; got {name!r}."
                 )
-            if name in ("transformers", "n_jobs"):
+            if name in self.get_params(deep=False):
                 raise ValueError(
                     f"{name!r} is a parameter of the union; name the branch otherwise."
                 )
-        if all(_is_dropped(transformer) for _, transformer, _ in self.transformers):
-            raise ValueError("All branches are 'drop'; keep at least one.")
+            if name == "missing" and self.add_indicator:
+                raise ValueError(
+                    "'missing' is the block that add_indicator adds; name the branch otherwise."
+                )
+
+    def _check_weights(self):
+        """Refuse weights of branches that there are not, and what is no weight."""
+        known = [name for name, _ in self._transformers_by_name()]
+        for name, weight in (self.transformer_weights or {}).items():
+            if name not in known:
+                raise ValueError(
+                    f"transformer_weights has a weight for {name!r}, but the branches are {known}."
+                )
+            if not (isinstance(weight, Real) and 0 <= weight < np.inf):
+                raise ValueError(
+                    f"A weight is a finite number that is not negative; got {weight!r} for branch "
+                    f"{name!r}."
+                )
 
     def _join(self, outputs, observed, n_rows):
-        """Scatter each branch's rows into its block, leaving NaN elsewhere."""
+        """Scatter each branch's rows into its block, leaving NaN elsewhere, and weight it."""
         outputs = [
             None if output is None else _as_float_array(output, name, len(rows), self.blocks_[name])
             for (name, _, _), output, rows in zip(
@@ -431,23 +493,33 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             np.nan,
             dtype=np.result_type(*dtypes) if dtypes else np.float64,
         )
-        for block, output, rows in zip(self.blocks_.values(), outputs, observed, strict=True):
+        weights = self.transformer_weights or {}
+        for (name, _, _), output, rows in zip(self.transformers_, outputs, observed, strict=True):
+            block = self.blocks_[name]
             if output is not None:
                 joined[rows, block] = output
+            if name in weights:
+                joined[:, block] *= float(weights[name])
+        if self._has_indicator:
+            joined[:, self.blocks_["missing"]] = _indicator(observed, n_rows)
         return joined
 
+    @property
+    def _has_indicator(self):
+        """Whether fit added the indicator; the parameter may have been set since."""
+        return len(self.blocks_) > len(self.transformers_)
+
     def _sk_visual_block_(self):
-        return ColumnTransformer(self.transformers)._sk_visual_block_()
+        return ColumnTransformer(self.transformers, remainder=self.remainder)._sk_visual_block_()
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.input_tags.string = True
-        if _are_branches(self.transformers):
-            # Rows of NaN never reach a branch; single numbers that are missing do.
-            tags.input_tags.allow_nan = all(
-                isinstance(transformer, str) or get_tags(transformer).input_tags.allow_nan
-                for _, transformer, _ in self.transformers
-            )
+        # Rows of NaN never reach a branch; single numbers that are missing do.
+        tags.input_tags.allow_nan = all(
+            isinstance(transformer, str) or get_tags(transformer).input_tags.allow_nan
+            for _, transformer in self._transformers_by_name()
+        )
         return tags
 
 
@@ -460,6 +532,14 @@ def _are_branches(transformers):
 
 def _is_dropped(transformer):
     return isinstance(transformer, str) and transformer == "drop"
+
+
+def _columns_left(X, branches):
+    """Return the positions of the columns that no branch names, be it run or dropped."""
+    named = set()
+    for name, _, columns in branches:
+        named.update(column_positions(X, columns, owner=f"Branch {name!r}")[0])
+    return [position for position in range(X.shape[1]) if position not in named]
 
 
 def _resolve(X, name, columns, *, flat):
@@ -559,6 +639,23 @@ def _width(output):
             "scalar is handed on one-dimensional: select it by a list, as in ['x']."
         )
     return shape[1]
+
+
+def _side_by_side(widths):
+    """Turn the widths of blocks into the slices that they fill, one after the other."""
+    ends = np.cumsum(list(widths.values())).tolist()
+    return {
+        name: slice(end - width, end)
+        for (name, width), end in zip(widths.items(), ends, strict=True)
+    }
+
+
+def _indicator(observed, n_rows):
+    """Say by 1 which rows lack each branch's modality, given those that have it."""
+    missing = np.ones((n_rows, len(observed)))
+    for column, rows in enumerate(observed):
+        missing[rows, column] = 0
+    return missing
 
 
 def _noting_branch(run, name, n_rows, transformer, X, *rest):

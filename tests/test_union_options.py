@@ -1,0 +1,584 @@
+"""PerModalityUnion: the remainder, weights, the indicator, and tables of mixed columns."""
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import sklearn
+from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.compose import ColumnTransformer
+from sklearn.decomposition import PCA
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, OneHotEncoder, StandardScaler
+from sklearn.utils import get_tags
+
+from sklembed import ContrastiveProjector, FrozenEncoder, PerModalityUnion
+
+
+@pytest.fixture
+def table():
+    """Six rows of a text, three numbers and a flag; the second row lacks the text and the flag."""
+    return pd.DataFrame(
+        {
+            "note": ["a red cat", None, "a blue dog", "red", "blue", "a dog"],
+            "height": [1.0, 2.0, np.nan, 4.0, np.nan, 6.0],
+            "width": [0.5, 1.5, np.nan, 2.5, 3.5, 9.5],
+            "depth": [3.0, 1.0, 4.0, 1.0, 5.0, 9.0],
+            "flag": [1.0, np.nan, 0.0, 1.0, 1.0, 0.0],
+        },
+        index=list("uvwxyz"),
+    )
+
+
+@pytest.fixture
+def text(text_backend):
+    return ("text", FrozenEncoder(text_backend, store=None), "note")
+
+
+SIZE = ("size", make_pipeline(SimpleImputer(), StandardScaler()), ["height", "width"])
+
+
+class Recorder(TransformerMixin, BaseEstimator):
+    """Remember what fit was given."""
+
+    def fit(self, X, y=None, sample_weight=None, groups=None):
+        self.fitted_on_, self.y_ = X, y
+        self.sample_weight_, self.groups_ = sample_weight, groups
+        return self
+
+    def transform(self, X):
+        return np.asarray(X, dtype=float)
+
+
+# The remainder
+
+
+@pytest.mark.parametrize("remainder", ["passthrough", StandardScaler(), PCA(1)], ids=repr)
+@pytest.mark.parametrize("method", ["fit", "fit_transform"])
+def test_the_remainder_is_a_last_branch_that_names_the_columns_left(table, text, remainder, method):
+    ours = PerModalityUnion([text, SIZE], remainder=remainder).set_output(transform="pandas")
+    theirs = PerModalityUnion([text, SIZE, ("rest", remainder, ["depth", "flag"])])
+    table["flag"] = table["flag"].fillna(0)
+    getattr(ours, method)(table)
+    found, expected = ours.transform(table), theirs.fit(table).transform(table)
+    np.testing.assert_array_equal(found, expected)
+    assert ours.transformers_[-1][0] == "remainder"
+    assert ours.transformers_[-1][2] == ["depth", "flag"]
+    assert ours.named_transformers_["remainder"] is ours.transformers_[-1][1]
+    assert ours.blocks_["remainder"] == theirs.blocks_["rest"]
+    names = [name.replace("rest__", "remainder__") for name in theirs.get_feature_names_out()]
+    assert found.columns.tolist() == names
+
+
+def test_without_missing_rows_the_remainder_is_that_of_column_transformer(table):
+    table = table.drop(columns="note").dropna()
+    branches = [("w", MinMaxScaler(), ["width"]), ("f", "drop", ["flag"])]
+    options = {"remainder": StandardScaler(), "transformer_weights": {"w": 3.0, "remainder": 0.5}}
+    ours = PerModalityUnion(branches, **options).set_output(transform="pandas")
+    theirs = ColumnTransformer(branches, **options).set_output(transform="pandas")
+    pd.testing.assert_frame_equal(ours.fit_transform(table), theirs.fit_transform(table))
+
+
+def test_the_columns_of_a_dropped_branch_do_not_come_back_in_the_remainder(table, text):
+    union = PerModalityUnion([text, ("flag", "drop", "flag")], remainder=Recorder()).fit(table)
+    assert union.named_transformers_["remainder"].fitted_on_.columns.tolist() == [
+        "height",
+        "width",
+        "depth",
+    ]
+
+
+def test_no_remainder_where_no_column_is_left(table):
+    union = PerModalityUnion([("all", "passthrough", slice("height", None))], remainder=PCA(7))
+    union.fit(table.drop(columns="note"))
+    assert union.blocks_ == {"all": slice(0, 4)}
+    assert list(union.named_transformers_) == ["all"]
+
+
+def test_the_default_drops_what_no_branch_names(table):
+    union = PerModalityUnion([SIZE]).fit(table)
+    assert union.blocks_ == {"size": slice(0, 2)}
+
+
+def test_all_branches_may_be_dropped_where_there_is_a_remainder(table):
+    union = PerModalityUnion([("n", "drop", "note")], remainder="passthrough")
+    np.testing.assert_array_equal(union.fit_transform(table), table.drop(columns="note"))
+    with pytest.raises(ValueError, match="All branches are 'drop'; keep at least one, or set rem"):
+        union.fit(table[["note"]])
+
+
+def test_which_columns_are_left_is_settled_in_fit_by_name(table, text):
+    union = PerModalityUnion([text, SIZE], remainder="passthrough")
+    expected = union.fit_transform(table)
+    moved = table[["flag", "width", "depth", "note", "height"]].assign(extra=1.0)
+    np.testing.assert_array_equal(union.transform(moved), expected)
+    with pytest.raises(ValueError, match="Branch 'remainder' asks for column 'depth', which is no"):
+        union.transform(table.drop(columns="depth"))
+
+
+def test_which_columns_are_left_is_settled_in_fit_by_position(table):
+    X = table.drop(columns="note").to_numpy()
+    union = PerModalityUnion([("a", "passthrough", [-1])], remainder="passthrough")
+    np.testing.assert_array_equal(union.fit_transform(X), X[:, [3, 0, 1, 2]])
+    assert union.transformers_[-1][2] == [0, 1, 2]
+    names = ["a__x3", "remainder__x0", "remainder__x1", "remainder__x2"]
+    assert union.get_feature_names_out().tolist() == names
+    with pytest.raises(ValueError, match="X has 3 features, but PerModalityUnion is expecting 4"):
+        union.transform(X[:, :3])
+
+
+def test_columns_of_one_name_cannot_be_told_apart(table):
+    union = PerModalityUnion([SIZE, ("n", "drop", "note")], remainder="passthrough").fit(table)
+    twice = table.rename(columns={"note": "depth"})
+    message = "'remainder' asks for column 'depth', but X has 2 columns of that name. Rename them"
+    with pytest.raises(ValueError, match=message):
+        union.transform(twice)
+
+
+def test_rows_that_lack_the_remainder_are_not_shown_to_it(table, text):
+    table["depth"] = table["depth"].where(table["flag"].notna())
+    union = PerModalityUnion([text, SIZE], remainder=Recorder()).fit(table, np.arange(6))
+    assert union.named_transformers_["remainder"].y_.tolist() == [0, 2, 3, 4, 5]
+    assert np.isnan(union.transform(table)[1, union.blocks_["remainder"]]).all()
+
+
+def test_a_remainder_without_any_observed_row_is_refused_by_name(table):
+    table["flag"] = np.nan
+    union = PerModalityUnion([("all", "passthrough", [1, 2, 3]), ("n", "drop", [0])])
+    with pytest.raises(ValueError, match="Branch 'remainder' has nothing to learn from: column "):
+        union.set_params(remainder="passthrough").fit(table)
+
+
+def test_a_remainder_that_is_not_numbers_is_refused_by_name(table):
+    with pytest.raises(TypeError, match="Branch 'remainder' returned object columns that are not"):
+        PerModalityUnion([SIZE], remainder="passthrough").fit_transform(table)
+
+
+def test_an_error_in_the_remainder_says_where_it_was(table, text):
+    union = PerModalityUnion([text, SIZE], remainder=PCA(7))
+    with pytest.raises(ValueError, match="n_components=7") as caught:
+        union.fit(table.fillna({"flag": 0}))
+    assert caught.value.__notes__ == [
+        "This was in branch 'remainder' of PerModalityUnion, which was given all rows."
+    ]
+
+
+@pytest.mark.parametrize("remainder", ["keep", None, 3])
+def test_a_remainder_that_is_no_transformer_is_refused(table, text, remainder):
+    with pytest.raises(ValueError, match="The 'remainder' parameter of PerModalityUnion must be"):
+        PerModalityUnion([text], remainder=remainder).fit(table)
+
+
+@pytest.mark.parametrize("name", ["remainder", "transformer_weights", "add_indicator"])
+def test_a_branch_must_not_bear_the_name_of_a_parameter(table, name):
+    with pytest.raises(ValueError, match=f"'{name}' is a parameter of the union"):
+        PerModalityUnion([(name, "passthrough", ["height"])]).fit(table)
+
+
+def test_parts_of_the_remainder_are_those_that_fit_shows_it(table, text):
+    union = PerModalityUnion([text, ("w", "drop", "width")], remainder=Recorder())
+    parts = {name: (transformer, part) for name, transformer, part in union.iter_parts(table)}
+    assert list(parts) == ["text", "remainder"]
+    assert parts["remainder"][0] is union.remainder
+    fitted = union.fit(table).named_transformers_["remainder"]
+    pd.testing.assert_frame_equal(parts["remainder"][1], fitted.fitted_on_)
+
+
+def test_parameters_reach_into_the_remainder(table, text):
+    union = PerModalityUnion([text, SIZE], remainder=StandardScaler(), add_indicator=True)
+    assert union.get_params()["remainder__with_mean"] is True
+    assert "remainder__with_mean" not in union.get_params(deep=False)
+    assert union.set_params(remainder__with_mean=False).remainder.with_mean is False
+    union.set_params(remainder=MinMaxScaler(), text__normalize=True, add_indicator=False)
+    assert isinstance(union.remainder, MinMaxScaler)
+    assert union.get_params()["text__normalize"] is True
+    with pytest.raises(ValueError, match="Invalid parameter 'colour' for estimator MinMaxScaler"):
+        union.set_params(remainder__colour=1)
+
+
+def test_a_clone_has_the_options_and_none_of_what_was_learnt(table, text):
+    options = {
+        "remainder": StandardScaler(with_mean=False),
+        "transformer_weights": {"text": 2.0},
+        "add_indicator": True,
+    }
+    union = PerModalityUnion([text, SIZE], **options).fit(table)
+    twin = clone(union)
+    assert not hasattr(twin, "transformers_")
+    assert twin.remainder is not union.remainder
+    assert twin.get_params()["remainder__with_mean"] is False
+    assert twin.transformer_weights == {"text": 2.0}
+    assert not hasattr(union.remainder, "scale_")  # fit fits a clone
+    np.testing.assert_array_equal(twin.fit_transform(table), union.transform(table))
+
+
+def test_a_pickle_transforms_as_before(table):
+    union = PerModalityUnion(
+        [SIZE, ("n", "drop", "note")],
+        remainder=StandardScaler(),
+        transformer_weights={"size": 0.5},
+        add_indicator=True,
+    ).fit(table)
+    loaded = pickle.loads(pickle.dumps(union))
+    np.testing.assert_array_equal(loaded.transform(table), union.transform(table))
+    assert loaded.get_feature_names_out().tolist() == union.get_feature_names_out().tolist()
+
+
+@pytest.mark.parametrize("metadata", ["sample_weight", "groups"])
+def test_metadata_is_routed_into_the_remainder_and_cut_to_its_rows(table, text, metadata):
+    with sklearn.config_context(enable_metadata_routing=True):
+        recorder = Recorder().set_fit_request(**{metadata: True})
+        union = PerModalityUnion([text, ("d", "passthrough", ["depth"])], remainder=recorder)
+        table.loc["v", ["height", "width"]] = np.nan  # beside its flag: all that is left
+        pipeline = make_pipeline(union)
+        pipeline.fit(table, np.arange(6), **{metadata: np.arange(6) / 10})
+    fitted = pipeline[-1].named_transformers_["remainder"]
+    np.testing.assert_array_equal(getattr(fitted, f"{metadata}_"), [0.0, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_metadata_that_only_the_remainder_asks_for_may_find_no_column_left(table):
+    with sklearn.config_context(enable_metadata_routing=True):
+        recorder = Recorder().set_fit_request(sample_weight=True)
+        union = PerModalityUnion([("all", "passthrough", slice(None))], remainder=recorder)
+        union.fit(table[["depth", "width"]], sample_weight=np.ones(6))
+    assert union.blocks_ == {"all": slice(0, 2)}
+
+
+def test_groups_reach_the_splitter_of_a_projector_in_the_remainder():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(60, 4))
+    X[:6, 2:] = np.nan
+    seen = {}
+
+    class Spy(GroupKFold):
+        def split(self, X, y=None, groups=None):
+            seen["groups"] = groups
+            return super().split(X, y, groups)
+
+    with sklearn.config_context(enable_metadata_routing=True):
+        projector = ContrastiveProjector(
+            2, hidden_layer_sizes=(4,), max_epochs=1, cv=Spy(3).set_split_request(groups=True)
+        )
+        union = PerModalityUnion([("a", "passthrough", [0, 1])], remainder=projector)
+        groups = np.repeat(np.arange(10), 6)
+        make_pipeline(union, HistGradientBoostingClassifier()).fit(
+            X, np.arange(60) % 2, groups=groups
+        )
+    np.testing.assert_array_equal(seen["groups"], groups[6:])
+
+
+def test_single_nan_is_allowed_where_the_remainder_allows_it():
+    def allows_nan(remainder):
+        union = PerModalityUnion([("a", StandardScaler(), [0])], remainder=remainder)
+        return get_tags(union).input_tags.allow_nan
+
+    assert allows_nan("drop")
+    assert allows_nan("passthrough")
+    assert allows_nan(StandardScaler())
+    assert not allows_nan(PCA())
+
+
+def test_the_diagram_shows_the_remainder(table, text):
+    union = PerModalityUnion([text], remainder=MinMaxScaler())
+    for shown in (union, clone(union).fit(table)):
+        html = shown._repr_html_()
+        assert "remainder" in html
+        assert "MinMaxScaler" in html
+    assert "MinMaxScaler" not in clone(union).set_params(remainder="drop")._repr_html_()
+
+
+def test_the_remainder_is_a_task_of_callbacks(table):
+    pytest.importorskip("sklearn.callback")  # of scikit-learn >= 1.9
+    tasks = []
+
+    class Record:
+        def setup(self, estimator, context):
+            pass
+
+        def teardown(self, estimator, context):
+            pass
+
+        def on_fit_task_begin(self, estimator, context, **_):
+            pass
+
+        def on_fit_task_end(self, estimator, context, **_):
+            tasks.append(context.task_name)
+
+    union = PerModalityUnion([SIZE, ("n", "drop", "note")], remainder=StandardScaler())
+    union.set_callbacks(Record()).fit(table)
+    assert tasks == ["fit-size", "fit-remainder", "fit"]
+
+
+# Weights
+
+
+def test_weights_are_a_scaling_afterwards(table, text):
+    union = PerModalityUnion([text, SIZE], remainder="passthrough")
+    plain = union.fit_transform(table)
+    weights = {"text": 0.1, "size": np.float32(3), "remainder": 0}
+    weighted = clone(union).set_params(transformer_weights=weights)
+    expected = plain.copy()
+    for name, block in union.blocks_.items():
+        expected[:, block] *= weights[name]
+    found = weighted.fit_transform(table)
+    np.testing.assert_array_equal(found, expected)  # NaN where it was, under the weight 0 too
+    np.testing.assert_array_equal(weighted.transform(table), found)
+    assert weighted.get_feature_names_out().tolist() == union.get_feature_names_out().tolist()
+
+
+def test_branches_without_a_weight_have_the_weight_1(table, text):
+    union = PerModalityUnion([text, SIZE], transformer_weights={"size": 2})
+    plain = clone(union).set_params(transformer_weights=None).fit_transform(table)
+    blocks = union.fit_transform(table)
+    np.testing.assert_array_equal(blocks[:, :9], plain[:, :9])
+    np.testing.assert_array_equal(blocks[:, 9:], 2 * plain[:, 9:])
+
+
+def test_a_weight_of_double_precision_leaves_float32(table, text):
+    union = PerModalityUnion([text], transformer_weights={"text": np.float64(0.1)})
+    assert union.fit_transform(table).dtype == np.float32
+
+
+def test_what_is_dropped_keeps_its_weight_for_when_it_comes_back(table, text):
+    union = PerModalityUnion([text, SIZE], transformer_weights={"text": 2.0, "remainder": 3.0})
+    assert clone(union).set_params(text="drop").fit_transform(table).shape == (6, 2)
+
+
+def test_unknown_branches_have_no_weight(table, text):
+    message = (
+        r"transformer_weights has a weight for 'image', but the branches are "
+        r"\['text', 'size', 'remainder'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        PerModalityUnion([text, SIZE], transformer_weights={"image": 2.0}).fit(table)
+
+
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf, "2", None], ids=repr)
+def test_what_is_no_weight_is_refused(table, text, weight):
+    with pytest.raises(ValueError, match="finite number that is not negative; got .* 'text'"):
+        PerModalityUnion([text], transformer_weights={"text": weight}).fit(table)
+
+
+def test_weights_are_a_dict(table, text):
+    with pytest.raises(ValueError, match="The 'transformer_weights' parameter of PerModalityUnion"):
+        PerModalityUnion([text], transformer_weights=[1.0]).fit(table)
+
+
+# The indicator
+
+
+@pytest.mark.parametrize("n_jobs", [None, 2])
+@pytest.mark.parametrize("remainder", ["drop", "passthrough"])
+def test_the_indicator_is_where_a_block_is_nan(table, remainder, n_jobs):
+    union = PerModalityUnion(
+        [("w", "passthrough", ["width"]), SIZE, ("n", "drop", "note"), ("d", "drop", "depth")],
+        remainder=remainder,
+        n_jobs=n_jobs,
+    )
+    plain = union.fit_transform(table)
+    with_indicator = clone(union).set_params(add_indicator=True)
+    found = with_indicator.fit_transform(table)
+    nan = [np.isnan(plain[:, block]).all(axis=1) for block in union.blocks_.values()]
+    np.testing.assert_array_equal(found, np.column_stack([plain, *nan]))
+    np.testing.assert_array_equal(with_indicator.transform(table), found)
+    missing = slice(plain.shape[1], found.shape[1])
+    assert with_indicator.blocks_ == union.blocks_ | {"missing": missing}
+    names = [f"missing__{name}" for name in union.blocks_]
+    assert with_indicator.get_feature_names_out()[missing].tolist() == names
+    assert "missing" not in with_indicator.named_transformers_
+
+
+def test_the_indicator_is_as_wide_where_no_training_row_lacks_anything(table, text):
+    union = PerModalityUnion([text, SIZE], remainder="passthrough", add_indicator=True)
+    union.fit(table.dropna())
+    nothing = table.iloc[[0]].assign(
+        note=None, height=np.nan, width=np.nan, depth=np.nan, flag=np.nan
+    )
+    np.testing.assert_array_equal(union.transform(table.dropna())[:, -3:], np.zeros((3, 3)))
+    np.testing.assert_array_equal(union.transform(nothing)[:, -3:], [[1, 1, 1]])
+
+
+def test_the_indicator_is_not_weighted(table, text):
+    union = PerModalityUnion([text], transformer_weights={"text": 0.5}, add_indicator=True)
+    assert union.fit_transform(table)[:, -1].tolist() == [0, 1, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match="has a weight for 'missing'"):
+        union.set_params(transformer_weights={"missing": 0.5}).fit(table)
+
+
+def test_a_branch_may_be_called_missing_where_there_is_no_indicator(table):
+    union = PerModalityUnion([("missing", "passthrough", ["depth"])]).fit(table)
+    assert union.get_feature_names_out().tolist() == ["missing__depth"]
+    assert union.transform(table).shape == (6, 1)
+    with pytest.raises(ValueError, match="'missing' is the block that add_indicator adds"):
+        union.set_params(add_indicator=True).fit(table)
+
+
+def test_the_indicator_is_that_of_the_fit(table, text):
+    union = PerModalityUnion([text], add_indicator=True)
+    expected = union.fit_transform(table)
+    np.testing.assert_array_equal(union.set_params(add_indicator=False).transform(table), expected)
+    assert len(union.get_feature_names_out()) == expected.shape[1]
+
+
+def test_the_indicator_is_named_under_set_output(table, text):
+    union = PerModalityUnion([text, SIZE], add_indicator=True).set_output(transform="pandas")
+    frame = union.fit_transform(table)
+    assert frame["missing__text"].tolist() == [0, 1, 0, 0, 0, 0]
+    assert frame["missing__size"].tolist() == [0, 0, 1, 0, 0, 0]
+
+
+# Numbers, categories, and an embedding of two columns, beside a text
+
+
+def joined(part):
+    """Put a title and a body together, of which either may be missing."""
+    rows = np.asarray(part, dtype=object)
+    texts = np.empty((len(rows), 1), dtype=object)
+    texts[:, 0] = [" ".join(cell for cell in row if isinstance(cell, str)) for row in rows]
+    return texts
+
+
+def one_name(_, names):
+    """Name the column that `joined` makes of several."""
+    return ["+".join(names)]
+
+
+@pytest.fixture
+def mixed():
+    """120 rows in which each of four modalities is missing here and there."""
+    rng = np.random.default_rng(0)
+    y = np.repeat(["cat", "dog"], 60)
+    sound = np.where(y == "cat", "aaa", "ooo")
+    X = pd.DataFrame(
+        {
+            "note": [f"{word} {rng.integers(9)}" for word in sound],
+            "title": [f"{word} of {rng.integers(9)}" for word in sound],
+            "body": [f"it is {word}" for word in sound],
+            "age": rng.normal(size=120),
+            "weight": rng.normal(size=120) + 2 * (y == "cat"),
+            "colour": rng.choice(["red", "blue"], 120),
+        }
+    ).astype({"note": object, "title": object, "body": object, "colour": object})
+    for column in X:
+        X.loc[rng.random(120) < 0.2, column] = np.nan if X[column].dtype == float else None
+    X.loc[5, ["age", "weight"]] = np.nan
+    X.loc[6, ["title", "body"]] = None
+    return X, y
+
+
+@pytest.fixture
+def mixed_union(text_backend):
+    encoder = FrozenEncoder(text_backend, store=None)
+    both = FunctionTransformer(joined, feature_names_out=one_name)
+    return PerModalityUnion(
+        [
+            ("note", encoder, "note"),
+            ("article", make_pipeline(both, encoder), ["title", "body"]),
+            ("labs", make_pipeline(SimpleImputer(), StandardScaler()), ["age", "weight"]),
+            ("kind", OneHotEncoder(sparse_output=False, handle_unknown="ignore"), ["colour"]),
+        ]
+    )
+
+
+def test_a_branch_embeds_two_columns_and_sees_rows_that_have_either(mixed, mixed_union):
+    X, _ = mixed
+    block = mixed_union.fit_transform(X)[:, mixed_union.blocks_["article"]]
+    lacking = X["title"].isna() & X["body"].isna()
+    np.testing.assert_array_equal(np.isnan(block).all(axis=1), lacking)
+    np.testing.assert_array_equal(np.isnan(block).any(axis=1), lacking)
+    encoder = clone(mixed_union.transformers[0][1])
+    texts = X["title"].str.cat(X["body"], sep=" ", na_rep="").str.strip()[~lacking]
+    np.testing.assert_array_equal(block[~lacking], encoder.fit_transform(texts))
+
+
+def test_numbers_and_categories_stand_beside_embeddings(mixed, mixed_union):
+    X, _ = mixed
+    frame = mixed_union.set_output(transform="pandas").fit_transform(X)
+    assert frame.columns[[0, 9]].tolist() == ["note__frozenencoder0", "article__frozenencoder0"]
+    names = ["labs__age", "labs__weight", "kind__colour_blue", "kind__colour_red"]
+    assert frame.columns[18:].tolist() == names
+    numbers = X[["age", "weight"]].dropna(how="all")
+    expected = make_pipeline(SimpleImputer(), StandardScaler()).fit_transform(numbers)
+    np.testing.assert_array_equal(frame.loc[numbers.index, names[:2]], expected)
+    assert frame.loc[5, names[:2]].isna().all()
+    one_hot = (X[["colour"]].to_numpy() == ["blue", "red"]).astype(float)
+    one_hot[X["colour"].isna()] = np.nan  # not a category, but a missing modality
+    np.testing.assert_array_equal(frame[names[2:]], one_hot)
+    unknown = mixed_union.transform(X.assign(colour="green"))
+    assert (unknown[names[2:]] == 0).all(axis=None)
+
+
+@pytest.mark.parametrize("kind", ["pandas", "polars", "numpy"])
+def test_every_kind_of_table_gives_the_same_mixed_blocks(mixed, mixed_union, kind):
+    X, _ = mixed
+    expected = clone(mixed_union).set_params(add_indicator=True).fit_transform(X)
+    table = {
+        "pandas": X,
+        "polars": pl.from_pandas(X),
+        "numpy": X.to_numpy(dtype=object),
+    }[kind]
+    union = clone(mixed_union).set_params(add_indicator=True)
+    if kind == "numpy":
+        union.transformers = [
+            (name, step, columns)
+            for (name, step, _), columns in zip(
+                union.transformers, [0, [1, 2], [3, 4], [5]], strict=True
+            )
+        ]
+    np.testing.assert_allclose(union.fit_transform(table), expected, atol=1e-12)
+    np.testing.assert_allclose(union.transform(table), expected, atol=1e-12)
+    if kind != "numpy":
+        union.set_output(transform=kind)
+        assert list(union.transform(table).columns) == union.get_feature_names_out().tolist()
+
+
+@pytest.mark.parametrize("kind", ["pandas", "polars"])
+def test_the_remainder_of_a_frame_holds_its_categories(mixed, mixed_union, kind):
+    X, _ = mixed
+    *branches, (_, one_hot, _) = mixed_union.transformers
+    union = PerModalityUnion(branches, remainder=one_hot, add_indicator=True)
+    table = X if kind == "pandas" else pl.from_pandas(X)
+    expected = clone(mixed_union).set_params(add_indicator=True).fit_transform(X)
+    np.testing.assert_allclose(union.fit_transform(table), expected, atol=1e-12)
+
+
+def test_a_mixed_table_is_searched_over(mixed, mixed_union):
+    X, y = mixed
+    union = mixed_union.set_params(add_indicator=True)
+    trees = GridSearchCV(
+        make_pipeline(union, HistGradientBoostingClassifier(max_iter=10)),
+        {"permodalityunion__article": ["drop", mixed_union.transformers[1][1]]},
+        cv=3,
+        error_score="raise",
+    ).fit(X, y)
+    linear = GridSearchCV(
+        make_pipeline(union, SimpleImputer(), LogisticRegression(max_iter=1000)),
+        {
+            "permodalityunion__add_indicator": [False, True],
+            "permodalityunion__transformer_weights": [None, {"kind": 0.0, "note": 2.0}],
+            "permodalityunion__remainder": ["drop"],
+        },
+        cv=3,
+        error_score="raise",
+    ).fit(X, y)
+    assert trees.best_score_ > 0.85
+    assert linear.best_score_ > 0.85
+
+
+def test_a_transformer_for_the_remainder_can_be_searched_over():
+    y = np.arange(40) % 2
+    X = pd.DataFrame({"noise": np.zeros(40), "signal": y * 1.0})
+    union = PerModalityUnion([("noise", "passthrough", ["noise"])])
+    search = GridSearchCV(
+        make_pipeline(union, LogisticRegression()),
+        {"permodalityunion__remainder": ["drop", "passthrough", StandardScaler()]},
+        cv=4,
+    ).fit(X, y)
+    assert search.best_params_ == {"permodalityunion__remainder": "passthrough"}
+    assert search.cv_results_["mean_test_score"].tolist() == [0.5, 1.0, 1.0]
