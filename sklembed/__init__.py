@@ -8,9 +8,14 @@ __version__ = "0.1.0"
 # milliseconds and who only unions or loads data never pays for torch.
 _HOMES = {
     "CallableBackend": "sklembed.encoders",
+    "CanonicalAligner": "sklembed.alignment",
     "ContrastiveProjector": "sklembed.projection",
+    "DecisionFusionClassifier": "sklembed.fusion",
+    "EarlyFusionClassifier": "sklembed.fusion",
     "EmbeddingStore": "sklembed.encoders",
     "FrozenEncoder": "sklembed.encoders",
+    "LateFusionClassifier": "sklembed.fusion",
+    "ModalityGapAligner": "sklembed.alignment",
     "PerModalityUnion": "sklembed.union",
     "datasets": "sklembed",
     "prefetch": "sklembed.encoders",

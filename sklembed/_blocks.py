@@ -1,7 +1,131 @@
-"""Missing rows: a modality that a row lacks is a row of NaN in its block of columns."""
+"""Blocks: the columns of one wide table that belong to one modality, and the rows that lack it."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 from sklearn.utils import assert_all_finite
+
+Block = slice | np.ndarray
+
+
+def resolve_blocks(
+    blocks: Mapping[str, Any] | None, names: Sequence[str] | None, n_features: int
+) -> dict[str, Block]:
+    """Find the columns of each modality, which between them hold every column once.
+
+    Parameters
+    ----------
+    blocks : mapping of str to columns, or None
+        Columns are a slice of positions, a name or a position, or a list of these. None reads them
+        from names such as ``text__0, text__1, image__0``, as PerModalityUnion gives them.
+    names : sequence of str or None
+        Names of the columns, if they have any.
+    n_features : int
+        How many columns there are.
+
+    Returns
+    -------
+    blocks : dict of str to slice or ndarray of int
+        A slice where the columns stand side by side.
+
+    Raises
+    ------
+    ValueError
+        If columns have no names that say, a block holds no column, or a column is in no block or
+        in two.
+    """
+    if blocks is None:
+        found = _read_from_names(names)
+    else:
+        found = {name: _positions(name, cols, names, n_features) for name, cols in blocks.items()}
+    times = np.bincount(
+        [column for cols in found.values() for column in cols], minlength=n_features
+    )
+    wrong = np.flatnonzero(times != 1)
+    if len(wrong):
+        column = wrong[0] if names is None else names[wrong[0]]
+        raise ValueError(
+            f"Every column belongs to one block, but column {column!r} is in {times[wrong[0]]} of "
+            f"the blocks {list(found)} ({len(wrong)} such columns of n_features={n_features})."
+        )
+    return {name: _as_slice(columns) for name, columns in found.items()}
+
+
+def observed_in_block(X: np.ndarray, name: str, columns: Block) -> np.ndarray:
+    """Tell which rows of a table have one modality, as `observed_rows` does of its columns."""
+    try:
+        return observed_rows(X[:, columns])
+    except ValueError as error:
+        error.add_note(f"This was in block {name!r}.")
+        raise
+
+
+def _read_from_names(names: Sequence[str] | None) -> dict[str, list[int]]:
+    """Read blocks from the names of columns, which must stand side by side."""
+    if names is None:
+        raise ValueError(
+            "blocks=None reads the modalities from column names such as 'text__0', but X has no "
+            "names. Call set_output(transform='pandas') on the pipeline or the union, or pass "
+            "blocks, for example {'text': slice(0, 384), 'image': slice(384, 1664)}."
+        )
+    found: dict[str, list[int]] = {}
+    last = None
+    for position, name in enumerate(names):
+        block, separator, _ = name.partition("__")
+        if not separator or not block:
+            raise ValueError(
+                f"Column {name!r} names no modality: with blocks=None columns are called "
+                "'<modality>__…', as PerModalityUnion calls them. Rename it, or pass blocks."
+            )
+        if block in found and block != last:
+            raise ValueError(
+                f"The columns of {block!r} do not stand side by side: {name!r} comes after one of "
+                f"{last!r}. Sort the columns, or pass blocks."
+            )
+        found.setdefault(block, []).append(position)
+        last = block
+    return found
+
+
+def _positions(block: str, columns: Any, names: Sequence[str] | None, n_features: int) -> list[int]:
+    """Turn a block's columns into positions."""
+    if isinstance(columns, slice):
+        positions = list(range(*columns.indices(n_features)))
+    else:
+        single = isinstance(columns, str | Integral)
+        positions = [
+            _position(block, c, names, n_features) for c in ([columns] if single else columns)
+        ]
+    if not positions:
+        raise ValueError(f"Block {block!r} holds none of the n_features={n_features} columns.")
+    return positions
+
+
+def _position(block: str, column: str | int, names: Sequence[str] | None, n_features: int) -> int:
+    """Find one column."""
+    if isinstance(column, str):
+        known = [] if names is None else list(names)
+        if column in known:
+            return known.index(column)
+        raise ValueError(
+            f"Block {block!r} asks for column {column!r}, which X does not have; it has "
+            + (f"{known[:5]} …" if known else "no names: pass positions, or a DataFrame.")
+        )
+    if not -n_features <= column < n_features:
+        raise ValueError(
+            f"Block {block!r} asks for column {column}, but X has n_features={n_features}."
+        )
+    return int(column) % n_features
+
+
+def _as_slice(positions: list[int]) -> Block:
+    """Return a slice, which copies nothing, where positions stand side by side."""
+    start, stop = positions[0], positions[-1] + 1
+    if positions == list(range(start, stop)):
+        return slice(start, stop)
+    return np.array(positions)
 
 
 def observed_rows(X: np.ndarray) -> np.ndarray:

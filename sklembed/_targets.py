@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import issparse
 from scipy.stats import rankdata
+from sklearn.model_selection import train_test_split
 from sklearn.utils import column_or_1d
 from sklearn.utils.multiclass import type_of_target
 
@@ -156,3 +157,36 @@ def _hierarchical(y: np.ndarray) -> Target:
     pairs = [(top, levels)] + [sorted_labels(column) for column in y.T[1:]]
     codes = np.stack([codes for _, codes in pairs], axis=1)
     return Target("hierarchical", codes, [labels for labels, _ in pairs], levels)
+
+
+def hold_back(
+    rows: np.ndarray, strata: np.ndarray | None, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split rows into those to train on and those to stop by, stratified where that can be.
+
+    Parameters
+    ----------
+    rows : ndarray of int
+        Positions of rows.
+    strata : ndarray of shape (n_samples,) or None
+        The class of every row, if rows have one.
+    fraction : float
+        The part to stop by.
+    seed : int
+        Seeds the split.
+
+    Returns
+    -------
+    train, valid : ndarray of int
+        The positions; none to stop by if there are too few rows.
+    """
+    n_valid = int(np.ceil(fraction * len(rows)))
+    if n_valid >= len(rows):
+        return rows, rows[:0]
+    stratify = None if strata is None else strata[rows]
+    if stratify is not None:
+        sizes = np.bincount(stratify)
+        if sizes[sizes > 0].min() < 2 or n_valid < np.count_nonzero(sizes):
+            stratify = None
+    train, valid = train_test_split(rows, test_size=n_valid, stratify=stratify, random_state=seed)
+    return train, valid

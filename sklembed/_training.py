@@ -288,8 +288,9 @@ class BestOfEach(Callback):  # type: ignore[misc]
         self.epochs = np.where(better, 0, self.epochs + 1)
         self.best = np.where(better, losses, self.best)
         for network in np.flatnonzero(better):
-            for name in dict(_module(net).named_parameters()):
-                self.state[name][network] = state[name][network]
+            for name, value in state.items():
+                if len(value) == len(losses):  # of each network; what all share does not change
+                    self.state[name][network] = value[network]
         net.history.record("valid_loss_best", bool(better.any()))
         if (self.epochs >= self.patience).all():
             raise KeyboardInterrupt  # how skorch's own early stopping ends training

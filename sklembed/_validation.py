@@ -1,9 +1,11 @@
 """Checks shared by estimators, with messages that say what was got and what to do."""
 
+from numbers import Integral
+
 import numpy as np
 import pandas as pd
 import sklearn
-from sklearn.utils import column_or_1d
+from sklearn.utils import check_random_state, column_or_1d
 
 
 def check_no_missing_label(y) -> None:
@@ -41,8 +43,8 @@ def encode_classes(y) -> tuple[np.ndarray, np.ndarray]:
     classes, codes = sorted_labels(column_or_1d(y, warn=True))
     if len(classes) < 2:
         raise ValueError(
-            f"y holds 1 class only ({classes[0]} in all {len(codes)} rows); contrasting needs at "
-            "least two."
+            f"y holds 1 class only ({classes[0]} in all {len(codes)} rows); at least two are "
+            "needed."
         )
     return classes, codes
 
@@ -80,3 +82,25 @@ def check_routing_enabled(params, estimator) -> None:
             "by metadata routing. Call sklearn.set_config(enable_metadata_routing=True), and "
             "request the metadata where it is used, for example by set_split_request(groups=True)."
         )
+
+
+def check_layer_sizes(sizes) -> None:
+    """Refuse hidden layers that are not a sequence of positive integers.
+
+    Raises
+    ------
+    ValueError
+        If they are not.
+    """
+    if not all(
+        isinstance(size, Integral) and not isinstance(size, bool) and size > 0 for size in sizes
+    ):
+        raise ValueError(
+            f"hidden_layer_sizes must hold positive integers, such as (256,), or be empty; got "
+            f"{sizes!r}."
+        )
+
+
+def draw_seed(random_state) -> int:
+    """Draw one seed for everything random in a fit."""
+    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))

@@ -14,9 +14,9 @@ from sklearn.base import (
     _fit_context,
 )
 from sklearn.decomposition import PCA
-from sklearn.model_selection import KFold, StratifiedKFold, check_cv, train_test_split
+from sklearn.model_selection import KFold, StratifiedKFold, check_cv
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils import check_random_state, compute_sample_weight, gen_batches
+from sklearn.utils import compute_sample_weight, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -25,8 +25,13 @@ from sklembed import _callbacks, _persistence
 from sklembed._blocks import observed_rows
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
 from sklembed._gate import choose
-from sklembed._targets import TARGET_TYPES, Target, encode_target
-from sklembed._validation import check_no_missing_label, check_routing_enabled
+from sklembed._targets import TARGET_TYPES, Target, encode_target, hold_back
+from sklembed._validation import (
+    check_layer_sizes,
+    check_no_missing_label,
+    check_routing_enabled,
+    draw_seed,
+)
 
 _CHUNK_ROWS = 1024  # of a forward pass: a chunk stays in the processor's caches
 
@@ -385,7 +390,7 @@ class ContrastiveProjector(
         data = self._check_training_data(X, y, sample_weight, reset=not goes_on)
         if goes_on and isinstance(classes, np.ndarray):
             self.classes_ = np.union1d(classes, self.classes_)
-        seed = _draw_seed(self.random_state)
+        seed = draw_seed(self.random_state)
         if not goes_on:
             self._reduce_input(data, seed)
         self._train_on_all(data, seed, max_epochs=1, goes_on=goes_on)
@@ -480,7 +485,7 @@ class ContrastiveProjector(
         routed = process_routing(self, caller, **params)
         goes_on = self.warm_start and hasattr(self, "weights_")
         data = self._check_training_data(X, y, sample_weight, reset=not goes_on)
-        seed = _draw_seed(self.random_state)
+        seed = draw_seed(self.random_state)
         folds = self._folds(data, seed, routed["splitter"]["split"]) if cross_fit else None
         context = self._init_callback_context(max_subtasks=1 if folds is None else 2)
         _callbacks.begin(self, context, X, y)
@@ -500,7 +505,7 @@ class ContrastiveProjector(
 
     def _check_training_data(self, X, y, sample_weight, *, reset):
         """Check all that is given, and return the observed rows."""
-        _check_layer_sizes(self.hidden_layer_sizes)
+        check_layer_sizes(self.hidden_layer_sizes)
         if y is not None:
             check_no_missing_label(y)
         X, y = validate_data(
@@ -715,17 +720,7 @@ class ContrastiveProjector(
 
     def _hold_back(self, rows, target, seed):
         """Split rows into those to train on and those to stop by."""
-        stratify = None if target.strata is None else target.strata[rows]
-        n_valid = int(np.ceil(self.validation_fraction * len(rows)))
-        if stratify is not None:
-            sizes = np.bincount(stratify)
-            if sizes[sizes > 0].min() < 2 or n_valid < np.count_nonzero(sizes):
-                stratify = None
-        train, valid = rows, rows[:0]
-        if n_valid < len(rows):
-            train, valid = train_test_split(
-                rows, test_size=n_valid, stratify=stratify, random_state=seed
-            )
+        train, valid = hold_back(rows, target.strata, self.validation_fraction, seed)
         if not (target.has_pairs(train) and target.has_pairs(valid)):
             raise ValueError(
                 f"early_stopping with validation_fraction={self.validation_fraction} splits "
@@ -942,22 +937,6 @@ def _network(weights, number):
         name: value[number] if name.startswith("layers") else value
         for name, value in weights.items()
     }
-
-
-def _check_layer_sizes(sizes):
-    """Refuse hidden layers that are not a sequence of positive integers."""
-    if not all(
-        isinstance(size, Integral) and not isinstance(size, bool) and size > 0 for size in sizes
-    ):
-        raise ValueError(
-            f"hidden_layer_sizes must hold positive integers, such as (256,), or be empty; got "
-            f"{sizes!r}."
-        )
-
-
-def _draw_seed(random_state):
-    """Draw one seed for everything random in a fit."""
-    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
 
 
 def _check_each_row_held_out_once(folds, n_samples):

@@ -10,21 +10,38 @@ import torch
 from conftest import count_letters
 from sklearn.base import clone
 from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.naive_bayes import GaussianNB
 from sklearn.preprocessing import StandardScaler
+from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils.estimator_checks import check_estimator, parametrize_with_checks
 
-from sklembed import CallableBackend, ContrastiveProjector, FrozenEncoder, PerModalityUnion
+from sklembed import (
+    CallableBackend,
+    CanonicalAligner,
+    ContrastiveProjector,
+    DecisionFusionClassifier,
+    EarlyFusionClassifier,
+    FrozenEncoder,
+    LateFusionClassifier,
+    ModalityGapAligner,
+    PerModalityUnion,
+)
 
 CHEAP = {"n_components": 4, "hidden_layer_sizes": (8,), "max_epochs": 2}
+# Two modalities of whatever columns there are; one, for checks in which a single NaN is an error.
+TWO, ONE = {"b": [-1], "a": slice(0, -1)}, {"all": slice(None)}
+HEAD = {"hidden_layer_sizes": (16,), "max_epochs": 40, "lr": 0.02}
 
 
 # Rows are drawn into mini-batches, as by SGDClassifier: a row twice is not a row of weight 2.
 DRAWN = {"check_sample_weight_equivalence_on_dense_data"}
+DRAW = (ContrastiveProjector, EarlyFusionClassifier, LateFusionClassifier)
 
 
 def known_to_fail(estimator):
     reason = "mini-batches of repeated rows are not those of weighted ones"
-    return dict.fromkeys(DRAWN, reason) if isinstance(estimator, ContrastiveProjector) else {}
+    return dict.fromkeys(DRAWN, reason) if isinstance(estimator, DRAW) else {}
 
 
 @parametrize_with_checks(
@@ -34,6 +51,23 @@ def known_to_fail(estimator):
         ContrastiveProjector(**CHEAP, cv=None, early_stopping=True, validation_fraction=0.5),
         PerModalityUnion([("all", StandardScaler(), slice(None))]),
         PerModalityUnion([("first", StandardScaler(), [0]), ("all", PCA(1), slice(None))]),
+        PerModalityUnion(
+            [("last", StandardScaler(), [-1])],
+            remainder=PCA(1),
+            transformer_weights={"last": 0.5},
+            add_indicator=True,
+        ),
+        PerModalityUnion(
+            [("first", StandardScaler(), [0])], remainder=StandardScaler(), add_indicator=True
+        ),
+        ModalityGapAligner(TWO, widths="resample"),
+        ModalityGapAligner(TWO, method="whiten"),
+        CanonicalAligner(blocks=TWO),
+        EarlyFusionClassifier(**HEAD, blocks=ONE),
+        LateFusionClassifier(**HEAD, blocks=TWO),
+        DecisionFusionClassifier(LogisticRegression(), blocks=TWO),
+        DecisionFusionClassifier(DecisionTreeClassifier(random_state=0), blocks=TWO, weights=None),
+        DecisionFusionClassifier(LogisticRegression(), blocks=TWO, weights=None),
     ],
     expected_failed_checks=known_to_fail,
 )
@@ -77,6 +111,7 @@ def words(n_rows=60):
     return pd.DataFrame({"note": notes}), np.arange(n_rows) % 3
 
 
+HALVES = {"text": slice(0, 3), "image": slice(3, 6)}
 CASES = {
     "FrozenEncoder": (FrozenEncoder(BACKEND, store=None), words),
     "ContrastiveProjector": (ContrastiveProjector(**CHEAP, random_state=0), numeric),
@@ -88,13 +123,40 @@ CASES = {
         PerModalityUnion(
             [
                 ("a", StandardScaler(), [0, 1]),
-                ("b", ContrastiveProjector(**CHEAP, random_state=0), slice(2, 6)),
+                ("b", ContrastiveProjector(**CHEAP, random_state=0), slice(2, 5)),
             ]
         ),
         numeric,
     ),
+    "ModalityGapAligner": (ModalityGapAligner(HALVES), numeric),
+    "ModalityGapAligner, procrustes": (ModalityGapAligner(HALVES, method="procrustes"), numeric),
+    "CanonicalAligner": (CanonicalAligner(blocks=HALVES), numeric),
+    "EarlyFusionClassifier": (
+        EarlyFusionClassifier((8,), blocks=HALVES, max_epochs=2, random_state=0),
+        numeric,
+    ),
+    "LateFusionClassifier": (
+        LateFusionClassifier((8,), blocks=HALVES, max_epochs=2, random_state=0),
+        numeric,
+    ),
+    "DecisionFusionClassifier": (
+        DecisionFusionClassifier(GaussianNB(var_smoothing=0.1), blocks=HALVES),
+        lambda: numeric(240),  # enough for either modality to count
+    ),
 }
 each = pytest.mark.parametrize("name", CASES)
+
+
+def output(estimator, X):
+    """Return what a fitted estimator makes of rows."""
+    return estimator.transform(X) if hasattr(estimator, "transform") else estimator.predict_proba(X)
+
+
+def fit_output(estimator, X, y):
+    """Return what an estimator makes of its training rows."""
+    if hasattr(estimator, "fit_transform"):
+        return estimator.fit_transform(X, y)
+    return estimator.fit(X, y).predict_proba(X)
 
 
 @pytest.fixture
@@ -106,8 +168,8 @@ def case(name):
 @each
 def test_fit_twice_equals_once(case):
     estimator, X, y = case
-    once = clone(estimator).fit(X, y).transform(X)
-    twice = estimator.fit(X[:30], y[:30]).fit(X, y).transform(X)
+    once = output(clone(estimator).fit(X, y), X)
+    twice = output(estimator.fit(X[:30], y[:30]).fit(X, y), X)
     np.testing.assert_array_equal(once, twice)
 
 
@@ -115,10 +177,10 @@ def test_fit_twice_equals_once(case):
 def test_a_row_s_output_depends_neither_on_its_batch_nor_on_its_neighbours(case):
     estimator, X, y = case
     estimator.fit(X, y)
-    together = estimator.transform(X)
-    alone = np.vstack([estimator.transform(X[i : i + 1]) for i in range(len(X))])
+    together = output(estimator, X)
+    alone = np.vstack([output(estimator, X[i : i + 1]) for i in range(len(X))])
     order = np.random.default_rng(1).permutation(len(X))
-    shuffled = estimator.transform(X.iloc[order] if hasattr(X, "iloc") else X[order])
+    shuffled = output(estimator, X.iloc[order] if hasattr(X, "iloc") else X[order])
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(together[order], shuffled, rtol=1e-5, atol=1e-6)
 
@@ -126,22 +188,25 @@ def test_a_row_s_output_depends_neither_on_its_batch_nor_on_its_neighbours(case)
 @each
 def test_clones_pickles_and_skops_files_do_the_same(case):
     estimator, X, y = case
-    expected = estimator.fit(X, y).transform(X)
-    np.testing.assert_array_equal(clone(estimator).fit(X, y).transform(X), expected)
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(estimator)).transform(X), expected)
+    expected = output(estimator.fit(X, y), X)
+    np.testing.assert_array_equal(output(clone(estimator).fit(X, y), X), expected)
+    np.testing.assert_array_equal(output(pickle.loads(pickle.dumps(estimator)), X), expected)
     file = skops.io.dumps(estimator)
     unknown = skops.io.get_untrusted_types(data=file)
-    own = {f"sklembed.{module}" for module in ("projection", "union", "encoders")}
+    own = {
+        f"sklembed.{module}"
+        for module in ("projection", "union", "encoders", "alignment", "fusion")
+    }
     users = {"test_common._load"}  # an object that the user passed as a parameter
     assert all(t in users or any(t.startswith(o) for o in own) for t in unknown), unknown
-    np.testing.assert_array_equal(skops.io.loads(file, trusted=unknown).transform(X), expected)
+    np.testing.assert_array_equal(output(skops.io.loads(file, trusted=unknown), X), expected)
 
 
 @each
 def test_global_random_states_are_left_alone(case):
     estimator, X, y = case
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    estimator.fit_transform(X, y)
+    fit_output(estimator, X, y)
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
 
@@ -150,7 +215,7 @@ def test_global_random_states_are_left_alone(case):
 def test_every_form_of_numeric_input_gives_the_same_numbers(case):
     estimator, X, y = case
     X = X.astype(np.float32)
-    expected = clone(estimator).fit_transform(X, y)
+    expected = fit_output(clone(estimator), X, y)
     readonly = X.copy()
     readonly.flags.writeable = False
     forms = {
@@ -163,19 +228,33 @@ def test_every_form_of_numeric_input_gives_the_same_numbers(case):
     }
     for form, table in forms.items():
         np.testing.assert_allclose(
-            clone(estimator).fit_transform(table, y), expected, rtol=1e-5, atol=1e-6, err_msg=form
+            fit_output(clone(estimator), table, y), expected, rtol=1e-5, atol=1e-6, err_msg=form
         )
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "FrozenEncoder"])
 def test_every_kind_of_label_gives_the_same_numbers(case):
     estimator, X, y = case
-    expected = clone(estimator).fit_transform(X, y)
+    expected = fit_output(clone(estimator), X, y)
     for labels in (y + 1, np.array(["ant", "bee", "cow"])[y], pd.Series(y), y.tolist(), y * 1.0):
-        np.testing.assert_array_equal(clone(estimator).fit_transform(X, labels), expected)
+        np.testing.assert_array_equal(fit_output(clone(estimator), X, labels), expected)
 
 
 # A value for each parameter that changes the result.
+EFFECTIVE_OF_HEADS = {
+    "hidden_layer_sizes": (5,),
+    "blocks": {"text": [0, 2, 4], "image": [1, 3, 5]},
+    "dropout": 0.1,
+    "modality_dropout": 0.9,
+    "class_weight": {0: 5.0},
+    "max_epochs": 3,
+    "batch_size": 16,
+    "lr": 1e-2,
+    "weight_decay": 10.0,
+    "early_stopping": True,
+    "random_state": 1,
+    "skorch_params": {"lr": 1e-2},
+}
 EFFECTIVE = {
     "FrozenEncoder": {
         "model": CallableBackend(
@@ -213,9 +292,35 @@ EFFECTIVE = {
         "a": "passthrough",
         "a__with_mean": False,
         "b__temperature": 0.5,
+        "remainder": "passthrough",
+        "transformer_weights": {"a": 2.0},
+        "add_indicator": True,
+    },
+    "ModalityGapAligner": {
+        "blocks": {"text": [0, 2, 4], "image": [1, 3, 5]},
+        "method": "whiten",
+        "shift": 0.5,
+        "noise_std": 0.1,
+    },
+    "CanonicalAligner": {
+        "n_components": 2,
+        "blocks": {"text": [0, 2, 4], "image": [1, 3, 5]},
+        "shrinkage": 0.9,
+        "weighted": False,
+    },
+    "EarlyFusionClassifier": EFFECTIVE_OF_HEADS,
+    "LateFusionClassifier": EFFECTIVE_OF_HEADS,
+    "DecisionFusionClassifier": {
+        "estimator": LogisticRegression(C=0.01),
+        "estimator__var_smoothing": 1.0,
+        "blocks": {"text": [0, 2, 4], "image": [1, 3, 5]},
+        "weights": {"text": 0, "image": 1},
+        "pooling": "arithmetic",
+        "cv": 2,
     },
 }
 # How the result is come by, not what it is; each has a test of its own.
+SILENT_IN_HEADS = {"device", "verbose", "validation_fraction", "n_iter_no_change", "warm_start"}
 SILENT = {
     "FrozenEncoder": {
         "batch_size",
@@ -249,15 +354,20 @@ SILENT = {
         "keep_optimizer",
     },
     "PerModalityUnion": {"n_jobs"},
+    "ModalityGapAligner": {"widths", "random_state"},  # of unequal widths, and of the noise
+    "CanonicalAligner": set(),
+    "EarlyFusionClassifier": SILENT_IN_HEADS,
+    "LateFusionClassifier": SILENT_IN_HEADS,
+    "DecisionFusionClassifier": {"n_jobs"},
 }
 
 
 @pytest.mark.parametrize("name", EFFECTIVE)
 def test_every_parameter_that_set_params_sets_changes_the_result(case, name):
     estimator, X, y = case
-    base = clone(estimator).fit_transform(X, y)
+    base = fit_output(clone(estimator), X, y)
     assert set(estimator.get_params(deep=False)) <= EFFECTIVE[name].keys() | SILENT[name]
     for parameter, value in EFFECTIVE[name].items():
-        changed = clone(estimator).set_params(**{parameter: value}).fit_transform(X, y)
+        changed = fit_output(clone(estimator).set_params(**{parameter: value}), X, y)
         same = changed.shape == base.shape and np.array_equal(changed, base, equal_nan=True)
         assert not same, f"{parameter}={value!r} changed nothing"

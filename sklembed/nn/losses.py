@@ -1,4 +1,4 @@
-"""Contrastive losses over pair affinities in [0, 1], and the affinities of targets of each kind.
+"""Contrastive losses over pair affinities in [0, 1], these affinities, and cross-entropies.
 
 An affinity says how much two rows belong together: 1 for the same class, 0 for different ones.
 Losses never see labels, so that one code path serves every kind of target. All take leading
@@ -127,6 +127,23 @@ def supcon(
     return _ratio((losses * anchors).sum(dim=-1), anchors.sum(dim=-1))
 
 
+def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy of class codes (n_networks, batch), the weighted mean over the batch."""
+    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+    return _mean(losses, weight)
+
+
+def binary_cross_entropy(
+    logits: Tensor, y: Tensor, weight: Tensor | None = None, *, pos_weight: Tensor | None = None
+) -> Tensor:
+    """Binary cross-entropy of indicators (n_networks, batch, n_labels), the mean over labels.
+
+    `pos_weight` (n_labels,) weighs the rows that carry a label.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits, y, pos_weight=pos_weight, reduction="none")
+    return _mean(losses.mean(dim=-1), weight)
+
+
 LOSSES = {"supcon": supcon, "pairwise_bce": pairwise_bce}
 
 
@@ -163,6 +180,13 @@ class PerNetwork(nn.Module):
             else:
                 losses.append(rows.sum() * 0.0)
         return torch.stack(losses)
+
+
+def _mean(losses: Tensor, weight: Tensor | None) -> Tensor:
+    """Average over the batch, by weight."""
+    if weight is None:
+        return losses.mean(dim=-1)
+    return _ratio((losses * weight).sum(dim=-1), weight.sum(dim=-1))
 
 
 def _itself(z: Tensor) -> Tensor:

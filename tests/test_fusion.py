@@ -1,0 +1,530 @@
+"""Fusion: the paper's heads, rows that lack modalities, and decisions averaged."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.datasets import make_classification
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss
+from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.svm import LinearSVC
+from torch import nn
+
+from sklembed import DecisionFusionClassifier, EarlyFusionClassifier, LateFusionClassifier
+from sklembed._torch import to_tensor
+from sklembed.nn.losses import binary_cross_entropy, cross_entropy
+from sklembed.nn.modules import FusionHead, StackedBatchNorm
+
+BLOCKS = {"text": slice(0, 6), "image": slice(6, 14)}
+HEADS = (EarlyFusionClassifier, LateFusionClassifier)
+each_head = pytest.mark.parametrize("Head", HEADS)
+
+
+def world(n_rows=300, n_classes=3, seed=0, noise=1.2):
+    """Make two modalities that both tell the class, neither of them alone for certain."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n_rows) % n_classes
+    centres = np.random.default_rng(7).normal(size=(n_classes, 14))
+    return (centres[y] + noise * rng.normal(size=(n_rows, 14))).astype(np.float32), y
+
+
+def small(Head, **options):
+    return Head(**{"blocks": BLOCKS, "max_epochs": 15, "lr": 5e-3, "random_state": 0} | options)
+
+
+def without(X, name, rows=slice(None)):
+    X = X.copy()
+    X[rows, BLOCKS[name]] = np.nan
+    return X
+
+
+# The heads of arXiv 2406.02601
+
+
+@pytest.mark.parametrize(
+    ("Head", "widths", "n_parameters"),
+    [
+        (EarlyFusionClassifier, (512, 512), 131_585),
+        (LateFusionClassifier, (512, 512), 66_049),
+        (EarlyFusionClassifier, (4096, 768), 623_105),
+        (LateFusionClassifier, (4096, 768), 311_809),
+    ],
+)
+def test_heads_have_as_many_parameters_as_the_paper_s(Head, widths, n_parameters):
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(8, sum(widths))), np.arange(8) % 2
+    blocks = {"text": slice(0, widths[0]), "image": slice(widths[0], sum(widths))}
+    units = (128,) if Head is EarlyFusionClassifier else (64,)
+    head = Head(units, blocks=blocks, max_epochs=1).fit(X, y)
+    moments = ("mean", "scale", "running_mean", "running_var", "n_batches")
+    counted = sum(v.size for k, v in head.weights_.items() if not k.endswith(moments))
+    assert counted == n_parameters
+
+
+def plain_head(kind, n_outputs=3):
+    """Build the paper's head of torch's own layers."""
+
+    def block(n_in):
+        return nn.Sequential(nn.Linear(n_in, 5), nn.ReLU(), nn.Dropout(0.0), nn.BatchNorm1d(5))
+
+    if kind == "early":
+        return nn.Sequential(block(14), nn.Linear(5, n_outputs))
+    return nn.ModuleList([block(6), block(8), nn.Linear(10, n_outputs)])
+
+
+def run_plain(kind, head, X):
+    if kind == "early":
+        return head(X)
+    return head[2](torch.cat([head[0](X[:, :6]), head[1](X[:, 6:])], dim=1))
+
+
+@pytest.mark.parametrize("kind", ["early", "late"])
+def test_training_steps_are_those_of_torch_s_own_layers(kind):
+    generator = torch.Generator().manual_seed(0)
+    ours = FusionHead(
+        [6, 8],
+        [5],
+        3,
+        fusion=kind,
+        dropout=0.0,
+        modality_dropout=0.0,
+        generator=generator,
+        mean=torch.zeros(14),
+        scale=torch.ones(14),
+    )
+    plain = plain_head(kind)
+    order = list(plain.parameters())
+    assert len(order) == len(list(ours.parameters()))
+    with torch.no_grad():
+        for source, target in zip(_sorted_like(ours, kind), order, strict=True):
+            target.copy_(source[0])
+    X, y = (torch.from_numpy(a) for a in world(32))
+    for head in (ours, plain):
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+        for _ in range(3):
+            logits = head(X[None])[0] if head is ours else run_plain(kind, head, X)
+            optimizer.zero_grad()
+            F.cross_entropy(logits, y).backward()
+            optimizer.step()
+    for source, target in zip(_sorted_like(ours, kind), order, strict=True):
+        torch.testing.assert_close(source[0], target, atol=1e-5, rtol=1e-4)
+
+
+def _sorted_like(ours, kind):
+    """List our parameters in the order in which torch's own layers stand."""
+    blocks = [chain[0] for chain in ours.chains]
+    layers = [layer for block in blocks for layer in (block.linear, block.norm)]
+    return [p for layer in (*layers, ours.output) for p in (layer.weight, layer.bias)]
+
+
+def test_batch_normalisation_of_rows_that_are_there_is_that_of_these_rows_alone():
+    x = torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(0))
+    there = torch.tensor([[True] * 7 + [False] * 5])
+    ours, plain = StackedBatchNorm(4, n_networks=1, device=x.device), nn.BatchNorm1d(4, momentum=1)
+    torch.testing.assert_close(ours(x, there)[0, :7], plain(x[0, :7]))
+    torch.testing.assert_close(ours.running_mean[0], plain.running_mean)
+    torch.testing.assert_close(ours.running_var[0], plain.running_var)
+    before = ours.running_mean.clone()
+    ours(x, torch.zeros_like(there))  # a batch in which no row has the modality
+    torch.testing.assert_close(ours.running_mean, before)
+
+
+@each_head
+def test_numpy_says_what_the_module_says(Head):
+    X, y = world()
+    X = without(X, "image", slice(0, 20))
+    head = small(Head, hidden_layer_sizes=(7, 5), max_epochs=3).fit(X, y)
+    module = FusionHead(
+        [6, 8],
+        [7, 5],
+        3,
+        fusion=head._fusion,
+        dropout=0.2,
+        modality_dropout=0.3,
+        generator=torch.Generator(),
+        mean=torch.zeros(14),
+        scale=torch.ones(14),
+    )
+    shared = ("mean", "scale")
+    module.load_state_dict(
+        {k: to_tensor(v if k in shared else v[None], "cpu") for k, v in head.weights_.items()}
+    )
+    logits = module.eval()(torch.from_numpy(X)[None])[0].detach().numpy()
+    np.testing.assert_allclose(head.decision_function(X), logits, atol=1e-5)
+
+
+def test_hidden_modalities_are_as_many_as_asked_and_never_all_of_a_row():
+    generator = torch.Generator().manual_seed(0)
+    head = FusionHead(
+        [1, 1, 1],
+        [2],
+        2,
+        fusion="late",
+        dropout=0.0,
+        modality_dropout=0.4,
+        generator=generator,
+        mean=torch.zeros(3),
+        scale=torch.ones(3),
+    )
+    there = torch.ones(1, 20_000, 3, dtype=torch.bool)
+    there[:, ::2, 0] = False
+    shown = head._shown(there)
+    assert shown.any(dim=-1).all()
+    assert not shown[:, ::2, 0].any()
+    three, two = shown[:, 1::2].float().mean(), shown[:, ::2, 1:].float().mean()
+    assert three == pytest.approx(1 - (0.4 - 0.4**3 / 3), abs=0.01)
+    assert two == pytest.approx(1 - (0.4 - 0.4**2 / 2), abs=0.01)
+    assert head.eval()._shown(there).equal(there)
+
+
+# Targets, weights, stopping
+
+
+@each_head
+def test_both_modalities_tell_more_than_either(Head):
+    X, y = world(600, noise=1.8)
+    head = small(Head).fit(X[::2], y[::2])
+    both = head.score(X[1::2], y[1::2])
+    for name in BLOCKS:
+        assert both > head.score(without(X, name)[1::2], y[1::2])
+
+
+@each_head
+def test_one_fit_serves_rows_that_lack_a_modality(Head):
+    X, y = world(600, noise=1.0)
+    head = small(Head, max_epochs=30).fit(X[::2], y[::2])
+    for name, other in (("text", "image"), ("image", "text")):
+        alone = small(Head, blocks={"it": slice(None)}, max_epochs=30)
+        alone.fit(X[::2, BLOCKS[other]], y[::2])
+        of_its_own = alone.score(X[1::2, BLOCKS[other]], y[1::2])
+        assert head.score(without(X, name)[1::2], y[1::2]) > of_its_own - 0.06
+
+
+@each_head
+def test_two_classes_have_one_logit(Head):
+    X, y = world(n_classes=2)
+    head = small(Head).fit(X, np.array(["no", "yes"])[y])
+    logits, probabilities = head.decision_function(X), head.predict_proba(X)
+    assert logits.shape == (300,)
+    np.testing.assert_allclose(probabilities[:, 1], 1 / (1 + np.exp(-logits)))
+    np.testing.assert_array_equal(head.predict(X) == "yes", logits > 0)
+    assert (head.predict(X) == head.classes_[y]).mean() > 0.9
+
+
+@each_head
+def test_several_labels_are_each_a_choice_of_two(Head):
+    X, y = world(n_classes=4)
+    labels = np.stack([y % 2, y // 2, y == 0], axis=1).astype(int)
+    head = small(Head, max_epochs=30).fit(X, labels)
+    assert head.predict_proba(X).shape == (300, 3)
+    assert f1_score(labels, head.predict(X), average="micro") > 0.85
+    rare = labels.copy()
+    rare[60:, 2] = 0
+    plain, balanced = (
+        small(Head, class_weight=w).fit(X, rare).predict(X)[:, 2].mean() for w in (None, "balanced")
+    )
+    assert balanced > plain
+    heavy = small(Head, class_weight={2: 20.0}).fit(X, rare).predict(X)[:, 2].mean()
+    assert heavy > plain
+
+
+@each_head
+def test_balanced_weights_count_for_two_classes_too(Head):
+    X, y = world(800, n_classes=2, noise=2.5)
+    rows = np.r_[np.flatnonzero(y == 0), np.flatnonzero(y == 1)[:40]]
+    plain, balanced = (
+        small(Head, class_weight=weight).fit(X[rows], y[rows]) for weight in (None, "balanced")
+    )
+    test_X, test_y = world(800, n_classes=2, seed=1, noise=2.5)
+    scores = [balanced_accuracy_score(test_y, head.predict(test_X)) for head in (plain, balanced)]
+    assert scores[1] > scores[0] + 0.03
+
+
+@each_head
+def test_a_row_of_weight_0_is_as_good_as_absent(Head):
+    X, y = world()
+    weight = np.ones(300)
+    weight[200:] = 0
+    options = {"class_weight": "balanced", "max_epochs": 2}
+    weighted = small(Head, **options).fit(X, y, sample_weight=weight)
+    X = X.copy()
+    X[200:] = 100
+    np.testing.assert_array_equal(
+        small(Head, **options).fit(X, y, sample_weight=weight).predict_proba(X[:200]),
+        weighted.predict_proba(X[:200]),
+    )
+
+
+def test_losses_are_those_of_a_loop():
+    rng = np.random.default_rng(0)
+    logits, weight = torch.from_numpy(rng.normal(size=(2, 5, 3))), torch.rand(2, 5).double()
+    codes = torch.from_numpy(rng.integers(3, size=(2, 5)))
+    labels = torch.from_numpy(rng.integers(2, size=(2, 5, 3)).astype(float))
+    pos_weight = torch.tensor([1.0, 2.0, 0.5]).double()
+    for network in range(2):
+        one, w = logits[network], weight[network]
+        nll = [-one[i].log_softmax(0)[codes[network, i]] for i in range(5)]
+        expected = sum(w[i] * nll[i] for i in range(5)) / w.sum()
+        torch.testing.assert_close(cross_entropy(logits, codes, weight)[network], expected)
+        torch.testing.assert_close(cross_entropy(logits, codes)[network], sum(nll) / 5)
+        p = one.sigmoid()
+        y = labels[network]
+        bce = -(pos_weight * y * p.log() + (1 - y) * (1 - p).log()).mean(dim=1)
+        found = binary_cross_entropy(logits, labels, weight, pos_weight=pos_weight)[network]
+        torch.testing.assert_close(found, (bce * w).sum() / w.sum())
+
+
+@each_head
+def test_early_stopping_goes_back_to_the_best_epoch_moments_included(Head):
+    X, y = world(noise=3.0)
+    options = {"early_stopping": True, "n_iter_no_change": 3, "validation_fraction": 0.3}
+    head = small(Head, max_epochs=200, lr=0.02, **options).fit(X, y)
+    losses = [epoch["valid_loss"] for epoch in head.history_]
+    best = int(np.argmin(losses)) + 1
+    assert head.n_iter_ == best + 3 < 200
+    again = small(Head, max_epochs=best, lr=0.02, **options).fit(X, y)
+    for name, value in head.weights_.items():
+        np.testing.assert_array_equal(value, again.weights_[name], err_msg=name)
+
+
+@each_head
+def test_a_warm_start_goes_on(Head):
+    X, y = world()
+    head = small(Head, max_epochs=2, warm_start=True).fit(X, y)
+    first = head.history_[-1]["train_loss"]
+    head.fit(X, y)
+    assert head.n_iter_ == 4
+    assert [epoch["epoch"] for epoch in head.history_] == [1, 2, 3, 4]
+    assert head.history_[-1]["train_loss"] < first
+    with pytest.raises(ValueError, match=r"goes on with the classes \[0, 1, 2\].*Clone"):
+        head.fit(X, y + 1)
+    with pytest.raises(ValueError, match="layers of the shapes .* Clone the classifier"):
+        head.set_params(hidden_layer_sizes=(3,)).fit(X, y)
+
+
+@each_head
+def test_probabilities_can_be_calibrated_with_modalities_missing(Head):
+    X, y = world(600, noise=2.0)
+    X = without(X, "text", np.random.default_rng(0).random(600) < 0.3)
+    head = small(Head, max_epochs=60)
+    calibrated = CalibratedClassifierCV(head, method="temperature", cv=3).fit(X[::2], y[::2])
+    plain = log_loss(y[1::2], head.fit(X[::2], y[::2]).predict_proba(X[1::2]))
+    assert log_loss(y[1::2], calibrated.predict_proba(X[1::2])) < plain - 0.02
+
+
+@each_head
+def test_heads_can_be_searched_in_processes(Head):
+    X, y = world()
+    grid = {"dropout": [0.0, 0.5], "modality_dropout": [0.0, 0.5]}
+    search = GridSearchCV(small(Head, max_epochs=2), grid, cv=2, n_jobs=2).fit(X, y)
+    assert set(search.best_params_) == set(grid)
+
+
+# Rows that lack modalities
+
+
+@each_head
+def test_rows_without_any_modality_train_nothing_and_get_the_prior(Head):
+    X, y = world()
+    bare = np.vstack([X, np.full((60, 14), np.nan, np.float32)])
+    labels = np.r_[y, np.zeros(60, int)]
+    head = small(Head, max_epochs=2).fit(bare, labels)
+    fewer = small(Head, max_epochs=2).fit(X, y)
+    for name, value in head.weights_.items():
+        np.testing.assert_array_equal(value, fewer.weights_[name])
+    np.testing.assert_allclose(head.predict_proba(bare)[-1], np.bincount(labels) / 360)
+    two = small(Head, max_epochs=2).fit(bare, labels > 0)
+    np.testing.assert_allclose(two.predict_proba(bare)[-1, 1], np.mean(labels > 0))
+
+
+@each_head
+def test_predictions_do_not_depend_on_the_batch(Head):
+    X, y = world()
+    X = without(without(X, "text", slice(0, 90)), "image", slice(80, 120))
+    head = small(Head, max_epochs=2).fit(X, y)
+    alone = np.vstack([head.predict_proba(row[None]) for row in X])
+    np.testing.assert_allclose(head.predict_proba(X), alone, rtol=1e-10)
+
+
+@each_head
+def test_scattered_columns_make_the_same_head(Head):
+    X, y = world()
+    order = np.random.default_rng(0).permutation(14)
+    place = np.argsort(order)
+    scattered = {name: place[columns] for name, columns in BLOCKS.items()}
+    head = small(Head, max_epochs=2).fit(X, y)
+    other = small(Head, max_epochs=2, blocks=scattered).fit(X[:, order], y)
+    np.testing.assert_array_equal(head.predict_proba(X), other.predict_proba(X[:, order]))
+
+
+@each_head
+def test_what_a_head_cannot_learn_from_is_refused(Head):
+    X, y = world()
+    with pytest.raises(ValueError, match="y holds 1 class only"):
+        small(Head).fit(X, np.zeros(300))
+    with pytest.raises(ValueError, match="Unknown label type"):
+        small(Head).fit(X, np.linspace(0, 1, 300))
+    with pytest.raises(ValueError, match="NaN or None in 1 of 300 rows, first in row 2"):
+        small(Head).fit(X, [None if i == 2 else "a" for i in range(300)])
+    with pytest.raises(ValueError, match="Block 'image' is NaN in all 300 rows that count"):
+        small(Head).fit(without(X, "image"), y)
+    with pytest.raises(ValueError, match="X has no names"):
+        small(Head, blocks=None).fit(X, y)
+    with pytest.raises(ValueError, match="hidden_layer_sizes must hold positive integers"):
+        small(Head, hidden_layer_sizes=(0,)).fit(X, y)
+    with pytest.raises(ValueError, match="validation_fraction=0.9 leaves nothing to train on"):
+        small(Head, early_stopping=True, validation_fraction=0.9).fit(X[:3], y[:3])
+    X[5, 2] = np.nan
+    with pytest.raises(ValueError, match="NaN in 1 of 6 columns of row 5"):
+        small(Head).fit(X, y)
+
+
+# Decisions
+
+
+def decisions(estimator=None, **options):
+    estimator = LogisticRegression() if estimator is None else estimator
+    return DecisionFusionClassifier(estimator, **{"blocks": BLOCKS} | options)
+
+
+@pytest.mark.parametrize("pooling", ["geometric", "arithmetic"])
+@pytest.mark.parametrize("missing", ["text", "image"])
+def test_with_a_modality_missing_everywhere_the_other_decides_alone(pooling, missing):
+    X, y = world()
+    fusion = decisions(pooling=pooling).fit(X, y)
+    (left,) = set(BLOCKS) - {missing}
+    own = LogisticRegression().fit(X[:, BLOCKS[left]], y)
+    np.testing.assert_allclose(
+        fusion.predict_proba(without(X, missing)),
+        own.predict_proba(X[:, BLOCKS[left]]),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("pooling", ["geometric", "arithmetic"])
+def test_all_the_weight_on_one_side_is_that_side_s_classifier(pooling):
+    X, y = world()
+    fusion = decisions(weights={"text": 3, "image": 0}, pooling=pooling).fit(X, y)
+    own = LogisticRegression().fit(X[:, :6], y).predict_proba(X[:, :6])
+    np.testing.assert_allclose(fusion.predict_proba(X), own, atol=1e-5)
+    # what weighs nothing still decides where there is nothing else
+    only_image = fusion.predict(without(X, "text"))
+    assert (only_image == y).mean() > 0.6
+
+
+def test_pooling_is_the_mean_it_says():
+    X, y = world()
+    p = [LogisticRegression().fit(X[:, c], y).predict_proba(X[:, c]) for c in BLOCKS.values()]
+    fused = decisions(pooling="arithmetic", weights=None).fit(X, y).predict_proba(X)
+    np.testing.assert_allclose(fused, (p[0] + p[1]) / 2, rtol=1e-5)
+    product = np.sqrt(np.clip(p[0], 1e-3, 1) * np.clip(p[1], 1e-3, 1))
+    fused = decisions(weights=None).fit(X, y).predict_proba(X)
+    np.testing.assert_allclose(fused, product / product.sum(axis=1, keepdims=True), atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        LogisticRegression(C=100, max_iter=1000),
+        RandomForestClassifier(30, random_state=0),
+        KNeighborsClassifier(10),
+    ],
+)
+def test_a_modality_of_noise_weighs_next_to_nothing(seed, estimator):
+    X, y = world(seed=seed)
+    X[:, BLOCKS["image"]] = np.random.default_rng(seed).normal(size=(300, 8))
+    assert decisions(estimator).fit(X, y).weights_["image"] <= 0.1
+
+
+def test_weights_are_learnt_out_of_fold():
+    X, y = world(noise=2.0)
+    X[:, BLOCKS["image"]] = np.random.default_rng(0).normal(size=(300, 8))
+    memorizer = KNeighborsClassifier(1)  # sure of everything on its own training rows
+    fusion = decisions({"text": LogisticRegression(), "image": memorizer}).fit(X, y)
+    assert fusion.weights_["image"] <= 0.1
+
+
+def test_each_block_may_have_a_classifier_of_its_own():
+    X, y = world()
+    each = {"text": LogisticRegression(), "image": RandomForestClassifier(10, random_state=0)}
+    fusion = decisions(each).fit(X, y)
+    assert isinstance(fusion.estimators_["image"], RandomForestClassifier)
+    assert fusion.score(X, y) > 0.9
+    with pytest.raises(ValueError, match=r"of \['text'\], but the blocks are \['image', 'text'\]"):
+        decisions({"text": LogisticRegression()}).fit(X, y)
+
+
+def test_a_class_that_a_modality_never_shows_gets_its_share():
+    X, y = world()
+    X = without(X, "text", y == 2)
+    fusion = decisions().fit(X, y)
+    shown = fusion.predict_proba(without(X, "image")[y == 0])
+    np.testing.assert_allclose(shown[:, 2], 1 / 3, atol=1e-5)
+    np.testing.assert_allclose(shown.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        RandomForestClassifier(20, random_state=0),  # a list of arrays
+        OneVsRestClassifier(LogisticRegression()),  # one array
+    ],
+)
+def test_decisions_on_several_labels(estimator):
+    X, y = world(n_classes=4)
+    labels = np.stack([y % 2, y // 2, y == 0], axis=1).astype(int)
+    fusion = decisions(estimator).fit(X, labels)
+    assert fusion.predict_proba(X).shape == (300, 3)
+    assert f1_score(labels, fusion.predict(X), average="micro") > 0.8
+    bare = fusion.predict_proba(np.full((1, 14), np.nan))
+    np.testing.assert_allclose(bare[0], fusion.prior_)
+
+
+def test_a_label_that_all_rows_carry_is_carried():
+    X, y = world(n_classes=4)
+    labels = np.stack([y % 2, np.ones_like(y), np.zeros_like(y)], axis=1)
+    fusion = decisions(RandomForestClassifier(20, random_state=0)).fit(X, labels)
+    np.testing.assert_array_equal(fusion.predict(X)[:, 1:], labels[:, 1:])
+
+
+def test_sample_weights_reach_the_classifiers():
+    X, y = make_classification(300, 14, random_state=0)
+    weight = np.where(y == 1, 10.0, 1.0)
+    heavy, plain = (decisions().fit(X, y, w).predict(X).mean() for w in (weight, None))
+    assert heavy > plain
+    with pytest.raises(ValueError, match="takes no sample_weight"):
+        decisions(KNeighborsClassifier()).fit(X, y, weight)
+
+
+def test_groups_reach_the_splitter():
+    import sklearn
+
+    X, y = world()
+    groups = np.repeat(np.arange(30), 10)
+    with sklearn.config_context(enable_metadata_routing=True):
+        fusion = decisions(cv=GroupKFold(3)).fit(X, y, groups=groups)
+    assert sum(fusion.weights_.values()) == pytest.approx(1)
+    with pytest.raises(ValueError, match="enable_metadata_routing"):
+        decisions(cv=GroupKFold(3)).fit(X, y, groups=groups)
+
+
+def test_what_decisions_cannot_be_made_of_is_refused():
+    X, y = world()
+    with pytest.raises(ValueError, match="block 'text'.*has no predict_proba.*CalibratedClass"):
+        decisions(LinearSVC()).fit(X, y)
+    with pytest.raises(ValueError, match="must give each of the blocks"):
+        decisions(weights={"text": 1.0}).fit(X, y)
+    with pytest.raises(ValueError, match="must give each of the blocks"):
+        decisions(weights={"text": 1.0, "image": -1.0}).fit(X, y)
+    with pytest.raises(ValueError, match="Block 'text' is NaN in all 300 rows"):
+        decisions().fit(without(X, "text"), y)
+    X[:, :6] = np.where((y == 0)[:, None], X[:, :6], np.nan)
+    with pytest.raises(ValueError) as caught:
+        decisions().fit(X, y)
+    assert "block 'text', given 100 rows" in caught.value.__notes__[0]
