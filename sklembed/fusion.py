@@ -92,16 +92,18 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         check_layer_sizes(self.hidden_layer_sizes)
         X, target = _check_table(self, X, y, dtype=np.float32, reset=not goes_on)
         weight = self._row_weights(X, target, sample_weight)
-        X, there = _by_modality(X, self.blocks_)
+        table = X
+        X, there = _by_modality(table, self.blocks_)
         rows = np.flatnonzero(there.any(axis=1) & (weight > 0))
         self._check_rows(there, rows, weight)
         if goes_on:
             self._check_goes_on(X.shape[1])
         context = self._init_callback_context(max_subtasks=self.max_epochs)
-        _callbacks.begin(self, context, X, y)
+        _callbacks.begin(self, context, table, y)
         self.prior_ = _prior(target, weight)
-        self._train(X, there, target, weight, rows, goes_on, context)
-        _callbacks.end(self, context, X, y)
+        watch = self._watch(context, table, y, self.history_ if goes_on else [])
+        self._train(X, there, target, weight, rows, goes_on, watch)
+        _callbacks.end(self, context, table, y)
         return self
 
     def decision_function(self, X):
@@ -198,7 +200,7 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
                 "the classifier to start anew."
             )
 
-    def _train(self, X, there, target, weight, rows, goes_on, context):
+    def _train(self, X, there, target, weight, rows, goes_on, watch):
         """Train the head; the only place that needs torch."""
         from sklembed._training import Rows, Trained, TrainingOptions, train
 
@@ -240,7 +242,7 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             ),
             sample_weight=None if (weight[rows] == 1).all() else weight,
             start=start,
-            on_epoch=self._watch(context, X, target, past),
+            on_epoch=watch,
         )
         self._keep(past, trained.history, trained.weights)
 
@@ -252,7 +254,7 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         ]
         self.n_iter_ = len(self.history_)
 
-    def _watch(self, context, X, target, past):
+    def _watch(self, context, X, y, past):
         """Return a function that tells scikit-learn's callbacks of each epoch."""
         if context is None:
             return None
@@ -263,8 +265,8 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
                 return {name: getattr(self, name) for name in ("weights_", "history_", "n_iter_")}
 
             epoch = _callbacks.subtask(context, "epoch", 0)
-            _callbacks.begin(self, epoch, X, target.values)
-            return _callbacks.end(self, epoch, X, target.values, so_far)
+            _callbacks.begin(self, epoch, X, y)
+            return _callbacks.end(self, epoch, X, y, so_far)
 
         return after_epoch
 

@@ -1,86 +1,148 @@
-"""Measures of embeddings: the gap between modalities, their shape, and retrieval across them."""
+"""Measures of embeddings: gaps between modalities, their shape, retrieval; arrays in, floats out.
+
+A row of NaN throughout is a missing modality and is left out. Only directions count, except in
+`effective_rank`: rows are scaled to unit length; a row of zeros has no direction and stays zero.
+"""
+
+from collections.abc import Iterator
+from numbers import Integral, Real
 
 import numpy as np
-from scipy.special import gammaln
-from sklearn.metrics import pairwise_distances_chunked
+from scipy.linalg import svdvals
+from scipy.special import entr, logsumexp
+from scipy.stats import hypergeom
 from sklearn.preprocessing import normalize
-from sklearn.utils import check_array, check_random_state, gen_batches
+from sklearn.utils import check_array, check_scalar, column_or_1d, gen_batches
+from sklearn.utils.extmath import row_norms
+from sklearn.utils.random import sample_without_replacement
 
 from sklembed._blocks import observed_rows
+from sklembed._validation import check_no_missing_label, sorted_labels
 
-_CHUNK_ROWS = 1024
-_TIE = 1e-6  # similarities that differ by no more are alike
+_CHUNK = 2**21  # numbers held at once, where all pairs of rows are met
+_TIE = 1e-6  # cosines no further apart are equal, but for rounding
 
 
-def modality_gap(A, B):
-    """Distance of the centroids of two modalities' unit rows (arXiv 2203.02053).
+def modality_gap(A, B) -> float:
+    """Distance of two modalities' centroids [1]_.
 
     Parameters
     ----------
-    A, B : array-like of shape (n_samples, n_features)
-        Embeddings of two modalities, not necessarily of the same rows; rows of NaN are left out.
+    A : array-like of shape (n_samples_A, n_features)
+        Embeddings of one modality.
+
+    B : array-like of shape (n_samples_B, n_features)
+        Embeddings of the other; rows need not be pairs.
 
     Returns
     -------
     gap : float
-        Between 0 and 2.
+        From 0 to 2.
+
+    Raises
+    ------
+    ValueError
+        If widths differ, or a modality has no row.
+
+    See Also
+    --------
+    distributional_gap : Sees what centroids do not.
+
+    References
+    ----------
+    .. [1] Liang et al. Mind the Gap. arXiv 2203.02053.
 
     Examples
     --------
     >>> from sklembed.metrics import modality_gap
-    >>> modality_gap([[1, 0], [3, 0]], [[0, 1], [0, 2]]) ** 2
-    2.0...
+    >>> modality_gap([[1, 0], [3, 0]], [[0, 1], [0, 4]])
+    1.414...
     """
-    A, B = _of_one_space(A, B)
-    return float(np.linalg.norm(A.mean(axis=0) - B.mean(axis=0)))
+    A, B = _two_samples(A, B)
+    means = [_unit(part).mean(axis=0, dtype=np.float64) for part in (A, B)]
+    return float(np.linalg.norm(means[0] - means[1]))
 
 
-def distributional_gap(A, B):
-    """Energy distance of two modalities' unit rows: 2 E|a - b| - E|a - a'| - E|b - b'|.
+def distributional_gap(A, B) -> float:
+    """Energy distance of two modalities: ``2 E|a - b| - E|a - a'| - E|b - b'|``.
 
-    It is 0 for equal distributions alone, where centroids may coincide and the rows not; so it
-    tells what the gap of centroids does not (arXiv 2604.00279).
+    It is 0 only where the samples are distributed alike, while centroids can coincide without that
+    [1]_. Means are over all pairs of rows, a row and itself included, so that it is never negative.
 
     Parameters
     ----------
-    A, B : array-like of shape (n_samples, n_features)
-        Embeddings of two modalities; rows of NaN are left out.
+    A : array-like of shape (n_samples_A, n_features)
+        Embeddings of one modality.
+
+    B : array-like of shape (n_samples_B, n_features)
+        Embeddings of the other; rows need not be pairs.
 
     Returns
     -------
     gap : float
-        Not negative.
+        From 0 to 4.
+
+    Raises
+    ------
+    ValueError
+        If widths differ, or a modality has no row.
+
+    References
+    ----------
+    .. [1] arXiv 2604.00279: a gap of centroids alone misleads.
+
+    Examples
+    --------
+    >>> from sklembed.metrics import distributional_gap, modality_gap
+    >>> A, B = [[1, 0], [-1, 0]], [[0, 1], [0, -1]]
+    >>> modality_gap(A, B), round(distributional_gap(A, B), 3)
+    (0.0, 0.828)
     """
-    A, B = _of_one_space(A, B)
-    between, within = _mean_distance(A, B), _mean_distance(A, A) + _mean_distance(B, B)
-    return max(float(2 * between - within), 0.0)
+    A, B = (_unit(part.astype(np.float64)) for part in _two_samples(A, B))
+    return float(max(2 * _mean_distance(A, B) - _mean_distance(A, A) - _mean_distance(B, B), 0))
 
 
-def cone_concentration(A):
-    """Mean cosine of two different rows: 1 where all point one way, 0 where they point anywhere.
+def cone_concentration(A) -> float:
+    """Mean cosine of two distinct rows: how narrow the cone is in which a modality lies [1]_.
 
     Parameters
     ----------
     A : array-like of shape (n_samples, n_features)
-        Embeddings; rows of NaN are left out.
+        Embeddings of one modality, at least two.
 
     Returns
     -------
     concentration : float
-        At most 1.
+        1 for rows of one direction, about 0 for rows of all directions.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two rows.
+
+    References
+    ----------
+    .. [1] Liang et al. Mind the Gap. arXiv 2203.02053.
+
+    Examples
+    --------
+    >>> from sklembed.metrics import cone_concentration
+    >>> cone_concentration([[1, 0], [0, 1], [1, 0]])
+    0.333...
     """
-    A = _unit_rows(A, at_least=2)
-    n = len(A)
-    return float((np.square(A.sum(axis=0)).sum() - np.square(A).sum()) / (n * (n - 1)))
+    A = _unit(_sample(A, at_least=2))
+    itself = row_norms(A, squared=True).sum(dtype=np.float64)
+    whole = np.square(A.sum(axis=0, dtype=np.float64)).sum()
+    return float((whole - itself) / (len(A) * (len(A) - 1)))
 
 
-def alignment(A, B, *, alpha=2):
-    """Mean distance of the two unit rows of a pair, to the power of `alpha` (arXiv 2005.10242).
+def alignment(A, B, *, alpha=2) -> float:
+    """Mean distance of the two rows of a pair, to a power [1]_.
 
     Parameters
     ----------
     A, B : array-like of shape (n_samples, n_features)
-        Embeddings of two modalities of the same rows; rows that lack one are left out.
+        Embeddings of two modalities; row i of both is a pair, left out if it lacks either.
 
     alpha : float, default=2
         The power.
@@ -88,39 +150,77 @@ def alignment(A, B, *, alpha=2):
     Returns
     -------
     alignment : float
-        0 where pairs coincide.
+        0 where the two rows of every pair agree, at most ``2**alpha``.
+
+    Raises
+    ------
+    ValueError
+        If widths or numbers of rows differ, no pair is left, or `alpha` is not positive.
+
+    References
+    ----------
+    .. [1] Wang and Isola. Understanding Contrastive Representation Learning through Alignment and
+       Uniformity on the Hypersphere. arXiv 2005.10242.
+
+    Examples
+    --------
+    >>> from sklembed.metrics import alignment
+    >>> alignment([[1, 0], [0, 1]], [[2, 0], [0, -1]])
+    2.0
     """
+    check_scalar(alpha, "alpha", Real, min_val=0, include_boundaries="neither")
     A, B, _ = _pairs(A, B)
-    return float(np.mean(np.linalg.norm(A - B, axis=1) ** alpha))
+    return float(np.mean(row_norms(A - B) ** alpha, dtype=np.float64))
 
 
-def uniformity(A, *, t=2):
-    """Logarithm of the mean of exp(-t |x - y|²) over pairs of unit rows (arXiv 2005.10242).
+def uniformity(A, *, t=2) -> float:
+    """Logarithm of the mean of ``exp(-t |x - y|^2)`` over pairs of distinct rows [1]_.
 
     Parameters
     ----------
     A : array-like of shape (n_samples, n_features)
-        Embeddings; rows of NaN are left out.
+        Embeddings of one modality, at least two.
 
     t : float, default=2
-        How fast a pair's part falls with its distance.
+        Inverse width of the kernel.
 
     Returns
     -------
     uniformity : float
-        0 where all rows are one, the lower the more evenly they are spread.
+        0 for rows of one direction; the lower, the more evenly rows are spread.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two rows, or `t` is not positive.
+
+    References
+    ----------
+    .. [1] Wang and Isola. Understanding Contrastive Representation Learning through Alignment and
+       Uniformity on the Hypersphere. arXiv 2005.10242.
+
+    Examples
+    --------
+    >>> from sklembed.metrics import uniformity
+    >>> round(uniformity([[1, 0], [0, 1]]), 6)
+    -4.0
     """
-    A = _unit_rows(A, at_least=2)
-    total = sum(np.exp(-t * (2 - 2 * A[rows] @ A.T)).sum() for rows in gen_batches(len(A), 1024))
-    itself = np.exp(-t * (2 - 2 * np.square(A).sum(axis=1))).sum()
-    return float(np.log((total - itself) / (len(A) * (len(A) - 1))))
+    check_scalar(t, "t", Real, min_val=0, include_boundaries="neither")
+    A = _unit(_sample(A, at_least=2).astype(np.float64))
+    parts = []
+    for rows, squares in _squared_distances(A, A):
+        squares[np.arange(len(squares)), np.arange(rows.start, rows.stop)] = np.inf  # itself
+        nearest = squares.min()  # its part is taken out, for the others may underflow with it
+        parts.append(np.log(np.exp(t * (nearest - squares)).sum()) - t * nearest)
+    return float(logsumexp(parts) - np.log(len(A) * (len(A) - 1)))
 
 
-def retrieval_recall(A, B, *, k=1, labels=None):
-    """Share of rows of one modality that find a right row of the other among the `k` most alike.
+def retrieval_recall(A, B, *, k=1, labels=None) -> float:
+    """Share of queries that find a right row of the other modality among the `k` most alike.
 
-    What is equally alike is taken to come in random order, so that embeddings that have collapsed
-    to a point score what chance scores.
+    Cosines that differ from that of a query's best right row by at most 1e-6 tie with it. What ties
+    comes in random order, and the result is the expectation over these orders: embeddings that
+    have collapsed to a point score ``k / n_samples``, as chance does.
 
     Parameters
     ----------
@@ -128,56 +228,57 @@ def retrieval_recall(A, B, *, k=1, labels=None):
         The queries.
 
     B : array-like of shape (n_samples, n_features)
-        What is searched, of the same rows. Rows that lack one of both are left out.
+        What they search. Row i of both is a pair, left out on both sides if it lacks either.
 
     k : int, default=1
-        How many are looked at.
+        How many found rows count.
 
-    labels : array-like of shape (n_samples,), default=None
-        Rows of equal labels, such as equal titles, are right for each other; by default a row is
-        right for itself alone.
+    labels : array-like of shape (n_samples,) or None, default=None
+        Rows of equal label, for example of equal title, are right for each other. None: only the
+        query's own row is right.
 
     Returns
     -------
     recall : float
-        Between 0 and 1.
+        From 0 to 1.
+
+    Raises
+    ------
+    ValueError
+        If widths or numbers of rows differ, no pair is left, a label is missing, or `k` is not
+        from 1 to the number of pairs.
 
     Examples
     --------
     >>> from sklembed.metrics import retrieval_recall
-    >>> retrieval_recall([[1, 0], [0, 1], [1, 1]], [[2, 1], [1, 2], [0, 1]])
-    0.33...
+    >>> A, B = [[1, 0], [0, 1], [1, 1]], [[2, 1], [1, 2], [0, 1]]
+    >>> retrieval_recall(A, B), retrieval_recall(A, B, k=2)
+    (0.333..., 0.666...)
     """
-    A, B, kept = _pairs(A, B)
-    if not 1 <= k <= len(A):
-        raise ValueError(f"k={k}, but there are {len(A)} pairs: k must lie between 1 and that.")
-    labels = np.arange(len(A)) if labels is None else _labels(labels, kept)
-    found = 0.0
-    for rows in gen_batches(len(A), _CHUNK_ROWS):
-        cosines = A[rows] @ B.T
-        right = labels[rows, None] == labels[None, :]
-        last = np.partition(cosines, -k, axis=1)[:, [-k]]  # of the k most alike
-        above, ties = cosines > last + _TIE, np.abs(cosines - last) <= _TIE
-        slots = k - above.sum(axis=1)
-        n_ties, n_wrong = ties.sum(axis=1), (ties & ~right).sum(axis=1)
-        missed = _all_wrong(n_wrong, n_ties, slots)
-        found += np.where((above & right).any(axis=1), 1.0, 1.0 - missed).sum()
+    A, B, codes = _pairs(A, B, labels)
+    check_scalar(k, "k", Integral, min_val=1)
+    if k > len(A):
+        raise ValueError(
+            f"k={k} asks for more rows than there are: {len(A)} have both modalities. Lower k."
+        )
+    chunks = gen_batches(len(A), _chunk_rows(len(B)))
+    found = sum(_chances(A[r] @ B.T, codes[r, None] == codes, k).sum() for r in chunks)
     return float(found / len(A))
 
 
 def pair_similarities(A, B, *, labels=None, max_negatives=100_000, random_state=None):
-    """Cosines of pairs, and of rows that are no pair.
+    """Cosines of the rows of a pair, and of rows that are no pair.
 
     Parameters
     ----------
     A, B : array-like of shape (n_samples, n_features)
-        Embeddings of two modalities of the same rows; rows that lack one are left out.
+        Embeddings of two modalities; row i of both is a pair, left out if it lacks either.
 
-    labels : array-like of shape (n_samples,), default=None
-        Rows of equal labels are no negative pair either.
+    labels : array-like of shape (n_samples,) or None, default=None
+        Rows of equal label are not negatives either.
 
     max_negatives : int, default=100_000
-        How many negative pairs are drawn, if there are more; some may be drawn twice.
+        If there are more negative pairs, that many of them are drawn, each at most once.
 
     random_state : int, RandomState instance or None, default=None
         Seeds the draw.
@@ -185,114 +286,216 @@ def pair_similarities(A, B, *, labels=None, max_negatives=100_000, random_state=
     Returns
     -------
     positive : ndarray of shape (n_pairs,)
-        Cosines of the two modalities of a row.
+        Cosine of ``A[i]`` and ``B[i]``, in their order.
 
     negative : ndarray of shape (n_negatives,)
-        Cosines across rows.
+        Cosines of ``A[i]`` and ``B[j]`` of different rows or labels.
+
+    Raises
+    ------
+    ValueError
+        If widths or numbers of rows differ, no pair is left, a label is missing, or no two rows
+        differ.
+
+    Examples
+    --------
+    >>> from sklembed.metrics import pair_similarities
+    >>> positive, negative = pair_similarities([[1, 0], [0, 1]], [[1, 0], [1, 0]])
+    >>> positive.tolist(), negative.tolist()
+    ([1.0, 0.0], [1.0, 0.0])
     """
-    A, B, kept = _pairs(A, B)
-    labels = np.arange(len(A)) if labels is None else _labels(labels, kept)
-    n = len(A)
-    if n * n <= max_negatives:
-        left, right = (index.ravel() for index in np.indices((n, n)))
-    else:
-        left, right = check_random_state(random_state).randint(n, size=(2, max_negatives))
-    different = labels[left] != labels[right]
-    left, right = left[different], right[different]
-    negative = np.concatenate(
-        [np.einsum("ij,ij->i", A[left[r]], B[right[r]]) for r in gen_batches(len(left), 8192)]
-        or [np.empty(0)]
-    )
-    return np.einsum("ij,ij->i", A, B), negative
+    check_scalar(max_negatives, "max_negatives", Integral, min_val=1)
+    A, B, codes = _pairs(A, B, labels)
+    left, right = _negative_pairs(codes, max_negatives, random_state)
+    chunks = gen_batches(len(left), _chunk_rows(A.shape[1]))
+    negative = np.concatenate([_row_products(A[left[c]], B[right[c]]) for c in chunks])
+    return _row_products(A, B), negative
 
 
-def effective_rank(A):
-    """Exponential of the entropy of the singular values, as shares of their sum (arXiv 2210.02885).
+def effective_rank(A) -> float:
+    """Exponential of the entropy of the singular values, as shares of their sum (RankMe [1]_).
+
+    Rows are neither centred nor scaled.
 
     Parameters
     ----------
     A : array-like of shape (n_samples, n_features)
-        Embeddings; rows of NaN are left out.
+        Embeddings of one modality.
 
     Returns
     -------
     rank : float
-        1 where rows have collapsed to a line, at most the smaller number of rows and columns.
+        From 1, for rows on one line through the origin, to the smaller number of rows and columns;
+        0 if all numbers are 0, which is the rank of such a matrix.
+
+    Raises
+    ------
+    ValueError
+        If there is no row.
+
+    References
+    ----------
+    .. [1] Garrido et al. RankMe. arXiv 2210.02885.
+
+    Examples
+    --------
+    >>> from sklembed.metrics import effective_rank
+    >>> round(effective_rank([[2, 0, 0], [0, 2, 0]]), 6)
+    2.0
     """
-    A = _rows(A)
-    shares = np.linalg.svd(A, compute_uv=False)
-    if not shares.sum() > 0:
-        raise ValueError("All numbers are 0, which has no rank to tell of.")
-    shares = shares[shares > 0] / shares.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum()))
+    values = svdvals(_sample(A).astype(np.float64))
+    if values[0] == 0:
+        return 0.0
+    values /= values[0]
+    return float(np.exp(entr(values / values.sum()).sum()))
 
 
-def _rows(A, name="A"):
-    """Check embeddings; return the observed rows in double precision."""
-    A = check_array(A, dtype=np.float64, ensure_all_finite=False, input_name=name)
-    A = A[observed_rows(A)]
-    if not len(A):
-        raise ValueError(f"All rows of {name} are NaN; there is nothing to measure.")
-    return A
+# What comes in
 
 
-def _unit_rows(A, at_least):
-    A = normalize(_rows(A))
-    if len(A) < at_least:
-        raise ValueError(f"{at_least} observed rows are needed; got {len(A)}.")
-    return A
+def _checked(A, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return embeddings as floats, and which of their rows are not missing."""
+    A = check_array(
+        A, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan", input_name=name
+    )
+    try:
+        return A, observed_rows(A)
+    except ValueError as error:
+        error.add_note(f"This was in {name}.")
+        raise
 
 
-def _check_widths(A, B):
-    if A.shape[1] != B.shape[1]:
+def _sample(A, name: str = "A", at_least: int = 1) -> np.ndarray:
+    """Return the rows that are not missing."""
+    A, observed = _checked(A, name)
+    if observed.sum() < at_least:
         raise ValueError(
-            f"A has {A.shape[1]} columns and B has {B.shape[1]}: coordinates of one space are "
-            "compared. Bring both into one first, for example by CanonicalAligner."
+            f"{name} needs {at_least} or more rows with values, but {observed.sum()} of its "
+            f"{len(A)} rows have any; rows of NaN are left out."
         )
+    return A[observed]
 
 
-def _of_one_space(A, B):
-    """Return the unit rows of two modalities that share a space."""
-    A, B = normalize(_rows(A)), normalize(_rows(B, "B"))
+def _two_samples(A, B) -> tuple[np.ndarray, np.ndarray]:
+    """Return what is not missing of two modalities in one space."""
+    A, B = _sample(A), _sample(B, "B")
     _check_widths(A, B)
     return A, B
 
 
-def _pairs(A, B):
-    """Return the unit rows of pairs that have both modalities, and which these are."""
-    A = check_array(A, dtype=np.float64, ensure_all_finite=False, input_name="A")
-    B = check_array(B, dtype=np.float64, ensure_all_finite=False, input_name="B")
+def _pairs(A, B, labels=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the unit rows of complete pairs, and codes of their labels, else of their rows."""
+    A, in_A = _checked(A, "A")
+    B, in_B = _checked(B, "B")
     _check_widths(A, B)
     if len(A) != len(B):
-        raise ValueError(f"A has {len(A)} rows and B has {len(B)}; row i of both is a pair.")
-    kept = observed_rows(A) & observed_rows(B)
-    if not kept.any():
-        raise ValueError("No row has both modalities; there is no pair to measure.")
-    return normalize(A[kept]), normalize(B[kept]), kept
-
-
-def _labels(labels, kept):
-    """Return the labels of the pairs that are kept, as numbers."""
-    labels = np.asarray(labels)
-    if labels.shape != kept.shape:
         raise ValueError(
-            f"labels has shape {labels.shape}; expected one for each row, {kept.shape}."
+            f"A has {len(A)} rows and B {len(B)}, but row i of both has to be a pair. Give a row "
+            "that lacks a modality NaN throughout."
         )
-    return np.unique(labels[kept], return_inverse=True)[1]
+    codes = np.arange(len(A)) if labels is None else _label_codes(labels, len(A))
+    both = in_A & in_B
+    if not both.any():
+        raise ValueError(f"None of the {len(A)} rows has both modalities.")
+    return _unit(A[both]), _unit(B[both]), codes[both]
 
 
-def _mean_distance(A, B):
-    """Return the mean Euclidean distance of rows of A to rows of B."""
-    return sum(part.sum() for part in pairwise_distances_chunked(A, B)) / (len(A) * len(B))
+def _check_widths(A: np.ndarray, B: np.ndarray) -> None:
+    """Refuse rows that do not lie in one space."""
+    if A.shape[1] != B.shape[1]:
+        raise ValueError(
+            f"A has {A.shape[1]} columns and B {B.shape[1]}, but rows are compared in one space. "
+            "Bring them into one first, by CanonicalAligner or ModalityGapAligner("
+            "widths='resample')."
+        )
 
 
-def _all_wrong(n_wrong, n_ties, slots):
-    """Return the odds that of what ties, some of it wrong, all that fits the slots is wrong."""
-    slots = np.minimum(slots, n_ties)
-    possible = n_wrong >= slots
-    wrong = np.where(possible, n_wrong, slots)  # any number that the formula takes
+def _label_codes(labels, n_rows: int) -> np.ndarray:
+    """Return each row's position among the distinct labels."""
+    labels = column_or_1d(labels)
+    if len(labels) != n_rows:
+        raise ValueError(f"There are {len(labels)} labels for {n_rows} rows; give one for each.")
+    try:
+        check_no_missing_label(labels)
+        return sorted_labels(labels)[1]
+    except (TypeError, ValueError) as error:
+        error.add_note("This was in labels.")
+        raise
 
-    def log_choices(n):
-        return gammaln(n + 1) - gammaln(n - slots + 1)
 
-    return np.where(possible, np.exp(log_choices(wrong) - log_choices(n_ties)), 0.0)
+def _unit(A: np.ndarray) -> np.ndarray:
+    """Scale rows to unit length, whatever their scale; rows of zeros stay."""
+    largest = np.abs(A).max(axis=1, keepdims=True)  # first, for squares may overflow
+    return normalize(A / np.where(largest > 0, largest, 1), copy=False)
+
+
+# All pairs of rows, some at a time
+
+
+def _chunk_rows(width: int) -> int:
+    """Return how many rows of that width to hold at once."""
+    return max(1, _CHUNK // width)
+
+
+def _squared_distances(A: np.ndarray, B: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield some rows of A at a time, and their squared distances to all of B."""
+    for rows in gen_batches(len(A), _chunk_rows(len(B))):
+        squares = row_norms(A[rows], squared=True)[:, None] + row_norms(B, squared=True)
+        squares -= 2 * (A[rows] @ B.T)
+        yield rows, np.maximum(squares, 0, out=squares)
+
+
+def _mean_distance(A: np.ndarray, B: np.ndarray) -> float:
+    """Return the mean distance of a row of A and one of B."""
+    total = sum(np.sqrt(squares).sum() for _, squares in _squared_distances(A, B))
+    return total / (len(A) * len(B))
+
+
+def _chances(cosines: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
+    """Return each query's chance of a right row among its k first, if ties are broken at random.
+
+    A query misses if only wrong rows fill the places that better rows leave to those that tie with
+    its best right row. Ties are with that row, not from row to row: they do not chain, and a
+    larger k is never worse.
+    """
+    best = np.where(right, cosines, -np.inf).max(axis=1, keepdims=True)
+    better = (cosines > best + _TIE).sum(axis=1)  # all of them wrong
+    tied = (cosines >= best - _TIE) & (cosines <= best + _TIE)
+    n_tied, n_right = tied.sum(axis=1), (tied & right).sum(axis=1)
+    places = np.clip(k - better, 0, n_tied)
+    missed = hypergeom.pmf(0, n_tied, n_right, places)
+    return np.where(places > 0, 1 - missed, 0.0)
+
+
+def _negative_pairs(
+    codes: np.ndarray, max_negatives: int, random_state
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of pairs of different codes, each once, at most that many.
+
+    Such pairs are numbered row by row, so that drawing numbers draws pairs: sorted by code, the
+    rows that make no negative with a row stand side by side and are stepped over.
+    """
+    order = np.argsort(codes, kind="stable")
+    _, which, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    same, first = counts[which], (np.cumsum(counts) - counts)[which]
+    ends = np.cumsum(len(codes) - same)  # of the numbers of each row's pairs
+    total = int(ends[-1])
+    if total == 0:
+        raise ValueError(
+            f"No two of the {len(codes)} pairs differ in row or label; there is no negative."
+        )
+    if total > max_negatives:
+        numbers = np.sort(
+            sample_without_replacement(total, max_negatives, random_state=random_state)
+        )
+    else:
+        numbers = np.arange(total)
+    left = np.searchsorted(ends, numbers, side="right")
+    place = numbers - (ends - (len(codes) - same))[left]
+    place += np.where(place >= first[left], same[left], 0)
+    return left, order[place]
+
+
+def _row_products(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+    """Return the inner product of each row of A with the same row of B."""
+    return np.einsum("ij,ij->i", A, B)

@@ -8,7 +8,12 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sklembed import ContrastiveProjector, PerModalityUnion
+from sklembed import (
+    ContrastiveProjector,
+    EarlyFusionClassifier,
+    LateFusionClassifier,
+    PerModalityUnion,
+)
 
 callback = pytest.importorskip("sklearn.callback")  # of scikit-learn >= 1.9
 
@@ -45,7 +50,8 @@ class Record:
         parent = context.parent.task_name if context.parent else None
         self.tasks.append((parent, context.task_name))
         if fitted_estimator is not None:
-            self.estimators.append((fitted_estimator, fitted_estimator.transform(X)))
+            says = getattr(fitted_estimator, "transform", None) or fitted_estimator.predict_proba
+            self.estimators.append((fitted_estimator, says(X)))
         return context.task_name == "epoch" and len(self.tasks) == self.stop_after
 
 
@@ -224,3 +230,18 @@ def test_a_search_over_a_union_runs_with_callbacks(clusters):
     with pytest.warns(UserWarning, match="PCA does not support callbacks"):
         search.set_callbacks(record).fit(*clusters)
     assert record.tasks.count(("network", "epoch")) == 2 * (2 * 2 + 1)
+
+
+@pytest.mark.parametrize("Head", [EarlyFusionClassifier, LateFusionClassifier])
+def test_heads_tell_of_every_epoch_and_stop_when_asked(clusters, Head):
+    X, y = clusters
+    blocks = {"odd": slice(1, None, 2), "even": slice(0, None, 2)}
+    head = Head((8,), blocks=blocks, max_epochs=5, random_state=0)
+    record = Record(stop_after=3)
+    stopped = clone(head).set_callbacks(record).fit(X, y)
+    assert record.tasks == [("fit", "epoch")] * 3 + [(None, "fit")]
+    assert stopped.n_iter_ == 3
+    for epochs, (estimator, said) in enumerate(record.estimators, start=1):
+        shorter = clone(head).set_params(max_epochs=epochs).fit(X, y)
+        assert estimator.n_iter_ == epochs
+        np.testing.assert_array_equal(said, shorter.predict_proba(X))
