@@ -32,6 +32,10 @@ bench: .venv/.bench
 	$(BIN)/python examples/benchmarks/bench_adaptation.py sensitivity --folds 3 --json docs/benchmarks/sensitivity.json
 	$(BIN)/python examples/benchmarks/bench_adaptation.py modalities --json docs/benchmarks/modalities.json
 	$(BIN)/python examples/benchmarks/bench_adaptation.py targets --json docs/benchmarks/targets.json
+	$(BIN)/python examples/benchmarks/bench_fusion.py fusion --json docs/benchmarks/fusion.json
+	$(BIN)/python examples/benchmarks/bench_fusion.py shift --json docs/benchmarks/shift.json
+	$(BIN)/python examples/benchmarks/bench_fusion.py speed --json docs/benchmarks/speed.json
+	$(BIN)/python examples/benchmarks/bench_fusion.py efficiency --json docs/benchmarks/efficiency.json
 
 clean:
 	rm -rf .venv .venv-oldest docs/_build docs/api docs/auto_examples

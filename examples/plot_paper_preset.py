@@ -104,7 +104,9 @@ classifiers = {
     "logistic regression": LogisticRegression(max_iter=2000),
     "CART": DecisionTreeClassifier(random_state=0),
     "random forest": RandomForestClassifier(n_jobs=2, random_state=0),
-    "XGBoost": XGBClassifier(n_estimators=40, max_depth=4, n_jobs=2, random_state=0),
+    "XGBoost": XGBClassifier(
+        n_estimators=40, max_depth=4, colsample_bytree=0.25, n_jobs=2, random_state=0
+    ),
 }
 
 # %%

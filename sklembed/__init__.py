@@ -18,6 +18,9 @@ _HOMES = {
     "ModalityGapAligner": "sklembed.alignment",
     "PerModalityUnion": "sklembed.union",
     "datasets": "sklembed",
+    "evaluation": "sklembed",
+    "metrics": "sklembed",
+    "plots": "sklembed",
     "prefetch": "sklembed.encoders",
 }
 
@@ -27,8 +30,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name):
     if name not in _HOMES:
         raise AttributeError(f"module 'sklembed' has no attribute {name!r}")
-    if name == "datasets":
-        return importlib.import_module("sklembed.datasets")
+    if _HOMES[name] == "sklembed":  # a module, not a name in one
+        return importlib.import_module(f"sklembed.{name}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
