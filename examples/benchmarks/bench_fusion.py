@@ -190,7 +190,6 @@ def run_shift(seed, shift_grid, noise_grid, n_folds):
         blocks = {"text": slice(0, 256), "image": slice(256, 512)}
         for head_name, head in {
             "LR": LR,
-            "early": EarlyFusionClassifier(blocks=blocks, random_state=seed),
             "late": LateFusionClassifier(blocks=blocks, random_state=seed),
         }.items():
             pipeline = make_pipeline(ModalityGapAligner(blocks, random_state=seed), head)
