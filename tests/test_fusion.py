@@ -18,7 +18,7 @@ from torch import nn
 from sklembed import DecisionFusionClassifier, EarlyFusionClassifier, LateFusionClassifier
 from sklembed._torch import to_tensor
 from sklembed.nn.losses import binary_cross_entropy, cross_entropy
-from sklembed.nn.modules import FusionHead, StackedBatchNorm
+from sklembed.nn.modules import BatchNorm, FusionHead
 
 BLOCKS = {"text": slice(0, 6), "image": slice(6, 14)}
 HEADS = (EarlyFusionClassifier, LateFusionClassifier)
@@ -122,16 +122,41 @@ def _sorted_like(ours, kind):
     return [p for layer in (*layers, ours.output) for p in (layer.weight, layer.bias)]
 
 
-def test_batch_normalisation_of_rows_that_are_there_is_that_of_these_rows_alone():
-    x = torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(0))
-    there = torch.tensor([[True] * 7 + [False] * 5])
-    ours, plain = StackedBatchNorm(4, n_networks=1, device=x.device), nn.BatchNorm1d(4, momentum=1)
-    torch.testing.assert_close(ours(x, there)[0, :7], plain(x[0, :7]))
-    torch.testing.assert_close(ours.running_mean[0], plain.running_mean)
-    torch.testing.assert_close(ours.running_var[0], plain.running_var)
+def test_running_moments_are_averages_at_first():
+    batches = torch.randn(4, 12, 5, generator=torch.Generator().manual_seed(0))
+    ours, plain = BatchNorm(5, torch.device("cpu")), nn.BatchNorm1d(5)
+    for batch in batches:
+        torch.testing.assert_close(ours(batch), plain(batch))
+    torch.testing.assert_close(ours.running_mean[0], batches.mean(dim=(0, 1)))
+    torch.testing.assert_close(ours.running_var[0], batches.var(dim=1).mean(dim=0))
     before = ours.running_mean.clone()
-    ours(x, torch.zeros_like(there))  # a batch in which no row has the modality
+    assert ours(batches[0, :1]).isfinite().all()  # a batch in which one row has the modality
+    assert ours(batches[0, :0]).shape == (0, 5)  # or none
     torch.testing.assert_close(ours.running_mean, before)
+
+
+def test_rows_that_lack_a_modality_do_not_touch_its_moments():
+    X, _ = world(40)
+    heads = [
+        FusionHead(
+            [6, 8],
+            [5],
+            3,
+            fusion="late",
+            dropout=0.0,
+            modality_dropout=0.0,
+            generator=torch.Generator().manual_seed(0),
+            mean=torch.zeros(14),
+            scale=torch.ones(14),
+        )
+        for _ in range(2)
+    ]
+    heads[0](torch.from_numpy(without(X, "image", slice(10, 40)))[None])
+    heads[1](torch.from_numpy(X[:10])[None])
+    for ours, expected in zip(
+        heads[0].chains[1].buffers(), heads[1].chains[1].buffers(), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
 
 
 @each_head
@@ -147,8 +172,8 @@ def test_numpy_says_what_the_module_says(Head):
         dropout=0.2,
         modality_dropout=0.3,
         generator=torch.Generator(),
-        mean=torch.zeros(14),
-        scale=torch.ones(14),
+        mean=to_tensor(head.weights_["mean"], "cpu"),
+        scale=to_tensor(head.weights_["scale"], "cpu"),
     )
     shared = ("mean", "scale")
     module.load_state_dict(
@@ -171,12 +196,12 @@ def test_hidden_modalities_are_as_many_as_asked_and_never_all_of_a_row():
         mean=torch.zeros(3),
         scale=torch.ones(3),
     )
-    there = torch.ones(1, 20_000, 3, dtype=torch.bool)
-    there[:, ::2, 0] = False
+    there = torch.ones(20_000, 3, dtype=torch.bool)
+    there[::2, 0] = False
     shown = head._shown(there)
     assert shown.any(dim=-1).all()
-    assert not shown[:, ::2, 0].any()
-    three, two = shown[:, 1::2].float().mean(), shown[:, ::2, 1:].float().mean()
+    assert not shown[::2, 0].any()
+    three, two = shown[1::2].float().mean(), shown[::2, 1:].float().mean()
     assert three == pytest.approx(1 - (0.4 - 0.4**3 / 3), abs=0.01)
     assert two == pytest.approx(1 - (0.4 - 0.4**2 / 2), abs=0.01)
     assert head.eval()._shown(there).equal(there)

@@ -98,53 +98,35 @@ class Projection(nn.Module):
         return out
 
 
-class StackedBatchNorm(nn.Module):
-    """Batch normalisation of each of several networks, by the rows that have a modality alone.
+class BatchNorm(nn.Module):
+    """Batch normalisation whose running moments are plain averages at first.
 
-    The running moments are plain averages at first, so that they are right after few batches.
+    So they are right after few batches. A batch of fewer than two rows has no moments of its own and
+    is normalised by the running ones. Parameters have a leading axis of one network.
     """
 
     running_mean: Tensor
     running_var: Tensor
     n_batches: Tensor
 
-    def __init__(self, n_features: int, *, n_networks: int, device: torch.device) -> None:
+    def __init__(self, n_features: int, device: torch.device) -> None:
         super().__init__()
-        shape = (n_networks, n_features)
+        shape = (1, n_features)
         self.weight = nn.Parameter(torch.ones(shape, device=device))
         self.bias = nn.Parameter(torch.zeros(shape, device=device))
         self.register_buffer("running_mean", torch.zeros(shape, device=device))
         self.register_buffer("running_var", torch.ones(shape, device=device))
-        self.register_buffer("n_batches", torch.zeros(n_networks, device=device))
+        self.register_buffer("n_batches", torch.zeros(1, device=device))
 
-    def forward(self, x: Tensor, there: Tensor | None = None) -> Tensor:
-        """Normalise (n_networks, batch, n_features); rows that are not `there` do not count."""
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            mean, var = self._moments(x, there)
-        scale = self.weight * torch.rsqrt(var + 1e-5)
-        shift = self.bias - mean * scale
-        return x * scale[:, None, :] + shift[:, None, :]
-
-    def _moments(self, x: Tensor, there: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the batch's mean and variance, and let the running ones follow."""
-        if there is None:
-            n_rows = torch.full((len(x), 1), float(x.shape[1]), device=x.device)
-            var, mean = torch.var_mean(x, dim=1, correction=0)
-        else:
-            counts = there.to(x.dtype)
-            n_rows = counts.sum(dim=1, keepdim=True)
-            share = (counts / n_rows.clamp(min=1.0))[:, None, :]  # (n_networks, 1, batch)
-            mean = (share @ x).squeeze(1)
-            var = (share @ (x - mean[:, None, :]).square()).squeeze(1)
-        with torch.no_grad():
-            seen = (n_rows > 1).to(x.dtype)
-            self.n_batches += seen.squeeze(1)
-            momentum = seen * (1.0 / self.n_batches.clamp(min=1.0)).clamp(min=0.1)[:, None]
-            unbiased = var * (n_rows / (n_rows - 1.0).clamp(min=1.0))
-            self.running_mean += momentum * (mean - self.running_mean)
-            self.running_var += momentum * (unbiased - self.running_var)
-        return mean, var
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (rows, n_features)."""
+        learns = self.training and len(x) > 1
+        momentum = 0.0
+        if learns:
+            self.n_batches += 1
+            momentum = max(0.1, 1.0 / float(self.n_batches))
+        moments = self.running_mean[0], self.running_var[0]
+        return F.batch_norm(x, *moments, self.weight[0], self.bias[0], learns, momentum)
 
 
 class FusionBlock(nn.Module):
@@ -154,28 +136,22 @@ class FusionBlock(nn.Module):
         super().__init__()
         self.linear = StackedLinear(n_in, n_out, n_networks=1, generator=generator)
         self.dropout = SeededDropout(dropout, generator)
-        self.norm = StackedBatchNorm(n_out, n_networks=1, device=generator.device)
+        self.norm = BatchNorm(n_out, generator.device)
 
-    def forward(self, x: Tensor, there: Tensor | None = None) -> Tensor:
-        """Map (1, batch, n_in) to (1, batch, n_out); moments are those of rows that are `there`."""
-        out: Tensor = self.norm(self.dropout(torch.relu(self.linear(x))), there)
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (rows, n_in) to (rows, n_out)."""
+        out: Tensor = self.norm(self.dropout(torch.relu(self.linear(x))))
         return out
 
 
-class FusionChain(nn.ModuleList):
-    """Blocks one after the other; without any, the identity."""
-
-    def __init__(self, sizes: Sequence[int], dropout: float, generator: torch.Generator) -> None:
-        super().__init__(
+def make_chain(sizes: Sequence[int], dropout: float, generator: torch.Generator) -> nn.Sequential:
+    """Make blocks that follow one another; without any, the identity."""
+    return nn.Sequential(
+        *(
             FusionBlock(n_in, n_out, dropout, generator)
             for n_in, n_out in zip(sizes, sizes[1:], strict=False)
         )
-
-    def forward(self, x: Tensor, there: Tensor | None = None) -> Tensor:
-        """Apply each block."""
-        for block in self:
-            x = block(x, there)
-        return x
+    )
 
 
 class FusionHead(nn.Module):
@@ -207,7 +183,8 @@ class FusionHead(nn.Module):
 
     mean: Tensor
     scale: Tensor
-    modality: Tensor
+    factor: Tensor
+    offset: Tensor
 
     def __init__(
         self,
@@ -223,43 +200,52 @@ class FusionHead(nn.Module):
         scale: Tensor,
     ) -> None:
         super().__init__()
-        device = generator.device
-        self.widths = list(widths)
+        ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+        self.columns = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
         self.fusion = fusion
         self.modality_dropout = modality_dropout
         self.generator = generator
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
-        numbers = torch.arange(len(widths), device=device)
-        sizes = torch.tensor(self.widths, device=device)
-        self.register_buffer("modality", numbers.repeat_interleave(sizes), persistent=False)
-        inputs = [sum(widths)] if fusion == "early" else self.widths
+        self.register_buffer("factor", 1.0 / scale, persistent=False)
+        self.register_buffer("offset", -mean / scale, persistent=False)
+        inputs = [sum(widths)] if fusion == "early" else widths
         self.chains = nn.ModuleList(
-            FusionChain([n_in, *hidden], dropout, generator) for n_in in inputs
+            make_chain([n_in, *hidden], dropout, generator) for n_in in inputs
         )
         n_joined = len(inputs) * hidden[-1] if hidden else sum(widths)
         self.output = StackedLinear(n_joined, n_outputs, n_networks=1, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (1, batch, n_features), NaN where a modality is missing, to (1, batch, n_outputs)."""
-        starts = [sum(self.widths[:i]) for i in range(len(self.widths))]
-        there = self._shown(~x[..., starts].isnan())  # (1, batch, n_modalities)
-        x = ((x - self.mean).div_(self.scale)).masked_fill_(~there[..., self.modality], 0.0)
-        if self.fusion == "early":
-            joined = self.chains[0](x)
-        else:
-            columns = torch.split(x, self.widths, dim=-1)
-            parts = [
-                chain(part, there[..., i]) * there[..., i, None]
-                for i, (chain, part) in enumerate(zip(self.chains, columns, strict=True))
-            ]
-            joined = torch.cat(parts, dim=-1)
+        x = x.squeeze(0)
+        there = ~torch.stack([x[:, part.start] for part in self.columns], dim=1).isnan()
+        there = self._shown(there)  # (batch, n_modalities)
+        joined = self._early(x, there) if self.fusion == "early" else self._late(x, there)
         logits: Tensor = self.output(joined)
-        return logits
+        return logits.unsqueeze(0)
+
+    def _early(self, x: Tensor, there: Tensor) -> Tensor:
+        """Run the one chain, with zero for what is not there."""
+        x = torch.addcmul(self.offset, x, self.factor)
+        for i, part in enumerate(self.columns):
+            x[:, part].masked_fill_(~there[:, i, None], 0.0)
+        out: Tensor = self.chains[0](x)
+        return out
+
+    def _late(self, x: Tensor, there: Tensor) -> Tensor:
+        """Run each modality's chain on the rows that have it, and write zero for the others."""
+        outputs = []
+        for i, part in enumerate(self.columns):
+            rows = there[:, i].nonzero().squeeze(1)
+            own = torch.addcmul(self.offset[part], x[:, part][rows], self.factor[part])
+            hidden = self.chains[i](own)
+            outputs.append(hidden.new_zeros(len(x), hidden.shape[1]).index_copy(0, rows, hidden))
+        return torch.cat(outputs, dim=1)
 
     def _shown(self, there: Tensor) -> Tensor:
         """Hide modalities at random, in training, but never all of a row's."""
-        if not self.training or self.modality_dropout == 0.0 or len(self.widths) == 1:
+        if not self.training or self.modality_dropout == 0.0 or len(self.columns) == 1:
             return there
         luck = torch.rand(there.shape, generator=self.generator, device=there.device)
         luck = luck.masked_fill(~there, -1.0)
