@@ -101,8 +101,8 @@ class Projection(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation whose running moments are plain averages at first.
 
-    So they are right after few batches. A batch of fewer than two rows has no moments of its own and
-    is normalised by the running ones. Parameters have a leading axis of one network.
+    So they are right after few batches. A batch of fewer than two rows has no moments of its own
+    and is normalised by the running ones. Parameters have a leading axis of one network.
     """
 
     running_mean: Tensor
@@ -123,7 +123,7 @@ class BatchNorm(nn.Module):
         learns = self.training and len(x) > 1
         momentum = 0.0
         if learns:
-            self.n_batches += 1
+            self.n_batches.add_(1)
             momentum = max(0.1, 1.0 / float(self.n_batches))
         moments = self.running_mean[0], self.running_var[0]
         return F.batch_norm(x, *moments, self.weight[0], self.bias[0], learns, momentum)
@@ -229,7 +229,7 @@ class FusionHead(nn.Module):
         """Run the one chain, with zero for what is not there."""
         x = torch.addcmul(self.offset, x, self.factor)
         for i, part in enumerate(self.columns):
-            x[:, part].masked_fill_(~there[:, i, None], 0.0)
+            x[:, part].index_fill_(0, (~there[:, i]).nonzero().squeeze(1), 0.0)
         out: Tensor = self.chains[0](x)
         return out
 
