@@ -18,8 +18,8 @@ def resolve_blocks(
     Parameters
     ----------
     blocks : mapping of str to columns, or None
-        Columns are a slice of positions, a name or a position, or a list of these. None reads them
-        from names such as ``text__0, text__1, image__0``, as PerModalityUnion gives them.
+        Columns are a slice of positions, a name or a position, a list of these, or a mask. None
+        reads them from names such as ``text__0, text__1, image__0``, as PerModalityUnion gives them.
     names : sequence of str or None
         Names of the columns, if they have any.
     n_features : int
@@ -45,7 +45,7 @@ def resolve_blocks(
     )
     wrong = np.flatnonzero(times != 1)
     if len(wrong):
-        column = wrong[0] if names is None else names[wrong[0]]
+        column = int(wrong[0]) if names is None else names[wrong[0]]
         raise ValueError(
             f"Every column belongs to one block, but column {column!r} is in {times[wrong[0]]} of "
             f"the blocks {list(found)} ({len(wrong)} such columns of n_features={n_features})."
@@ -94,10 +94,10 @@ def _positions(block: str, columns: Any, names: Sequence[str] | None, n_features
     if isinstance(columns, slice):
         positions = list(range(*columns.indices(n_features)))
     else:
-        single = isinstance(columns, str | Integral)
-        positions = [
-            _position(block, c, names, n_features) for c in ([columns] if single else columns)
-        ]
+        chosen = [columns] if isinstance(columns, str | Integral) else list(columns)
+        if len(chosen) == n_features and all(isinstance(c, bool | np.bool_) for c in chosen):
+            chosen = np.flatnonzero(chosen).tolist()  # a mask
+        positions = [_position(block, column, names, n_features) for column in chosen]
     if not positions:
         raise ValueError(f"Block {block!r} holds none of the n_features={n_features} columns.")
     return positions

@@ -1,5 +1,6 @@
 """Classifiers of several modalities: joined before a head, within it, or by their decisions."""
 
+import warnings
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -716,7 +717,8 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         evidence, or of themselves.
 
     cv : int, cross-validation splitter or iterable, default=5
-        Folds by which weights are learnt.
+        Folds by which weights are learnt. An int is never more than the smallest class with at
+        least two rows has rows; where all have one, modalities count alike.
 
     n_jobs : int or None, default=None
         Classifiers to fit at once.
@@ -847,8 +849,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         )
         folds = []
         if self.weights == "auto" and len(self.blocks_) > 1:
-            splitter = check_cv(self.cv, data.y, classifier=True)
-            folds = list(splitter.split(X, data.y, **routed["splitter"]["split"]))
+            folds = self._folds(data, target, routed["splitter"]["split"])
         whole, *parts = self._fit_each(
             estimators, data, [np.arange(len(X)), *(f[0] for f in folds)]
         )
@@ -930,6 +931,20 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         mapping = MethodMapping().add(caller="fit", callee="split")
         router = MetadataRouter(owner=self).add_self_request(self)
         return router.add(splitter=self.cv, method_mapping=mapping)
+
+    def _folds(self, data, target, routed):
+        """List the folds by which weights are learnt; none, where every class has one row."""
+        cv = self.cv
+        if isinstance(cv, Integral) and target.strata is not None:
+            sizes = np.bincount(target.strata)
+            if sizes.max() < 2:
+                return []
+            # Never more folds than the smallest class that can be split at all has rows.
+            cv = min(cv, sizes[sizes >= 2].min())
+        splitter = check_cv(cv, data.y, classifier=True)
+        with warnings.catch_warnings():  # of a class of one row, which is held out once
+            warnings.filterwarnings("ignore", message="The least populated class")
+            return list(splitter.split(data.X, data.y, **routed))
 
     def _check_estimators(self, sample_weight):
         """Return the classifier to clone for each block."""

@@ -527,6 +527,15 @@ def test_sample_weights_reach_the_classifiers():
         decisions(KNeighborsClassifier()).fit(X, y, weight)
 
 
+def test_small_classes_make_fewer_folds():
+    X, y = world(12)
+    y = np.r_[y[:10], 7, 8]  # two classes of one row
+    fusion = decisions().fit(X, y)
+    assert sum(fusion.weights_.values()) == pytest.approx(1)
+    alone = decisions().fit(X[:2], [0, 1])
+    assert alone.weights_ == {"text": 0.5, "image": 0.5}
+
+
 def test_groups_reach_the_splitter():
     import sklearn
 
