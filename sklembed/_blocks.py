@@ -19,7 +19,7 @@ def resolve_blocks(
     ----------
     blocks : mapping of str to columns, or None
         Columns are a slice of positions, a name or a position, a list of these, or a mask. None
-        reads them from names such as ``text__0, text__1, image__0``, as PerModalityUnion gives them.
+        reads them from names such as ``text__0, text__1, image__0``, which PerModalityUnion gives.
     names : sequence of str or None
         Names of the columns, if they have any.
     n_features : int
