@@ -5,7 +5,8 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
-from sklearn.utils import assert_all_finite
+import pandas as pd
+from sklearn.utils import assert_all_finite, check_array
 
 Block = slice | np.ndarray
 
@@ -60,6 +61,40 @@ def observed_in_block(X: np.ndarray, name: str, columns: Block) -> np.ndarray:
     except ValueError as error:
         error.add_note(f"This was in block {name!r}.")
         raise
+
+
+def check_one_block(
+    X: Any, name: str, blocks: Mapping[str, Block], n_features: int, dtype: Any
+) -> np.ndarray:
+    """Return the columns of one modality that come without the others, checked.
+
+    Raises
+    ------
+    ValueError
+        If there is no such block, the width is another, a value is infinite, or a row is torn.
+    """
+    width = len(np.arange(n_features)[known_block(name, blocks)])
+    X = check_array(X, dtype=dtype, ensure_all_finite="allow-nan")
+    if X.shape[1] != width:
+        raise ValueError(
+            f"Block {name!r} has {width} columns; got {X.shape[1]}. Give the columns of that "
+            "modality alone."
+        )
+    observed_in_block(X, name, slice(None))
+    return X
+
+
+def known_block(name: str, blocks: Mapping[str, Block]) -> Block:
+    """Return the columns of a block that was seen in fit.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name.
+    """
+    if name not in blocks:
+        raise ValueError(f"There is no modality {name!r}; fit has seen {list(blocks)}.")
+    return blocks[name]
 
 
 def _read_from_names(names: Sequence[str] | None) -> dict[str, list[int]]:
@@ -161,3 +196,90 @@ def observed_rows(X: np.ndarray) -> np.ndarray:
             "single missing numbers have to be imputed first, for example by SimpleImputer."
         )
     return ~missing
+
+
+def token_columns(X: Any) -> np.ndarray:
+    """Tell which columns of a table hold a sequence of vectors in each cell.
+
+    Parameters
+    ----------
+    X : DataFrame or array-like
+        A table; an array holds tokens if its dtype is object.
+
+    Returns
+    -------
+    holds : ndarray of shape (n_columns,), dtype bool
+        Of those columns whose first cell that is not missing is an array of two dimensions. Empty
+        for tables of numbers.
+    """
+    if hasattr(X, "iloc"):
+        columns = [X.iloc[:, i] for i in range(X.shape[1])]
+    elif isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 2:
+        columns = list(X.T)
+    else:
+        return np.zeros(0, dtype=bool)
+    return np.array([_holds_tokens(column) for column in columns], dtype=bool)
+
+
+def _holds_tokens(column: Any) -> bool:
+    if column.dtype != object:
+        return False
+    known = (cell for cell in column if not _is_missing(cell))
+    return getattr(next(known, None), "ndim", 0) == 2
+
+
+def _is_missing(cell: Any) -> bool:
+    return bool(pd.api.types.is_scalar(cell) and pd.isna(cell))
+
+
+def padded_tokens(column: Any, name: str, width: int | None = None) -> np.ndarray:
+    """Stack a column of tokens into one array.
+
+    Parameters
+    ----------
+    column : sequence of array-like of shape (n_tokens, width), or None
+        The cells; None or NaN is missing.
+    name : str
+        The modality, for the error message.
+    width : int or None
+        The width that tokens must have; None takes that of the first row.
+
+    Returns
+    -------
+    tokens : ndarray of shape (n_samples, most tokens of a row, width), dtype float32
+        NaN after the last token of a row.
+
+    Raises
+    ------
+    ValueError
+        If a cell is no table of finite numbers, has no token, or tokens differ in width.
+    """
+    cells = [_cell_of_tokens(cell, row, name) for row, cell in enumerate(column)]
+    known = [(row, cell) for row, cell in enumerate(cells) if cell is not None]
+    for row, cell in known:
+        if cell.ndim != 2 or not len(cell) or not np.isfinite(cell).all():
+            raise ValueError(
+                f"Row {row} of the token column {name!r} should hold an array of finite numbers of "
+                f"shape (n_tokens, n_features) with at least one token; got shape {cell.shape}"
+                + ("." if cell.ndim != 2 or not len(cell) else ", with NaN or infinity.")
+            )
+        width = cell.shape[1] if width is None else width
+        if cell.shape[1] != width:
+            raise ValueError(
+                f"Row {row} of the token column {name!r} has tokens of width {cell.shape[1]}, but "
+                f"{width} was expected: all must come from one encoder."
+            )
+    longest = max((len(cell) for _, cell in known), default=1)
+    tokens = np.full((len(cells), longest, width or 1), np.nan, dtype=np.float32)
+    for row, cell in known:
+        tokens[row, : len(cell)] = cell
+    return tokens
+
+
+def _cell_of_tokens(cell: Any, row: int, name: str) -> np.ndarray | None:
+    """Return a cell as an array, None where missing."""
+    try:
+        return None if _is_missing(cell) else np.asarray(cell, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        error.add_note(f"This was in row {row} of the token column {name!r}.")
+        raise

@@ -5,6 +5,7 @@ from collections.abc import Hashable
 
 import numpy as np
 import pandas as pd
+from sklearn import get_config
 
 
 def is_frame(X):
@@ -118,6 +119,12 @@ def missing_cells(X):
     if hasattr(X, "to_pandas"):  # polars: nulls of any type, and NaN
         X = np.asarray(X.to_numpy(), dtype=object)
     return np.asarray(pd.isna(X))
+
+
+def output_container(estimator):
+    """Return what `set_output`, or else the global configuration, says that transform returns."""
+    config = getattr(estimator, "_sklearn_output_config", {})
+    return config.get("transform") or get_config()["transform_output"]
 
 
 def _positions_by_name(X):

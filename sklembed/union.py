@@ -15,12 +15,14 @@ from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from sklembed import _callbacks
+from sklembed._blocks import token_columns
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
 from sklembed._tables import (
     as_table,
     column_positions,
     is_frame,
     missing_cells,
+    output_container,
     take_columns,
     take_rows,
 )
@@ -40,6 +42,11 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     :class:`~sklearn.ensemble.HistGradientBoostingClassifier` take NaN as it is; put a
     :class:`~sklearn.impute.SimpleImputer` before other classifiers.
 
+    A branch may also return tokens, as ``FrozenEncoder(output="tokens")`` does: one object column
+    whose cells are float arrays of shape (n_tokens, n_features). Its block is that column, None
+    where a row lacks the modality. Tokens stand beside numbers in a DataFrame only: call
+    ``set_output(transform="pandas")``.
+
     Parameters
     ----------
     transformers : list of (str, transformer, columns) tuples
@@ -58,7 +65,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Branches to run at once.
 
     transformer_weights : dict of str to float or None, default=None
-        What the block of a branch is multiplied by; 1 for branches that are not in it.
+        What the block of a branch is multiplied by, in each cell if these are tokens; 1 for
+        branches that are not in it.
 
     add_indicator : bool, default=False
         Whether to add a last block, "missing", with one column for each branch, that is 1 where the
@@ -74,6 +82,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     blocks_ : dict of str to slice
         The columns of the output that each branch fills, and those of the indicator.
+
+    holds_tokens_ : dict of str to bool
+        Whether that block is a column of tokens.
 
     n_features_in_ : int
         Number of columns seen during fit.
@@ -223,12 +234,21 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         blocks : ndarray or DataFrame of shape (n_samples, n_features_out)
-            The joined blocks, NaN where a row lacks the modality.
+            The joined blocks, NaN where a row lacks the modality. An ndarray of dtype object if all
+            are tokens; None where these are missing.
+
+        Raises
+        ------
+        ValueError
+            For what `fit` raises it, or if the output cannot hold tokens: it is polars, or numbers
+            stand beside them and it is not pandas.
+        TypeError
+            If a branch returns neither dense numbers nor tokens.
         """
-        outputs, observed, n_rows = self._fit_branches(
+        outputs, observed, X = self._fit_branches(
             _fit_transform_branch, "fit_transform", X, y, params
         )
-        return self._join(outputs, observed, n_rows)
+        return self._join(outputs, observed, X)
 
     def transform(self, X, **params):
         """Run each branch on the rows that have its modality, and join the results.
@@ -244,7 +264,16 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         blocks : ndarray or DataFrame of shape (n_samples, n_features_out)
-            The joined blocks, NaN where a row lacks the modality.
+            The joined blocks, NaN where a row lacks the modality. An ndarray of dtype object if all
+            are tokens; None where these are missing.
+
+        Raises
+        ------
+        ValueError
+            For what `fit` raises it, or if the output cannot hold tokens: it is polars, or numbers
+            stand beside them and it is not pandas.
+        TypeError
+            If a branch returns neither dense numbers nor tokens.
         """
         check_is_fitted(self)
         check_routing_enabled(params, self)
@@ -267,7 +296,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 self.transformers_, parts, observed, strict=True
             )
         )
-        return self._join(outputs, observed, len(X))
+        return self._join(outputs, observed, X)
 
     def iter_parts(self, X):
         """Yield what each branch is shown of a table by fit; it need not be fitted.
@@ -356,7 +385,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return router
 
     def _fit_branches(self, run, caller, X, y, params):
-        """Fit all branches; return their outputs, the rows each saw, and how many there are."""
+        """Fit all branches; return their outputs, the rows each saw, and the table."""
         check_routing_enabled(params, self)
         self._check_transformers()
         self._check_weights()
@@ -398,7 +427,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 branches, parts, observed, tasks, strict=True
             )
         )
-        fitted, outputs, widths = zip(*results, strict=True)
+        fitted, outputs, widths, holds_tokens = zip(*results, strict=True)
         self.transformers_ = [
             (name, transformer, columns)
             for transformer, (name, _, columns) in zip(fitted, branches, strict=True)
@@ -407,8 +436,11 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             {name: width for (name, _, _), width in zip(branches, widths, strict=True)}
             | ({"missing": len(branches)} if self.add_indicator else {})
         )
+        self.holds_tokens_ = dict.fromkeys(self.blocks_, False) | {
+            name: holds for (name, _, _), holds in zip(branches, holds_tokens, strict=True)
+        }
         _callbacks.end(self, context, X, y)
-        return outputs, observed, len(X)
+        return outputs, observed, X
 
     def _transformers_by_name(self):
         """List the name and the transformer of each branch, the remainder last."""
@@ -479,30 +511,58 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                     f"{name!r}."
                 )
 
-    def _join(self, outputs, observed, n_rows):
-        """Scatter each branch's rows into its block, leaving NaN elsewhere, and weight it."""
-        outputs = [
-            None if output is None else _as_float_array(output, name, len(rows), self.blocks_[name])
-            for (name, _, _), output, rows in zip(
-                self.transformers_, outputs, observed, strict=True
-            )
+    def _join(self, outputs, observed, X):
+        """Scatter each branch's rows into its block, leaving the others missing, and weight it."""
+        names = [name for name, _, _ in self.transformers_]
+        tokens = [
+            name
+            for name, output in zip(names, outputs, strict=True)
+            # Fit may have been shown a cell that gave none, such as a picture that is damaged.
+            if self.holds_tokens_[name] or _holds_tokens(output)
         ]
-        dtypes = [output.dtype for output in outputs if output is not None]
+        self._check_container(tokens)
+        outputs = [
+            None
+            if output is None
+            else _as_array(output, name, len(rows), self.blocks_[name], name in tokens)
+            for name, output, rows in zip(names, outputs, observed, strict=True)
+        ]
+        dtypes = [o.dtype for o in outputs if o is not None and o.dtype != object]
         joined = np.full(
-            (n_rows, max(block.stop for block in self.blocks_.values())),
+            (len(X), max(block.stop for block in self.blocks_.values())),
             np.nan,
             dtype=np.result_type(*dtypes) if dtypes else np.float64,
         )
+        blocks = {name: joined[:, block] for name, block in self.blocks_.items()}
+        blocks |= {name: np.full((len(X), 1), None, dtype=object) for name in tokens}
         weights = self.transformer_weights or {}
-        for (name, _, _), output, rows in zip(self.transformers_, outputs, observed, strict=True):
-            block = self.blocks_[name]
-            if output is not None:
-                joined[rows, block] = output
-            if name in weights:
-                joined[:, block] *= float(weights[name])
+        for name, output, rows in zip(names, outputs, observed, strict=True):
+            _fill(blocks[name], output, rows, float(weights.get(name, 1)))
         if self._has_indicator:
-            joined[:, self.blocks_["missing"]] = _indicator(observed, n_rows)
+            blocks["missing"][:] = _indicator(observed, len(X))
+        if len(tokens) == len(blocks):
+            return np.hstack(list(blocks.values()))
+        if tokens:
+            joined = pd.DataFrame(joined, index=getattr(X, "index", None), copy=False)
+            for name in tokens:
+                joined.isetitem(self.blocks_[name].start, blocks[name][:, 0])
         return joined
+
+    def _check_container(self, tokens):
+        """Refuse output that cannot hold the tokens of these branches."""
+        container = output_container(self)
+        numbers = [name for name in self.blocks_ if name not in tokens]
+        if tokens and container == "polars":
+            raise ValueError(
+                f"Branches {tokens} give tokens, one object column each of arrays of different "
+                "lengths, which polars does not have. Use set_output(transform='pandas')."
+            )
+        if tokens and numbers and container != "pandas":
+            raise ValueError(
+                f"Branches {tokens} give tokens, but {numbers} numbers, and only a DataFrame holds "
+                "both. Call set_output(transform='pandas') on the union or its pipeline, or give "
+                "each kind a union of its own."
+            )
 
     @property
     def _has_indicator(self):
@@ -614,8 +674,11 @@ def _fit_with_callbacks(transformer, X, y, params, run, union, task):
 def _fit_branch(transformer, X, y, params):
     transformer.fit(X, y, **params["fit"])
     names = _feature_names(transformer)
-    width = len(names) if names is not None else _width(transformer.transform(X[:1]))
-    return transformer, None, width
+    if names is not None and len(names) != 1:
+        return transformer, None, len(names), False
+    # Nothing but its cells tells a column of tokens from one of numbers.
+    output = transformer.transform(take_rows(X, [0]))
+    return transformer, None, _width(output), _holds_tokens(output)
 
 
 def _fit_transform_branch(transformer, X, y, params):
@@ -623,7 +686,7 @@ def _fit_transform_branch(transformer, X, y, params):
         output = transformer.fit_transform(X, y, **params["fit_transform"])
     else:
         output = transformer.fit(X, y, **params["fit"]).transform(X, **params["transform"])
-    return transformer, output, _width(output)
+    return transformer, output, _width(output), _holds_tokens(output)
 
 
 def _transform_branch(transformer, X, params):
@@ -641,6 +704,11 @@ def _width(output):
     return shape[1]
 
 
+def _holds_tokens(output):
+    """Tell whether a branch's output is one column of tokens."""
+    return np.shape(output)[1:] == (1,) and bool(token_columns(output).any())
+
+
 def _side_by_side(widths):
     """Turn the widths of blocks into the slices that they fill, one after the other."""
     ends = np.cumsum(list(widths.values())).tolist()
@@ -648,6 +716,14 @@ def _side_by_side(widths):
         name: slice(end - width, end)
         for (name, width), end in zip(widths.items(), ends, strict=True)
     }
+
+
+def _fill(block, output, rows, weight):
+    """Scatter what a branch returned for these rows into its block, and weight it."""
+    if output is not None:
+        block[rows] = output
+    if weight != 1:
+        np.multiply(block, weight, out=block, where=~missing_cells(block))
 
 
 def _indicator(observed, n_rows):
@@ -676,24 +752,42 @@ def _feature_names(transformer, input_features=None):
         return None
 
 
-def _as_float_array(output, name, n_rows, block):
-    """Turn a branch's output into a float array of the expected shape."""
+def _as_array(output, name, n_rows, block, holds_tokens):
+    """Turn a branch's output into an array of numbers, or of tokens, of the expected shape."""
     if hasattr(output, "toarray"):
         raise TypeError(
             f"Branch {name!r} returned a sparse matrix; the union joins dense columns. Ask the "
             "transformer for dense output, or add a TruncatedSVD to the branch."
         )
     output = np.asarray(output)
-    if output.dtype.kind != "f":
+    if holds_tokens or output.dtype.kind != "f":
         try:
-            output = np.where(pd.isna(output), np.nan, output).astype(np.float64)
+            output = _checked_tokens(output) if holds_tokens else _as_floats(output)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"Branch {name!r} returned {output.dtype} columns that are not numbers ({error}). "
                 "End the branch with a transformer that returns numbers, such as FrozenEncoder or "
-                "OneHotEncoder(sparse_output=False)."
+                "OneHotEncoder(sparse_output=False), or one column of tokens, such as "
+                "FrozenEncoder(output='tokens')."
             ) from error
     expected = (n_rows, block.stop - block.start)
     if output.shape != expected:
         raise ValueError(f"Branch {name!r} returned shape {output.shape}; {expected} was expected.")
     return output
+
+
+def _as_floats(output):
+    return np.where(pd.isna(output), np.nan, output).astype(np.float64)
+
+
+def _checked_tokens(output):
+    """Refuse cells that are neither arrays of vectors nor missing; the missing become None."""
+    missing = missing_cells(output)
+    for cell in output[~missing]:
+        if not isinstance(cell, np.ndarray) or cell.ndim != 2 or cell.dtype.kind != "f":
+            is_array = isinstance(cell, np.ndarray)
+            got = f"{cell.dtype} of shape {cell.shape}" if is_array else type(cell).__name__
+            raise TypeError(
+                f"tokens are float arrays of shape (n_tokens, n_features), but a cell is {got}"
+            )
+    return np.where(missing, None, output)

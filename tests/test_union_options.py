@@ -1,4 +1,4 @@
-"""PerModalityUnion: the remainder, weights, the indicator, and tables of mixed columns."""
+"""PerModalityUnion: the remainder, weights, the indicator, mixed tables, and columns of tokens."""
 
 import pickle
 
@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, OneHotEncoder, StandardScaler
 from sklearn.utils import get_tags
 
-from sklembed import ContrastiveProjector, FrozenEncoder, PerModalityUnion
+from sklembed import CallableBackend, ContrastiveProjector, FrozenEncoder, PerModalityUnion
 
 
 @pytest.fixture
@@ -582,3 +582,200 @@ def test_a_transformer_for_the_remainder_can_be_searched_over():
     ).fit(X, y)
     assert search.best_params_ == {"permodalityunion__remainder": "passthrough"}
     assert search.cv_results_["mean_test_score"].tolist() == [0.5, 1.0, 1.0]
+
+
+# Tokens: one object column for a branch
+
+
+def count_vowels(texts):
+    """Encode each word of a text by its length and its vowels."""
+    return [
+        np.array([[len(word), sum(map(word.count, "aeiou"))] for word in text.split()])
+        for text in texts
+    ]
+
+
+def load_count_vowels():
+    return count_vowels
+
+
+@pytest.fixture
+def words():
+    backend = CallableBackend(
+        load_count_vowels, name="words", version="1", modality="text", n_features=2
+    )
+    return ("words", FrozenEncoder(backend, output="tokens", store=None), "note")
+
+
+WORDS, SIZES = "words__frozenencoder0", ["size__height", "size__width"]
+
+
+def assert_same_tokens(found, expected):
+    """Compare columns of tokens, of which None is one cell."""
+    assert [cell is None for cell in found] == [cell is None for cell in expected]
+    for a, b in zip(found, expected, strict=True):
+        if a is not None:
+            np.testing.assert_array_equal(a, b, strict=True)
+
+
+@pytest.fixture
+def tokens(words, table):
+    """What the encoder makes of the table's texts, without a union."""
+    return words[1].transform(table["note"])[:, 0]
+
+
+@pytest.mark.parametrize("n_jobs", [None, 2])
+def test_tokens_stand_beside_numbers_in_a_frame(table, words, text, tokens, n_jobs):
+    union = PerModalityUnion([text, words, SIZE], n_jobs=n_jobs).set_output(transform="pandas")
+    frame = union.fit_transform(table)
+    assert [np.shape(cell) for cell in frame[WORDS]][:4] == [(3, 2), (), (3, 2), (1, 2)]
+    assert_same_tokens(frame[WORDS], tokens)
+    assert frame[WORDS].iloc[0].dtype == np.float32
+    numbers = PerModalityUnion([text, SIZE]).set_output(transform="pandas").fit_transform(table)
+    pd.testing.assert_frame_equal(frame.drop(columns=WORDS), numbers)
+    assert frame.columns.tolist() == union.get_feature_names_out().tolist()
+    assert union.blocks_ == {"text": slice(0, 9), "words": slice(9, 10), "size": slice(10, 12)}
+    assert union.holds_tokens_ == {"text": False, "words": True, "size": False}
+
+
+@pytest.mark.parametrize("method", ["fit", "fit_transform"])
+def test_tokens_of_a_row_do_not_depend_on_the_rows_beside_it(table, words, tokens, method):
+    """Not even where no row has a token, and numbers would be NaN."""
+    union = PerModalityUnion([words, SIZE]).set_output(transform="pandas")
+    getattr(union, method)(table)
+    assert_same_tokens(union.transform(table)[WORDS], tokens)
+    alone = union.transform(table.loc[["v"]])
+    assert alone[WORDS].tolist() == [None]
+    assert alone.dtypes.tolist() == [object, float, float]
+    assert alone.index.tolist() == ["v"]
+
+
+def test_tokens_alone_are_an_array_of_objects_even_where_all_are_equally_many(words):
+    X = pd.DataFrame({"note": ["a cat", "the dog"], "title": ["red one", "blue two"]})
+    union = PerModalityUnion([words, ("title", words[1], "title")])
+    for found in (union.fit_transform(X), union.fit(X).transform(X)):
+        assert found.shape == (2, 2)
+        assert found.dtype == object
+        for column in ("note", "title"):
+            expected = words[1].transform(X[column])[:, 0]
+            assert_same_tokens(found[:, list(X).index(column)], expected)
+    frame = union.set_output(transform="pandas").transform(X)
+    assert frame.columns.tolist() == [WORDS, "title__frozenencoder0"]
+    assert frame.dtypes.tolist() == [object, object]
+    assert union.transform(X.assign(note=None))[WORDS].tolist() == [None, None]
+
+
+def test_frames_inside_branches_change_nothing(table, words, tokens):
+    with sklearn.config_context(transform_output="pandas"):
+        frame = PerModalityUnion([SIZE, words]).fit_transform(table)
+    assert_same_tokens(frame[WORDS], tokens)
+    assert frame[SIZES].dtypes.tolist() == [float, float]
+
+
+def test_a_cell_without_tokens_at_fit_does_not_decide_for_later_ones():
+    """As with a damaged picture under errors='missing', which no union can know beforehand."""
+
+    def split(column):
+        cells = np.full((len(column), 1), None, dtype=object)
+        for row, cell in enumerate(column):
+            cells[row, 0] = np.ones((len(cell), 2)) if cell else None
+        return cells
+
+    X = pd.DataFrame({"note": ["", "abc"]})
+    union = PerModalityUnion([("a", FunctionTransformer(split), "note")]).fit(X)
+    assert_same_tokens(union.transform(X)[:, 0], [None, np.ones((3, 2))])
+
+
+def test_tokens_come_unchanged_through_pipelines_clones_and_pickles(table, words, tokens):
+    union = PerModalityUnion([words, SIZE], add_indicator=True)
+    again = PerModalityUnion([("again", "passthrough", WORDS)], remainder="passthrough")
+    pipeline = make_pipeline(make_pipeline(union), again).set_output(transform="pandas")
+    frame = clone(pipeline).fit_transform(table)
+    assert_same_tokens(frame[f"again__{WORDS}"], tokens)
+    numbers = [f"remainder__{name}" for name in [*SIZES, "missing__words", "missing__size"]]
+    assert frame.columns.tolist() == [f"again__{WORDS}", *numbers]
+    assert frame[numbers].dtypes.tolist() == [float] * 4
+    pipeline.fit(table)
+    loaded = pickle.loads(pickle.dumps(pipeline))
+    pd.testing.assert_frame_equal(loaded.transform(table)[numbers], frame[numbers])
+    assert_same_tokens(loaded.transform(table)[f"again__{WORDS}"], tokens)
+    nested = PerModalityUnion([("inner", PerModalityUnion([words]), ["note"])])
+    assert_same_tokens(nested.fit_transform(table)[:, 0], tokens)
+    assert nested.get_feature_names_out().tolist() == [f"inner__{WORDS}"]
+
+
+def test_the_remainder_may_be_a_column_of_tokens(table, words, tokens):
+    union = PerModalityUnion([SIZE], remainder=words[1]).set_output(transform="pandas")
+    frame = union.fit_transform(table[["note", "height", "width"]])
+    assert_same_tokens(frame["remainder__frozenencoder0"], tokens)
+
+
+def test_a_weight_multiplies_each_cell_of_tokens_and_leaves_float32(table, words, tokens):
+    table["title"] = table["note"].fillna("a red cat")  # a repeated cell is weighted once
+    union = PerModalityUnion(
+        [words, ("title", words[1], "title")], transformer_weights={"words": 0.5, "title": 2}
+    )
+    found = union.fit_transform(table)
+    assert_same_tokens(found[:, 0], [None if t is None else t / 2 for t in tokens])
+    assert_same_tokens(found[:, 1], [2 * (tokens[0] if t is None else t) for t in tokens])
+    assert found[0, 0].dtype == np.float32
+
+
+def test_the_indicator_is_where_tokens_are_none(table, words):
+    union = PerModalityUnion([words], add_indicator=True).set_output(transform="pandas")
+    frame = union.fit_transform(table)
+    assert frame["missing__words"].tolist() == [float(cell is None) for cell in frame[WORDS]]
+    assert frame["missing__words"].dtype == float
+    assert union.holds_tokens_ == {"words": True, "missing": False}
+
+
+@pytest.mark.parametrize("indicator", [False, True])
+def test_tokens_beside_numbers_are_refused_where_the_output_is_no_frame(table, words, indicator):
+    beside, numbers = ([], "missing") if indicator else ([SIZE], "size")
+    union = PerModalityUnion([words, *beside], add_indicator=indicator).fit(table)
+    message = (
+        rf"Branches \['words'\] give tokens, but \['{numbers}'\] numbers, and only a DataFrame "
+        r"holds both. Call set_output\(transform='pandas'\)"
+    )
+    for run in (union.transform, union.fit_transform):
+        with pytest.raises(ValueError, match=message):
+            run(table)
+
+
+def test_polars_has_no_column_of_tokens(table, words):
+    union = PerModalityUnion([words]).set_output(transform="polars")
+    message = (
+        r"Branches \['words'\] give tokens.* polars does not have. Use set_output\(transform='pa"
+    )
+    with pytest.raises(ValueError, match=message):
+        union.fit_transform(table)
+    frame = union.set_output(transform="pandas").fit_transform(pl.from_pandas(table))
+    assert frame[WORDS].iloc[1] is None
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (["a", "b"], "could not convert string to float"),
+        ([[1, 2], [3]], "setting an array element with a sequence"),
+        ([[[1, 2], [3]], [3]], "setting an array element with a sequence"),
+        ([np.ones(2), np.ones(3)], "setting an array element with a sequence"),
+        ([np.ones((2, 2)), "b"], "tokens are float arrays .* but a cell is str"),
+        ([np.ones((2, 2)), np.ones(3)], r"a cell is float64 of shape \(3,\)"),
+        ([np.ones((2, 2), dtype=np.uint8), None], r"a cell is uint8 of shape \(2, 2\)"),
+    ],
+)
+def test_other_objects_are_refused_by_branch(cells, message):
+    X = pd.DataFrame({"a": pd.Series(cells, dtype=object)})
+    with pytest.raises(TypeError, match=f"'a' returned object columns .*{message}") as caught:
+        PerModalityUnion([("a", "passthrough", "a")]).fit_transform(X)
+    assert "or one column of tokens, such as FrozenEncoder(output='tokens')" in str(caught.value)
+
+
+def test_two_columns_of_tokens_are_two_branches():
+    cells = pd.Series([np.ones((2, 2)), np.ones((3, 2))], dtype=object)
+    X = pd.DataFrame({"a": cells, "b": cells})
+    with pytest.raises(TypeError, match="'both' returned object columns .* one column of tokens"):
+        PerModalityUnion([("both", "passthrough", ["a", "b"])]).fit_transform(X)
+    apart = PerModalityUnion([("a", "passthrough", "a"), ("b", "passthrough", "b")])
+    assert apart.fit_transform(X).shape == (2, 2)

@@ -9,7 +9,6 @@ from hashlib import blake2b
 from numbers import Integral
 
 import numpy as np
-from sklearn import get_config
 from sklearn.base import (
     BaseEstimator,
     TransformerMixin,
@@ -19,7 +18,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 from tqdm import tqdm
 
-from sklembed._tables import is_frame
+from sklembed._tables import is_frame, output_container
 from sklembed.encoders.backends import MODALITIES
 from sklembed.encoders.cells import DECODING_VERSION, decode, identify, is_missing
 from sklembed.encoders.checkpoints import Checkpoint
@@ -653,9 +652,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
 
     def _check_container(self):
         """Refuse the one container that cannot hold tokens."""
-        config = getattr(self, "_sklearn_output_config", {})
-        container = config.get("transform") or get_config()["transform_output"]
-        if self.output == "tokens" and container == "polars":
+        if self.output == "tokens" and output_container(self) == "polars":
             raise ValueError(
                 "output='tokens' makes an object column of arrays of different lengths, which "
                 "polars does not have. Use set_output(transform='pandas') or 'default'."
