@@ -279,7 +279,8 @@ def padded_tokens(column: Any, name: str, width: int | None = None) -> np.ndarra
 def _cell_of_tokens(cell: Any, row: int, name: str) -> np.ndarray | None:
     """Return a cell as an array, None where missing."""
     try:
-        return None if _is_missing(cell) else np.asarray(cell, dtype=np.float32)
+        with np.errstate(over="ignore"):  # infinity is found out later
+            return None if _is_missing(cell) else np.asarray(cell, dtype=np.float32)
     except (TypeError, ValueError) as error:
         error.add_note(f"This was in row {row} of the token column {name!r}.")
         raise

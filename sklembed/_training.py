@@ -287,10 +287,13 @@ class BestOfEach(Callback):  # type: ignore[misc]
         better = going & (losses < self.best)
         self.epochs = np.where(better, 0, self.epochs + 1)
         self.best = np.where(better, losses, self.best)
-        for network in np.flatnonzero(better):
-            for name, value in state.items():
-                if len(value) == len(losses):  # of each network; what all share does not change
-                    self.state[name][network] = value[network]
+        if len(losses) == 1 and better[0]:  # its state needs no axis of networks
+            self.state = {name: value.clone() for name, value in state.items()}
+        elif len(losses) > 1:
+            for network in np.flatnonzero(better):
+                for name, value in state.items():
+                    if len(value) == len(losses):  # of each; what all share does not change
+                        self.state[name][network] = value[network]
         net.history.record("valid_loss_best", bool(better.any()))
         if (self.epochs >= self.patience).all():
             raise KeyboardInterrupt  # how skorch's own early stopping ends training

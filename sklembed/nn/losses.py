@@ -144,6 +144,70 @@ def binary_cross_entropy(
     return _mean(losses.mean(dim=-1), weight)
 
 
+def info_nce(
+    a: Tensor,
+    b: Tensor,
+    log_scale: Tensor,
+    *,
+    there: Tensor | None = None,
+    same: Tensor | None = None,
+    direction_weight: float = 0.5,
+) -> Tensor:
+    """Contrastive loss of the rows of two modalities (arXiv 2403.04650; 2401.01179).
+
+    With ``S = a b^T exp(log_scale)``, the cross-entropy of finding row i of `b` by row i of `a`,
+    weighted by `direction_weight`, and that of finding `a` by `b`, by the rest; each the mean over
+    rows. The papers take .5, and .75 for texts that look for pictures.
+
+    Parameters
+    ----------
+    a, b : Tensor of shape (batch, n_components)
+        Unit vectors; row i of both is a pair.
+    log_scale : Tensor of shape ()
+        Logarithm of the factor of similarities.
+    there : Tensor of shape (batch,), dtype bool, or None
+        Rows that are pairs; others count in no way. None: all.
+    same : Tensor of shape (batch, batch), dtype bool, or None
+        Rows that are no negatives of each other, as they hold the same.
+    direction_weight : float
+        Share of the loss of looking in `b`.
+
+    Returns
+    -------
+    loss : Tensor of shape ()
+        0, with zero gradients, for fewer than two pairs.
+    """
+    logits = a @ b.T * log_scale.exp()
+    hidden = torch.zeros_like(logits, dtype=torch.bool) if same is None else same.clone()
+    there = torch.ones_like(a[:, 0], dtype=torch.bool) if there is None else there
+    hidden |= ~(there[:, None] & there)
+    hidden.fill_diagonal_(False)
+    logits = logits.masked_fill(hidden, -1e9)
+    found = logits.diagonal()
+    losses = direction_weight * (logits.logsumexp(dim=1) - found)
+    losses = losses + (1 - direction_weight) * (logits.logsumexp(dim=0) - found)
+    return _ratio((losses * there).sum(), there.to(losses.dtype).sum())
+
+
+def structure_loss(inputs: Tensor, z: Tensor, *, temperature: float = 0.05) -> Tensor:
+    """How much the rows' similarities to each other have changed (arXiv 2506.16895, level 1).
+
+    The mean over rows of the Jensen-Shannon divergence between the softmax of a row's similarities
+    before and after; vectors are scaled to unit length and centred first.
+    """
+    before, after = (_neighbours(x, temperature) for x in (inputs, z))
+    middle = ((before.exp() + after.exp()) / 2).clamp(min=torch.finfo(z.dtype).tiny).log()
+    divergence = (before.exp() * (before - middle) + after.exp() * (after - middle)) / 2
+    return divergence.sum(dim=1).mean()
+
+
+def _neighbours(x: Tensor, temperature: float) -> Tensor:
+    """Logarithm of the softmax of each row's similarities to all rows."""
+    x = F.normalize(x, dim=-1)
+    x = x - x.mean(dim=0)
+    return (x @ x.T / temperature).log_softmax(dim=1)
+
+
 LOSSES = {"supcon": supcon, "pairwise_bce": pairwise_bce}
 
 
