@@ -12,7 +12,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_data
 
-from sklembed._blocks import observed_in_block, resolve_blocks
+from sklembed._blocks import check_one_block, observed_in_block, resolve_blocks
 
 # Methods that compare modalities coordinate by coordinate.
 _OF_EQUAL_WIDTHS = {"shift", "unit_shift", "procrustes"}
@@ -217,8 +217,34 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False)
-        rows, observed = self._unit_rows(X)
+        rows, observed = self._all_unit_rows(X)
         return self._join({name: self._aligned(name, rows[name]) for name in rows}, observed)
+
+    def encode(self, X, modality):
+        """Align rows of one modality.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_columns)
+            The columns of that modality alone, in the order of its block.
+
+        modality : str
+            Name of the block.
+
+        Returns
+        -------
+        Z : ndarray of shape (n_samples, n_columns_out)
+            Aligned rows, the same as the modality's block of `transform`.
+
+        Raises
+        ------
+        ValueError
+            If there is no such block, or the width is not that seen in `fit`.
+        """
+        check_is_fitted(self)
+        X = check_one_block(X, modality, self.blocks_, self.n_features_in_, FLOAT_DTYPES)
+        rows, observed = self._unit_rows(X, modality, slice(None))
+        return _scattered(self._aligned(modality, rows), observed)
 
     def get_feature_names_out(self, input_features=None):
         """Name the output columns as those of the input, or ``<block>__<number>`` if resampled.
@@ -242,7 +268,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         names = getattr(self, "feature_names_in_", None)
         self.blocks_ = resolve_blocks(self.blocks, names, X.shape[1])
         self.width_ = self._common_width(X)
-        rows, observed = self._unit_rows(X)
+        rows, observed = self._all_unit_rows(X)
         for name, seen in observed.items():
             if not seen.any():
                 raise ValueError(
@@ -277,15 +303,17 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             )
         return max(widths.values())
 
-    def _unit_rows(self, X):
-        """Return each modality's observed rows, of unit length and a common width; and which."""
-        rows, observed = {}, {}
-        for name, columns in self.blocks_.items():
-            observed[name] = observed_in_block(X, name, columns)
-            part = X[observed[name]][:, columns]
-            part = normalize(part) if len(part) else part
-            rows[name] = part if self.width_ is None else _resample(part, self.width_)
-        return rows, observed
+    def _all_unit_rows(self, X):
+        """Return `_unit_rows` of every modality."""
+        found = {name: self._unit_rows(X, name, columns) for name, columns in self.blocks_.items()}
+        return ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
+
+    def _unit_rows(self, X, name, columns):
+        """Return a modality's observed rows, of unit length and the common width; and which."""
+        observed = observed_in_block(X, name, columns)
+        part = X[observed][:, columns]
+        part = normalize(part) if len(part) else part
+        return part if self.width_ is None else _resample(part, self.width_), observed
 
     def _find_maps(self, rows, observed):
         """Return the matrices and offsets that take rows to where `method` wants them."""
@@ -472,18 +500,42 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False)
-        projected, observed, blocks = {}, {}, {}
-        width = len(self.correlations_)
-        scale = np.sqrt(self.correlations_) if self.weighted else np.ones(width)
-        for number, (name, columns) in enumerate(self.blocks_.items()):
-            observed[name] = observed_in_block(X, name, columns)
-            rows = (X[observed[name]][:, columns] - self.means_[name].astype(X.dtype)) @ self.maps_[
-                name
-            ].astype(X.dtype)
-            rows = normalize(rows, copy=False) if len(rows) else rows
-            projected[name] = rows * scale.astype(X.dtype)
-            blocks[name] = slice(number * width, (number + 1) * width)
-        return _side_by_side(projected, observed, blocks)
+        return np.hstack([self._project(X[:, part], name) for name, part in self.blocks_.items()])
+
+    def encode(self, X, modality):
+        """Project rows of one modality.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_columns)
+            The columns of that modality alone, in the order of its block.
+
+        modality : str
+            Name of the block.
+
+        Returns
+        -------
+        Z : ndarray of shape (n_samples, n_components)
+            Projections, the same as the modality's block of `transform`.
+
+        Raises
+        ------
+        ValueError
+            If there is no such block, or the width is not that seen in `fit`.
+        """
+        check_is_fitted(self)
+        X = check_one_block(X, modality, self.blocks_, self.n_features_in_, FLOAT_DTYPES)
+        return self._project(X, modality)
+
+    def _project(self, X, name):
+        """Project one modality's columns, NaN where a row lacks it."""
+        observed = observed_in_block(X, name, slice(None))
+        rows = X[observed] - self.means_[name].astype(X.dtype)
+        rows = rows @ self.maps_[name].astype(X.dtype)
+        rows = normalize(rows, copy=False) if len(rows) else rows
+        if self.weighted:
+            rows *= np.sqrt(self.correlations_).astype(X.dtype)
+        return _scattered(rows, observed)
 
     def get_feature_names_out(self, input_features=None):
         """Name the output columns ``<block>__<number>``.
@@ -596,6 +648,13 @@ def _side_by_side(rows, observed, columns):
     for name, part in rows.items():
         places = np.arange(width)[columns[name]]
         Z[np.ix_(observed[name], places)] = part
+    return Z
+
+
+def _scattered(rows, observed):
+    """Write observed rows where they belong, and NaN where there are none."""
+    Z = np.full((len(observed), rows.shape[1]), np.nan, dtype=rows.dtype)
+    Z[observed] = rows
     return Z
 
 
