@@ -20,18 +20,23 @@ from sklembed import (
     CallableBackend,
     CanonicalAligner,
     ContrastiveProjector,
+    CrossAttentionAdaptor,
     DecisionFusionClassifier,
     EarlyFusionClassifier,
     FrozenEncoder,
     LateFusionClassifier,
     ModalityGapAligner,
     PerModalityUnion,
+    SharedFusionEncoder,
 )
 
 CHEAP = {"n_components": 4, "hidden_layer_sizes": (8,), "max_epochs": 2}
 # Two modalities of whatever columns there are; one, for checks in which a single NaN is an error.
 TWO, ONE = {"b": [-1], "a": slice(0, -1)}, {"all": slice(None)}
 HEAD = {"hidden_layer_sizes": (16,), "max_epochs": 40, "lr": 0.02}
+# One head, as the battery sets n_components=1.
+SHARED = {"n_components": 8, "n_heads": 1, "dim_feedforward": 8, "max_epochs": 2}
+SHARED |= {"dropout": 0.1, "input_dropout": 0.1, "standardize": True}
 
 
 # Rows are drawn into mini-batches, as by SGDClassifier: a row twice is not a row of weight 2.
@@ -68,6 +73,9 @@ def known_to_fail(estimator):
         DecisionFusionClassifier(LogisticRegression(), blocks=TWO),
         DecisionFusionClassifier(DecisionTreeClassifier(random_state=0), blocks=TWO, weights=None),
         DecisionFusionClassifier(LogisticRegression(), blocks=TWO, weights=None),
+        SharedFusionEncoder(**SHARED, blocks=TWO),
+        SharedFusionEncoder(**SHARED, blocks=TWO, share_layer=False, mixup=True, chunk_size=2),
+        CrossAttentionAdaptor(**SHARED, blocks=TWO),
     ],
     expected_failed_checks=known_to_fail,
 )
@@ -143,6 +151,11 @@ CASES = {
         DecisionFusionClassifier(GaussianNB(var_smoothing=0.1), blocks=HALVES),
         lambda: numeric(240),  # enough for either modality to count
     ),
+    "SharedFusionEncoder": (SharedFusionEncoder(**SHARED, blocks=HALVES, random_state=0), numeric),
+    "CrossAttentionAdaptor": (
+        CrossAttentionAdaptor(**SHARED, blocks=HALVES, random_state=0),
+        numeric,
+    ),
 }
 each = pytest.mark.parametrize("name", CASES)
 
@@ -195,7 +208,7 @@ def test_clones_pickles_and_skops_files_do_the_same(case):
     unknown = skops.io.get_untrusted_types(data=file)
     own = {
         f"sklembed.{module}"
-        for module in ("projection", "union", "encoders", "alignment", "fusion")
+        for module in ("projection", "union", "encoders", "alignment", "fusion", "crossmodal")
     }
     users = {"test_common._load"}  # an object that the user passed as a parameter
     assert all(t in users or any(t.startswith(o) for o in own) for t in unknown), unknown
@@ -247,6 +260,27 @@ EFFECTIVE_OF_HEADS = {
     "dropout": 0.1,
     "modality_dropout": 0.9,
     "class_weight": {0: 5.0},
+    "max_epochs": 3,
+    "batch_size": 16,
+    "lr": 1e-2,
+    "weight_decay": 10.0,
+    "early_stopping": True,
+    "random_state": 1,
+    "skorch_params": {"lr": 1e-2},
+}
+EFFECTIVE_OF_SHARED = {
+    "n_components": 4,
+    "blocks": {"text": [0, 2, 4], "image": [1, 3, 5]},
+    "n_heads": 4,
+    "dim_feedforward": 5,
+    "dropout": 0.5,
+    "input_dropout": 0.0,
+    "temperature": 0.5,
+    "direction_weight": 0.75,
+    "mixup": True,
+    "structure_weight": 1.0,
+    "standardize": False,
+    "chunk_size": 7,  # by what dropout draws
     "max_epochs": 3,
     "batch_size": 16,
     "lr": 1e-2,
@@ -318,9 +352,13 @@ EFFECTIVE = {
         "pooling": "arithmetic",
         "cv": 2,
     },
+    "SharedFusionEncoder": EFFECTIVE_OF_SHARED | {"fusion": "multiply", "share_layer": False},
+    "CrossAttentionAdaptor": EFFECTIVE_OF_SHARED
+    | {"n_queries": 0, "n_layers": 2, "output": "tokens"},
 }
 # How the result is come by, not what it is; each has a test of its own.
 SILENT_IN_HEADS = {"device", "verbose", "validation_fraction", "n_iter_no_change", "warm_start"}
+SILENT_IN_SHARED = SILENT_IN_HEADS | {"mask_duplicates"}  # numeric() has none
 SILENT = {
     "FrozenEncoder": {
         "batch_size",
@@ -359,6 +397,8 @@ SILENT = {
     "EarlyFusionClassifier": SILENT_IN_HEADS,
     "LateFusionClassifier": SILENT_IN_HEADS,
     "DecisionFusionClassifier": {"n_jobs"},
+    "SharedFusionEncoder": SILENT_IN_SHARED,
+    "CrossAttentionAdaptor": SILENT_IN_SHARED,
 }
 
 

@@ -11,11 +11,13 @@ from sklembed.nn.losses import (
     AFFINITIES,
     LOSSES,
     PerNetwork,
+    info_nce,
     label_affinity,
     level_affinity,
     overlap_affinity,
     pairwise_bce,
     rank_affinity,
+    structure_loss,
     supcon,
 )
 
@@ -426,3 +428,119 @@ def test_a_batch_of_nothing_but_filling_asks_losses_of_one_s_own_for_nothing(los
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(z.grad).all()
+
+
+# Pairs of two modalities
+
+
+def two_modalities(n=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, n, 4, generator=generator, dtype=torch.float64)
+    a, b = (torch.nn.functional.normalize(x, dim=-1).requires_grad_() for x in (a, b))
+    return a, b, torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+
+
+THERE = torch.tensor([True, True, False, True, True, True, False])
+SAME = label_affinity(torch.tensor([0, 1, 0, 2, 1, 0, 3])).bool()
+
+
+def naive_info_nce(a, b, log_scale, there, same, direction_weight):
+    rows = [i for i in range(len(a)) if there[i]]
+    total = 0.0
+    for one, other, share in ((a, b, direction_weight), (b, a, 1 - direction_weight)):
+        for i in rows:
+            among = [j for j in rows if j == i or not same[i, j]]
+            s = {j: float(one[i] @ other[j]) * math.exp(log_scale) for j in among}
+            total += share * (math.log(sum(math.exp(s[j]) for j in among)) - s[i])
+    return total / len(rows)
+
+
+@pytest.mark.parametrize("direction_weight", [0.0, 0.5, 0.75])
+@pytest.mark.parametrize("same", [None, SAME], ids=["distinct", "same"])
+@pytest.mark.parametrize("there", [None, THERE], ids=["all", "there"])
+def test_info_nce_equals_the_double_loop(there, same, direction_weight):
+    a, b, log_scale = two_modalities()
+    options = {"there": there, "same": same, "direction_weight": direction_weight}
+    loss = info_nce(a, b, log_scale, **options)
+    there = torch.ones(7) if there is None else there
+    same = torch.eye(7) if same is None else same
+    given = (x.detach() for x in (a, b, log_scale))
+    expected = naive_info_nce(*given, there, same, direction_weight)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    assert torch.autograd.gradcheck(lambda *given: info_nce(*given, **options), (a, b, log_scale))
+    turned = options | {"direction_weight": 1 - direction_weight}
+    torch.testing.assert_close(info_nce(b, a, log_scale, **turned), loss)
+
+
+def test_rows_that_are_no_pairs_count_in_no_way():
+    a, b, log_scale = two_modalities()
+    loss = info_nce(a, b, log_scale, there=THERE)
+    torch.testing.assert_close(loss, info_nce(a[THERE], b[THERE], log_scale))
+    for gradient in torch.autograd.grad(loss, (a, b)):
+        assert (gradient[~THERE] == 0).all()
+        assert (gradient[THERE] != 0).any(dim=1).all()
+
+
+def test_rows_that_hold_the_same_do_not_push_each_other_away():
+    a, b, log_scale = two_modalities(2)
+    apart = info_nce(a, b, log_scale)
+    assert apart > 0
+    assert info_nce(a, b, log_scale, same=torch.ones(2, 2, dtype=torch.bool)) == 0
+    given = torch.eye(2, dtype=torch.bool)
+    info_nce(a, b, log_scale, same=given)
+    assert given.equal(torch.eye(2, dtype=torch.bool))  # what was passed is left as it was
+
+
+@pytest.mark.parametrize("n_pairs", [0, 1])
+@pytest.mark.parametrize("n_rows", [1, 7])
+def test_fewer_than_two_pairs_teach_nothing(n_rows, n_pairs):
+    a, b, log_scale = two_modalities(n_rows)
+    loss = info_nce(a, b, log_scale, there=torch.arange(n_rows) < n_pairs)
+    assert loss == 0
+    for gradient in torch.autograd.grad(loss, (a, b, log_scale)):
+        assert (gradient == 0).all()
+
+
+def naive_structure(inputs, z, temperature):
+    def shares(x):
+        x = [row / row.norm() for row in x]
+        mean = sum(x) / len(x)
+        rows = []
+        for i in range(len(x)):
+            s = [math.exp(float((x[i] - mean) @ (other - mean)) / temperature) for other in x]
+            rows.append([value / sum(s) for value in s])
+        return rows
+
+    total = 0.0
+    for p, q in zip(shares(inputs), shares(z), strict=True):
+        middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+        for own in (p, q):
+            total += sum(a * math.log(a / m) for a, m in zip(own, middle, strict=True)) / 2
+    return total / len(inputs)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_the_structure_loss_equals_the_double_loop(temperature):
+    z, inputs, _ = two_modalities()
+    inputs = torch.cat([inputs, 3 * inputs[:, :2]], dim=1).detach()  # of another width and length
+    loss = structure_loss(inputs, z, temperature=temperature)
+    expected = naive_structure(inputs, z.detach(), temperature)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    assert torch.autograd.gradcheck(
+        lambda z: structure_loss(inputs, z, temperature=temperature), (z,)
+    )
+
+
+def test_turning_and_scaling_keep_the_structure():
+    z, inputs, _ = two_modalities()
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double())
+    assert structure_loss(inputs, 5 * inputs @ turn.Q).item() == pytest.approx(0, abs=1e-12)
+    assert 0 < structure_loss(inputs, z) <= math.log(2)
+
+
+def test_the_structure_loss_of_rows_far_apart_has_finite_gradients():
+    z = torch.eye(6, requires_grad=True)
+    loss = structure_loss(torch.ones(6, 3), z, temperature=1e-4)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
