@@ -95,7 +95,8 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Warns
         -----
         UserWarning
-            If the space has collapsed: rows that are no pair are as alike as those that are.
+            If the space has collapsed: rows that are no pair are nearly the same. Or if contexts
+            have become the same.
         """
         goes_on = self.warm_start and hasattr(self, "weights_")
         parts = self._read(X, reset=not goes_on)
@@ -571,7 +572,7 @@ class SharedFusionEncoder(_CrossModalEncoder):
 
     chunk_size : int or None, default=None
         Rows whose activations are held at a time in training, so that large batches fit into
-        memory; gradients are those of the whole batch [4]_.
+        memory; gradients are those of the whole batch, but for what dropout draws [4]_.
 
     max_epochs : int, default=30
         Passes over the pairs.
@@ -845,7 +846,7 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
 
     chunk_size : int or None, default=None
         Rows whose activations are held at a time in training, so that large batches fit into
-        memory; gradients are those of the whole batch [4]_.
+        memory; gradients are those of the whole batch, but for what dropout draws [4]_.
 
     max_epochs : int, default=30
         Passes over the pairs.

