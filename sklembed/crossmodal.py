@@ -24,7 +24,7 @@ from sklembed._blocks import (
     token_columns,
 )
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
-from sklembed._tables import as_table, take_columns
+from sklembed._tables import as_table, output_container, take_columns
 from sklembed._targets import hold_back
 from sklembed._validation import draw_seed
 from sklembed.metrics import retrieval_recall
@@ -1017,6 +1017,11 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
         return {"n_queries": self.n_queries, "n_layers": self.n_layers}
 
     def _output(self):
+        if self.output == "tokens" and output_container(self) == "polars":
+            raise ValueError(
+                "output='tokens' makes object columns of arrays of different lengths, which polars "
+                "does not have. Use set_output(transform='pandas') or 'default'."
+            )
         return self.output
 
     def _n_columns(self):

@@ -834,6 +834,8 @@ def test_adapted_tokens_are_object_columns_with_the_names_of_the_modalities():
     again = small(SharedFusionEncoder, blocks=None, fusion="general").fit(Z)  # tokens go in again
     assert again.widths_ == {"text": 8, "image": 8}
     assert 0 <= adaptor.score(frame) <= 1  # of pooled vectors, still
+    with pytest.raises(ValueError, match="polars does not have"):
+        adaptor.set_output(transform="polars").transform(frame)
 
 
 @each_encoder

@@ -17,7 +17,7 @@ import argparse
 import json
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from math import exp
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,7 +62,6 @@ PROMPTS = ["{}", "a picture of {}", "a drawing of {}", "a symbol for {}"]
 # The data
 
 
-@lru_cache(2)
 def pairs(dataset, features="pooled"):
     """Return the rows that have a title: features, titles, classes, names of classes, groups."""
     X, data = load(dataset)
