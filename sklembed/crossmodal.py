@@ -459,7 +459,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                     for row, vectors, keep in zip(chunk, adapted, there.numpy(), strict=True):
                         found[row, 0] = vectors[keep]
                 else:
-                    found[chunk] = network.unit(raw, there, modality).numpy()
+                    found[chunk] = network.in_chunks(raw, there, modality).numpy()
         return found
 
     def _output(self):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold
 
-from sklembed.datasets import load_emoji, load_openclipart
+from sklembed.datasets import load_emoji, load_openclipart, make_composites
 
 LOADERS = [load_emoji, load_openclipart]
 SHAPES = {load_emoji: (1906, 3), load_openclipart: (3052, 6)}
@@ -207,3 +207,53 @@ def test_files_are_small_and_plain():
 def test_loading_needs_no_torch():
     code = "import sys, sklembed.datasets as d; d.load_emoji(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Pictures with masks
+
+
+def test_composites_are_what_they_say():
+    made = make_composites(40, image_size=48, random_state=0)
+    assert all(p.shape == (48, 48, 3) and p.dtype == np.uint8 for p in made.data["image"])
+    assert all(m.shape == (48, 48) and m.dtype == np.uint8 for m in made.target)
+    assert made.target_names == ["background", "object"]
+    assert {value for mask in made.target for value in np.unique(mask)} == {0, 1}
+    empty = [not mask.any() for mask in made.target]
+    assert sum(empty) == 10
+    shares = [mask.mean() for mask in made.target if mask.any()]
+    assert 0.005 < min(shares) and max(shares) < 0.65
+    assert set(made.groups) <= set(load_emoji().groups)
+
+
+def test_equal_seeds_make_equal_composites():
+    one, same, other = (make_composites(6, image_size=32, random_state=s) for s in (3, 3, 4))
+    assert all((a == b).all() for a, b in zip(one.data["image"], same.data["image"], strict=True))
+    assert all((a == b).all() for a, b in zip(one.target, same.target, strict=True))
+    assert any((a != b).any() for a, b in zip(one.data["image"], other.data["image"], strict=True))
+
+
+def test_masks_hold_classes_where_asked():
+    of_classes = {"objects": "openclipart", "target": "class", "empty_fraction": 0}
+    made = make_composites(60, image_size=32, random_state=0, **of_classes)
+    assert made.target_names == ["background", *load_openclipart().target_names]
+    assert all(len(np.unique(mask[mask > 0])) == 1 for mask in made.target)
+    assert max(mask.max() for mask in made.target) < len(made.target_names)
+
+
+def test_no_two_groups_share_their_textures():
+    made = make_composites(60, image_size=32, empty_fraction=1, random_state=0)
+    means = pd.DataFrame([picture.mean(axis=(0, 1)) for picture in made.data["image"]])
+    within = means.groupby(made.groups).transform("mean")
+    several = pd.Series(made.groups).duplicated(keep=False).to_numpy()
+    assert ((means - within)[several].abs().mean() < 0.3 * means.std()).all()
+
+
+def test_a_drawing_is_used_again_only_when_all_have_been():
+    made = make_composites(1906, image_size=16, random_state=0)
+    assert Counter(made.groups) == Counter(load_emoji().groups)
+
+
+@pytest.mark.parametrize("options", [{"n_samples": 0}, {"objects": "cats"}, {"empty_fraction": 2}])
+def test_composites_of_nothing_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        make_composites(**options)

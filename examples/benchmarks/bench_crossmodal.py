@@ -53,7 +53,7 @@ TASKS = {"openclipart by creator": "openclipart", "emoji by subcategory": "emoji
 TITLES = {"openclipart": "title", "emoji": "name"}
 TOKENS = {"text": ["text"], "image": ["image"]}
 SIZES = {"n_components": 128, "dim_feedforward": 256}
-BACKBONES = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
+BACKBONES = ("efficientnet-lite0", "efficientnet-lite2")
 KS = (1, 5, 10)
 LR = LogisticRegression(C=10, max_iter=2000)
 PROMPTS = ["{}", "a picture of {}", "a drawing of {}", "a symbol for {}"]
@@ -98,7 +98,7 @@ def efficientnet(name, side=None):
 
 
 def load_efficientnet(name, side):
-    """Load one of the three sizes that install as packages."""
+    """Load one of the sizes that install as packages."""
     import importlib
 
     import torch
@@ -175,7 +175,7 @@ OURS = {
 }
 OF_TOKENS = {
     f"shared, {fusion}, tokens": shared(fusion, TOKENS)
-    for fusion in ("add", "multiply", "concat", "additive", "general", "scaled_dot")
+    for fusion in ("add", "additive", "general", "scaled_dot")
 } | {"adaptor, tokens": adaptor(TOKENS)}
 # The sizes, losses and starts of the released code; not its hundreds of epochs.
 RELEASED = {

@@ -14,6 +14,7 @@ from sklembed.nn.modules import SeededDropout
 FUSIONS = ("add", "multiply", "concat", "additive", "general", "scaled_dot")
 ATTENTION_FUSIONS = FUSIONS[3:]
 SCALES = (1.0, 100.0)  # what the learnt factor of similarities, 1 / temperature, is kept within
+_LENGTHS = 4  # groups of like length that a batch of ragged rows is encoded in
 _CONTEXT_FEATURES = 3  # of a learnt context, before its network
 _CONCAT_FEATURES = 10  # of one that is concatenated, after it
 
@@ -125,7 +126,7 @@ class CrossModalNetwork(nn.Module):
             there = ~part[..., 0].isnan()  # (batch, n_tokens)
             rows = there.any(dim=1).nonzero().squeeze(1)
             tokens = self.standardized(part, modality)
-            own = self._in_chunks(tokens[rows], there[rows], modality)
+            own = self.in_chunks(tokens[rows], there[rows], modality)
             z.append(own.new_zeros(len(part), own.shape[1]).index_copy(0, rows, own))
             inputs.append(masked_mean(tokens, there))
             has.append(there.any(dim=1))
@@ -156,30 +157,30 @@ class CrossModalNetwork(nn.Module):
         )
         return [share * part + (1 - share) * part[order] for part in parts]
 
-    def _in_chunks(self, tokens: Tensor, there: Tensor, modality: int) -> Tensor:
-        """Encode a batch; in training chunk by chunk if asked, keeping only what comes out.
+    def in_chunks(self, tokens: Tensor, there: Tensor, modality: int) -> Tensor:
+        """Encode standardised rows to unit length, those of like length together.
 
-        The activations of a chunk are computed again on the way back, with the same dropout, so
-        that gradients are those of the whole batch (gradient caching, arXiv 2101.06983).
+        So little padding is computed. In training, if asked, only what comes out of a chunk is
+        kept: its activations are computed again on the way back, with the same dropout, so that
+        gradients are those of the whole batch (gradient caching, arXiv 2101.06983).
         """
-        if not (self.training and self.chunk_size):
-            return self.unit(tokens, there, modality)
-        encoded = [
-            checkpoint(
-                self._replayed(),
-                part,
-                mask,
-                modality,
-                use_reentrant=False,
-                preserve_rng_state=False,  # it draws from the generator alone
-            )
-            for part, mask in zip(
-                torch.split(tokens, self.chunk_size),
-                torch.split(there, self.chunk_size),
-                strict=True,
-            )
-        ]
-        return torch.cat(encoded)
+        counts = there.sum(dim=1)
+        ragged = bool((counts != tokens.shape[1]).any())
+        order = counts.argsort(stable=True)
+        size = max(len(tokens) // _LENGTHS, 1) if ragged else max(len(tokens), 1)
+        caching = self.training and self.chunk_size
+        if caching:
+            size = min(size, caching)
+        encoded = []
+        for rows in torch.split(order, size):
+            n_tokens = int(counts[rows].amax()) if ragged else tokens.shape[1]
+            chunk = tokens[rows, :n_tokens], there[rows, :n_tokens], modality
+            if caching:  # what it draws comes from the generator alone
+                plain = {"use_reentrant": False, "preserve_rng_state": False}
+                encoded.append(checkpoint(self._replayed(), *chunk, **plain))
+            else:
+                encoded.append(self.unit(*chunk))
+        return torch.cat(encoded)[order.argsort()]
 
     def _replayed(self) -> Callable[..., Tensor]:
         """Return an encoding that draws, when it is run again, what it drew the first time."""
