@@ -63,25 +63,37 @@ def observed_in_block(X: np.ndarray, name: str, columns: Block) -> np.ndarray:
         raise
 
 
-def check_one_block(
-    X: Any, name: str, blocks: Mapping[str, Block], n_features: int, dtype: Any
-) -> np.ndarray:
+def check_one_block(estimator: Any, X: Any, name: str, dtype: Any) -> np.ndarray:
     """Return the columns of one modality that come without the others, checked.
 
     Raises
     ------
     ValueError
-        If there is no such block, the width is another, a value is infinite, or a row is torn.
+        If `fit` has seen no such block, the width is another, columns are those of another block or
+        stand in another order, a value is infinite, or a row is torn.
     """
-    width = len(np.arange(n_features)[known_block(name, blocks)])
+    seen = np.arange(estimator.n_features_in_)[known_block(name, estimator.blocks_)]
+    check_names(X, name, getattr(estimator, "feature_names_in_", None), seen)
     X = check_array(X, dtype=dtype, ensure_all_finite="allow-nan")
-    if X.shape[1] != width:
+    if X.shape[1] != len(seen):
         raise ValueError(
-            f"Block {name!r} has {width} columns; got {X.shape[1]}. Give the columns of that "
+            f"Block {name!r} has {len(seen)} columns; got {X.shape[1]}. Give the columns of that "
             "modality alone."
         )
     observed_in_block(X, name, slice(None))
     return X
+
+
+def check_names(X: Any, name: str, fitted: np.ndarray | None, seen: np.ndarray) -> None:
+    """Refuse columns that `fit` has seen in another block or order; other names say nothing."""
+    if fitted is None or not hasattr(X, "columns"):
+        return
+    names = list(X.columns)
+    if set(names) & set(fitted) and names != list(fitted[seen]):
+        raise ValueError(
+            f"The feature names should be those of block {name!r} in their order, "
+            f"{list(fitted[seen][:3])} …; got {names[:3]} …."
+        )
 
 
 def known_block(name: str, blocks: Mapping[str, Block]) -> Block:
@@ -212,7 +224,7 @@ def token_columns(X: Any) -> np.ndarray:
         Of those columns whose first cell that is not missing is an array of two dimensions. Empty
         for tables of numbers.
     """
-    if hasattr(X, "iloc"):
+    if isinstance(X, pd.DataFrame):
         columns = [X.iloc[:, i] for i in range(X.shape[1])]
     elif isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 2:
         columns = list(X.T)
@@ -232,8 +244,8 @@ def _is_missing(cell: Any) -> bool:
     return bool(pd.api.types.is_scalar(cell) and pd.isna(cell))
 
 
-def padded_tokens(column: Any, name: str, width: int | None = None) -> np.ndarray:
-    """Stack a column of tokens into one array.
+def read_tokens(column: Any, name: str, width: int | None = None) -> np.ndarray:
+    """Read the cells of a column of tokens.
 
     Parameters
     ----------
@@ -246,17 +258,19 @@ def padded_tokens(column: Any, name: str, width: int | None = None) -> np.ndarra
 
     Returns
     -------
-    tokens : ndarray of shape (n_samples, most tokens of a row, width), dtype float32
-        NaN after the last token of a row.
+    cells : ndarray of shape (n_samples,), dtype object
+        Arrays of shape (n_tokens, width), dtype float32; None where missing.
 
     Raises
     ------
     ValueError
         If a cell is no table of finite numbers, has no token, or tokens differ in width.
     """
-    cells = [_cell_of_tokens(cell, row, name) for row, cell in enumerate(column)]
-    known = [(row, cell) for row, cell in enumerate(cells) if cell is not None]
-    for row, cell in known:
+    cells = np.full(len(column), None, dtype=object)
+    for row, raw in enumerate(column):
+        cell = _cell_of_tokens(raw, row, name)
+        if cell is None:
+            continue
         if cell.ndim != 2 or not len(cell) or not np.isfinite(cell).all():
             raise ValueError(
                 f"Row {row} of the token column {name!r} should hold an array of finite numbers of "
@@ -269,10 +283,17 @@ def padded_tokens(column: Any, name: str, width: int | None = None) -> np.ndarra
                 f"Row {row} of the token column {name!r} has tokens of width {cell.shape[1]}, but "
                 f"{width} was expected: all must come from one encoder."
             )
-    longest = max((len(cell) for _, cell in known), default=1)
-    tokens = np.full((len(cells), longest, width or 1), np.nan, dtype=np.float32)
-    for row, cell in known:
-        tokens[row, : len(cell)] = cell
+        cells[row] = cell
+    return cells
+
+
+def pad_tokens(cells: Sequence[np.ndarray | None], width: int) -> np.ndarray:
+    """Stack cells of tokens into (n_samples, most tokens of a cell, width), NaN after the last."""
+    longest = max((len(cell) for cell in cells if cell is not None), default=1)
+    tokens = np.full((len(cells), longest, width), np.nan, dtype=np.float32)
+    for row, cell in enumerate(cells):
+        if cell is not None:
+            tokens[row, : len(cell)] = cell
     return tokens
 
 

@@ -242,7 +242,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             If there is no such block, or the width is not that seen in `fit`.
         """
         check_is_fitted(self)
-        X = check_one_block(X, modality, self.blocks_, self.n_features_in_, FLOAT_DTYPES)
+        X = check_one_block(self, X, modality, FLOAT_DTYPES)
         rows, observed = self._unit_rows(X, modality, slice(None))
         return _scattered(self._aligned(modality, rows), observed)
 
@@ -524,7 +524,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
             If there is no such block, or the width is not that seen in `fit`.
         """
         check_is_fitted(self)
-        X = check_one_block(X, modality, self.blocks_, self.n_features_in_, FLOAT_DTYPES)
+        X = check_one_block(self, X, modality, FLOAT_DTYPES)
         return self._project(X, modality)
 
     def _project(self, X, name):

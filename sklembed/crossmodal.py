@@ -3,6 +3,7 @@
 import math
 import warnings
 from functools import partial
+from hashlib import blake2b
 from itertools import combinations
 from numbers import Integral, Real
 
@@ -16,10 +17,12 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sklembed import _callbacks
 from sklembed._blocks import (
+    check_names,
     check_one_block,
     known_block,
     observed_in_block,
-    padded_tokens,
+    pad_tokens,
+    read_tokens,
     resolve_blocks,
     token_columns,
 )
@@ -104,6 +107,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         rows = self._check_pairs(parts)
         if goes_on:
             self._check_goes_on()
+        self.structure_ = self._structure()
         context = self._init_callback_context(max_subtasks=self.max_epochs)
         _callbacks.begin(self, context, X, y)
         self._train(parts, rows, goes_on, partial(self._watch, context, X, y))
@@ -122,11 +126,13 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         Z : ndarray of shape (n_samples, n_modalities * n_components), dtype float32
-            A block of unit vectors for each modality, NaN where it is missing.
+            A block of unit vectors for each modality, NaN where it is missing. Adapted tokens: of
+            shape (n_samples, n_modalities) and dtype object, arrays of shape
+            (n_tokens, n_components) and None.
         """
         check_is_fitted(self)
         parts = self._read(X, reset=False)
-        return np.hstack([self._embed(name, tokens) for name, tokens in parts.items()])
+        return np.hstack([self._embed(name, part) for name, part in parts.items()])
 
     def encode(self, X, modality):
         """Map rows of one modality to the shared space.
@@ -142,7 +148,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         Z : ndarray of shape (n_samples, n_components), dtype float32
-            Unit vectors, NaN where `X` is; the same as the modality's block of `transform`.
+            The modality's block of `transform`: unit vectors, NaN where `X` is.
 
         Raises
         ------
@@ -156,8 +162,8 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     def score(self, X, y=None):
         """Tell how well rows find their partners: recall at 1, both ways, over pairs of modalities.
 
-        Rows that hold the same in either modality are right for each other. So a grid search needs
-        no labels.
+        Rows that hold the same in either modality are right for each other, and so are rows that
+        are linked by such rows. A grid search needs no labels.
 
         Parameters
         ----------
@@ -179,8 +185,8 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         parts = self._read(X, reset=False)
-        codes = {name: _content_codes(tokens) for name, tokens in parts.items()}
-        z = {name: self._embed(name, tokens, "pooled") for name, tokens in parts.items()}
+        codes = {name: _content_codes(part) for name, part in parts.items()}
+        z = {name: self._embed(name, part, "pooled") for name, part in parts.items()}
         recalls = []
         for a, b in combinations(parts, 2):
             pairs = (codes[a] >= 0) & (codes[b] >= 0)
@@ -215,10 +221,10 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     def _n_columns(self):
         """Return how many columns each modality has in the output."""
-        return self.n_components
+        return self.structure_["n_components"]
 
     def _read(self, X, *, reset):
-        """Return the tokens of each modality, (n_samples, n_tokens, width), NaN where none is."""
+        """Return the rows of each modality: cells of tokens, or vectors, (n_samples, 1, width)."""
         tokens = token_columns(X)
         if tokens.any() or (not reset and any(self.holds_tokens_.values())):
             X = as_table(X)
@@ -265,23 +271,31 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                     f"Block {name!r} holds a column of tokens among its {len(part)} columns; such "
                     "a column is a block by itself. Name the others otherwise, or pass blocks."
                 )
+        if self.blocks is None and "missing" in positions:
+            raise ValueError(
+                "The block 'missing' says which modalities rows have, and is none itself. Leave it "
+                "out: set add_indicator=False in the union."
+            )
         self.widths_ = {name: len(part) for name, part in positions.items()}
         for name in self.widths_:
             if self.holds_tokens_[name]:
-                self.widths_[name] = padded_tokens(columns[positions[name][0]], name).shape[2]
+                cells = read_tokens(columns[positions[name][0]], name)
+                self.widths_[name] = next(cell.shape[1] for cell in cells if cell is not None)
 
     def _read_columns(self, name, columns):
-        """Return the tokens of one modality of a table that has columns of tokens."""
+        """Return the rows of one modality of a table that has columns of tokens."""
         positions = np.arange(len(columns))[self.blocks_[name]]
         if self.holds_tokens_[name]:
-            return padded_tokens(columns[positions[0]], name, self.widths_[name])
+            return read_tokens(columns[positions[0]], name, self.widths_[name])
         part = np.stack([np.asarray(columns[i], dtype=np.float32) for i in positions], axis=1)
         observed_in_block(part, name, slice(None))
         return part[:, None]
 
     def _read_one(self, X, modality):
-        """Return the tokens of the one modality that X holds."""
+        """Return the rows of the one modality that X holds."""
         if self.holds_tokens_[modality]:
+            seen = np.arange(self.n_features_in_)[self.blocks_[modality]]
+            check_names(X, modality, getattr(self, "feature_names_in_", None), seen)
             if len(getattr(X, "shape", ())) == 2:
                 if X.shape[1] != 1:
                     raise ValueError(
@@ -289,16 +303,16 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                         "Give the column of that modality alone."
                     )
                 X = take_columns(X, [0], scalar=True)
-            return padded_tokens(X, modality, self.widths_[modality])
-        X = check_one_block(X, modality, self.blocks_, self.n_features_in_, np.float32)
+            return read_tokens(X, modality, self.widths_[modality])
+        X = check_one_block(self, X, modality, np.float32)
         return X[:, None]
 
     def _check_network(self, parts):
         """Refuse a network that cannot be made, before anything is trained."""
-        if self.n_components % self.n_heads:
+        if getattr(self, "n_layers", 1) and self.n_components % self.n_heads:
             raise ValueError(
                 f"n_components={self.n_components} cannot be split among n_heads={self.n_heads}; "
-                "one must be a multiple of the other."
+                "it must be a multiple of that."
             )
         tokens = [name for name, part in parts.items() if self.holds_tokens_[name]]
         if self.mixup and tokens:
@@ -309,7 +323,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     def _check_pairs(self, parts):
         """Return the rows to train on, those that have at least two modalities."""
-        there = np.stack([~np.isnan(part[:, 0, 0]) for part in parts.values()], axis=1)
+        there = np.stack([_lengths(part) > 0 for part in parts.values()], axis=1)
         rows = np.flatnonzero(there.sum(axis=1) >= 2)
         counts = dict(zip(parts, there.sum(axis=0).tolist(), strict=True))
         if len(rows) < 2:
@@ -317,24 +331,28 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 f"{len(rows)} of n_samples={len(there)} rows have two modalities, and at least two "
                 f"such rows, pairs, are needed. Rows with each modality: {counts}."
             )
-        alone = [
-            name for name, seen in zip(parts, there[rows].any(axis=0), strict=True) if not seen
-        ]
-        if alone:
-            raise ValueError(
-                f"No row has {alone[0]!r} together with another modality, so its place in the "
-                f"space cannot be learnt. Rows with each modality: {counts}."
-            )
+        for name, part in parts.items():
+            codes = _content_codes(part[rows])
+            codes = codes[codes >= 0]
+            if not len(codes):
+                raise ValueError(
+                    f"No row has {name!r} together with another modality, so its place in the "
+                    f"space cannot be learnt. Rows with each modality: {counts}."
+                )
+            if (codes == codes[0]).all():
+                raise ValueError(
+                    f"The {len(codes)} pairs with {name!r} all hold the same in it, so that "
+                    "nothing tells them apart. Check the step before."
+                )
         return rows
 
     def _check_goes_on(self):
         """Refuse to go on training in a network of another shape."""
-        expected = {k: tuple(v.shape) for k, v in self._make_network().state_dict().items()}
-        found = {name: value.shape for name, value in self.weights_.items()}
-        if found != expected:
+        if self.structure_ != self._structure():
             raise ValueError(
-                "The fitted network has other shapes than the parameters ask for, so training "
-                "cannot go on. Clone the encoder to start anew."
+                "The fitted network has another structure than the parameters ask for, so training "
+                f"cannot go on: {self.structure_}, not {self._structure()}. Clone the encoder to "
+                "start anew."
             )
 
     def _train(self, parts, rows, goes_on, make_watch):
@@ -342,14 +360,19 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         from sklembed._torch import to_tensor
         from sklembed._training import Rows, Trained, TrainingOptions, train
 
-        seed = draw_seed(self.random_state)
+        split_seed = draw_seed(self.random_state)  # the same pairs held back when training goes on
         past, start = (self.history_, Trained(self.weights_, [], {})) if goes_on else ([], None)
-        seed += len(past)  # not the same batches again
-        moments = [_moments(part[rows], self.standardize) for part in parts.values()]
-        shapes = [part.shape[1:] for part in parts.values()]
+        seed = split_seed + len(past)  # but not the same batches again
+        moments = [
+            _moments(part[rows], self.widths_[name], self.standardize)
+            for name, part in parts.items()
+        ]
+        codes = np.stack([_content_codes(part) for part in parts.values()], axis=1)
+        padded = [_dense(part, self.widths_[name]) for name, part in parts.items()]
+        shapes = [part.shape[1:] for part in padded]
 
         def make_module(generator):
-            network = self._make_network(shapes, generator)
+            network = self._make_network(self.structure_, shapes, generator)
             network.initialize(
                 [tuple(to_tensor(m, generator.device) for m in both) for both in moments]
             )
@@ -357,7 +380,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
         split = Rows(rows)
         if self.early_stopping:
-            split = Rows(*hold_back(rows, None, self.validation_fraction, seed))
+            split = Rows(*hold_back(rows, None, self.validation_fraction, split_seed))
             if min(len(split.train), len(split.valid)) < 2:
                 raise ValueError(
                     f"early_stopping with validation_fraction={self.validation_fraction} holds "
@@ -370,8 +393,8 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         trained = train(
             make_module,
             objective,
-            np.concatenate([part.reshape(len(part), -1) for part in parts.values()], axis=1),
-            np.stack([_content_codes(part) for part in parts.values()], axis=1),
+            np.concatenate([part.reshape(len(part), -1) for part in padded], axis=1),
+            codes,
             [split],
             TrainingOptions(
                 max_epochs=self.max_epochs,
@@ -407,7 +430,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     def _watch(self, context, X, y, past, objective):
         """Return a function that is told of each epoch: it notes similarities, tells callbacks."""
-        names = ("weights_", "history_", "n_iter_", "temperature_")
+        names = ("weights_", "history_", "n_iter_", "temperature_", "structure_")
 
         def after_epoch(history, weights):
             objective.end_epoch()
@@ -426,7 +449,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     def _warn_of_collapse(self):
         """Warn if pairs and other rows have become the same."""
-        last = self.history_[-1]
+        last = [entry for entry in self.history_ if entry.get("valid_loss_best", True)][-1]
         if last["negative_similarity"] > _COLLAPSED:
             warnings.warn(
                 f"{type(self).__name__} has collapsed: rows that are no pair have a similarity of "
@@ -435,31 +458,29 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 stacklevel=2,
             )
 
-    def _embed(self, name, tokens, output=None):
-        """Map tokens of one modality by the fitted network; NaN where a row has none."""
+    def _embed(self, name, part, output=None):
+        """Map rows of one modality by the fitted network; NaN, or None, where a row has none."""
         import torch
 
         network = self._fitted_network()
         modality = list(self.widths_).index(name)
         output = self._output() if output is None else output
-        rows = np.flatnonzero(~np.isnan(tokens[:, 0, 0]))
         if output == "tokens":
-            found = np.full((len(tokens), 1), None, dtype=object)
+            found = np.full((len(part), 1), None, dtype=object)
         else:
-            found = np.full((len(tokens), self.n_components), np.nan, dtype=np.float32)
-        n_rows = max(1, _CHUNK_TOKENS // tokens.shape[1])
+            width = self.structure_["n_components"]
+            found = np.full((len(part), width), np.nan, dtype=np.float32)
         with torch.inference_mode():
-            for start in range(0, len(rows), n_rows):
-                chunk = rows[start : start + n_rows]
-                raw = torch.from_numpy(np.ascontiguousarray(tokens[chunk]))
-                there = ~raw[..., 0].isnan()
-                raw = network.standardized(raw, modality)
+            for rows in _batches(_lengths(part)):
+                tokens = torch.from_numpy(_dense(part[rows], self.widths_[name]))
+                there = ~tokens[..., 0].isnan()
+                tokens = network.standardized(tokens, modality)
                 if output == "tokens":
-                    adapted = network.adapt(raw, there, modality).numpy()
-                    for row, vectors, keep in zip(chunk, adapted, there.numpy(), strict=True):
+                    adapted = network.adapt(tokens, there, modality).numpy()
+                    for row, vectors, keep in zip(rows, adapted, there.numpy(), strict=True):
                         found[row, 0] = vectors[keep]
                 else:
-                    found[chunk] = network.in_chunks(raw, there, modality).numpy()
+                    found[rows] = network.unit(tokens, there, modality).numpy()
         return found
 
     def _output(self):
@@ -470,12 +491,20 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         """Rebuild the network around the fitted weights."""
         import torch
 
-        network = self._make_network()
+        network = self._make_network(self.structure_)
         state = {name: torch.from_numpy(value.copy()) for name, value in self.weights_.items()}
         network.load_state_dict(state, assign=True)
         return network.eval()
 
-    def _make_network(self, shapes=None, generator=None):
+    def _structure(self):
+        """Return the parameters that say what the network is made of; fit keeps them."""
+        return {
+            "n_components": self.n_components,
+            "n_heads": self.n_heads,
+            "dim_feedforward": self.dim_feedforward,
+        }
+
+    def _make_network(self, structure, shapes=None, generator=None):
         """Make the network, without weights; on the meta device unless a generator is given."""
         import torch
 
@@ -484,16 +513,13 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         with torch.device("meta"):
             network = self._network_class()(
                 shapes,
-                self.n_components,
-                n_heads=self.n_heads,
-                dim_feedforward=self.dim_feedforward,
+                **structure,
                 dropout=self.dropout,
                 input_dropout=self.input_dropout,
                 temperature=self.temperature,
                 mixup=self.mixup,
                 chunk_size=self.chunk_size,
                 generator=generator,
-                **self._network_options(),
             )
         return network if generator is None else network.to_empty(device=generator.device)
 
@@ -520,7 +546,8 @@ class SharedFusionEncoder(_CrossModalEncoder):
     The released code of [1]_ differs in three ways: it starts at an almost flat temperature
     (``temperature=exp(-0.07)``, about .93, is its start), lets padding into attention and mean, and
     keeps other captions of the same picture as negatives (``mask_duplicates=False``). Its sizes are
-    ``n_components=256, n_heads=4, dim_feedforward=2048``.
+    ``n_components=256, n_heads=4, dim_feedforward=2048, dropout=0.1, input_dropout=0``. What the
+    layers add to their input starts at 0 here.
 
     Parameters
     ----------
@@ -559,7 +586,8 @@ class SharedFusionEncoder(_CrossModalEncoder):
         Share of the loss in which an earlier block's rows look for a later block's.
 
     mask_duplicates : bool, default=True
-        Whether rows that hold the same in one modality are no negatives of each other.
+        Whether rows that hold the same in one modality are no negatives of each other. With `mixup`
+        no two rows hold the same, so that it has no effect.
 
     mixup : bool, default=False
         Whether a batch's rows are mixed with each other, all modalities by the same share [2]_.
@@ -631,6 +659,9 @@ class SharedFusionEncoder(_CrossModalEncoder):
 
     n_parameters_ : int
         Number of trained parameters.
+
+    structure_ : dict
+        The parameters that the network is made of, as they were in `fit`.
 
     blocks_, widths_, holds_tokens_ : dict
         Columns of each modality, the width of its vectors, and whether it is a column of tokens.
@@ -741,8 +772,8 @@ class SharedFusionEncoder(_CrossModalEncoder):
 
         return SharedFusionNetwork
 
-    def _network_options(self):
-        return {"fusion": self.fusion, "share_layer": self.share_layer}
+    def _structure(self):
+        return super()._structure() | {"fusion": self.fusion, "share_layer": self.share_layer}
 
     def _check_network(self, parts):
         super()._check_network(parts)
@@ -791,7 +822,8 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
     remains is the layers' feed-forward part: ``n_queries=0`` computes just that. Downstream, that
     code attends across the rows of a batch, so that a prediction depends on who else is in it; this
     one never does. Its sizes are ``n_components=768, n_layers=2, n_heads=12, dim_feedforward=2048,
-    n_queries=0, direction_weight=0.75, mask_duplicates=False`` with texts as the first block.
+    n_queries=0, dropout=0.1, input_dropout=0, direction_weight=0.75, mask_duplicates=False`` with
+    texts as the first block. What the layers add to their input starts at 0 here.
 
     Parameters
     ----------
@@ -799,14 +831,16 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
         Width of the shared space; 768 in [1]_.
 
     n_queries : int, default=2
-        Learnt queries; 0 lets the vectors of a row attend to each other.
+        Learnt queries; 0 lets the vectors of a row attend to each other, and the row is their mean,
+        as it is with ``output="tokens"``, where queries are of no use.
 
     n_layers : int, default=1
         Attention layers; 2 in [1]_.
 
     output : {"pooled", "tokens"}, default="pooled"
-        What `transform` gives: a vector for each row, or an adapted one for each of its tokens, in
-        one object column for each modality, as ``FrozenEncoder(output="tokens")`` does.
+        What `transform` gives, and so what is trained: a vector for each row, or an adapted one for
+        each of its tokens, in one object column for each modality, as
+        ``FrozenEncoder(output="tokens")`` does.
 
     blocks : dict of str to columns, or None, default=None
         The columns of each modality: a slice, or a list of positions or names. None reads them
@@ -833,7 +867,8 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
         Share of the loss in which an earlier block's rows look for a later block's.
 
     mask_duplicates : bool, default=True
-        Whether rows that hold the same in one modality are no negatives of each other.
+        Whether rows that hold the same in one modality are no negatives of each other. With `mixup`
+        no two rows hold the same, so that it has no effect.
 
     mixup : bool, default=False
         Whether a batch's rows are mixed with each other, all modalities by the same share [2]_.
@@ -901,6 +936,9 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
 
     n_parameters_ : int
         Number of trained parameters.
+
+    structure_ : dict
+        The parameters that the network is made of, as they were in `fit`.
 
     blocks_, widths_, holds_tokens_ : dict
         Columns of each modality, the width of its vectors, and whether it is a column of tokens.
@@ -1013,8 +1051,12 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
 
         return AdaptorNetwork
 
-    def _network_options(self):
-        return {"n_queries": self.n_queries, "n_layers": self.n_layers}
+    def _structure(self):
+        return super()._structure() | {
+            "n_queries": self.n_queries,
+            "n_layers": self.n_layers,
+            "of_tokens": self.output == "tokens",
+        }
 
     def _output(self):
         if self.output == "tokens" and output_container(self) == "polars":
@@ -1025,7 +1067,7 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
         return self.output
 
     def _n_columns(self):
-        return 1 if self.output == "tokens" else self.n_components
+        return 1 if self.output == "tokens" else super()._n_columns()
 
 
 class _Objective:
@@ -1045,9 +1087,7 @@ class _Objective:
         codes, losses = codes[0], []
         for a, b in combinations(range(codes.shape[1]), 2):
             there = embedded.there[:, a] & embedded.there[:, b]
-            same = None
-            if self.mask_duplicates:
-                same = (codes[:, None, a] == codes[:, a]) | (codes[:, None, b] == codes[:, b])
+            alike = (codes[:, None, a] == codes[:, a]) | (codes[:, None, b] == codes[:, b])
             za, zb = embedded.z[:, a], embedded.z[:, b]
             losses.append(
                 info_nce(
@@ -1055,12 +1095,12 @@ class _Objective:
                     zb,
                     embedded.log_scale,
                     there=there,
-                    same=same,
+                    same=alike if self.mask_duplicates else None,
                     direction_weight=self.direction_weight,
                 )
             )
             if embedded.z.requires_grad:
-                self._note(za.detach()[there], zb.detach()[there])
+                self._note(za.detach()[there], zb.detach()[there], alike[there][:, there])
         loss = sum(losses) / len(losses)
         if self.structure_weight:
             kept = [
@@ -1085,36 +1125,65 @@ class _Objective:
         self._batches.clear()
         self.similarities.append({"positive_similarity": positive, "negative_similarity": negative})
 
-    def _note(self, a, b):
-        """Note the mean cosine of pairs, and of rows that are none, of one batch."""
-        n = len(a)
-        if n:
-            pairs = (a * b).sum()
-            others = (a.sum(dim=0) @ b.sum(dim=0) - pairs) / (n * (n - 1)) if n > 1 else None
-            self._batches.append((pairs / n, others))
+    def _note(self, a, b, alike):
+        """Note the mean cosine of pairs, and of rows that do not hold the same, of one batch."""
+        if len(a):
+            cosines = a @ b.T
+            others = cosines[~alike]
+            self._batches.append((cosines.diag().mean(), others.mean() if len(others) else None))
 
 
-def _moments(tokens, standardize):
-    """Return mean and scale of the vectors of one modality."""
-    width = tokens.shape[2]
+def _lengths(part):
+    """Count the tokens of each row of a modality; a vector is one."""
+    if part.dtype == object:
+        return np.array([0 if cell is None else len(cell) for cell in part], dtype=np.int64)
+    return (~np.isnan(part[:, 0, 0])).astype(np.int64)
+
+
+def _dense(part, width):
+    """Return rows of a modality as (n_samples, n_tokens, width), NaN where there is none."""
+    return pad_tokens(part, width) if part.dtype == object else np.ascontiguousarray(part)
+
+
+def _batches(lengths):
+    """Yield positions of rows that have tokens, the shortest first, so many that memory is kept."""
+    order = np.argsort(lengths, kind="stable")
+    start = int((lengths == 0).sum())
+    while start < len(order):
+        # As many as fit if all were as long as the last of them: lengths rise, and so products.
+        padded = lengths[order[start : start + _CHUNK_TOKENS]]
+        padded = padded * np.arange(1, len(padded) + 1)
+        stop = start + max(1, int(np.searchsorted(padded, _CHUNK_TOKENS, side="right")))
+        yield order[start:stop]
+        start = stop
+
+
+def _moments(part, width, standardize):
+    """Return mean and scale of the vectors of one modality, all of whose rows count."""
     if not standardize:
         return np.zeros(width, dtype=np.float32), np.ones(width, dtype=np.float32)
-    vectors = tokens.reshape(-1, width)
-    vectors = vectors[~np.isnan(vectors[:, 0])]
-    mean = vectors.mean(axis=0, dtype=np.float64)
-    scale = vectors.std(axis=0, dtype=np.float64)
+
+    def vectors():  # a batch at a time: in double precision all could be large
+        for rows in _batches(_lengths(part)):
+            tokens = _dense(part[rows], width)
+            yield tokens[~np.isnan(tokens[..., 0])].astype(np.float64)
+
+    n = _lengths(part).sum()
+    mean = sum(batch.sum(axis=0) for batch in vectors()) / n
+    scale = np.sqrt(sum(np.square(batch - mean).sum(axis=0) for batch in vectors()) / n)
     # of a constant column there is rounding left, which must not be blown up
     constant = scale <= 10 * np.finfo(np.float32).eps * np.maximum(np.abs(mean), 1e-30)
     scale[constant] = 1.0
     return mean.astype(np.float32), scale.astype(np.float32)
 
 
-def _content_codes(tokens):
+def _content_codes(part):
     """Give rows that hold the same the same number; -1 to those that hold nothing."""
-    contents = [
-        None if np.isnan(row[0, 0]) else row[~np.isnan(row[:, 0])].tobytes() for row in tokens
+    digests = [
+        blake2b(row.tobytes(), digest_size=16).digest() if length else None
+        for row, length in zip(part, _lengths(part), strict=True)
     ]
-    return pd.factorize(np.array(contents, dtype=object))[0].astype(np.int64)
+    return pd.factorize(np.array(digests, dtype=object))[0].astype(np.int64)
 
 
 def _groups(a, b):

@@ -4,15 +4,17 @@ from collections.abc import Mapping
 from numbers import Real
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context, clone
 from sklearn.preprocessing import normalize
+from sklearn.utils import check_consistent_length, column_or_1d, get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from sklembed._blocks import observed_rows
-from sklembed._validation import check_no_missing_label
+from sklembed._blocks import known_block, observed_rows
+from sklembed._validation import check_no_missing_label, sorted_labels
 
 _PLACE = "{}"  # of the class's name, in a template
 _TEMPERATURE = 0.01  # of CLIP and SigLIP, where training has kept it
@@ -47,9 +49,10 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         labels in `y`.
 
     text_encoder : transformer or None, default=None
-        Maps a list of texts to what `encoder` takes for texts: the :class:`FrozenEncoder` of the
-        text block, or a fitted pipeline that starts with it. Used as it is. None is the text tower
-        of a dual encoder.
+        Maps a list of texts to what the text block holds: the :class:`FrozenEncoder` of that
+        branch or, if more steps or a weight follow it there, the fitted branch itself,
+        ``union.named_transformers_["text"]``. Used as it is. None is the text tower of a dual
+        encoder.
 
     modality : str, default="image"
         The block by which rows are classified. Of no use to a dual encoder.
@@ -80,6 +83,12 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
 
     encoder_ : estimator
         The encoder, fitted.
+
+    n_features_in_ : int
+        Number of columns seen during fit, where it has seen any.
+
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
+        Their names, where they have any.
 
     See Also
     --------
@@ -169,12 +178,13 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
             by are lacking or of no class.
         """
         self.classes_, self.prompts_ = self._find_prompts(y)
-        labels = self._calibration_labels(y)
-        texts = self._text_encoder()
+        labels = self._calibration_labels(X, y)
+        texts = self._encode_texts(self._text_encoder())  # before anything is trained
         self.encoder_ = clone(self.encoder)
         if not self._is_dual():
             self.encoder_.fit(X, None)
-        self.class_embeddings_ = self._encode_prompts(texts)
+            known_block(self.modality, self.encoder_.blocks_)
+        self.class_embeddings_ = self._class_embeddings(texts)
         if labels is not None:
             self.temperature_ = _likeliest_temperature(self._cosines(X), labels)
         elif self.temperature == "learnt":
@@ -189,12 +199,18 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Rows, as `encoder` takes them; blocks but that of `modality` may be missing.
+            Rows, as `encoder` takes them, with all their columns; blocks but that of `modality`
+            may be NaN.
 
         Returns
         -------
         y : ndarray of shape (n_samples,)
             Classes.
+
+        Raises
+        ------
+        ValueError
+            If a row lacks the modality.
         """
         check_is_fitted(self)
         return self.classes_[self._cosines(X).argmax(axis=1)]
@@ -230,8 +246,9 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
                 "Nothing names the classes: pass classes, prompts as a dict from classes to texts, "
                 "or y."
             )
-        check_no_missing_label(classes)
-        classes = np.unique(np.asarray(classes))
+        if np.any(pd.isna(np.asarray(classes))):
+            raise ValueError(f"A class is None or NaN: {list(classes)[:10]}. Leave it out.")
+        classes = sorted_labels(column_or_1d(classes))[0]
         if len(classes) < 2:
             raise ValueError(f"Two classes are needed at least; got {classes.tolist()}.")
         texts = {label: self._texts_of(label) for label in classes.tolist()}
@@ -254,7 +271,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
                     f"{list(self.prompts)[:10]}."
                 )
             texts = self.prompts[label]
-            texts = [texts] if isinstance(texts, str) else list(texts)
+            texts = [texts] if isinstance(texts, str) or not np.iterable(texts) else list(texts)
         else:
             templates = [self.prompts] if isinstance(self.prompts, str) else list(self.prompts)
             lacking = [t for t in templates if not isinstance(t, str) or _PLACE not in t]
@@ -269,14 +286,17 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"The texts of class {label!r} must be words; got {texts!r}.")
         return texts
 
-    def _calibration_labels(self, y):
+    def _calibration_labels(self, X, y):
         """Return the position of each label among the classes, or None where none are asked for."""
         if self.temperature != "calibrated":
             return None
-        if y is None:
-            raise ValueError("temperature='calibrated' needs labelled rows; y is None.")
+        if y is None or X is None:
+            raise ValueError(
+                "temperature='calibrated' needs labelled rows; X or y is None. Give both to fit."
+            )
+        y = column_or_1d(y, warn=True)
+        check_consistent_length(X, y)
         check_no_missing_label(y)
-        y = np.asarray(y)
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
             raise ValueError(
@@ -287,7 +307,15 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
 
     def _is_dual(self):
         """Tell whether the encoder is a dual encoder, not one of blocks."""
-        return not hasattr(self.encoder, "encode")
+        if hasattr(self.encoder, "encode"):
+            return False
+        if get_tags(self.encoder).requires_fit:
+            raise ValueError(
+                f"A {type(self.encoder).__name__} as encoder has no method encode(X, modality), "
+                "and is no frozen dual encoder either. Pass a cross-modal estimator, and put the "
+                "steps before it into a pipeline: make_pipeline(union, ZeroShotClassifier(...))."
+            )
+        return True
 
     def _text_encoder(self):
         """Return what texts are encoded by, before anything is trained."""
@@ -298,23 +326,48 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
                 f"{type(self.encoder).__name__} takes vectors, not texts: pass text_encoder, the "
                 f"FrozenEncoder of its block {self.text_modality!r}."
             )
-        if "modality" not in self.encoder.get_params(deep=False):
+        try:
+            return clone(self.encoder).set_params(modality="text")
+        except ValueError as error:
             raise ValueError(
-                f"encoder={self.encoder!r} has no method encode(X, modality), and no text tower. "
-                "Pass a cross-modal estimator, the FrozenEncoder of a dual encoder, or "
-                "text_encoder."
-            )
-        return clone(self.encoder).set_params(modality="text")
+                f"{type(self.encoder).__name__} has no parameter modality, and so no text tower: "
+                "pass text_encoder."
+            ) from error
 
-    def _encode_prompts(self, encoder):
-        """Return the unit vector of each class."""
+    def _encode_texts(self, encoder):
+        """Return the vectors, or tokens, of the texts of all classes."""
         texts = [text for own in self.prompts_.values() for text in own]
-        z = encoder.transform(texts)
+        try:
+            return encoder.transform(texts)
+        except ValueError as error:
+            error.add_note("This was in encoding the prompts; they go through text_encoder.")
+            raise
+
+    def _class_embeddings(self, texts):
+        """Return the unit vector of each class, given what its texts were encoded to."""
+        z = texts
         if not self._is_dual():
-            z = self.encoder_.encode(z, self.text_modality)
+            try:
+                z = self.encoder_.encode(texts, self.text_modality)
+            except ValueError as error:
+                error.add_note(
+                    "This was in what text_encoder made of the prompts: it must give what the "
+                    f"block {self.text_modality!r} was made of."
+                )
+                raise
         z = normalize(np.asarray(z, dtype=np.float32))
         ends = np.cumsum([len(own) for own in self.prompts_.values()])[:-1]
         return normalize(np.stack([part.mean(axis=0) for part in np.split(z, ends)]))
+
+    @property
+    def n_features_in_(self):
+        """Number of columns seen during fit."""
+        return self.encoder_.n_features_in_
+
+    @property
+    def feature_names_in_(self):
+        """Names of the columns seen during fit, where they have any."""
+        return self.encoder_.feature_names_in_
 
     def _cosines(self, X):
         """Return the cosine of each row and class."""
@@ -322,7 +375,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
             z = self.encoder_.transform(X)
         else:
             validate_data(self.encoder_, X, skip_check_array=True, reset=False)
-            part = self.encoder_.blocks_.get(self.modality, slice(None))  # encode tells if none
+            part = self.encoder_.blocks_[self.modality]
             block = X.iloc[:, part] if hasattr(X, "iloc") else np.asarray(X)[:, part]
             z = self.encoder_.encode(block, self.modality)
         z = np.asarray(z, dtype=np.float32)
@@ -337,7 +390,6 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.target_tags.required = False
-        tags.classifier_tags.poor_score = True  # it learns from no label
         tags.input_tags.allow_nan = True  # in other blocks
         return tags
 

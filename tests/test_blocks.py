@@ -1,5 +1,7 @@
 """Missing rows of a block, a block by itself, and columns of tokens."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,8 @@ from sklembed._blocks import (
     check_one_block,
     known_block,
     observed_rows,
-    padded_tokens,
+    pad_tokens,
+    read_tokens,
     token_columns,
 )
 
@@ -38,7 +41,8 @@ BLOCKS = {"text": slice(0, 2), "image": np.array([2, 4, 3])}
 
 def test_a_block_by_itself_is_checked_as_the_whole_table_is():
     X = np.array([[1, 2, 3], [np.nan] * 3])
-    found = check_one_block(X.tolist(), "image", BLOCKS, 5, np.float32)
+    fitted = SimpleNamespace(blocks_=BLOCKS, n_features_in_=5)
+    found = check_one_block(fitted, X.tolist(), "image", np.float32)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, X)
     for X, message in (
@@ -48,9 +52,22 @@ def test_a_block_by_itself_is_checked_as_the_whole_table_is():
         ([1, 2, 3], "Expected 2D array"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_one_block(X, "image", BLOCKS, 5, np.float32)
+            check_one_block(fitted, X, "image", np.float32)
     with pytest.raises(ValueError, match="no modality 'sound'"):
-        check_one_block([[1]], "sound", BLOCKS, 5, np.float32)
+        check_one_block(fitted, [[1]], "sound", np.float32)
+
+
+def test_columns_of_another_block_or_order_are_refused_by_name():
+    fitted = SimpleNamespace(
+        blocks_=BLOCKS, n_features_in_=5, feature_names_in_=np.array(list("abcde"), dtype=object)
+    )
+    frame = pd.DataFrame(np.ones((2, 5)), columns=list("abcde"))
+    for columns in (list("ced"), list("vwx")):  # other names say nothing of order
+        named = frame[["c", "e", "d"]].set_axis(columns, axis=1)
+        assert check_one_block(fitted, named, "image", np.float32).shape == (2, 3)
+    for columns in (list("cde"), list("abc")):
+        with pytest.raises(ValueError, match=r"those of block 'image' in their order, \['c', 'e'"):
+            check_one_block(fitted, frame[columns], "image", np.float32)
 
 
 def test_a_block_is_known_by_its_name():
@@ -82,7 +99,7 @@ def test_columns_of_tokens_are_told_by_their_first_cell_that_is_there():
 
 def test_tokens_are_padded_with_nan():
     cells = [np.ones((1, 2)), None, np.full((3, 2), 2.0), np.nan, [[3, 3], [4, 4]]]
-    tokens = padded_tokens(cells, "text")
+    tokens = pad_tokens(read_tokens(cells, "text"), 2)
     assert tokens.dtype == np.float32
     assert tokens.shape == (5, 3, 2)
     for cell, padded in zip(cells, tokens, strict=True):
@@ -92,9 +109,9 @@ def test_tokens_are_padded_with_nan():
 
 
 def test_a_column_without_a_token_keeps_the_width_that_is_known():
-    assert padded_tokens([None, None], "text", 7).shape == (2, 1, 7)
-    assert np.isnan(padded_tokens([None, np.nan], "text", 7)).all()
-    assert padded_tokens([None], "text").shape == (1, 1, 1)
+    tokens = pad_tokens(read_tokens([None, np.nan], "text", 7), 7)
+    assert tokens.shape == (2, 1, 7)
+    assert np.isnan(tokens).all()
 
 
 @pytest.mark.parametrize(
@@ -110,14 +127,14 @@ def test_a_column_without_a_token_keeps_the_width_that_is_known():
 )
 def test_cells_that_hold_no_tokens_are_refused_by_row(cell, message):
     with pytest.raises(ValueError, match=message):
-        padded_tokens([np.ones((2, 3)), cell], "text")
+        read_tokens([np.ones((2, 3)), cell], "text")
     if np.shape(cell) == (2, 4):
         with pytest.raises(ValueError, match="Row 0 .* width 4, but 3 was expected"):
-            padded_tokens([cell], "text", 3)
+            read_tokens([cell], "text", 3)
 
 
 @pytest.mark.parametrize("cell", ["words", [[1, 2, 3], [1]], {"a": 1}])
 def test_cells_that_hold_no_numbers_are_refused_by_row(cell):
     with pytest.raises((ValueError, TypeError)) as caught:
-        padded_tokens([None, cell], "text")
+        read_tokens([None, cell], "text")
     assert caught.value.__notes__ == ["This was in row 1 of the token column 'text'."]

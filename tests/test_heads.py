@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.exceptions import DataConversionWarning
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
 
 from sklembed import (
     CallableBackend,
@@ -203,7 +205,12 @@ BAD = {
     "the same texts": ({"prompts": dict.fromkeys(NAMES, "ant")}, "have the same texts"),
     "no class": ({"classes": None}, "Nothing names the classes"),
     "one class": ({"classes": ["ant"]}, "Two classes are needed"),
-    "a missing class": ({"classes": ["ant", None]}, "NaN or None"),
+    "a missing class": ({"classes": ["ant", None]}, "A class is None or NaN"),
+    "a text that is a number": ({"prompts": dict.fromkeys(NAMES, 5)}, "must be words; got"),
+    "an encoder that is a pipeline": (
+        {"encoder": make_pipeline(CanonicalAligner(blocks=BLOCKS))},
+        "A Pipeline as encoder has no method encode",
+    ),
     "no encoder of texts": ({"text_encoder": None}, "pass text_encoder"),
     "no such block": ({"modality": "sound"}, "no modality 'sound'"),
     "no such block of texts": ({"text_modality": "words"}, "no modality 'words'"),
@@ -216,10 +223,9 @@ BAD = {
 def test_bad_input_is_refused_with_what_to_do(case, animals, texts):
     X, _ = animals
     options, message = BAD[case]
-    given = {"classes": NAMES, "text_encoder": texts} | options
-    classifier = ZeroShotClassifier(CanonicalAligner(blocks=BLOCKS), **given)
+    given = {"encoder": CanonicalAligner(blocks=BLOCKS), "classes": NAMES, "text_encoder": texts}
     with pytest.raises(ValueError, match=message):
-        classifier.fit(X).predict(X)
+        ZeroShotClassifier(**given | options).fit(X)
 
 
 def test_labels_to_calibrate_by_must_be_of_a_class(animals, texts):
@@ -246,5 +252,30 @@ def test_a_row_without_the_modality_is_named(animals, texts):
 
 def test_an_encoder_without_texts_is_refused(image_backend):
     encoder = FrozenEncoder(image_backend, store=None)
-    with pytest.raises(ValueError, match="no text tower|modality"):
+    with pytest.raises(ValueError, match="modality='text', but") as caught:
         ZeroShotClassifier(encoder, classes=NAMES).fit(None)
+    assert "they go through text_encoder" in caught.value.__notes__[0]
+
+
+def test_texts_of_another_width_are_laid_at_the_text_encoder_s_door(animals, texts):
+    X, _ = animals
+    blocks = {"text": slice(0, 3), "image": slice(3, 10)}
+    aligner = CanonicalAligner(blocks=blocks)
+    with pytest.raises(ValueError, match="has 3 columns; got 4") as caught:
+        ZeroShotClassifier(aligner, classes=NAMES, text_encoder=texts).fit(X)
+    assert "what text_encoder made of the prompts" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("shape", ["column", "short"])
+def test_labels_to_calibrate_by_are_one_to_a_row(shape, animals, texts):
+    X, y = animals
+    classifier = ZeroShotClassifier(
+        CanonicalAligner(blocks=BLOCKS), classes=NAMES, text_encoder=texts, temperature="calibrated"
+    )
+    if shape == "short":
+        with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+            classifier.fit(X, y[:-1])
+        return
+    expected = clone(classifier).fit(X, y).temperature_
+    with pytest.warns(DataConversionWarning):
+        assert classifier.fit(X, y[:, None]).temperature_ == expected

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -176,8 +177,8 @@ class CrossModalNetwork(nn.Module):
             n_tokens = int(counts[rows].amax()) if ragged else tokens.shape[1]
             chunk = tokens[rows, :n_tokens], there[rows, :n_tokens], modality
             if caching:  # what it draws comes from the generator alone
-                plain = {"use_reentrant": False, "preserve_rng_state": False}
-                encoded.append(checkpoint(self._replayed(), *chunk, **plain))
+                rerun = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+                encoded.append(rerun(self._replayed(), *chunk))
             else:
                 encoded.append(self.unit(*chunk))
         return torch.cat(encoded)[order.argsort()]
@@ -223,7 +224,8 @@ class AttentionLayer(nn.Module):
 
     def _attend(self, x: Tensor, tokens: Tensor, there: Tensor) -> Tensor:
         def heads(of: Tensor) -> Tensor:  # (batch, n_heads, n, width of a head)
-            return of.view(*of.shape[:2], self.n_heads, -1).transpose(1, 2)
+            width = of.shape[-1] // self.n_heads  # said outright: a batch may be empty
+            return of.view(*of.shape[:2], self.n_heads, width).transpose(1, 2)
 
         q, k, v = heads(self.query(x)), heads(self.key(tokens)), heads(self.value(tokens))
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
@@ -366,6 +368,8 @@ class AdaptorNetwork(CrossModalNetwork):
         Of the layers.
     n_queries : int
         Learnt queries; 0 lets the tokens themselves be the queries.
+    of_tokens : bool
+        Whether a row is the mean of its adapted tokens, instead of what the queries have read.
     options
         As for `CrossModalNetwork`.
     """
@@ -379,9 +383,11 @@ class AdaptorNetwork(CrossModalNetwork):
         n_heads: int,
         dim_feedforward: int,
         n_queries: int,
+        of_tokens: bool = False,
         **options: object,
     ) -> None:
         super().__init__(shapes, **options)  # type: ignore[arg-type]
+        self.of_tokens = of_tokens
         self.projections = nn.ModuleList(
             nn.Linear(width, n_components, bias=False) for _, width in self.shapes
         )
@@ -399,27 +405,27 @@ class AdaptorNetwork(CrossModalNetwork):
             self.queries.div_(math.sqrt(max(self.queries.shape[1], 1)))
 
     def encode(self, tokens: Tensor, there: Tensor, modality: int) -> Tensor:
-        """Map standardised tokens to the mean of what the queries have read."""
-        return self._read(tokens, there, modality, pooled=True)
+        """Map standardised tokens to one vector of a row."""
+        if self.of_tokens or not len(self.queries):
+            return masked_mean(self.adapt(tokens, there, modality), there)
+        return self._read(tokens, there, modality, asked=slice(0, len(self.queries))).mean(dim=1)
 
     def adapt(self, tokens: Tensor, there: Tensor, modality: int) -> Tensor:
         """Map standardised tokens to adapted ones, (batch, n_tokens, n_components)."""
-        return self._read(tokens, there, modality, pooled=False)
+        return self._read(tokens, there, modality, asked=slice(len(self.queries), None))
 
-    def _read(self, tokens: Tensor, there: Tensor, modality: int, *, pooled: bool) -> Tensor:
+    def _read(self, tokens: Tensor, there: Tensor, modality: int, *, asked: slice) -> Tensor:
+        """Run queries and tokens through the layers; return those asked for."""
         n = len(self.queries)
         x = F.normalize(self.projections[modality](tokens), dim=-1)
         # Queries start from the mean of what they read, so that its residual carries it on.
         queries = self.queries + masked_mean(x, there)[:, None]
         x = torch.cat([queries, x], dim=1)
-        for number, layer in enumerate(self.layers):
-            # In the last layer, only what is asked for needs to be computed.
-            last = number == len(self.layers) - 1
-            asked = x[:, :n] if pooled and last and n else x
-            x = layer(asked, x[:, n:], there)
-        if not pooled:
-            return x[:, n:]
-        return x[:, :n].mean(dim=1) if n else masked_mean(x, there)
+        for layer in self.layers[:-1]:
+            x = layer(x, x[:, n:], there)
+        for layer in self.layers[-1:]:  # of the last, nothing else need be computed
+            return layer(x[:, asked], x[:, n:], there)  # type: ignore[no-any-return]
+        return x[:, asked]
 
 
 def masked_mean(x: Tensor, there: Tensor) -> Tensor:
