@@ -13,6 +13,8 @@ label. Then words find pictures that it has never seen.
 # --------------------------------
 # The union gives each modality a block of columns, NaN where a row lacks it: some drawings have no
 # title. Creators drew in series, so whole creators are held out.
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -61,11 +63,12 @@ union = PerModalityUnion(
 ).set_output(transform="pandas")
 
 clipart = load_openclipart()
-X = union.fit_transform(clipart.data)
-split = GroupShuffleSplit(1, train_size=0.69, random_state=1)
+data, titles = clipart.data, clipart.data["title"].fillna("").str.lower().to_numpy()
+X = union.fit_transform(data)
+split = GroupShuffleSplit(1, train_size=0.75, random_state=10)
 train, test = next(split.split(X, groups=clipart.groups))
-train = train[:2000]
-print(f"{len(train)} rows to learn from, {len(test)} pictures by others to search")
+train = train[titles[train] != ""][:2000]
+print(f"{len(train)} pairs to learn from, {len(test)} pictures by others to search")
 
 # %%
 # One space
@@ -79,7 +82,6 @@ models = {
     "adaptor": CrossAttentionAdaptor(random_state=0),
     "shared encoder": SharedFusionEncoder(random_state=0),
 }
-titles = clipart.data["title"].fillna("").str.lower().to_numpy()
 paired = (titles != "")[test]
 rows = []
 for name, model in models.items():
@@ -113,10 +115,7 @@ figure, axes = plt.subplots(len(queries), 7, figsize=(8, 7))
 for row, query in zip(axes, queries, strict=True):
     row[0].set_title(query, loc="left", fontsize=10)
 for axis, number in zip(axes.flat, test[found].flat, strict=True):
-    picture = clipart.data["image"].iloc[number]
-    import io
-
-    picture = Image.open(io.BytesIO(picture)).convert("RGBA")
+    picture = Image.open(io.BytesIO(data["image"].iloc[number])).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     axis.imshow(Image.alpha_composite(white, picture))
     axis.axis("off")

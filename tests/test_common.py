@@ -28,6 +28,7 @@ from sklembed import (
     ModalityGapAligner,
     PerModalityUnion,
     SharedFusionEncoder,
+    ZeroShotClassifier,
 )
 
 CHEAP = {"n_components": 4, "hidden_layer_sizes": (8,), "max_epochs": 2}
@@ -113,6 +114,13 @@ def numeric(n_rows=60):
     return rng.normal(size=(3, 6))[y] + rng.normal(size=(n_rows, 6)), y
 
 
+def _load_vowels():
+    return lambda texts: count_letters(texts)[:, :3]
+
+
+VOWELS = CallableBackend(_load_vowels, name="vowels", version="1", modality="text", n_features=3)
+
+
 def words(n_rows=60):
     rng = np.random.default_rng(0)
     notes = ["".join(rng.choice(list("aeinorst "), 12)) for _ in range(n_rows)]
@@ -154,6 +162,14 @@ CASES = {
     "SharedFusionEncoder": (SharedFusionEncoder(**SHARED, blocks=HALVES, random_state=0), numeric),
     "CrossAttentionAdaptor": (
         CrossAttentionAdaptor(**SHARED, blocks=HALVES, random_state=0),
+        numeric,
+    ),
+    "ZeroShotClassifier": (
+        ZeroShotClassifier(
+            CanonicalAligner(blocks=HALVES),
+            {0: "a nose", 1: ["rain", "sonar"], 2: "treason"},
+            text_encoder=FrozenEncoder(VOWELS, store=None),
+        ),
         numeric,
     ),
 }
@@ -208,9 +224,17 @@ def test_clones_pickles_and_skops_files_do_the_same(case):
     unknown = skops.io.get_untrusted_types(data=file)
     own = {
         f"sklembed.{module}"
-        for module in ("projection", "union", "encoders", "alignment", "fusion", "crossmodal")
+        for module in (
+            "projection",
+            "union",
+            "encoders",
+            "alignment",
+            "fusion",
+            "crossmodal",
+            "heads",
+        )
     }
-    users = {"test_common._load"}  # an object that the user passed as a parameter
+    users = {"test_common._load", "test_common._load_vowels"}  # what the user passed as a parameter
     assert all(t in users or any(t.startswith(o) for o in own) for t in unknown), unknown
     np.testing.assert_array_equal(output(skops.io.loads(file, trusted=unknown), X), expected)
 
@@ -352,6 +376,16 @@ EFFECTIVE = {
         "pooling": "arithmetic",
         "cv": 2,
     },
+    "ZeroShotClassifier": {
+        "encoder": CanonicalAligner(1, blocks=HALVES),
+        "encoder__shrinkage": 0.9,
+        "prompts": {0: "a", 1: "rain", 2: "e"},
+        "classes": [0, 2],
+        "text_encoder": FrozenEncoder(VOWELS, store=None, normalize=True, max_length=None),
+        "modality": "text",
+        "text_modality": "image",
+        "temperature": 0.5,
+    },
     "SharedFusionEncoder": EFFECTIVE_OF_SHARED | {"fusion": "multiply", "share_layer": False},
     "CrossAttentionAdaptor": EFFECTIVE_OF_SHARED
     | {"n_queries": 0, "n_layers": 2, "output": "tokens"},
@@ -399,6 +433,7 @@ SILENT = {
     "DecisionFusionClassifier": {"n_jobs"},
     "SharedFusionEncoder": SILENT_IN_SHARED,
     "CrossAttentionAdaptor": SILENT_IN_SHARED,
+    "ZeroShotClassifier": set(),
 }
 
 
