@@ -421,11 +421,13 @@ class AdaptorNetwork(CrossModalNetwork):
         # Queries start from the mean of what they read, so that its residual carries it on.
         queries = self.queries + masked_mean(x, there)[:, None]
         x = torch.cat([queries, x], dim=1)
-        for layer in self.layers[:-1]:
+        if not len(self.layers):
+            return x[:, asked]
+        *before, last = self.layers
+        for layer in before:
             x = layer(x, x[:, n:], there)
-        for layer in self.layers[-1:]:  # of the last, nothing else need be computed
-            return layer(x[:, asked], x[:, n:], there)  # type: ignore[no-any-return]
-        return x[:, asked]
+        out: Tensor = last(x[:, asked], x[:, n:], there)  # of the last, no more need be computed
+        return out
 
 
 def masked_mean(x: Tensor, there: Tensor) -> Tensor:
