@@ -36,6 +36,13 @@ bench: .venv/.bench
 	$(BIN)/python examples/benchmarks/bench_fusion.py shift --json docs/benchmarks/shift.json
 	$(BIN)/python examples/benchmarks/bench_fusion.py speed --json docs/benchmarks/speed.json
 	$(BIN)/python examples/benchmarks/bench_fusion.py efficiency --json docs/benchmarks/efficiency.json
+	$(BIN)/python examples/benchmarks/bench_crossmodal.py retrieval --json docs/benchmarks/retrieval.json
+	$(BIN)/python examples/benchmarks/bench_crossmodal.py zero_shot --folds 3 --json docs/benchmarks/zero_shot.json
+	$(BIN)/python examples/benchmarks/bench_crossmodal.py pairs --folds 3 --json docs/benchmarks/pairs.json
+	$(BIN)/python examples/benchmarks/bench_crossmodal.py probe --folds 3 --json docs/benchmarks/probe.json
+	$(BIN)/python examples/benchmarks/bench_crossmodal.py shared_shift --folds 3 --seeds 3 --json docs/benchmarks/shared_shift.json
+	$(BIN)/python examples/benchmarks/bench_crossmodal.py frontier --folds 3 --json docs/benchmarks/frontier.json
+	$(BIN)/python examples/benchmarks/bench_crossmodal.py crossmodal_cost --json docs/benchmarks/crossmodal_cost.json
 
 clean:
 	rm -rf .venv .venv-oldest docs/_build docs/api docs/auto_examples

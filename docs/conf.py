@@ -78,8 +78,10 @@ sys.path.insert(0, os.path.abspath("."))
 
 
 def read_benchmark(name, measure=None):
-    """Read what a benchmark wrote as a table: its records, or one measure of arms by runs."""
+    """Read what a benchmark wrote as a table: its records or verdicts, or a measure by runs."""
     result = json.loads(Path(__file__).with_name("benchmarks").joinpath(f"{name}.json").read_text())
+    if measure in result:
+        return pd.DataFrame(result[measure])
     if measure is not None:
         table = pd.DataFrame(result["records"])
         table = table.pivot_table(measure, "arm", "run", aggfunc="median", sort=False)

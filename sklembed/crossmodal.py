@@ -360,9 +360,9 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         from sklembed._torch import to_tensor
         from sklembed._training import Rows, Trained, TrainingOptions, train
 
-        split_seed = draw_seed(self.random_state)  # the same pairs held back when training goes on
+        seed = split_seed = draw_seed(self.random_state)
         past, start = (self.history_, Trained(self.weights_, [], {})) if goes_on else ([], None)
-        seed = split_seed + len(past)  # but not the same batches again
+        seed += len(past)  # not the same batches again, but the same pairs to stop by
         moments = [
             _moments(part[rows], self.widths_[name], self.standardize)
             for name, part in parts.items()

@@ -205,19 +205,19 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         """Train the head; the only place that needs torch."""
         from sklembed._training import Rows, Trained, TrainingOptions, train
 
-        seed = draw_seed(self.random_state)
+        seed = split_seed = draw_seed(self.random_state)
         start, past = None, []
         if goes_on:
             past = self.history_
             start = Trained(_with_network_axis(self.weights_), [], {})
             scaling = self.weights_["mean"], self.weights_["scale"]
-            seed += len(past)  # not the same batches again
+            seed += len(past)  # not the same batches again, but the same rows to stop by
         else:
             scaling = self._find_scaling(X, there, rows)
         parts = Rows(rows)
         if self.early_stopping:
             strata = target.strata
-            parts = Rows(*hold_back(rows, strata, self.validation_fraction, seed))
+            parts = Rows(*hold_back(rows, strata, self.validation_fraction, split_seed))
             if not len(parts.valid):
                 raise ValueError(
                     f"early_stopping with validation_fraction={self.validation_fraction} leaves "

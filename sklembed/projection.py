@@ -642,17 +642,18 @@ class ContrastiveProjector(
 
     def _train_on_all(self, data, seed, max_epochs, goes_on, context=None):
         """Train the network that `transform` uses."""
+        rows = self._rows(data, np.arange(len(data.X)), seed)
         start, past = None, []
         if goes_on:
             start, past = self._last_state(data.X.shape[1]), self.history_
             scaling = self.weights_["mean"], self.weights_["scale"]
-            seed += len(past)  # not the same batches again
+            seed += len(past)  # not the same batches again, but the same rows to stop by
         else:
             scaling = self._find_scaling(data)
         _callbacks.begin(self, context, data.X, data.target.values)
         trained = self._train(
             data,
-            [self._rows(data, np.arange(len(data.X)), seed)],
+            [rows],
             scaling,
             seed,
             max_epochs,

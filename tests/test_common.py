@@ -29,6 +29,9 @@ from sklembed import (
     PerModalityUnion,
     SharedFusionEncoder,
     ZeroShotClassifier,
+    crossmodal,
+    fusion,
+    projection,
 )
 
 CHEAP = {"n_components": 4, "hidden_layer_sizes": (8,), "max_epochs": 2}
@@ -446,3 +449,25 @@ def test_every_parameter_that_set_params_sets_changes_the_result(case, name):
         changed = fit_output(clone(estimator).set_params(**{parameter: value}), X, y)
         same = changed.shape == base.shape and np.array_equal(changed, base, equal_nan=True)
         assert not same, f"{parameter}={value!r} changed nothing"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (projection, "ContrastiveProjector, plain"),
+        (fusion, "EarlyFusionClassifier"),
+        (crossmodal, "SharedFusionEncoder"),
+    ],
+)
+def test_training_that_goes_on_is_stopped_by_the_same_rows(module, case, name, monkeypatch):
+    estimator, X, y = case
+    held_back, split = [], module.hold_back
+
+    def watch(*arguments):
+        train, valid = split(*arguments)
+        held_back.append(sorted(valid))
+        return train, valid
+
+    monkeypatch.setattr(module, "hold_back", watch)
+    estimator.set_params(warm_start=True, early_stopping=True).fit(X, y).fit(X, y)
+    assert held_back[0] == held_back[1]
