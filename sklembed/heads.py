@@ -8,6 +8,7 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context, clone
+from sklearn.frozen import FrozenEstimator
 from sklearn.preprocessing import normalize
 from sklearn.utils import check_consistent_length, column_or_1d, get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
@@ -174,14 +175,19 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         ------
         ValueError
             If nothing names two classes, a template has no placeholder, a class has no text or the
-            same as another, there is no encoder of texts or no such block, or labels to calibrate
-            by are lacking or of no class.
+            same as another, there is no encoder of texts or no such block, rows to fit on or labels
+            to calibrate by are lacking, or a label is of no class.
         """
         self.classes_, self.prompts_ = self._find_prompts(y)
         labels = self._calibration_labels(X, y)
         texts = self._encode_texts(self._text_encoder())  # before anything is trained
         self.encoder_ = clone(self.encoder)
         if not self._is_dual():
+            if X is None and not isinstance(self.encoder, FrozenEstimator):
+                raise ValueError(
+                    f"X is None, but the {type(self.encoder).__name__} has to be fitted on it. "
+                    "Give rows, or a fitted encoder as FrozenEstimator(encoder)."
+                )
             self.encoder_.fit(X, None)
             known_block(self.modality, self.encoder_.blocks_)
         self.class_embeddings_ = self._class_embeddings(texts)
@@ -355,6 +361,10 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
                     f"block {self.text_modality!r} was made of."
                 )
                 raise
+        if z.dtype == object:
+            raise ValueError(
+                f"{self.encoder!r} gives tokens, and a class is one vector. Set output='pooled'."
+            )
         z = normalize(np.asarray(z, dtype=np.float32))
         ends = np.cumsum([len(own) for own in self.prompts_.values()])[:-1]
         return normalize(np.stack([part.mean(axis=0) for part in np.split(z, ends)]))

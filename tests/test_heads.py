@@ -228,6 +228,20 @@ def test_bad_input_is_refused_with_what_to_do(case, animals, texts):
         ZeroShotClassifier(**given | options).fit(X)
 
 
+def test_an_encoder_has_rows_to_be_fitted_on_or_is_frozen(texts):
+    classifier = ZeroShotClassifier(
+        CanonicalAligner(blocks=BLOCKS), classes=NAMES, text_encoder=texts
+    )
+    with pytest.raises(ValueError, match=r"X is None.* FrozenEstimator\(encoder\)"):
+        classifier.fit(None)
+
+
+def test_an_encoder_that_gives_tokens_is_refused(animals, texts):
+    adaptor = CrossAttentionAdaptor(8, **CHEAP | {"max_epochs": 1}, output="tokens")
+    with pytest.raises(ValueError, match="gives tokens.* output='pooled'"):
+        ZeroShotClassifier(adaptor, classes=NAMES, text_encoder=texts).fit(animals[0])
+
+
 def test_labels_to_calibrate_by_must_be_of_a_class(animals, texts):
     X, y = animals
     classifier = ZeroShotClassifier(
