@@ -893,10 +893,10 @@ def _project(weights, X, similarity):
     for rows in gen_batches(len(X), _CHUNK_ROWS):
         H = X[rows]
         for matrix, bias in zip(matrices[:-1], biases[:-1], strict=True):
-            H = H @ matrix
+            H = _product(H, matrix)
             H += bias
             np.maximum(H, 0, out=H)
-        np.matmul(H, matrices[-1], out=Z[rows])
+        _product(H, matrices[-1], out=Z[rows])
         Z[rows] += biases[-1]
         if similarity == "cosine":
             _normalize(Z[rows])
@@ -922,7 +922,18 @@ def _match(source, target):
 
 def _reduce(components, X):
     """Turn rows into their scaled principal components."""
-    return (X - components["mean"]) @ components["axes"].T
+    return _product(X - components["mean"], components["axes"].T)
+
+
+def _product(rows, matrix, out=None):
+    """Multiply rows by a matrix, so that a row's result depends on that row alone.
+
+    BLAS has another kernel for a single column, and in that, on some processors, rounding depends
+    on where a row stands.
+    """
+    if matrix.shape[1] == 1:
+        return np.einsum("ij,jk->ik", rows, matrix, out=out)
+    return np.matmul(rows, matrix, out=out)
 
 
 def _continued(past, history):

@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 from sklembed import ContrastiveProjector
 from sklembed.nn.losses import LOSSES
 from sklembed.nn.modules import Projection
+from sklembed.projection import _product
 
 
 def small(**options):
@@ -403,3 +404,16 @@ def test_the_paper_s_setting_is_a_matter_of_parameters(clusters):
 def test_it_works_in_clones_of_fitted_ones(clusters):
     fitted = small().fit(*clusters)
     assert not hasattr(clone(fitted), "weights_")
+
+
+@pytest.mark.parametrize("n_features", [1, 2, 3, 8, 33])
+@pytest.mark.parametrize("n_columns", [1, 2, 5])
+def test_a_product_s_row_depends_on_that_row_alone(n_features, n_columns):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        rows = rng.normal(size=(20, n_features)).astype(np.float32)
+        matrix = rng.normal(size=(n_columns, n_features)).astype(np.float32).T
+        order = rng.permutation(20)
+        together = _product(rows, matrix)
+        np.testing.assert_array_equal(_product(rows[order], matrix), together[order])
+        np.testing.assert_allclose(together, rows @ matrix, rtol=1e-5, atol=1e-6)
