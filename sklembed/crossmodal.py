@@ -573,8 +573,7 @@ class SharedFusionEncoder(_CrossModalEncoder):
         Probability of zeroing a unit in training; .1 in [1]_.
 
     input_dropout : float, default=0.5
-        Probability of zeroing a number of the input in training; 0 in [1]_. With a few thousand
-        pairs nothing else helps as much.
+        Probability of zeroing a number of the input in training; 0 in [1]_.
 
     share_layer : bool, default=True
         Whether modalities share the fusion and the layer; False gives each its own.
@@ -857,8 +856,7 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
         Probability of zeroing a unit in training; .1 in [1]_.
 
     input_dropout : float, default=0.5
-        Probability of zeroing a number of the input in training; 0 in [1]_. With a few thousand
-        pairs nothing else helps as much.
+        Probability of zeroing a number of the input in training; 0 in [1]_.
 
     temperature : float, default=0.07
         What similarities are divided by at first; learnt, and kept from .01 to 1.
