@@ -17,6 +17,7 @@ _HOMES = {
     "FrozenEncoder": "sklembed.encoders",
     "LateFusionClassifier": "sklembed.fusion",
     "ModalityGapAligner": "sklembed.alignment",
+    "PatchSegmenter": "sklembed.heads",
     "PerModalityUnion": "sklembed.union",
     "SharedFusionEncoder": "sklembed.crossmodal",
     "ZeroShotClassifier": "sklembed.heads",

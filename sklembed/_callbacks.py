@@ -52,3 +52,24 @@ def fitting(estimator, context, inner, X, y):
         begin(estimator, context, X, y)
         yield
         end(estimator, context, X, y)
+
+
+def each_epoch(estimator, context, X, y, keep, names):
+    """Return what tells callbacks of each epoch of a training, or None where there are none.
+
+    ``keep(history, weights)`` sets on the estimator what training has led to so far; `names` are
+    the attributes that it sets.
+    """
+    if context is None:
+        return None
+
+    def after_epoch(history, weights):
+        def so_far():
+            keep(history, weights())
+            return {name: getattr(estimator, name) for name in names}
+
+        epoch = subtask(context, "epoch", 0)
+        begin(estimator, epoch, X, y)
+        return end(estimator, epoch, X, y, so_far)
+
+    return after_epoch

@@ -7,6 +7,8 @@ import pandas as pd
 import sklearn
 from sklearn.utils import check_random_state, column_or_1d
 
+_MOST_LABELS = 2**16 - 1  # of a pixel
+
 
 def check_no_missing_label(y) -> None:
     """Refuse a target with a missing label, naming the first row that lacks one.
@@ -66,6 +68,60 @@ def sorted_labels(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             "type, for example all str."
         ) from error
     return classes, codes.astype(np.int64)
+
+
+def check_masks(y) -> list[np.ndarray]:
+    """Read a sequence of masks: arrays of whole numbers, a label for each pixel.
+
+    Returns
+    -------
+    masks : list of ndarray of shape (height, width), dtype bool or integer
+        The masks, which may differ in size.
+
+    Raises
+    ------
+    ValueError
+        If there is none, one is missing or has another shape, or a label is no whole number from 0
+        to 65535; the message names the row.
+    """
+    masks = []
+    for row, raw in enumerate(y):
+        mask = np.asarray(raw)
+        if mask.ndim != 2 or not mask.size:
+            raise ValueError(
+                f"Row {row} of y should be a mask, an array of shape (height, width) with a label "
+                f"for each pixel; got {_in_words(raw, mask)}."
+            )
+        if mask.dtype.kind not in "biuf":
+            raise ValueError(
+                f"Row {row} of y should be a mask of whole numbers; got dtype {mask.dtype}."
+            )
+        masks.append(_as_labels(mask, row))
+    if not masks:
+        raise ValueError("y holds no mask; at least one is needed.")
+    return masks
+
+
+def _in_words(raw, mask: np.ndarray) -> str:
+    if mask.ndim == 0:
+        return repr(raw)
+    hint = " (a picture? Take one channel, or its index of classes)" if mask.ndim == 3 else ""
+    return f"shape {mask.shape}{hint}"
+
+
+def _as_labels(mask: np.ndarray, row: int) -> np.ndarray:
+    """Return a mask of whole numbers as such, without negative or huge ones."""
+    if mask.dtype.kind == "b":
+        return mask
+    low, high = mask.min(), mask.max()
+    whole = mask.dtype.kind in "iu" or bool(np.isfinite(mask).all() and (mask % 1 == 0).all())
+    if not whole or low < 0 or high > _MOST_LABELS:
+        wrong = low if low < 0 else high if high > _MOST_LABELS else mask[mask % 1 != 0].flat[0]
+        raise ValueError(
+            f"Row {row} of y holds the label {wrong}; labels of pixels are whole numbers from 0, "
+            f"the background, to {_MOST_LABELS}."
+        )
+    return mask if mask.dtype.kind in "iu" else mask.astype(np.uint16)
 
 
 def check_routing_enabled(params, estimator) -> None:

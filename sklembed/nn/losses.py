@@ -1,4 +1,4 @@
-"""Contrastive losses over pair affinities in [0, 1], these affinities, and cross-entropies.
+"""Contrastive losses over pair affinities in [0, 1], these affinities; losses of classes and masks.
 
 An affinity says how much two rows belong together: 1 for the same class, 0 for different ones.
 Losses never see labels, so that one code path serves every kind of target. All take leading
@@ -199,6 +199,38 @@ def structure_loss(inputs: Tensor, z: Tensor, *, temperature: float = 0.05) -> T
     middle = ((before.exp() + after.exp()) / 2).clamp(min=torch.finfo(z.dtype).tiny).log()
     divergence = (before.exp() * (before - middle) + after.exp() * (after - middle)) / 2
     return divergence.sum(dim=1).mean()
+
+
+def focal_loss(
+    logits: Tensor, masks: Tensor, weight: Tensor | None = None, *, gamma: float = 2.0
+) -> Tensor:
+    """Cross-entropy of pixels, where those that are right count less (arXiv 1708.02002, eq. 4).
+
+    ``mean -(1 - p)^gamma log p`` with p the probability of the pixel's class. Logits have the shape
+    (..., batch, n_classes, rows, columns), masks, of class codes, (..., batch, rows, columns).
+    """
+    log_p = logits.log_softmax(dim=-3).gather(-3, masks.unsqueeze(-3)).squeeze(-3)
+    wrong = -torch.expm1(log_p).clamp(max=-torch.finfo(log_p.dtype).tiny)  # 1 - p
+    losses = -(wrong**gamma) * log_p
+    return _mean(losses.mean(dim=(-2, -1)), weight)
+
+
+def dice_loss(logits: Tensor, masks: Tensor, weight: Tensor | None = None) -> Tensor:
+    """How far predicted and true regions are from covering each other (arXiv 1606.04797, eq. 1).
+
+    ``1 - (2 sum p t + 1) / (sum p + sum t + 1)`` with p the probability and t the truth of a class,
+    over all pixels of the batch; the mean of the classes that the batch shows, background (code 0)
+    left out. A batch without any gives 0. Shapes as for `focal_loss`.
+    """
+    p = logits.softmax(dim=-3)[..., 1:, :, :]
+    codes = torch.arange(1, logits.shape[-3], device=masks.device)
+    truth = (masks.unsqueeze(-3) == codes[:, None, None]).to(p.dtype)
+    pixels = 1.0 if weight is None else weight[..., None, None, None]
+    parts = (p * truth, p, truth)
+    both, found, shown = ((part * pixels).sum(dim=(-4, -2, -1)) for part in parts)
+    losses = 1 - (2 * both + 1) / (found + shown + 1)  # (..., n_classes - 1)
+    present = (shown > 0).to(losses.dtype)
+    return _ratio((losses * present).sum(dim=-1), present.sum(dim=-1))
 
 
 def _neighbours(x: Tensor, temperature: float) -> Tensor:
