@@ -824,6 +824,12 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         grids = [_grid(len(cells[0]), self.grid_shape) for cells in maps]
         self.maps_ = np.argsort([rows * columns for rows, columns in grids], kind="stable")
         self.grids_ = [grids[i] for i in self.maps_]
+        if 0 < len(self.hidden_layer_sizes) < len(maps):
+            raise ValueError(
+                f"hidden_layer_sizes={self.hidden_layer_sizes} has fewer layers than there are "
+                f"maps, {len(maps)}, each of which enters at a layer of its own. Add layers, or "
+                "leave all out for a linear map."
+            )
 
     def _find_classes(self, masks):
         """Set the labels that pixels may have, background first."""

@@ -1,11 +1,17 @@
-"""ModalityGapDisplay: two modalities before and after alignment, and what a shift is worth."""
+"""Displays: two modalities before and after alignment; masks beside what was predicted."""
 
 import copy
+from numbers import Integral
 
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
+
+from sklembed._tables import take_columns
+from sklembed._validation import check_masks
+from sklembed.encoders.cells import decode
+from sklembed.metrics import dice_score
 
 
 class ModalityGapDisplay:
@@ -154,10 +160,7 @@ class ModalityGapDisplay:
         self : ModalityGapDisplay
             The display, with `figure_` and `axes_`.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError("Plots need matplotlib: pip install 'sklembed[plots]'.") from error
+        plt = _pyplot()
         n_panels = 2 * (self.before is not None) + (self.shifts is not None)
         if axes is None:
             _, axes = plt.subplots(
@@ -200,6 +203,191 @@ class ModalityGapDisplay:
             xlabel="shift (lambda)",
             ylabel="score",
         )
+
+
+class SegmentationDisplay:
+    """Pictures, their masks, and the masks that were predicted, side by side.
+
+    Make it by `from_estimator` or `from_predictions`.
+
+    Parameters
+    ----------
+    y_true, y_pred : list of ndarray of shape (height, width)
+        True and predicted masks; 0 is background.
+
+    images : list of ndarray of shape (height, width, 3), dtype uint8, or None, default=None
+        The pictures.
+
+    Attributes
+    ----------
+    figure_ : matplotlib Figure
+        The figure, after `plot`.
+
+    axes_ : ndarray of matplotlib Axes of shape (n_pictures, 3), or (n_pictures, 2) without pictures
+        Its panels.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklembed.plots import SegmentationDisplay
+    >>> y_true = np.zeros((2, 8, 8), dtype=int)
+    >>> y_true[:, 2:6, 2:6] = 1
+    >>> display = SegmentationDisplay.from_predictions(y_true, y_true.transpose(0, 2, 1))
+    >>> len(display.y_true)
+    2
+    """
+
+    def __init__(self, *, y_true, y_pred, images=None):
+        self.y_true = y_true
+        self.y_pred = y_pred
+        self.images = images
+
+    @classmethod
+    def from_estimator(cls, estimator, X, y, *, images=None, rows=4):
+        """Show what a fitted segmenter makes of pictures, from the worst to the best.
+
+        Parameters
+        ----------
+        estimator : PatchSegmenter, or a pipeline that ends in one
+            The fitted estimator.
+
+        X : DataFrame or array-like of shape (n_samples, n_features)
+            What it takes.
+
+        y : sequence of array-like of shape (height, width)
+            True masks.
+
+        images : sequence of pictures or None, default=None
+            What to show, as a :class:`FrozenEncoder` takes it: paths, bytes, arrays, PIL pictures.
+            None shows no pictures.
+
+        rows : int or array-like of int, default=4
+            Which pictures; an integer takes that many, at equal steps from the one with the lowest
+            Dice coefficient to that with the highest, empty masks included.
+
+        Returns
+        -------
+        display : SegmentationDisplay
+            Call `plot` to draw it.
+        """
+        masks = check_masks(y)
+        predicted = estimator.predict(X)
+        if any(a.shape != b.shape for a, b in zip(masks, predicted, strict=True)):
+            predicted = estimator.predict(X, sizes=[mask.shape for mask in masks])
+        return cls.from_predictions(masks, predicted, images=images, rows=rows)
+
+    @classmethod
+    def from_predictions(cls, y_true, y_pred, *, images=None, rows=4):
+        """Show masks and predictions, from the worst to the best.
+
+        Parameters
+        ----------
+        y_true : sequence of array-like of shape (height, width)
+            True masks.
+
+        y_pred : sequence of array-like of shape (height, width)
+            Predicted masks.
+
+        images : sequence of pictures or None, default=None
+            The pictures, as a :class:`FrozenEncoder` takes them.
+
+        rows : int or array-like of int, default=4
+            Which pictures; an integer takes that many, as in `from_estimator`.
+
+        Returns
+        -------
+        display : SegmentationDisplay
+            Call `plot` to draw it.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many pictures and predictions as masks, or sizes differ.
+        """
+        masks, predicted = check_masks(y_true), check_masks(y_pred)
+        dice_score(masks, predicted)  # which looks at numbers and sizes
+        if images is not None:
+            images = _as_column(images)
+            if len(images) != len(masks):
+                raise ValueError(f"There are {len(images)} images for {len(masks)} masks.")
+        if isinstance(rows, Integral):
+            scores = [dice_score([a], [b]) for a, b in zip(masks, predicted, strict=True)]
+            steps = np.linspace(0, len(masks) - 1, min(rows, len(masks))).round().astype(int)
+            rows = np.argsort(scores, kind="stable")[steps]
+        return cls(
+            y_true=[masks[row] for row in rows],
+            y_pred=[predicted[row] for row in rows],
+            images=None if images is None else [_pixels(images[row]) for row in rows],
+        )
+
+    def plot(self, axes=None):
+        """Draw a line of panels for each picture.
+
+        Parameters
+        ----------
+        axes : array-like of matplotlib Axes, default=None
+            Where to: for each picture three, or two where there are no pictures.
+
+        Returns
+        -------
+        self : SegmentationDisplay
+            The display, with `figure_` and `axes_`.
+        """
+        plt = _pyplot()
+        shape = len(self.y_true), 2 + (self.images is not None)
+        if axes is None:
+            size = (2.2 * shape[1], 2.3 * shape[0])
+            _, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+        self.axes_ = np.array(axes, dtype=object)
+        if self.axes_.size != shape[0] * shape[1]:
+            raise ValueError(f"There are {shape} panels to draw; got {self.axes_.size} axes.")
+        self.axes_ = self.axes_.reshape(shape)
+        self.figure_ = self.axes_[0, 0].figure
+        labels = np.unique(np.concatenate([m.ravel() for m in [*self.y_true, *self.y_pred]]))
+        for row, (truth, found) in enumerate(zip(self.y_true, self.y_pred, strict=True)):
+            image = None if self.images is None else self.images[row]
+            if image is not None:
+                self.axes_[row, 0].imshow(image)
+            _draw_mask(self.axes_[row, -2], truth, labels, image)
+            _draw_mask(self.axes_[row, -1], found, labels, image)
+            self.axes_[row, -1].set_title(f"Dice {dice_score([truth], [found]):.2f}", fontsize=10)
+        for ax, title in zip(self.axes_[0][::-1], ("predicted", "truth", "picture"), strict=False):
+            ax.set_title(f"{title}, {ax.get_title()}".rstrip(", "), fontsize=10)
+        for ax in self.axes_.flat:
+            ax.set(xticks=[], yticks=[])
+        return self
+
+
+def _pyplot():
+    """Import matplotlib, or say how to get it."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'sklembed[plots]'.") from error
+    return plt
+
+
+def _as_column(images):
+    """Return pictures as a sequence that positions select from."""
+    if len(getattr(images, "shape", ())) == 2 and images.shape[1] == 1:
+        images = take_columns(images, [0], scalar=True)
+    return images.tolist() if hasattr(images, "iloc") else images
+
+
+def _pixels(image):
+    """Return the pixels of a picture, however it comes."""
+    return np.asarray(decode(image, "image"))
+
+
+def _draw_mask(ax, mask, labels, image):
+    """Lay the colour of each label over the picture, or over white; background stays as it is."""
+    from matplotlib.colors import to_rgba
+
+    colours = np.array([to_rgba(f"C{i}", 0.75 * bool(label)) for i, label in enumerate(labels)])
+    height, width = mask.shape if image is None else image.shape[:2]
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    ax.imshow(np.full((1, 1, 3), 255) if image is None else image, extent=extent, alpha=0.6)
+    ax.imshow(colours[np.searchsorted(labels, mask)], extent=extent, interpolation="nearest")
 
 
 def _by_modality(aligner, X):
