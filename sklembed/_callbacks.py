@@ -54,22 +54,19 @@ def fitting(estimator, context, inner, X, y):
         end(estimator, context, X, y)
 
 
-def each_epoch(estimator, context, X, y, keep, names):
+def each_epoch(estimator, context, X, y, so_far=None):
     """Return what tells callbacks of each epoch of a training, or None where there are none.
 
-    ``keep(history, weights)`` sets on the estimator what training has led to so far; `names` are
-    the attributes that it sets.
+    ``so_far(history, weights)`` returns the attributes that training has led to by then; without
+    it, callbacks cannot ask for the estimator as fitted so far.
     """
     if context is None:
         return None
 
     def after_epoch(history, weights):
-        def so_far():
-            keep(history, weights())
-            return {name: getattr(estimator, name) for name in names}
-
         epoch = subtask(context, "epoch", 0)
         begin(estimator, epoch, X, y)
-        return end(estimator, epoch, X, y, so_far)
+        attributes = so_far and (lambda: so_far(history, weights()))
+        return end(estimator, epoch, X, y, attributes)
 
     return after_epoch

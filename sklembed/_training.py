@@ -105,10 +105,11 @@ def train(
     sample_weight : ndarray of shape (n_samples,) or None
         Weights of the rows in the loss.
     start : Trained or None
-        What to go on from: weights, and the optimiser's state if it was kept.
+        What to go on from: weights, the optimiser's state if it was kept, and the history, on which
+        the new one follows. Batches and dropout are drawn anew, not as at first.
     on_epoch : callable or None
-        Called after each epoch with the history and a function that returns the weights; returns
-        whether to stop.
+        Called after each epoch with the whole history and a function that returns the weights;
+        returns whether to stop.
 
     Returns
     -------
@@ -130,7 +131,9 @@ def train(
             "own parameters; skorch_params is for callbacks, optimizer, train_split and the like."
         )
     device = resolve_device(options.device)
-    generator = torch.Generator(device).manual_seed(options.seed)
+    past = [] if start is None else start.history
+    seed = options.seed + len(past)  # not the same batches again
+    generator = torch.Generator(device).manual_seed(seed)
     batches = {"rows": rows, "sample_weight": _optional_tensor(sample_weight, device)}
     settings: dict[str, Any] = {
         "optimizer": torch.optim.AdamW,
@@ -152,12 +155,12 @@ def train(
         for part in ("train", "valid")
         for name, value in batches.items()
     }
-    settings["iterator_train__seed"] = options.seed
+    settings["iterator_train__seed"] = seed
     ours: list[tuple[str, Callback]] = []
     if len(rows[0].valid):
         ours.append(("sklembed_stop", BestOfEach(options.n_iter_no_change)))
     if on_epoch is not None:
-        ours.append(("sklembed_epoch", _AfterEpoch(on_epoch)))
+        ours.append(("sklembed_epoch", _AfterEpoch(on_epoch, past)))
     settings["callbacks"] = [*(settings.get("callbacks") or []), *ours]
     net = NeuralNet(make_module(generator), Criterion(loss), **settings).initialize()
     if start is not None:
@@ -170,7 +173,7 @@ def train(
             f"lr={options.lr}. Lower lr, or scale the input."
         )
     state = _optimizer_state(net) if options.keep_optimizer else {}
-    return Trained(weights, [_scalars(epoch) for epoch in net.history], state)
+    return Trained(weights, _history(net, past), state)
 
 
 class Criterion(nn.Module):
@@ -318,12 +321,15 @@ class BestOfEach(Callback):  # type: ignore[misc]
 class _AfterEpoch(Callback):  # type: ignore[misc]
     """Hand each epoch to whoever watches."""
 
-    def __init__(self, watch: Callable[[History, Callable[[], Arrays]], bool]) -> None:
+    def __init__(
+        self, watch: Callable[[History, Callable[[], Arrays]], bool], past: History
+    ) -> None:
         self.watch = watch
+        self.past = past
 
     def on_epoch_end(self, net: NeuralNet, **_: Any) -> None:
         """Tell, and stop if told so."""
-        if self.watch([_scalars(epoch) for epoch in net.history], lambda: _weights(net)):
+        if self.watch(_history(net, self.past), lambda: _weights(net)):
             raise KeyboardInterrupt
 
 
@@ -369,6 +375,10 @@ def _restore(net: NeuralNet, start: Trained) -> None:
         net.optimizer_.load_state_dict(whole | {"state": state})
 
 
-def _scalars(epoch: dict[str, Any]) -> dict[str, float]:
-    """Keep an epoch's numbers; its list of batches is bulky and says nothing more."""
-    return {key: value for key, value in epoch.items() if isinstance(value, int | float)}
+def _history(net: NeuralNet, past: History) -> History:
+    """Return the epochs so far, numbered on, without their batches, which are bulky."""
+    return past + [
+        {key: value for key, value in epoch.items() if isinstance(value, int | float)}
+        | {"epoch": number}
+        for number, epoch in enumerate(net.history, start=len(past) + 1)
+    ]

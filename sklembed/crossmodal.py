@@ -360,9 +360,8 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         from sklembed._torch import to_tensor
         from sklembed._training import Rows, Trained, TrainingOptions, train
 
-        seed = split_seed = draw_seed(self.random_state)
-        past, start = (self.history_, Trained(self.weights_, [], {})) if goes_on else ([], None)
-        seed += len(past)  # not the same batches again, but the same pairs to stop by
+        seed = draw_seed(self.random_state)
+        start = Trained(self.weights_, self.history_, {}) if goes_on else None
         moments = [
             _moments(part[rows], self.widths_[name], self.standardize)
             for name, part in parts.items()
@@ -380,7 +379,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
         split = Rows(rows)
         if self.early_stopping:
-            split = Rows(*hold_back(rows, None, self.validation_fraction, split_seed))
+            split = Rows(*hold_back(rows, None, self.validation_fraction, seed))
             if min(len(split.train), len(split.valid)) < 2:
                 raise ValueError(
                     f"early_stopping with validation_fraction={self.validation_fraction} holds "
@@ -408,42 +407,35 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 skorch_params=self.skorch_params,
             ),
             start=start,
-            on_epoch=make_watch(past, objective),
+            on_epoch=make_watch(objective),
         )
-        if len(objective.similarities) < len(trained.history):
+        if len(objective.noted(trained.history)) < len(trained.history):
             objective.end_epoch()  # that of the epoch which was told to stop
-        self._keep(past, trained.history, trained.weights, objective)
+        self._keep(trained.history, trained.weights, objective)
 
-    def _keep(self, past, history, weights, objective):
+    def _keep(self, history, weights, objective):
         """Set what training has led to."""
         self.weights_ = weights
-        seen = zip(history, objective.similarities, strict=False)
-        self.history_ = past + [
-            entry | alike | {"epoch": number}
-            for number, (entry, alike) in enumerate(seen, start=len(past) + 1)
-        ]
+        self.history_ = objective.noted(history)
         self.n_iter_ = len(self.history_)
         from sklembed.nn.crossmodal import SCALES
 
         scale = np.clip(np.exp(np.float64(weights["log_scale"])), *SCALES)
         self.temperature_ = float(1 / scale)
 
-    def _watch(self, context, X, y, past, objective):
+    def _watch(self, context, X, y, objective):
         """Return a function that is told of each epoch: it notes similarities, tells callbacks."""
         names = ("weights_", "history_", "n_iter_", "temperature_", "structure_")
 
+        def so_far(history, weights):
+            self._keep(history, weights, objective)
+            return {name: getattr(self, name) for name in names}
+
+        tell = _callbacks.each_epoch(self, context, X, y, so_far)
+
         def after_epoch(history, weights):
             objective.end_epoch()
-            if context is None:
-                return False
-
-            def so_far():
-                self._keep(past, history, weights(), objective)
-                return {name: getattr(self, name) for name in names}
-
-            epoch = _callbacks.subtask(context, "epoch", 0)
-            _callbacks.begin(self, epoch, X, y)
-            return _callbacks.end(self, epoch, X, y, so_far)
+            return tell is not None and tell(history, weights)
 
         return after_epoch
 
@@ -785,8 +777,8 @@ class SharedFusionEncoder(_CrossModalEncoder):
                 "FrozenEncoder(output='tokens'), or fusion='add', 'multiply' or 'concat'."
             )
 
-    def _keep(self, past, history, weights, objective):
-        super()._keep(past, history, weights, objective)
+    def _keep(self, history, weights, objective):
+        super()._keep(history, weights, objective)
         import torch
 
         with torch.inference_mode():
@@ -1122,6 +1114,12 @@ class _Objective:
         )
         self._batches.clear()
         self.similarities.append({"positive_similarity": positive, "negative_similarity": negative})
+
+    def noted(self, history):
+        """Return a history whose new epochs, as far as they have ended, say how alike rows were."""
+        n_past = sum("positive_similarity" in entry for entry in history)
+        new = zip(history[n_past:], self.similarities, strict=False)
+        return history[:n_past] + [entry | alike for entry, alike in new]
 
     def _note(self, a, b, alike):
         """Note the mean cosine of pairs, and of rows that do not hold the same, of one batch."""

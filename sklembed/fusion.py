@@ -102,7 +102,7 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         context = self._init_callback_context(max_subtasks=self.max_epochs)
         _callbacks.begin(self, context, table, y)
         self.prior_ = _prior(target, weight)
-        watch = self._watch(context, table, y, self.history_ if goes_on else [])
+        watch = _callbacks.each_epoch(self, context, table, y, _learnt)
         self._train(X, there, target, weight, rows, goes_on, watch)
         _callbacks.end(self, context, table, y)
         return self
@@ -205,19 +205,16 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         """Train the head; the only place that needs torch."""
         from sklembed._training import Rows, Trained, TrainingOptions, train
 
-        seed = split_seed = draw_seed(self.random_state)
-        start, past = None, []
+        seed, start = draw_seed(self.random_state), None
         if goes_on:
-            past = self.history_
-            start = Trained(_with_network_axis(self.weights_), [], {})
+            start = Trained(_with_network_axis(self.weights_), self.history_, {})
             scaling = self.weights_["mean"], self.weights_["scale"]
-            seed += len(past)  # not the same batches again, but the same rows to stop by
         else:
             scaling = self._find_scaling(X, there, rows)
         parts = Rows(rows)
         if self.early_stopping:
             strata = target.strata
-            parts = Rows(*hold_back(rows, strata, self.validation_fraction, split_seed))
+            parts = Rows(*hold_back(rows, strata, self.validation_fraction, seed))
             if not len(parts.valid):
                 raise ValueError(
                     f"early_stopping with validation_fraction={self.validation_fraction} leaves "
@@ -245,31 +242,7 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             start=start,
             on_epoch=watch,
         )
-        self._keep(past, trained.history, trained.weights)
-
-    def _keep(self, past, history, weights):
-        """Set what training has led to."""
-        self.weights_ = _without_network_axis(weights)
-        self.history_ = past + [
-            entry | {"epoch": number} for number, entry in enumerate(history, start=len(past) + 1)
-        ]
-        self.n_iter_ = len(self.history_)
-
-    def _watch(self, context, X, y, past):
-        """Return a function that tells scikit-learn's callbacks of each epoch."""
-        if context is None:
-            return None
-
-        def after_epoch(history, weights):
-            def so_far():
-                self._keep(past, history, weights())
-                return {name: getattr(self, name) for name in ("weights_", "history_", "n_iter_")}
-
-            epoch = _callbacks.subtask(context, "epoch", 0)
-            _callbacks.begin(self, epoch, X, y)
-            return _callbacks.end(self, epoch, X, y, so_far)
-
-        return after_epoch
+        vars(self).update(_learnt(trained.history, trained.weights))
 
     def _find_scaling(self, X, there, rows):
         """Return the mean and scale of each column, by the training rows that have it."""
@@ -1125,6 +1098,15 @@ def _decided(probabilities, classes, target_type):
     if target_type == "multilabel":
         return (probabilities > 0.5).astype(np.int64)
     return classes[probabilities.argmax(axis=1)]
+
+
+def _learnt(history, weights):
+    """Return the attributes that training leads to."""
+    return {
+        "weights_": _without_network_axis(weights),
+        "history_": history,
+        "n_iter_": len(history),
+    }
 
 
 def _through(weights, chain, X):

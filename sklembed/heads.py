@@ -688,10 +688,8 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         self.structure_ = structure
         context = self._init_callback_context(max_subtasks=self.max_epochs)
         _callbacks.begin(self, context, X, y)
-        past = self.history_ if goes_on else []
-        keep, names = partial(self._keep, past), ("weights_", "history_", "n_iter_")
-        watch = _callbacks.each_epoch(self, context, X, y, keep, names)
-        self._train(patches, codes, goes_on, past, watch)
+        watch = _callbacks.each_epoch(self, context, X, y, _learnt)
+        self._train(patches, codes, goes_on, watch)
         _callbacks.end(self, context, X, y)
         return self
 
@@ -921,13 +919,12 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
             "n_classes": len(self.classes_),
         }
 
-    def _train(self, patches, codes, goes_on, past, watch):
+    def _train(self, patches, codes, goes_on, watch):
         """Train the decoder; with `_each` the only place that needs torch."""
         from sklembed._torch import to_tensor
         from sklembed._training import Rows, Trained, TrainingOptions, train
 
-        seed = split_seed = draw_seed(self.random_state)
-        seed += len(past)  # not the same batches again, but the same pictures to stop by
+        seed = draw_seed(self.random_state)
         rows = np.arange(len(patches))
         moments = _moments(patches, self.structure_)
 
@@ -941,7 +938,7 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         split = Rows(rows)
         if self.early_stopping:
             empty = (codes == 0).all(axis=(1, 2)).astype(np.int64)
-            split = Rows(*hold_back(rows, empty, self.validation_fraction, split_seed))
+            split = Rows(*hold_back(rows, empty, self.validation_fraction, seed))
             if not len(split.valid):
                 raise ValueError(
                     f"early_stopping with validation_fraction={self.validation_fraction} leaves "
@@ -965,18 +962,10 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
                 verbose=self.verbose,
                 skorch_params=self.skorch_params,
             ),
-            start=Trained(self.weights_, [], {}) if goes_on else None,
+            start=Trained(self.weights_, self.history_, {}) if goes_on else None,
             on_epoch=watch,
         )
-        self._keep(past, trained.history, trained.weights)
-
-    def _keep(self, past, history, weights):
-        """Set what training has led to."""
-        self.weights_ = weights
-        self.history_ = past + [
-            entry | {"epoch": number} for number, entry in enumerate(history, start=len(past) + 1)
-        ]
-        self.n_iter_ = len(self.history_)
+        vars(self).update(_learnt(trained.history, trained.weights))
 
     def _each(self, X, sizes, more, dtype, finish):
         """Decode each picture at its size; `finish` makes of its logits what is asked for."""
@@ -1027,6 +1016,11 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         return tags
+
+
+def _learnt(history, weights):
+    """Return the attributes that training leads to."""
+    return {"weights_": weights, "history_": history, "n_iter_": len(history)}
 
 
 def _grid(n_patches, grid_shape):

@@ -643,11 +643,10 @@ class ContrastiveProjector(
     def _train_on_all(self, data, seed, max_epochs, goes_on, context=None):
         """Train the network that `transform` uses."""
         rows = self._rows(data, np.arange(len(data.X)), seed)
-        start, past = None, []
+        start = None
         if goes_on:
-            start, past = self._last_state(data.X.shape[1]), self.history_
+            start = self._last_state(data.X.shape[1])
             scaling = self.weights_["mean"], self.weights_["scale"]
-            seed += len(past)  # not the same batches again, but the same rows to stop by
         else:
             scaling = self._find_scaling(data)
         _callbacks.begin(self, context, data.X, data.target.values)
@@ -658,11 +657,11 @@ class ContrastiveProjector(
             seed,
             max_epochs,
             start=start,
-            on_epoch=self._watch(context, data, past),
+            on_epoch=_callbacks.each_epoch(
+                self, context, data.X, data.target.values, partial(self._learnt, data)
+            ),
         )
-        self.weights_ = _network(trained.weights, 0)
-        self.history_ = _continued(past, trained.history)
-        self.n_iter_ = len(self.history_)
+        vars(self).update(_learnt(trained.history, trained.weights))
         self.optimizer_state_ = trained.optimizer_state
         _callbacks.end(self, context, data.X, data.target.values)
 
@@ -675,7 +674,7 @@ class ContrastiveProjector(
             (self.weights_["mean"], self.weights_["scale"]),
             seed,
             self.n_iter_ if self.warm_start else self.max_epochs,
-            on_epoch=self._watch(context, data),
+            on_epoch=_callbacks.each_epoch(self, context, data.X, data.target.values),
         )
         Z = np.empty_like(everywhere)
         for number, (train, held_out) in enumerate(folds):
@@ -804,30 +803,10 @@ class ContrastiveProjector(
         loss = partial(LOSSES[self.loss], temperature=self.temperature, similarity=self.similarity)
         return lambda z, y, weight: loss(z, affinity(y), weight)
 
-    def _watch(self, context, data, past=None):
-        """Return a function that tells scikit-learn's callbacks of each epoch.
-
-        With the history of epochs before, they can ask for the projector as it is by now.
-        """
-        if context is None:
-            return None
-
-        def after_epoch(history, stacked):
-            def so_far():
-                weights, entries = _network(stacked(), 0), _continued(past, history)
-                return {
-                    "weights_": weights,
-                    "components_": self._scaled(self.components_, weights, data),
-                    "history_": entries,
-                    "n_iter_": len(entries),
-                }
-
-            epoch = _callbacks.subtask(context, "epoch", 0)
-            _callbacks.begin(self, epoch, data.X, data.target.values)
-            attributes = None if past is None else so_far
-            return _callbacks.end(self, epoch, data.X, data.target.values, attributes)
-
-        return after_epoch
+    def _learnt(self, data, history, weights):
+        """Return the attributes that training has led to by now, the input carried along too."""
+        learnt = _learnt(history, weights)
+        return learnt | {"components_": self._scaled(self.components_, learnt["weights_"], data)}
 
     def _last_state(self, n_features):
         """Return what the last fit left, to go on from."""
@@ -845,7 +824,7 @@ class ContrastiveProjector(
             name: value[None] if name.startswith("layers") else value
             for name, value in self.weights_.items()
         }
-        return Trained(stacked, [], self.optimizer_state_)
+        return Trained(stacked, self.history_, self.optimizer_state_)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -936,11 +915,9 @@ def _product(rows, matrix, out=None):
     return np.matmul(rows, matrix, out=out)
 
 
-def _continued(past, history):
-    """Join two histories, the epochs of the second numbered on."""
-    return past + [
-        entry | {"epoch": number} for number, entry in enumerate(history, start=len(past) + 1)
-    ]
+def _learnt(history, weights):
+    """Return the attributes that training leads to."""
+    return {"weights_": _network(weights, 0), "history_": history, "n_iter_": len(history)}
 
 
 def _network(weights, number):
