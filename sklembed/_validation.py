@@ -70,7 +70,7 @@ def sorted_labels(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return classes, codes.astype(np.int64)
 
 
-def check_masks(y) -> list[np.ndarray]:
+def check_masks(y, name="y") -> list[np.ndarray]:
     """Read a sequence of masks: arrays of whole numbers, a label for each pixel.
 
     Returns
@@ -84,44 +84,48 @@ def check_masks(y) -> list[np.ndarray]:
         If there is none, one is missing or has another shape, or a label is no whole number from 0
         to 65535; the message names the row.
     """
-    masks = []
-    for row, raw in enumerate(y):
-        mask = np.asarray(raw)
-        if mask.ndim != 2 or not mask.size:
-            raise ValueError(
-                f"Row {row} of y should be a mask, an array of shape (height, width) with a label "
-                f"for each pixel; got {_in_words(raw, mask)}."
-            )
-        if mask.dtype.kind not in "biuf":
-            raise ValueError(
-                f"Row {row} of y should be a mask of whole numbers; got dtype {mask.dtype}."
-            )
-        masks.append(_as_labels(mask, row))
+    masks = [_as_mask(raw, f"Row {row} of {name}") for row, raw in enumerate(y)]
     if not masks:
-        raise ValueError("y holds no mask; at least one is needed.")
+        raise ValueError(f"{name} holds no mask; at least one is needed.")
     return masks
 
 
-def _in_words(raw, mask: np.ndarray) -> str:
-    if mask.ndim == 0:
-        return repr(raw)
-    hint = " (a picture? Take one channel, or its index of classes)" if mask.ndim == 3 else ""
-    return f"shape {mask.shape}{hint}"
-
-
-def _as_labels(mask: np.ndarray, row: int) -> np.ndarray:
-    """Return a mask of whole numbers as such, without negative or huge ones."""
+def _as_mask(raw, what: str) -> np.ndarray:
+    try:
+        mask = np.asarray(raw)
+        got = f"shape {mask.shape}" if mask.ndim else repr(raw)
+    except ValueError:  # rows of different lengths
+        mask, got = np.empty(0), "rows of different lengths"
+    if mask.ndim != 2 or not mask.size:
+        hint = " (a picture? Take one channel)" if mask.ndim == 3 else ""
+        raise ValueError(
+            f"{what} should be a mask, an array of shape (height, width) with a label for each "
+            f"pixel; got {got}{hint}."
+        )
     if mask.dtype.kind == "b":
         return mask
-    low, high = mask.min(), mask.max()
-    whole = mask.dtype.kind in "iu" or bool(np.isfinite(mask).all() and (mask % 1 == 0).all())
-    if not whole or low < 0 or high > _MOST_LABELS:
-        wrong = low if low < 0 else high if high > _MOST_LABELS else mask[mask % 1 != 0].flat[0]
-        raise ValueError(
-            f"Row {row} of y holds the label {wrong}; labels of pixels are whole numbers from 0, "
-            f"the background, to {_MOST_LABELS}."
-        )
+    if mask.dtype.kind not in "iuf":
+        raise ValueError(f"{what} should be a mask of whole numbers; got dtype {mask.dtype}.")
+    check_labels_of_pixels(mask, what)
     return mask if mask.dtype.kind in "iu" else mask.astype(np.uint16)
+
+
+def check_labels_of_pixels(labels: np.ndarray, what: str) -> None:
+    """Refuse labels that are no whole numbers from 0 to 65535.
+
+    Raises
+    ------
+    ValueError
+        If one is.
+    """
+    wrong = ~((labels >= 0) & (labels <= _MOST_LABELS))  # NaN too
+    if labels.dtype.kind == "f":
+        wrong |= labels != np.floor(labels)
+    if wrong.any():
+        raise ValueError(
+            f"{what} holds the label {labels[wrong][0]}; labels of pixels are whole numbers from "
+            f"0, the background, to {_MOST_LABELS}."
+        )
 
 
 def check_routing_enabled(params, estimator) -> None:

@@ -13,17 +13,18 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context, clone
 from sklearn.frozen import FrozenEstimator
-from sklearn.preprocessing import StandardScaler, normalize
+from sklearn.preprocessing import normalize
 from sklearn.utils import check_consistent_length, column_or_1d, gen_batches, get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sklembed import _callbacks
-from sklembed._blocks import known_block, observed_rows, read_tokens, token_columns
+from sklembed._blocks import known_block, moments, observed_rows, read_tokens, token_columns
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
-from sklembed._tables import as_table, take_columns
+from sklembed._tables import as_table, is_frame, take_columns
 from sklembed._targets import hold_back
 from sklembed._validation import (
+    check_labels_of_pixels,
     check_layer_sizes,
     check_masks,
     check_no_missing_label,
@@ -552,6 +553,9 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
     -----
     A picture's mask depends on that picture alone.
 
+    :func:`~sklearn.model_selection.cross_val_predict` works with ``method="predict"`` only: for
+    probabilities it takes `y` for the labels of rows.
+
     References
     ----------
     .. [1] Zheng et al. Rethinking Semantic Segmentation from a Sequence-to-Sequence Perspective
@@ -576,9 +580,9 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
 
     _parameter_constraints: dict = {
         "hidden_layer_sizes": ["array-like"],
-        "grid_shape": [tuple, list, None],
+        "grid_shape": ["array-like", None],
         "classes": ["array-like", None],
-        "mask_size": [tuple, list, None],
+        "mask_size": ["array-like", None],
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "focal_weight": [Interval(Real, 0, None, closed="left")],
         "gamma": [Interval(Real, 0, None, closed="left")],
@@ -674,18 +678,25 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         check_layer_sizes(self.hidden_layer_sizes)
         maps = self._read(X, reset=not goes_on)
         masks = self._check_masks(X, y)
-        if not goes_on:
-            self._lay_out(maps)
-            self._find_classes(masks)
-            self._find_size(masks)
-        patches, codes = self._pack(maps), self._encode(masks)
-        structure = self._structure(maps)
-        if goes_on and self.structure_ != structure:
+        order, grids = self._lay_out(maps)
+        classes = self._find_classes(masks, self.classes_ if goes_on else None)
+        structure = {
+            "grids": grids,
+            "widths": [maps[i][0].shape[1] for i in order],
+            "hidden_layer_sizes": [int(size) for size in self.hidden_layer_sizes],
+            "n_classes": len(classes),
+        }
+        if goes_on and not (
+            structure == self.structure_ and np.array_equal(classes, self.classes_)
+        ):
             raise ValueError(
                 "The fitted decoder has another structure than is asked for, so training cannot go "
-                f"on: {self.structure_}, not {structure}. Clone the segmenter to start anew."
+                f"on: {self.structure_} for the classes {self.classes_.tolist()}, not {structure} "
+                f"for {classes.tolist()}. Clone the segmenter to start anew."
             )
-        self.structure_ = structure
+        self.maps_, self.grids_, self.classes_, self.structure_ = order, grids, classes, structure
+        self._find_size(masks, goes_on)
+        patches, codes = self._pack(maps), self._encode(masks)
         context = self._init_callback_context(max_subtasks=self.max_epochs)
         _callbacks.begin(self, context, X, y)
         watch = _callbacks.each_epoch(self, context, X, y, _learnt)
@@ -776,9 +787,11 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
 
     def _read(self, X, *, reset):
         """Return the cells of each column of patches, all pictures there."""
-        if getattr(X, "ndim", 2) == 3:
+        if not is_frame(X) and np.ndim(X if hasattr(X, "ndim") else ()) != 2:
             raise ValueError(
-                f"X is an array of shape {X.shape}; patches come as a column of arrays of shape "
+                f"X is a {type(X).__name__}"
+                + (f" of shape {X.shape}" if hasattr(X, "shape") else "")
+                + "; patches come in a DataFrame or a 2D array, as columns of arrays of shape "
                 "(n_patches, width): X = np.empty((n_samples, 1), dtype=object), then fill it."
             )
         X = as_table(X)
@@ -818,19 +831,19 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         return check_masks(y)
 
     def _lay_out(self, maps):
-        """Set in which order maps come, and the grid of each."""
-        grids = [_grid(len(cells[0]), self.grid_shape) for cells in maps]
-        self.maps_ = np.argsort([rows * columns for rows, columns in grids], kind="stable")
-        self.grids_ = [grids[i] for i in self.maps_]
+        """Return in which order maps come, and the grid of each."""
+        grids = [_grid(cells, self.grid_shape) for cells in maps]
+        order = np.argsort([math.prod(grid) for grid in grids], kind="stable")
         if 0 < len(self.hidden_layer_sizes) < len(maps):
             raise ValueError(
                 f"hidden_layer_sizes={self.hidden_layer_sizes} has fewer layers than there are "
                 f"maps, {len(maps)}, each of which enters at a layer of its own. Add layers, or "
                 "leave all out for a linear map."
             )
+        return order, [grids[i] for i in order]
 
-    def _find_classes(self, masks):
-        """Set the labels that pixels may have, background first."""
+    def _find_classes(self, masks, known):
+        """Return the labels that pixels may have, background first."""
         seen = reduce(np.union1d, [np.unique(mask) for mask in masks])
         if not seen.any():
             raise ValueError(
@@ -838,35 +851,51 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
                 "Check the step that made them."
             )
         dtype = np.result_type(*{mask.dtype for mask in masks})
-        allowed = seen if self.classes is None else column_or_1d(self.classes)
-        self.classes_ = np.union1d(allowed, [0]).astype(dtype)
-        if len(self.classes_) > _MOST_CLASSES:
+        dtype = dtype if dtype.kind in "biu" else np.dtype(np.int64)  # of uint64 beside int64
+        if self.classes is not None:
+            allowed = np.asarray(column_or_1d(self.classes))
+            if allowed.dtype.kind not in "biuf":
+                raise ValueError(f"classes must be whole numbers; got {self.classes!r}.")
+            check_labels_of_pixels(allowed, "classes")
+            seen = allowed.astype(np.int64)
+        elif known is not None:
+            return known
+        if (seen.astype(dtype) != seen).any():
+            dtype = np.result_type(dtype, np.min_scalar_type(seen.max()))
+        classes = np.union1d(seen.astype(dtype), np.zeros(1, dtype=dtype))
+        if len(classes) > _MOST_CLASSES:
             raise ValueError(
-                f"The masks hold {len(self.classes_)} labels, and {_MOST_CLASSES} are the most. "
-                "Are they grey values? Then threshold them."
+                f"The masks hold {len(classes)} labels, and {_MOST_CLASSES} are the most. Are they "
+                "grey values? Then threshold them."
             )
+        return classes
 
-    def _find_size(self, masks):
+    def _find_size(self, masks, goes_on):
         """Set the size that masks are learnt in."""
+        for row, mask in enumerate(masks):
+            self._check_fits(mask.shape, f"Row {row} of y")
         sizes = Counter(mask.shape for mask in masks)
         if self.mask_size is not None:
             self.mask_size_ = _check_size(self.mask_size, "mask_size")
-        else:
+            self._check_fits(self.mask_size_, "mask_size")
+        elif not goes_on:
             self.mask_size_ = max(sizes, key=lambda size: (sizes[size], size))
         self.n_resized_ = len(masks) - sizes[self.mask_size_]
         if self.n_resized_ and self.mask_size is None:
             warnings.warn(
                 f"The masks are of {len(sizes)} sizes; {self.n_resized_} of {len(masks)} are "
-                f"resized to the most frequent, {self.mask_size_}, in which `predict` answers, "
-                "unless it is told sizes. Pass mask_size to say that this is meant.",
-                stacklevel=3,
+                f"resized to {self.mask_size_}, in which `predict` answers, unless it is told "
+                "sizes. Pass mask_size to say that this is meant.",
+                stacklevel=2,
             )
 
     def _pack(self, maps):
         """Lay the patches of each picture in one row, the coarsest map first."""
-        ends = np.cumsum([0, *(maps[i][0].size for i in self.maps_)])
+        grids, widths = self.structure_["grids"], self.structure_["widths"]
+        sizes = [math.prod(grid) * width for grid, width in zip(grids, widths, strict=True)]
+        ends = np.cumsum([0, *sizes])
         packed = np.empty((len(maps[0]), ends[-1]), dtype=np.float32)
-        for i, grid, start, end in zip(self.maps_, self.grids_, ends[:-1], ends[1:], strict=True):
+        for i, grid, start, end in zip(self.maps_, grids, ends[:-1], ends[1:], strict=True):
             for row, cell in enumerate(maps[i]):
                 if len(cell) != math.prod(grid):
                     raise ValueError(
@@ -880,7 +909,6 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         """Return masks as codes of classes, all of one size."""
         codes = np.empty((len(masks), *self.mask_size_), dtype=np.uint8)
         for row, mask in enumerate(masks):
-            self._check_size(mask.shape, f"Row {row} of y")
             codes[row] = _nearest(self._codes(mask, row), self.mask_size_)
         return codes
 
@@ -895,29 +923,20 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
             )
         return codes
 
-    def _check_size(self, size, what):
+    def _check_fits(self, size, what):
         """Refuse masks that cannot be those of pictures with such a grid."""
         (rows, columns), (height, width) = self.grids_[0], size
-        if height < rows or width < columns:
-            raise ValueError(
-                f"{what} has {height} x {width} pixels for a grid of {rows} x {columns} patches: "
-                "the picture is smaller than a patch. Give masks of the pictures' own size."
-            )
         if (rows - columns) * (height - width) < 0:
             raise ValueError(
                 f"{what} is {'higher' if height > width else 'wider'} than "
                 f"{'wide' if height > width else 'high'}, {height} x {width}, but the grid is not, "
                 f"{rows} x {columns}. Is the mask transposed, or grid_shape?"
             )
-
-    def _structure(self, maps):
-        """Return what the decoder is made of; fit keeps it."""
-        return {
-            "grids": self.grids_,
-            "widths": [maps[i][0].shape[1] for i in self.maps_],
-            "hidden_layer_sizes": [int(size) for size in self.hidden_layer_sizes],
-            "n_classes": len(self.classes_),
-        }
+        if height < rows or width < columns:
+            raise ValueError(
+                f"{what} has {height} x {width} pixels for a grid of {rows} x {columns} patches: "
+                "the picture is smaller than a patch. Give masks of the pictures' own size."
+            )
 
     def _train(self, patches, codes, goes_on, watch):
         """Train the decoder; with `_each` the only place that needs torch."""
@@ -926,12 +945,12 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
 
         seed = draw_seed(self.random_state)
         rows = np.arange(len(patches))
-        moments = _moments(patches, self.structure_)
+        scaling = _moments(patches, self.structure_)
 
         def make_module(generator):
             network = self._make_network(generator)
             network.initialize(
-                [tuple(to_tensor(m, generator.device) for m in both) for both in moments]
+                [tuple(to_tensor(m, generator.device) for m in both) for both in scaling]
             )
             return network
 
@@ -1023,26 +1042,28 @@ def _learnt(history, weights):
     return {"weights_": weights, "history_": history, "n_iter_": len(history)}
 
 
-def _grid(n_patches, grid_shape):
-    """Return rows and columns of a map, of the proportions given."""
+def _grid(cells, grid_shape):
+    """Return rows and columns of most pictures' patches, of the proportions given."""
+    n_patches = Counter(len(cell) for cell in cells).most_common(1)[0][0]
     rows, columns = (1, 1) if grid_shape is None else _check_size(grid_shape, "grid_shape")
     times = math.sqrt(n_patches / (rows * columns))
     grid = round(times * rows), round(times * columns)
     if math.prod(grid) != n_patches:
+        row = next(row for row, cell in enumerate(cells) if len(cell) == n_patches)
         wanted = "a square" if grid_shape is None else f"a grid proportioned {rows} : {columns}"
         raise ValueError(
-            f"The {n_patches} patches of row 0 do not make up {wanted}. Pass the rows and columns "
-            "as grid_shape; leave class and register tokens out (special_tokens=False)."
+            f"The {n_patches} patches of row {row} do not make up {wanted}. Pass the rows and "
+            "columns as grid_shape; leave class and register tokens out (special_tokens=False)."
         )
     return grid
 
 
 def _check_size(size, what):
     """Return height and width as a tuple of positive integers."""
-    size = tuple(size)
-    if len(size) != 2 or not all(isinstance(n, Integral) and n > 0 for n in size):
+    numbers = tuple(size) if np.iterable(size) else ()
+    if len(numbers) != 2 or not all(isinstance(n, Integral) and n > 0 for n in numbers):
         raise ValueError(f"{what} should be two positive integers, height and width; got {size}.")
-    return int(size[0]), int(size[1])
+    return int(numbers[0]), int(numbers[1])
 
 
 def _nearest(mask, size):
@@ -1058,15 +1079,13 @@ def _nearest(mask, size):
 
 def _moments(patches, structure):
     """Return mean and scale of the numbers of a patch, for each map."""
-    moments, start = [], 0
+    found, start = [], 0
     for grid, width in zip(structure["grids"], structure["widths"], strict=True):
-        end = start + math.prod(grid) * width
-        scaler = StandardScaler()
-        for rows in gen_batches(len(patches), _CHUNK_PICTURES):  # whole, all would be copied
-            scaler.partial_fit(patches[rows, start:end].reshape(-1, width))
-        moments.append((scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)))
-        start = end
-    return moments
+        own = patches[:, start : start + math.prod(grid) * width]
+        batches = gen_batches(len(own), _CHUNK_PICTURES)
+        found.append(moments(own[rows].reshape(-1, width) for rows in batches))
+        start += own.shape[1]
+    return found
 
 
 def _loss(logits, masks, weight, *, focal_weight, gamma):

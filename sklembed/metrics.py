@@ -535,7 +535,7 @@ def _mask_score(y_true, y_pred, empty: str, adjusted: bool, measure) -> float:
     """Average over pictures what `measure` makes of the pixels of each class."""
     if empty not in ("count", "skip"):
         raise ValueError(f"empty must be 'count' or 'skip'; got {empty!r}.")
-    truth, found = check_masks(y_true), check_masks(y_pred)
+    truth, found = check_masks(y_true, "y_true"), check_masks(y_pred, "y_pred")
     if len(truth) != len(found):
         raise ValueError(f"There are {len(found)} predictions for {len(truth)} masks.")
     scores, shows = [], []
@@ -552,11 +552,11 @@ def _mask_score(y_true, y_pred, empty: str, adjusted: bool, measure) -> float:
         seen = true + pred > 0
         scores.append(measure(both[seen], true[seen], pred[seen]).mean() if seen.any() else 1.0)
         shows.append(true.any())
-    share = 1 - np.mean(shows)
+    share = np.mean(np.logical_not(shows))
     if share == 1 and (empty == "skip" or adjusted):
         raise ValueError(
-            f"All {len(truth)} masks are empty, so that nothing can be told of pictures that "
-            "show something. Use empty='count', adjusted=False."
+            f"All {len(truth)} masks are empty, so that predicting nothing is perfect. Only "
+            "dice_score(..., empty='count') can say how often the prediction is empty too."
         )
     if empty == "skip":
         return float(np.mean(np.array(scores)[shows]))

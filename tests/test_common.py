@@ -26,11 +26,13 @@ from sklembed import (
     FrozenEncoder,
     LateFusionClassifier,
     ModalityGapAligner,
+    PatchSegmenter,
     PerModalityUnion,
     SharedFusionEncoder,
     ZeroShotClassifier,
     crossmodal,
     fusion,
+    heads,
     projection,
 )
 
@@ -130,6 +132,16 @@ def words(n_rows=60):
     return pd.DataFrame({"note": notes}), np.arange(n_rows) % 3
 
 
+def patches(n_rows=60):
+    """Tokens of 4 x 4 patches, and masks of twice as many pixels each way."""
+    rng = np.random.default_rng(0)
+    shown = rng.integers(0, 2, size=(n_rows, 4, 4))
+    X = np.empty((n_rows, 1), dtype=object)
+    for row, picture in enumerate(shown):
+        X[row, 0] = picture.reshape(16, 1) + rng.normal(size=(16, 3))
+    return X, shown.repeat(2, axis=1).repeat(2, axis=2)
+
+
 HALVES = {"text": slice(0, 3), "image": slice(3, 6)}
 CASES = {
     "FrozenEncoder": (FrozenEncoder(BACKEND, store=None), words),
@@ -175,7 +187,9 @@ CASES = {
         ),
         numeric,
     ),
+    "PatchSegmenter": (PatchSegmenter((4, 4), max_epochs=2, random_state=0), patches),
 }
+NUMERIC = [name for name in CASES if name not in ("FrozenEncoder", "PatchSegmenter")]
 each = pytest.mark.parametrize("name", CASES)
 
 
@@ -251,7 +265,7 @@ def test_global_random_states_are_left_alone(case):
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "FrozenEncoder"])
+@pytest.mark.parametrize("name", NUMERIC)
 def test_every_form_of_numeric_input_gives_the_same_numbers(case):
     estimator, X, y = case
     X = X.astype(np.float32)
@@ -272,7 +286,7 @@ def test_every_form_of_numeric_input_gives_the_same_numbers(case):
         )
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "FrozenEncoder"])
+@pytest.mark.parametrize("name", NUMERIC)
 def test_every_kind_of_label_gives_the_same_numbers(case):
     estimator, X, y = case
     expected = fit_output(clone(estimator), X, y)
@@ -392,6 +406,22 @@ EFFECTIVE = {
     "SharedFusionEncoder": EFFECTIVE_OF_SHARED | {"fusion": "multiply", "share_layer": False},
     "CrossAttentionAdaptor": EFFECTIVE_OF_SHARED
     | {"n_queries": 0, "n_layers": 2, "output": "tokens"},
+    "PatchSegmenter": {
+        "hidden_layer_sizes": (5,),
+        "grid_shape": (2, 8),
+        "classes": [1, 2],
+        "mask_size": (6, 6),
+        "dropout": 0.5,
+        "focal_weight": 10.0,
+        "gamma": 0.0,
+        "max_epochs": 3,
+        "batch_size": 8,
+        "lr": 1e-2,
+        "weight_decay": 10.0,
+        "early_stopping": True,
+        "random_state": 1,
+        "skorch_params": {"lr": 1e-2},
+    },
 }
 # How the result is come by, not what it is; each has a test of its own.
 SILENT_IN_HEADS = {"device", "verbose", "validation_fraction", "n_iter_no_change", "warm_start"}
@@ -437,6 +467,7 @@ SILENT = {
     "SharedFusionEncoder": SILENT_IN_SHARED,
     "CrossAttentionAdaptor": SILENT_IN_SHARED,
     "ZeroShotClassifier": set(),
+    "PatchSegmenter": SILENT_IN_HEADS,
 }
 
 
@@ -457,6 +488,7 @@ def test_every_parameter_that_set_params_sets_changes_the_result(case, name):
         (projection, "ContrastiveProjector, plain"),
         (fusion, "EarlyFusionClassifier"),
         (crossmodal, "SharedFusionEncoder"),
+        (heads, "PatchSegmenter"),
     ],
 )
 def test_training_that_goes_on_is_stopped_by_the_same_rows(module, case, name, monkeypatch):

@@ -11,6 +11,9 @@ from sklembed.nn.losses import (
     AFFINITIES,
     LOSSES,
     PerNetwork,
+    cross_entropy,
+    dice_loss,
+    focal_loss,
     info_nce,
     label_affinity,
     level_affinity,
@@ -544,3 +547,164 @@ def test_the_structure_loss_of_rows_far_apart_has_finite_gradients():
     (gradient,) = torch.autograd.grad(loss, z)
     assert loss.isfinite()
     assert gradient.isfinite().all()
+
+
+# Pixels
+
+
+MASK_LOSSES = {"focal": focal_loss, "dice": dice_loss}
+each_mask_loss = pytest.mark.parametrize("name", MASK_LOSSES)
+
+
+def pixels(n=5, n_classes=4, lead=(), seed=0):
+    """Logits and masks of n pictures of 3 x 2 pixels; the last class is in none of them."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(*lead, n, n_classes, 3, 2, generator=generator, dtype=torch.float64)
+    masks = torch.randint(0, n_classes - 1, (*lead, n, 3, 2), generator=generator)
+    return logits.requires_grad_(), masks
+
+
+def naive_pixels(logits, masks, weight):
+    """List weight, true code and probabilities of each pixel."""
+    found = []
+    for picture in range(len(masks)):
+        for row, column in np.ndindex(masks.shape[1:]):
+            scores = [math.exp(value) for value in logits[picture, :, row, column].tolist()]
+            p = [score / sum(scores) for score in scores]
+            found.append((float(weight[picture]), int(masks[picture, row, column]), p))
+    return found
+
+
+def naive_focal(logits, masks, weight, gamma=2.0):
+    found = naive_pixels(logits, masks, weight)
+    total = sum(-w * (1 - p[true]) ** gamma * math.log(p[true]) for w, true, p in found)
+    return total / sum(w for w, _, _ in found)
+
+
+def naive_dice(logits, masks, weight):
+    found = naive_pixels(logits, masks, weight)
+    losses = []
+    for code in range(1, logits.shape[1]):
+        truth = sum(w for w, true, _ in found if true == code)
+        if truth > 0:
+            both = sum(w * p[code] for w, true, p in found if true == code)
+            predicted = sum(w * p[code] for w, _, p in found)
+            losses.append(1 - (2 * both + 1) / (predicted + truth + 1))
+    return sum(losses) / len(losses)
+
+
+NAIVE_OF_MASKS = {"focal": naive_focal, "dice": naive_dice}
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+@pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
+@each_mask_loss
+def test_losses_of_masks_equal_the_loop_over_pixels(name, weighted, n_classes):
+    logits, masks = pixels(n_classes=max(n_classes, 3))
+    logits = logits[:, :n_classes]
+    weight = row_weights(5) if weighted else None
+    loss = MASK_LOSSES[name](logits, masks, weight)
+    each = torch.ones(5) if weight is None else weight
+    assert loss.item() == pytest.approx(NAIVE_OF_MASKS[name](logits, masks, each), rel=1e-9)
+    assert torch.autograd.gradcheck(lambda x: MASK_LOSSES[name](x, masks, weight), (logits,))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 3.0])
+def test_gamma_is_the_power_of_what_is_wrong(gamma):
+    logits, masks = pixels()
+    loss = focal_loss(logits, masks, row_weights(5), gamma=gamma)
+    assert loss.item() == pytest.approx(naive_focal(logits, masks, row_weights(5), gamma), rel=1e-9)
+
+
+def test_the_focal_loss_without_gamma_is_torch_s_cross_entropy():
+    logits, masks = pixels()
+    loss = focal_loss(logits, masks, gamma=0.0)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, masks))
+    (found,) = torch.autograd.grad(loss, logits)
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, masks), logits)
+    torch.testing.assert_close(found, expected)
+    picture, codes = logits[0].permute(1, 2, 0).reshape(1, 6, 4), masks[0].reshape(1, 6)
+    pixelwise = cross_entropy(picture, codes)[0]  # of one picture's pixels as rows
+    torch.testing.assert_close(focal_loss(logits[:1], masks[:1], gamma=0.0), pixelwise)
+
+
+@each_mask_loss
+def test_a_picture_of_weight_two_is_two_pictures_and_one_of_weight_zero_none(name):
+    logits, masks = pixels()
+    repeated = torch.tensor([0, 2, 2, 3])
+    weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+    weighted = MASK_LOSSES[name](logits, masks, weight)
+    torch.testing.assert_close(weighted, MASK_LOSSES[name](logits[repeated], masks[repeated]))
+    (gradient,) = torch.autograd.grad(weighted, logits)
+    assert (gradient[[1, 4]] == 0).all()
+    assert (gradient[[0, 2, 3]] != 0).any()
+
+
+@each_mask_loss
+def test_masks_without_weight_cost_nothing(name):
+    logits, masks = pixels()
+    loss = MASK_LOSSES[name](logits, masks, torch.zeros(5, dtype=torch.float64))
+    loss.backward()
+    assert loss == 0
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("scale", [20.0, 100.0, 1e4])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_certain_pixels_have_finite_gradients_right_or_wrong(gamma, scale):
+    """At 1 - p = 0 a power below 1 is infinitely steep."""
+    masks = torch.randint(0, 3, (4, 3, 2), generator=torch.Generator().manual_seed(0))
+    sure = torch.nn.functional.one_hot(masks, 3).permute(0, 3, 1, 2).float() * scale
+    for sign, wrong in ((1, False), (-1, True)):
+        logits = (sign * sure).requires_grad_()
+        loss = focal_loss(logits, masks, gamma=gamma)
+        loss.backward()
+        assert logits.grad.isfinite().all()
+        assert loss.isfinite()
+        assert (loss > 1) == wrong
+        assert (logits.grad.abs().max() > 1e-3) == wrong
+
+
+@each_mask_loss
+def test_masks_of_several_networks_give_what_each_alone_gives(name):
+    logits, masks = pixels(lead=(3,))
+    weight = torch.stack([row_weights(5), torch.ones(5).double(), row_weights(5).flip(0)])
+    for given in (None, weight):
+        losses = MASK_LOSSES[name](logits, masks, given)
+        assert losses.shape == (3,)
+        for network in range(3):
+            own = None if given is None else given[network]
+            alone = MASK_LOSSES[name](logits[network], masks[network], own)
+            torch.testing.assert_close(losses[network], alone)
+
+
+def certain(masks, n_classes):
+    return torch.nn.functional.one_hot(masks, n_classes).permute(0, 3, 1, 2).double() * 100
+
+
+@each_mask_loss
+def test_masks_that_are_right_cost_nothing(name):
+    _, masks = pixels()
+    assert MASK_LOSSES[name](certain(masks, 4), masks).item() == pytest.approx(0, abs=1e-9)
+    assert MASK_LOSSES[name](certain((masks + 1) % 3, 4), masks) > 0.5
+
+
+def test_a_batch_without_objects_asks_the_dice_loss_for_nothing():
+    logits, masks = pixels()
+    loss = dice_loss(logits, torch.zeros_like(masks))
+    loss.backward()
+    assert loss == 0
+    assert (logits.grad == 0).all()
+    weight = torch.tensor([0.0, 1, 1, 1, 1], dtype=torch.float64)
+    masks[1:] = 0  # what is shown is shown by a picture of no weight
+    assert dice_loss(logits, masks, weight) == 0
+
+
+def test_the_dice_loss_leaves_background_and_absent_classes_out():
+    logits, masks = pixels()
+    masks = (masks == 1).long()  # class 1 before background
+    loss = dice_loss(logits, masks)
+    p = logits.softmax(dim=1)[:, 1]
+    expected = 1 - (2 * (p * masks).sum() + 1) / (p.sum() + masks.sum() + 1)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(dice_loss(logits[:, [3, 1, 0, 2]], masks), loss)

@@ -1,8 +1,10 @@
-"""Metrics: naive double loops, what must not matter, and what collapsed embeddings score."""
+"""Metrics: naive loops, what must not matter, what collapsed embeddings and empty masks score."""
 
+import re
 from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.preprocessing import normalize
 
@@ -10,8 +12,10 @@ from sklembed import metrics
 from sklembed.metrics import (
     alignment,
     cone_concentration,
+    dice_score,
     distributional_gap,
     effective_rank,
+    iou_score,
     modality_gap,
     pair_similarities,
     retrieval_recall,
@@ -249,3 +253,128 @@ def test_options_outside_their_range_and_no_negatives_are_refused():
         pair_similarities(A, B, max_negatives=0)
     with pytest.raises(ValueError, match="No two of the 12 pairs differ"):
         pair_similarities(A, B, labels=np.zeros(12))
+
+
+# Masks
+
+
+MASK_SCORES = [dice_score, iou_score]
+each_mask_score = pytest.mark.parametrize("score", MASK_SCORES)
+
+
+def some_masks(seed, labels, n=8):
+    """Draw true and predicted masks of several sizes; in rows 1, 3 and 5 some are empty."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 6, size=(n, 2))
+    truth = [rng.choice(labels, size=size) for size in sizes]
+    found = [
+        np.where(rng.random(t.shape) < 0.6, t, rng.choice(labels, size=t.shape)) for t in truth
+    ]
+    for row in range(n):
+        truth[row][0, 0] = found[row][0, 0] = labels[-1]
+    for part, rows in ((truth, (1, 3)), (found, (3, 5))):
+        for row in rows:
+            part[row][:] = 0
+    return truth, found
+
+
+def naive_mask_score(score, truth, found, *, skip=False):
+    """Average over pictures, then over the labels of each, by sets of pixels."""
+    means = []
+    for t, p in zip(truth, found, strict=True):
+        pixels = list(np.ndindex(t.shape))
+        parts = []
+        for label in {int(m[pixel]) for m in (t, p) for pixel in pixels} - {0}:
+            T, P = ({pixel for pixel in pixels if m[pixel] == label} for m in (t, p))
+            both = len(T & P)
+            parts.append(2 * both / (len(T) + len(P)) if score is dice_score else both / len(T | P))
+        if not (skip and not t.any()):
+            means.append(sum(parts) / len(parts) if parts else 1.0)
+    return sum(means) / len(means)
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 7], [0, 65535], [3, 4]], ids=str)
+@pytest.mark.parametrize("seed", range(5))
+@each_mask_score
+def test_scores_of_masks_equal_the_loop_over_pixels(score, seed, labels):
+    truth, found = some_masks(seed, labels)
+    expected = naive_mask_score(score, truth, found)
+    assert score(truth, found) == pytest.approx(expected)
+    skipped = naive_mask_score(score, truth, found, skip=True)
+    assert score(truth, found, empty="skip") == pytest.approx(skipped)
+    adjusted = (expected - 2 / 8) / (1 - 2 / 8)
+    assert score(truth, found, adjusted=True) == pytest.approx(adjusted)
+    assert score(truth, found, empty="skip", adjusted=True) == pytest.approx(skipped)
+
+
+@each_mask_score
+def test_finding_nothing_scores_the_share_of_empty_masks_or_adjusted_nothing(score):
+    truth, found = some_masks(0, [0, 1, 2])
+    nothing = [np.zeros_like(t) for t in truth]
+    assert score(truth, nothing) == pytest.approx(2 / 8)
+    assert score(truth, nothing, empty="skip") == score(truth, nothing, adjusted=True) == 0
+    assert score(truth, truth) == score(truth, truth, adjusted=True) == 1
+    assert score(truth, truth, empty="skip") == 1
+    everywhere = [np.ones_like(t) for t in truth]
+    assert score(nothing[:1] * 3 + truth[:1], everywhere[:1] * 4, adjusted=True) < 0
+    assert score(nothing, nothing) == 1
+    assert score(nothing, everywhere) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_iou_follows_from_the_dice_of_a_picture_of_one_object(seed):
+    for t, p in zip(*some_masks(seed, [0, 1]), strict=True):
+        dice = dice_score([t], [p])
+        assert iou_score([t], [p]) == pytest.approx(dice / (2 - dice))
+
+
+@each_mask_score
+def test_names_of_labels_sides_and_the_order_of_pictures_change_nothing(score):
+    truth, found = some_masks(0, [0, 1, 2])
+    expected = score(truth, found)
+    names = np.array([0, 9, 4])
+    assert score([names[t] for t in truth], [names[p] for p in found]) == pytest.approx(expected)
+    assert score([t.T for t in truth], [p.T for p in found]) == pytest.approx(expected)
+    assert score(truth[::-1], found[::-1]) == pytest.approx(expected)
+    assert score(found, truth) == pytest.approx(expected)
+
+
+@each_mask_score
+def test_masks_of_any_type_and_form_score_the_same(score):
+    truth, found = (
+        np.stack([np.resize(m, (4, 4)) for m in part]) for part in some_masks(0, [0, 1])
+    )
+    expected = score(truth, found)
+    assert 0 < expected < 1
+    for dtype in (bool, np.uint8, np.int8, np.uint64, np.float32):
+        assert score(truth.astype(dtype), found) == expected
+        assert score(truth, found.astype(dtype)) == expected
+    objects = np.empty(8, dtype=object)
+    objects[:] = list(truth)
+    for form in (truth.tolist(), list(truth), tuple(truth), objects, pd.Series(list(truth))):
+        assert score(form, found) == score(found, form) == expected
+
+
+@each_mask_score
+def test_masks_that_cannot_be_compared_are_refused_by_row(score):
+    truth, found = some_masks(0, [0, 1])
+    with pytest.raises(ValueError, match="There are 7 predictions for 8 masks"):
+        score(truth, found[:7])
+    turned = [*found[:2], np.zeros((9, 4)), *found[3:]]
+    size = re.escape(str(truth[2].shape))
+    with pytest.raises(
+        ValueError, match=rf"In row 2 the mask has the size {size}.* \(9, 4\)\. Res"
+    ):
+        score(truth, turned)
+    with pytest.raises(ValueError, match="empty must be 'count' or 'skip'; got 'drop'"):
+        score(truth, found, empty="drop")
+    nothing = [np.zeros_like(t) for t in truth]
+    for options in ({"empty": "skip"}, {"adjusted": True}):
+        with pytest.raises(ValueError, match="All 8 masks are empty"):
+            score(nothing, found, **options)
+    for wrong, message in ((0.5, "holds the label 0.5"), (-1, "holds the label -1")):
+        torn = [*found[:4], np.full(found[4].shape, wrong), *found[5:]]
+        with pytest.raises(ValueError, match=f"Row 4 of y_pred {message}"):
+            score(truth, torn)
+        with pytest.raises(ValueError, match=f"Row 4 of y_true {message}"):
+            score(torn, truth)

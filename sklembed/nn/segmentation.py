@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sklembed.nn.modules import SeededDropout
 
-_MOST_GROUPS = 8  # of a group normalisation
+_MOST_GROUPS, _LEAST_OF_GROUP = 8, 4  # of a group normalisation, and channels of each
 
 
 class PatchDecoder(nn.Module):
@@ -63,7 +63,7 @@ class PatchDecoder(nn.Module):
         self.layers = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(n_in, n_out, 3, padding=1),
-                nn.GroupNorm(math.gcd(_MOST_GROUPS, n_out), n_out),
+                nn.GroupNorm(_n_groups(n_out), n_out),
                 nn.ReLU(),
             )
             for n_in, n_out in zip(joined, hidden_layer_sizes, strict=True)
@@ -117,6 +117,14 @@ class PatchDecoder(nn.Module):
             part = (part - getattr(self, f"mean_{i}")) / getattr(self, f"scale_{i}")
             maps.append(self.dropout(part).permute(0, 3, 1, 2))
         return maps
+
+
+def _n_groups(n_channels: int) -> int:
+    """Return how many groups channels are normalised in; a channel alone would lose its mean."""
+    n = math.gcd(_MOST_GROUPS, n_channels)
+    while n > 1 and n_channels // n < _LEAST_OF_GROUP:
+        n //= 2
+    return n
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
