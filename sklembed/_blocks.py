@@ -1,11 +1,12 @@
 """Blocks: the columns of one wide table that belong to one modality, and the rows that lack it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils import assert_all_finite, check_array
 
 Block = slice | np.ndarray
@@ -208,6 +209,19 @@ def observed_rows(X: np.ndarray) -> np.ndarray:
             "single missing numbers have to be imputed first, for example by SimpleImputer."
         )
     return ~missing
+
+
+def moments(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and scale of each column of a block that comes in batches, so as not to copy it.
+
+    The scale of a constant column is 1, also where rounding to float32 has left it a little.
+    """
+    scaler = StandardScaler()
+    for batch in batches:
+        scaler.partial_fit(batch)
+    mean, scale = scaler.mean_, scaler.scale_
+    constant = scale <= 10 * np.finfo(np.float32).eps * np.abs(mean)
+    return mean.astype(np.float32), np.where(constant, 1, scale).astype(np.float32)
 
 
 def token_columns(X: Any) -> np.ndarray:

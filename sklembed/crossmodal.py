@@ -20,6 +20,7 @@ from sklembed._blocks import (
     check_names,
     check_one_block,
     known_block,
+    moments,
     observed_in_block,
     pad_tokens,
     read_tokens,
@@ -362,7 +363,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
         seed = draw_seed(self.random_state)
         start = Trained(self.weights_, self.history_, {}) if goes_on else None
-        moments = [
+        scaling = [
             _moments(part[rows], self.widths_[name], self.standardize)
             for name, part in parts.items()
         ]
@@ -373,7 +374,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         def make_module(generator):
             network = self._make_network(self.structure_, shapes, generator)
             network.initialize(
-                [tuple(to_tensor(m, generator.device) for m in both) for both in moments]
+                [tuple(to_tensor(m, generator.device) for m in both) for both in scaling]
             )
             return network
 
@@ -1159,18 +1160,8 @@ def _moments(part, width, standardize):
     if not standardize:
         return np.zeros(width, dtype=np.float32), np.ones(width, dtype=np.float32)
 
-    def vectors():  # a batch at a time: in double precision all could be large
-        for rows in _batches(_lengths(part)):
-            tokens = _dense(part[rows], width)
-            yield tokens[~np.isnan(tokens[..., 0])].astype(np.float64)
-
-    n = _lengths(part).sum()
-    mean = sum(batch.sum(axis=0) for batch in vectors()) / n
-    scale = np.sqrt(sum(np.square(batch - mean).sum(axis=0) for batch in vectors()) / n)
-    # of a constant column there is rounding left, which must not be blown up
-    constant = scale <= 10 * np.finfo(np.float32).eps * np.maximum(np.abs(mean), 1e-30)
-    scale[constant] = 1.0
-    return mean.astype(np.float32), scale.astype(np.float32)
+    tokens = (_dense(part[rows], width) for rows in _batches(_lengths(part)))
+    return moments(batch[~np.isnan(batch[..., 0])] for batch in tokens)
 
 
 def _content_codes(part):

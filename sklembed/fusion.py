@@ -9,7 +9,6 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context, clone, is_classifier
 from sklearn.model_selection import check_cv
-from sklearn.preprocessing import StandardScaler
 from sklearn.utils import compute_class_weight, gen_batches, get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
@@ -24,7 +23,7 @@ from sklearn.utils.validation import (
 )
 
 from sklembed import _callbacks
-from sklembed._blocks import observed_in_block, resolve_blocks
+from sklembed._blocks import moments, observed_in_block, resolve_blocks
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
 from sklembed._targets import encode_target, hold_back
 from sklembed._validation import (
@@ -248,13 +247,13 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         """Return the mean and scale of each column, by the training rows that have it."""
         means, scales, start = [], [], 0
         for number, width in enumerate(self.widths_.values()):
-            seen, scaler = rows[there[rows, number]], StandardScaler()
-            for chunk in gen_batches(len(seen), _CHUNK_ROWS):  # whole, it copies X to float64
-                scaler.partial_fit(X[seen[chunk], start : start + width])
-            means.append(scaler.mean_)
-            scales.append(scaler.scale_)
+            seen, columns = rows[there[rows, number]], slice(start, start + width)
+            chunks = gen_batches(len(seen), _CHUNK_ROWS)
+            mean, scale = moments(X[seen[chunk], columns] for chunk in chunks)
+            means.append(mean)
+            scales.append(scale)
             start += width
-        return np.concatenate(means).astype(np.float32), np.concatenate(scales).astype(np.float32)
+        return np.concatenate(means), np.concatenate(scales)
 
     def _make_module(self, scaling):
         """Return a recipe for the head, given the generator to draw its weights from."""
