@@ -1,4 +1,4 @@
-"""efficiency_report: what is encoded how often, what is measured, and what is refused."""
+"""efficiency_report and few_label_curve: what is measured, on which rows, and what is refused."""
 
 import math
 import threading
@@ -7,14 +7,30 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from joblib import parallel_config
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.compose import make_column_transformer
+from sklearn.datasets import make_classification
+from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.feature_selection import SelectKBest
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import train_test_split
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.metrics import get_scorer
+from sklearn.model_selection import (
+    GroupKFold,
+    ShuffleSplit,
+    StratifiedKFold,
+    cross_validate,
+    train_test_split,
+)
 from sklearn.naive_bayes import GaussianNB
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.svm import SVC
 
 from sklembed import (
     CallableBackend,
@@ -26,16 +42,20 @@ from sklembed import (
     PerModalityUnion,
 )
 from sklembed.evaluation import (
+    _auroc,
     _epochs_to_break_even,
     _fits_to_break_even,
+    _Fold,
     _measure,
     _Meter,
     _metering,
     _n_parameters,
     _one_epoch,
+    _order_of_labels,
     _rows_that_show_all,
     _split,
     efficiency_report,
+    few_label_curve,
 )
 
 COLUMNS = [
@@ -324,3 +344,584 @@ def test_what_cannot_be_measured_is_refused_before_any_work(text_backend, store)
         efficiency_report(good, X, [0, 1, None, 1])
     assert isinstance(encoder.store, EmbeddingStore)
     assert not store.path.exists()
+
+
+# Few labels
+
+
+def parliament(sizes, n_seats):
+    """Seat parties by the method of Sainte-Laguë, one seat at a time, after one for each."""
+    seats = np.ones(len(sizes), dtype=int)
+    while seats.sum() < n_seats:
+        seats[np.argmax(sizes / (2 * seats + 1))] += 1
+    return seats
+
+
+SIZES = np.array([100, 54, 29, 8, 1])  # of different parity, so that no two quotients are equal
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_labels_are_given_as_seats_in_a_parliament(seed):
+    y = np.repeat(list("edcba"), SIZES[::-1])
+    order = _order_of_labels(y, np.random.default_rng(seed))
+    assert sorted(order) == list(range(len(y)))
+    for n_labelled in range(len(SIZES), len(y) + 1):
+        counts = pd.Series(y[order[:n_labelled]]).value_counts().sort_index()
+        assert counts.tolist() == parliament(SIZES, n_labelled).tolist()
+
+
+def test_labels_are_given_at_random():
+    y = np.repeat([0, 1], [30, 10])
+    orders = [_order_of_labels(y, np.random.default_rng(seed)) for seed in range(400)]
+    times = np.bincount(np.ravel([order[:4] for order in orders]), minlength=40)  # 3 + 1 rows
+    assert abs(times - 40).max() < 5 * math.sqrt(400 * 0.1 * 0.9)  # each row one time in ten
+    first = [y[order[0]] for order in orders]
+    assert 100 < sum(first)  # no class always leads, which would show where two are equal
+
+
+@pytest.mark.parametrize(
+    ("fraction", "n_labelled"), [(0.01, 3), (0.02, 4), (0.1, 20), (0.333, 67), (1.0, 200), (1, 200)]
+)
+def test_the_number_of_labels_is_exact(fraction, n_labelled):
+    y = np.repeat([0, 1, 2], [150, 45, 5])
+    train = 7 * np.arange(200)
+    order = _order_of_labels(y, np.random.default_rng(0))
+    rows = _Fold(0, 0, train[order], np.array([1]), 3).labelled(fraction)
+    assert len(rows) == n_labelled
+    assert (np.diff(rows) > 0).all()
+    assert set(y[rows // 7]) == {0, 1, 2}
+    assert set(rows) <= set(train)
+
+
+@pytest.fixture
+def few():
+    """Three classes in five columns, of which the first says which row it is; in 15 groups."""
+    X, y = make_classification(
+        n_samples=150, n_features=4, n_informative=3, n_redundant=0, n_classes=3, random_state=0
+    )
+    groups = np.random.default_rng(0).permutation(np.arange(150) % 15)
+    return np.column_stack([np.arange(150), X]), np.array(["c", "a", "b"])[y], groups
+
+
+class Watched(ClassifierMixin, BaseEstimator):
+    """A classifier that notes what it is shown."""
+
+    log: list = []
+
+    def __init__(self, name="head", random_state=None):
+        self.name = name
+        self.random_state = random_state
+
+    def fit(self, X, y):
+        self.log.append((self.name, "fit", X[:, 0].astype(int).tolist(), list(y)))
+        assert self.random_state is None
+        self.classes_ = np.unique(y)
+        return self
+
+    def predict(self, X):
+        self.log.append((self.name, "predict", X[:, 0].astype(int).tolist(), None))
+        return np.full(len(X), self.classes_[0])
+
+
+class Doubling(TransformerMixin, BaseEstimator):
+    """Doubles all columns, but puts zeros beside those it learns by, as if it cross-fitted."""
+
+    log: list = []
+
+    def __init__(self, name="doubling"):
+        self.name = name
+
+    def fit(self, X, y=None):
+        self.log.append((self.name, X[:, 0].astype(int).tolist(), y is not None))
+        self.n_features_in_ = X.shape[1]
+        return self
+
+    def fit_transform(self, X, y=None):
+        self.fit(X, y)
+        return np.hstack([X, np.zeros_like(X)])
+
+    def transform(self, X):
+        return np.hstack([X, X])
+
+
+@pytest.fixture
+def logs():
+    Watched.log.clear()
+    Doubling.log.clear()
+    return Watched.log, Doubling.log
+
+
+def test_a_row_for_each_arm_fraction_seed_and_fold(few):
+    X, y, _ = few
+    curve = few_label_curve(
+        KNeighborsClassifier(1),
+        X,
+        y,
+        pretrained={"zeta": StandardScaler(), "PCA": PCA(2)},
+        supervised={"best": SelectKBest(k=2), "bayes": GaussianNB()},
+        fractions=(0.5, 0.2),
+        cv=3,
+        n_seeds=2,
+        random_state=0,
+    )
+    keys = ["arm", "fraction", "seed", "fold"]
+    arms = ["control", "zeta", "PCA", "best", "bayes"]
+    every = pd.MultiIndex.from_product([arms, (0.5, 0.2), range(2), range(3)], names=keys)
+    assert pd.MultiIndex.from_frame(curve[keys]).equals(every)
+    scores = ["f1_macro", "accuracy", "roc_auc_ovr"]
+    assert curve.columns.tolist() == [*keys[:2], "n_labelled", *keys[2:], *scores, "fit s"]
+    assert curve["n_labelled"].tolist() == ([50] * 6 + [20] * 6) * 5
+    assert curve[scores].stack().between(0, 1).all()
+    assert (curve["fit s"] > 0).all()
+
+
+def test_all_arms_see_the_same_labelled_rows_nested_and_stratified(few, logs):
+    X, y, _ = few
+    fractions = (0.02, 0.1, 1.0)
+    few_label_curve(
+        Watched(),
+        X,
+        y,
+        pretrained={"pretrained": Doubling()},
+        supervised={"transformer": Doubling(), "classifier": Watched("other")},
+        fractions=fractions,
+        cv=3,
+        n_seeds=2,
+        scoring="accuracy",
+        random_state=0,
+    )
+    fits = [call for call in Watched.log if call[1] == "fit"]
+    tests = [call[2] for call in Watched.log if call[1] == "predict"]
+    assert [call[0] for call in fits] == (["head"] * 9 + ["other"] * 3) * 6
+    drawn = set()
+    for fold in range(6):
+        shown = [(rows, labels) for _, _, rows, labels in fits[12 * fold : 12 * (fold + 1)]]
+        assert shown[:3] == shown[3:6] == shown[6:9] == shown[9:]
+        few_rows, more, everything = (set(rows) for rows, _ in shown[:3])
+        assert few_rows < more < everything
+        assert [len(rows) for rows, _ in shown[:3]] == [3, 10, 100]
+        for rows, labels in shown[:3]:
+            assert labels == y[rows].tolist()
+            assert set(labels) == {"a", "b", "c"}
+        test = tests[12 * fold]
+        assert tests[12 * fold : 12 * (fold + 1)] == [test] * 12
+        assert sorted(everything | set(test)) == list(range(150))
+        drawn.add(tuple(sorted(more)))
+    assert len(drawn) == 6  # anew in each fold of each seed
+
+
+def test_pretraining_sees_all_training_rows_once_and_no_label(few, logs):
+    X, y, _ = few
+    few_label_curve(
+        Watched(),
+        X,
+        y,
+        pretrained={"without": Doubling("without")},
+        supervised={"with": Doubling("with")},
+        fractions=(0.1, 0.5, 1.0),
+        cv=3,
+        n_seeds=2,
+        scoring="accuracy",
+    )
+    without = [call for call in Doubling.log if call[0] == "without"]
+    assert [(len(rows), labelled) for _, rows, labelled in without] == [(100, False)] * 6
+    assert all(np.all(np.diff(rows) > 0) for _, rows, _ in without)
+    tests = [call[2] for call in Watched.log if call[1] == "predict"][::9]
+    for (_, rows, _), test in zip(without, tests, strict=True):
+        assert not set(rows) & set(test)
+    labelled = [(len(rows), labelled) for name, rows, labelled in Doubling.log if name == "with"]
+    assert labelled == [(10, True), (50, True), (100, True)] * 6
+
+
+def test_the_head_learns_from_fit_transform_of_a_supervised_arm_alone(few):
+    class Shown(Watched):
+        def fit(self, X, y):
+            columns[X.shape[1] if X[:, -1].any() else -X.shape[1]] += 1
+            return super().fit(X, y)
+
+    X, y, _ = few
+    columns = {5: 0, 10: 0, -10: 0}
+    few_label_curve(
+        Shown(),
+        X,
+        y,
+        pretrained={"pretrained": Doubling()},
+        supervised={"cross-fitted": Doubling()},
+        fractions=(0.5,),
+        cv=2,
+        n_seeds=1,
+        scoring="accuracy",
+    )
+    assert columns == {5: 2, 10: 2, -10: 2}
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_with_all_labels_it_is_cross_validation(n_classes, few):
+    X, y, _ = few
+    X, y = (X[y != "c"], y[y != "c"]) if n_classes == 2 else (X, y)
+    X = X[:, 1:]
+    cv = StratifiedKFold(4, shuffle=True, random_state=3)
+    head = LogisticRegression()
+    curve = few_label_curve(
+        head,
+        X,
+        y,
+        pretrained={"PCA": PCA(2)},
+        supervised={"best": SelectKBest(k=2), "bayes": GaussianNB()},
+        fractions=(1.0,),
+        cv=cv,
+        n_seeds=1,
+    )
+    arms = {
+        "control": head,
+        "PCA": make_pipeline(PCA(2), head),
+        "best": make_pipeline(SelectKBest(k=2), head),
+        "bayes": GaussianNB(),
+    }
+    scoring = ["f1_macro", "accuracy", "roc_auc_ovr"]
+    for arm, estimator in arms.items():
+        expected = cross_validate(estimator, X, y, cv=cv, scoring=scoring)
+        for name in scoring:
+            found = curve.loc[curve["arm"] == arm, name]
+            np.testing.assert_allclose(found, expected[f"test_{name}"], err_msg=f"{arm}, {name}")
+
+
+def test_what_is_both_is_a_classifier_unless_passed_through(few):
+    X, y, _ = few
+    both = LinearDiscriminantAnalysis()
+    curve = few_label_curve(
+        Watched(),  # names one class throughout
+        X,
+        y,
+        supervised={"classifier": both, "transformer": make_pipeline(both, "passthrough")},
+        fractions=(1.0,),
+        cv=2,
+        n_seeds=1,
+        scoring="accuracy",
+    )
+    accuracy = curve.groupby("arm")["accuracy"].mean()
+    assert accuracy["control"] == accuracy["transformer"] < accuracy["classifier"] - 0.1
+
+
+def rows_tested(logs):
+    return [call[2] for call in logs[0] if call[1] == "predict"]
+
+
+def test_folds_of_an_int_are_stratified_and_shuffled_by_the_seed(few, logs):
+    X, y, _ = few
+    few_label_curve(Watched(), X, y, fractions=(1,), cv=3, n_seeds=2, scoring="accuracy")
+    tests = rows_tested(logs)
+    first, second = (sorted(map(tuple, tests[part])) for part in (slice(3), slice(3, 6)))
+    assert sorted(np.concatenate(first)) == list(range(150))
+    assert first != second
+    for test in tests:
+        assert pd.Series(y[test]).value_counts().between(16, 17).all()
+
+
+def test_folds_of_an_int_keep_groups_together(few, logs):
+    X, y, groups = few
+    few_label_curve(
+        Watched(), X, y, groups=groups, fractions=(1,), cv=3, n_seeds=2, scoring="accuracy"
+    )
+    tests = rows_tested(logs)
+    assert len(tests) == 6
+    for test in tests:
+        assert not set(groups[test]) & set(np.delete(groups, test))
+    assert set(map(tuple, tests[:3])) != set(map(tuple, tests[3:]))
+
+
+def test_a_splitter_splits_alike_for_every_seed_and_gets_the_groups(few, logs):
+    X, y, groups = few
+    common = {"groups": groups, "fractions": (0.1,), "n_seeds": 2, "scoring": "accuracy"}
+    few_label_curve(Watched(), X, y, cv=GroupKFold(3), **common)
+    expected = [test.tolist() for _, test in GroupKFold(3).split(X, y, groups)]
+    assert rows_tested(logs) == 2 * expected
+    labelled = [call[2] for call in Watched.log if call[1] == "fit"]
+    assert labelled[:3] != labelled[3:]  # these are drawn by the seed all the same
+
+
+def test_folds_may_be_listed(few, logs):
+    X, y, _ = few
+    folds = [(np.arange(100), np.arange(100, 150)), (np.arange(100), np.arange(110, 150))]
+    few_label_curve(
+        Watched(), X, y, cv=iter(folds), fractions=(0.1,), n_seeds=2, scoring="accuracy"
+    )
+    assert rows_tested(logs) == 2 * [test.tolist() for _, test in folds]
+    labelled = [tuple(call[2]) for call in Watched.log if call[1] == "fit"]
+    assert len(set(labelled)) == 4  # drawn anew by seed and by fold
+
+
+def test_tables_stay_tables(few):
+    X, y, _ = few
+    columns = ["row", "text__0", "text__1", "image__0", "image__1"]
+    seen = []
+
+    class Named(Watched):
+        def fit(self, X, y):
+            seen.append(X.columns.tolist())
+            return super().fit(X.to_numpy(), y)
+
+        def predict(self, X):
+            return super().predict(X.to_numpy())
+
+    X = pd.DataFrame(X, columns=columns, index=np.arange(150)[::-1])
+    image = make_column_transformer(("passthrough", ["image__0", "image__1"]))
+    image.set_output(transform="pandas")
+    few_label_curve(
+        Named(),
+        X,
+        y,
+        pretrained={"image": image},
+        supervised={"best": SelectKBest(k=2).set_output(transform="pandas")},
+        fractions=(0.5,),
+        cv=2,
+        n_seeds=1,
+        scoring="accuracy",
+    )
+    assert seen[0] == columns
+    assert seen[1] == ["passthrough__image__0", "passthrough__image__1"]
+    assert set(seen[2]) < set(columns)
+
+
+def test_a_list_of_labels_and_a_column_do(few):
+    X, y, _ = few
+    common = {"fractions": (0.5,), "cv": 2, "n_seeds": 1, "random_state": 0}
+    expected = few_label_curve(GaussianNB(), X, y, **common)
+    for labels in (y.tolist(), pd.Series(y, index=np.arange(150)[::-1]), y.astype(object)):
+        found = few_label_curve(GaussianNB(), X.tolist(), labels, **common)
+        assert without_seconds(found).equals(without_seconds(expected))
+
+
+def without_seconds(curve):
+    return curve.drop(columns="fit s")
+
+
+def test_the_random_state_decides(few):
+    X, y, _ = few
+
+    def curve(random_state, **options):
+        found = few_label_curve(GaussianNB(), X, y, random_state=random_state, cv=3, **options)
+        return without_seconds(found)
+
+    once = curve(0)
+    assert once.equals(curve(0))
+    assert once.equals(curve(np.random.RandomState(0)))
+    assert not once.equals(curve(1))
+    with parallel_config(backend="threading"):
+        assert once.equals(curve(0, n_jobs=2))
+
+
+def test_folds_run_in_processes(few):
+    X, y, _ = few
+    options = {"supervised": {"trees": RandomForestClassifier(2, random_state=0)}, "cv": 2}
+    alone, together = (
+        few_label_curve(GaussianNB(), X, y, n_jobs=n_jobs, n_seeds=1, random_state=0, **options)
+        for n_jobs in (None, 2)
+    )
+    assert without_seconds(alone).equals(without_seconds(together))
+
+
+def test_what_is_given_is_left_alone(few):
+    X, y, _ = few
+    head, pca, best = GaussianNB(), PCA(2), SelectKBest(k=2)
+    kept, labels = X.copy(), y.copy()
+    arms = {"pretrained": {"PCA": pca}, "supervised": {"best": best}}
+    few_label_curve(head, X, y, fractions=(0.5,), cv=2, n_seeds=1, **arms)
+    assert not (hasattr(head, "theta_") or hasattr(pca, "mean_") or hasattr(best, "scores_"))
+    np.testing.assert_array_equal(X, kept)
+    np.testing.assert_array_equal(y, labels)
+
+
+def test_pretraining_counts_in_each_fraction(few):
+    class Slow(Doubling):
+        def fit(self, X, y=None):
+            time.sleep(0.2)
+            return super().fit(X, y)
+
+    X, y, _ = few
+    common = {"cv": 2, "n_seeds": 1, "scoring": "accuracy"}
+    arms = {"pretrained": {"before": Slow()}, "supervised": {"within": Slow()}}
+    start = time.perf_counter()
+    curve = few_label_curve(Watched(), X, y, fractions=(0.1, 0.5, 1.0), **arms, **common)
+    spent = time.perf_counter() - start
+    seconds = curve.groupby("arm")["fit s"]
+    assert seconds.min()[["before", "within"]].min() >= 0.2
+    assert seconds.sum()["control"] < spent - 8 * 0.2
+
+
+def test_an_arm_that_fails_says_where(few):
+    class Bad(Doubling):
+        def fit(self, X, y=None):
+            if len(X) > 60:
+                raise RuntimeError("too many")
+            return super().fit(X, y)
+
+    X, y, _ = few
+    common = {"cv": 2, "n_seeds": 1, "scoring": "accuracy", "fractions": (0.1, 1.0)}
+    with pytest.raises(RuntimeError, match="too many") as caught:
+        few_label_curve(Watched(), X, y, supervised={"bad": Bad()}, **common)
+    note = "This was in the arm 'bad' of few_label_curve, fraction 1.0, seed 0, fold 0."
+    assert caught.value.__notes__ == [note]
+    with pytest.raises(RuntimeError, match="too many") as caught:
+        few_label_curve(Watched(), X, y, pretrained={"bad": Bad()}, **common)
+    assert caught.value.__notes__ == [note.replace(", fraction 1.0", "")]
+
+
+class Said(BaseEstimator):
+    """A classifier that says what it is told to."""
+
+    def __init__(self, classes, scores, method="predict_proba"):
+        self.classes_ = np.array(classes)
+        setattr(self, method, lambda X: np.asarray(scores))
+
+
+def pairs_in_order(scores, positive):
+    """Return the share of pairs, a positive and another, that scores put in order."""
+    a, b = np.asarray(scores)[positive], np.asarray(scores)[~positive]
+    ahead = (a[:, None] > b).sum() + (a[:, None] == b).sum() / 2
+    return ahead / (len(a) * len(b))
+
+
+def test_auroc_is_the_mean_over_classes_that_can_have_one():
+    rng = np.random.default_rng(0)
+    y = np.array(list("aabbbccad"))  # d was not among the training labels, e is not here
+    scores = rng.integers(5, size=(9, 4)) / 4
+    head = Said(list("abce"), scores)
+    expected = [pairs_in_order(scores[:, i], y == label) for i, label in enumerate("abc")]
+    assert _auroc(head, None, y) == pytest.approx(np.mean(expected))
+    assert _auroc(Said(list("abce"), scores, "decision_function"), None, y) == pytest.approx(
+        np.mean(expected)
+    )
+
+
+def test_auroc_of_two_classes_is_that_of_the_second():
+    y = np.array([0, 1, 1, 0, 1])
+    p = np.array([0.2, 0.9, 0.1, 0.3, 0.8])
+    expected = pairs_in_order(p, y == 1)
+    assert _auroc(Said([0, 1], np.column_stack([1 - p, p])), None, y) == pytest.approx(expected)
+    assert _auroc(Said([0, 1], p, "decision_function"), None, y) == pytest.approx(expected)
+    # Tiny probabilities differ where their complements round to 1.
+    tiny = np.array([1e-20, 1e-19, 1e-18, 1e-21, 1e-17])
+    assert _auroc(Said([0, 1], np.column_stack([1 - tiny, tiny])), None, y) == 1
+
+
+def test_auroc_is_nan_where_no_class_can_have_one():
+    proba = np.full((3, 3), 1 / 3)
+    assert math.isnan(_auroc(Said([0, 1, 2], proba), None, np.array([1, 1, 1])))
+    assert math.isnan(_auroc(Said([0, 1, 2], proba), None, np.array([3, 4, 3])))
+
+
+@pytest.mark.parametrize("head", [LogisticRegression(), GaussianNB(), SVC(), RidgeClassifier()])
+def test_auroc_is_that_of_scikit_learn(few, head):
+    X, y, _ = few
+    X = StandardScaler().fit_transform(X)
+    for rows in (y != "", y != "b"):
+        fitted = head.fit(X[rows], y[rows])
+        found = _auroc(fitted, X[rows], y[rows])
+        if hasattr(fitted, "predict_proba"):
+            assert found == pytest.approx(get_scorer("roc_auc_ovr")(fitted, X[rows], y[rows]))
+        else:
+            assert found > 0.8
+
+
+def test_auroc_refuses_scores_of_pairs_of_classes():
+    X = np.random.default_rng(0).normal(size=(40, 3))
+    y = np.arange(40) % 4
+    head = SVC(decision_function_shape="ovo")
+    with pytest.raises(ValueError, match="a score for each of 4 classes, but SVC.* gives 6"):
+        few_label_curve(head, X, y, cv=2, n_seeds=1)
+
+
+def test_a_class_of_one_row_is_never_learnt_where_it_is_tested(few):
+    X, y, _ = few
+    y = y.astype(object)
+    y[10] = "alone"
+    with pytest.warns(UserWarning, match="The least populated class in y has only 1 member"):
+        curve = few_label_curve(KNeighborsClassifier(1), X, y, cv=3, n_seeds=1)
+    assert curve[["f1_macro", "accuracy", "roc_auc_ovr"]].notna().all(axis=None)
+    # It is among the labelled rows of the two folds that train on it.
+    assert sorted(curve.loc[curve["fraction"] == 0.01, "n_labelled"]) == [3, 4, 4]
+
+
+def test_training_rows_of_one_class_are_refused(few):
+    X, y, _ = few
+    rows = np.argsort(y, kind="stable")
+    n_first = int((y == "a").sum())
+    folds = [(rows[n_first - 5 :], rows[:5]), (rows[:n_first], rows[n_first:])]
+    with pytest.raises(ValueError, match=r"rows of seed 0, fold 1 hold 1 class only \(\['a'\]\)"):
+        few_label_curve(Never(), X, y, cv=folds)
+    with pytest.raises(ValueError, match="fold 0 hold 1 class only"):
+        few_label_curve(Never(), X, ["a"] * 150)
+
+
+class Never(Watched):
+    """A classifier that must not be fitted."""
+
+    def fit(self, X, y):
+        raise AssertionError("This was to be refused before any work.")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"head": PCA()}, TypeError, r"head must be a classifier; got PCA"),
+        ({"head": Ridge()}, TypeError, r"head must be a classifier; got Ridge"),
+        ({"head": "LR"}, TypeError, r"head must be a classifier; got 'LR'"),
+        ({"pretrained": {"a": GaussianNB()}}, TypeError, "must be transformers; 'a' is GaussianNB"),
+        ({"supervised": {"a": Ridge()}}, TypeError, "transformers or classifiers; 'a' is Ridge"),
+        ({"supervised": {"control": PCA()}}, ValueError, "The arm 'control' is the head on X"),
+        ({"pretrained": {"control": PCA()}}, ValueError, "The arm 'control' is the head on X"),
+        (
+            {"pretrained": {"a": PCA(), "b": PCA()}, "supervised": {"b": PCA()}},
+            ValueError,
+            r"The arms \['b'\] are in pretrained and in supervised",
+        ),
+        ({"fractions": ()}, ValueError, r"one number or more, each once; got \[\]"),
+        ({"fractions": (0.1, 0.1)}, ValueError, "each once"),
+        ({"fractions": (0.1, 0.0)}, ValueError, r"above 0 and up to 1; got \[0.1, 0.0\]"),
+        ({"fractions": (1.01,)}, ValueError, "above 0 and up to 1"),
+        ({"fractions": (10, 100)}, ValueError, "above 0 and up to 1"),
+        ({"fractions": (math.nan,)}, ValueError, "above 0 and up to 1"),
+        ({"fractions": ("1 %",)}, ValueError, "above 0 and up to 1"),
+        ({"n_seeds": 0}, ValueError, "n_seeds must be at least 1; got 0"),
+        ({"n_seeds": 2.0}, TypeError, "n_seeds must be an integer; got 2.0"),
+        ({"scoring": "f2"}, ValueError, r"one of scikit-learn's scorers or more; got \['f2'\]"),
+        ({"scoring": ("accuracy", "f2")}, ValueError, r"got \['f2'\]"),
+        ({"scoring": ()}, ValueError, r"scorers or more; got \[\]"),
+        ({"y": [0, 1, None] * 50}, ValueError, "NaN or None in 50 of 150 rows"),
+        ({"y": np.linspace(0, 1, 150)}, ValueError, "one class for each row.*'continuous'"),
+        ({"y": np.eye(3)[[0, 1, 2] * 50]}, ValueError, "one class for each row; got shape"),
+        ({"y": np.outer(np.arange(150) % 3, [1, 2])}, ValueError, "'multiclass-multioutput'"),
+        ({"y": [0, 1, 2]}, ValueError, "inconsistent numbers of samples"),
+        ({"groups": [0, 1, 2]}, ValueError, "inconsistent numbers of samples"),
+        ({"cv": 1}, ValueError, "at least one train/test split"),
+        ({"cv": 151}, ValueError, "n_splits=151 greater than the number of samples"),
+    ],
+)
+def test_what_makes_no_curve_is_refused_before_any_work(few, options, error, message):
+    X, y, _ = few
+    options = {"head": Never(), "y": y} | options
+    with pytest.raises(error, match=message):
+        few_label_curve(options.pop("head"), X, options.pop("y"), **options)
+
+
+def test_a_projector_takes_its_place(clusters):
+    X, y = clusters
+    projector = ContrastiveProjector(4, max_epochs=2, cv=2, random_state=0)
+    curve = few_label_curve(
+        LogisticRegression(),
+        X,
+        y,
+        pretrained={"scaled": StandardScaler()},
+        supervised={
+            "cross-fitted": projector,
+            "early": EarlyFusionClassifier(
+                (4,), blocks={"all": slice(0, 20)}, max_epochs=2, random_state=0
+            ),
+        },
+        fractions=(0.2, 1.0),
+        cv=ShuffleSplit(1, test_size=0.5, random_state=0),
+        n_seeds=1,
+    )
+    assert curve.notna().all(axis=None)
+    assert curve["n_labelled"].tolist() == [9, 45] * 4
