@@ -1,15 +1,16 @@
-"""The picture of the gap shows the numbers that are there."""
+"""Pictures show the numbers, and the masks, that are there."""
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
 from sklembed import ModalityGapAligner
-from sklembed.metrics import modality_gap
-from sklembed.plots import ModalityGapDisplay
+from sklembed.metrics import dice_score, modality_gap
+from sklembed.plots import ModalityGapDisplay, SegmentationDisplay
 
 matplotlib.use("Agg")
 BLOCKS = {"text": slice(0, 4), "image": slice(4, 8)}
@@ -84,3 +85,95 @@ def test_what_cannot_be_shown_is_refused(cones, search):
         import matplotlib.pyplot as plt
 
         ModalityGapDisplay.from_search(search).plot(plt.subplots(1, 2)[1])
+
+
+@pytest.fixture
+def masks():
+    """Squares that prediction k misses by k columns; the last picture is empty, rightly."""
+    y_true = np.zeros((6, 8, 8), dtype=int)
+    y_true[:5, 2:6, 1:6] = 1
+    y_pred = y_true.copy()
+    for k in range(5):
+        y_pred[k, :, 1 : 1 + k] = 0
+    return y_true, y_pred
+
+
+class Predicting:
+    """What predicts the given masks, in other sizes too, by repeating pixels."""
+
+    def __init__(self, masks):
+        self.masks = masks
+
+    def predict(self, X, sizes=None):
+        if sizes is None:
+            return self.masks
+        times = [size[0] // mask.shape[0] for mask, size in zip(self.masks, sizes, strict=True)]
+        return [
+            np.kron(mask, np.ones((n, n), int)) for mask, n in zip(self.masks, times, strict=True)
+        ]
+
+
+def test_pictures_go_from_the_worst_to_the_best(masks):
+    display = SegmentationDisplay.from_predictions(*masks, rows=3)
+    scores = [dice_score([t], [p]) for t, p in zip(display.y_true, display.y_pred, strict=True)]
+    each = sorted(dice_score([t], [p]) for t, p in zip(*masks, strict=True))
+    assert scores == [each[0], each[2], each[5]]
+    assert len(SegmentationDisplay.from_predictions(*masks, rows=99).y_true) == 6
+    chosen = SegmentationDisplay.from_predictions(*masks, rows=[5, 1])
+    np.testing.assert_array_equal(chosen.y_pred, masks[1][[5, 1]])
+
+
+def test_a_panel_shows_the_mask_over_the_picture(masks):
+    images = np.random.default_rng(0).integers(0, 256, size=(6, 16, 16, 3), dtype=np.uint8)
+    display = SegmentationDisplay.from_predictions(*masks, images=images, rows=[1, 5]).plot()
+    assert display.axes_.shape == (2, 3)
+    assert [ax.get_title() for ax in display.axes_[0]] == [
+        "picture",
+        "truth",
+        "predicted, Dice 0.89",
+    ]
+    assert display.axes_[1, 2].get_title() == "Dice 1.00"
+    np.testing.assert_array_equal(display.axes_[0, 0].get_images()[0].get_array(), images[1])
+    behind, layer = display.axes_[0, 2].get_images()
+    np.testing.assert_array_equal(behind.get_array(), images[1])
+    np.testing.assert_array_equal(layer.get_array()[..., 3] > 0, masks[1][1] == 1)
+    assert layer.get_extent() == [-0.5, 15.5, 15.5, -0.5]  # as large as the picture
+
+
+def test_without_pictures_masks_stand_alone_and_classes_have_colours_of_their_own(masks):
+    y_true, y_pred = masks
+    y_true, y_pred = 3 * y_true, np.where(y_pred, 7, 0)
+    display = SegmentationDisplay.from_predictions(y_true, y_pred, rows=[0]).plot()
+    assert display.axes_.shape == (1, 2)
+    layers = [ax.get_images()[1].get_array()[3, 3] for ax in display.axes_[0]]
+    assert not np.array_equal(layers[0], layers[1])
+
+
+def test_masks_of_another_size_are_predicted_in_it(masks):
+    y_true, y_pred = masks
+    double = [np.kron(mask, np.ones((2, 2), int)) for mask in y_true]
+    display = SegmentationDisplay.from_estimator(Predicting(y_pred), None, double, rows=[1])
+    assert display.y_pred[0].shape == (16, 16)
+    same = SegmentationDisplay.from_estimator(Predicting(y_pred), None, y_true, rows=[1])
+    np.testing.assert_array_equal(same.y_pred[0], y_pred[1])
+
+
+def test_a_frame_of_pictures_is_taken_as_its_column(masks):
+    pictures = np.zeros((6, 4, 4, 3), dtype=np.uint8)
+    column = pd.Series(list(pictures), index=range(10, 16))
+    for images in (column, column.to_frame(), list(pictures)):
+        display = SegmentationDisplay.from_predictions(*masks, images=images, rows=[2])
+        np.testing.assert_array_equal(display.images[0], pictures[2])
+
+
+def test_masks_that_cannot_be_shown_are_refused(masks):
+    with pytest.raises(ValueError, match="There are 2 images for 6 masks"):
+        SegmentationDisplay.from_predictions(*masks, images=[np.zeros((4, 4, 3), np.uint8)] * 2)
+    with pytest.raises(ValueError, match="There are 5 predictions for 6 masks"):
+        SegmentationDisplay.from_predictions(masks[0], masks[1][:5])
+    display = SegmentationDisplay.from_predictions(*masks, rows=2)
+    import matplotlib.pyplot as plt
+
+    with pytest.raises(ValueError, match=r"\(2, 2\) panels to draw; got 3"):
+        display.plot(plt.subplots(1, 3)[1])
+    assert display.plot(plt.subplots(1, 4)[1]).axes_.shape == (2, 2)
