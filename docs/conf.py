@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 import warnings
 from pathlib import Path
 
@@ -18,7 +17,6 @@ version = release = sklembed.__version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.intersphinx",
     "numpydoc",
     "sphinx_copybutton",
     "sphinx_design",
@@ -54,9 +52,6 @@ numpydoc_validation_exclude = {
     r"\.fit_transform$",
 }
 
-# Cross-references into other projects work where their inventories can be had; the build does not
-# depend on the network.
-intersphinx_mapping = {}
 nitpicky = False
 
 sphinx_gallery_conf = {
@@ -74,7 +69,6 @@ sphinx_gallery_conf = {
 }
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore", category=DeprecationWarning)
-sys.path.insert(0, os.path.abspath("."))
 
 
 def read_benchmark(name, measure=None):

@@ -17,7 +17,7 @@ _HOMES = {
     "FrozenEncoder": "sklembed.encoders",
     "LateFusionClassifier": "sklembed.fusion",
     "ModalityGapAligner": "sklembed.alignment",
-    "PatchSegmenter": "sklembed.heads",
+    "PatchSegmenter": "sklembed.segmentation",
     "PerModalityUnion": "sklembed.union",
     "SharedFusionEncoder": "sklembed.crossmodal",
     "ZeroShotClassifier": "sklembed.heads",

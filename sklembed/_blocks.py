@@ -1,6 +1,7 @@
 """Blocks: the columns of one wide table that belong to one modality, and the rows that lack it."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from numbers import Integral
 from typing import Any
 
@@ -211,14 +212,17 @@ def observed_rows(X: np.ndarray) -> np.ndarray:
     return ~missing
 
 
-def moments(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def moments(
+    batches: Iterable[np.ndarray], weights: Iterable[np.ndarray | None] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and scale of each column of a block that comes in batches, so as not to copy it.
 
-    The scale of a constant column is 1, also where rounding to float32 has left it a little.
+    The scale of a constant column is 1, also where rounding to float32 has left it a little. Rows
+    count by `weights`, an array for each batch.
     """
     scaler = StandardScaler()
-    for batch in batches:
-        scaler.partial_fit(batch)
+    for batch, weight in zip(batches, repeat(None) if weights is None else weights, strict=False):
+        scaler.partial_fit(batch, sample_weight=weight)
     mean, scale = scaler.mean_, scaler.scale_
     constant = scale <= 10 * np.finfo(np.float32).eps * np.abs(mean)
     return mean.astype(np.float32), np.where(constant, 1, scale).astype(np.float32)

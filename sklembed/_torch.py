@@ -63,3 +63,10 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """Bring a tensor home as a plain array; bfloat16, which numpy lacks, as float32."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def rebuilt(network: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> torch.nn.Module:
+    """Give a network that was made on the meta device copies of its weights, and put it to use."""
+    state = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
+    network.load_state_dict(state, assign=True)
+    return network.eval()

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,13 @@ class TrainingOptions:
     keep_optimizer: bool = False
     verbose: int = 0
     skorch_params: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, estimator: Any, seed: int, **changes: Any) -> "TrainingOptions":
+        """Read what an estimator has parameters for; `changes` are set otherwise."""
+        names = {option.name for option in fields(cls)} & estimator.get_params(deep=False).keys()
+        given = {name: getattr(estimator, name) for name in names}
+        return cls(**(given | {"seed": seed} | changes))
 
 
 @dataclass(frozen=True)

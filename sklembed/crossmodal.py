@@ -33,6 +33,8 @@ from sklembed._targets import hold_back
 from sklembed._validation import draw_seed
 from sklembed.metrics import retrieval_recall
 
+FUSIONS = ("add", "multiply", "concat")  # of a context with any vectors
+ATTENTION_FUSIONS = ("additive", "general", "scaled_dot")  # with several tokens
 _CHUNK_TOKENS = 4096  # of a forward pass without training
 _COLLAPSED = 0.99  # rows that are no pair, and more alike than this, are not told apart
 _SAME_CONTEXT = 1 - 1e-9  # nor are contexts; good encoders, too, bring them as near as 1 - 1e-6
@@ -396,17 +398,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             np.concatenate([part.reshape(len(part), -1) for part in padded], axis=1),
             codes,
             [split],
-            TrainingOptions(
-                max_epochs=self.max_epochs,
-                batch_size=self.batch_size,
-                lr=self.lr,
-                weight_decay=self.weight_decay,
-                device=self.device,
-                seed=seed,
-                n_iter_no_change=self.n_iter_no_change,
-                verbose=self.verbose,
-                skorch_params=self.skorch_params,
-            ),
+            TrainingOptions.of(self, seed),
             start=start,
             on_epoch=make_watch(objective),
         )
@@ -482,12 +474,9 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     def _fitted_network(self):
         """Rebuild the network around the fitted weights."""
-        import torch
+        from sklembed._torch import rebuilt
 
-        network = self._make_network(self.structure_)
-        state = {name: torch.from_numpy(value.copy()) for name, value in self.weights_.items()}
-        network.load_state_dict(state, assign=True)
-        return network.eval()
+        return rebuilt(self._make_network(self.structure_), self.weights_)
 
     def _structure(self):
         """Return the parameters that say what the network is made of; fit keeps them."""
@@ -616,13 +605,14 @@ class SharedFusionEncoder(_CrossModalEncoder):
         Epochs without gain after which it stops.
 
     warm_start : bool, default=False
-        Whether `fit` goes on from the weights at hand.
+        Whether `fit` goes on from the weights at hand. The part that early stopping
+        holds back is the same if `random_state` is an integer.
 
     device : str, default="auto"
         Where to train: "auto", "cpu", "cuda", …
 
     random_state : int, RandomState instance or None, default=None
-        Seeds weights, dropout and batches.
+        Seeds weights, dropout, batches and the part held back.
 
     verbose : int, default=0
         Above 0, skorch prints a line each epoch.
@@ -696,7 +686,7 @@ class SharedFusionEncoder(_CrossModalEncoder):
 
     _parameter_constraints: dict = {
         **_CrossModalEncoder._parameter_constraints,
-        "fusion": [StrOptions({"add", "multiply", "concat", "additive", "general", "scaled_dot"})],
+        "fusion": [StrOptions({*FUSIONS, *ATTENTION_FUSIONS})],
         "share_layer": ["boolean"],
     }
 
@@ -770,7 +760,7 @@ class SharedFusionEncoder(_CrossModalEncoder):
     def _check_network(self, parts):
         super()._check_network(parts)
         pooled = [name for name in parts if not self.holds_tokens_[name]]
-        if pooled and self.fusion not in ("add", "multiply", "concat"):
+        if pooled and self.fusion in ATTENTION_FUSIONS:
             raise ValueError(
                 f"fusion={self.fusion!r} is an attention over the tokens of a row, but block "
                 f"{pooled[0]!r} holds one pooled vector a row, where the softmax over a single key "
@@ -896,13 +886,14 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
         Epochs without gain after which it stops.
 
     warm_start : bool, default=False
-        Whether `fit` goes on from the weights at hand.
+        Whether `fit` goes on from the weights at hand. The part that early stopping
+        holds back is the same if `random_state` is an integer.
 
     device : str, default="auto"
         Where to train: "auto", "cpu", "cuda", …
 
     random_state : int, RandomState instance or None, default=None
-        Seeds weights, dropout and batches.
+        Seeds weights, dropout, batches and the part held back.
 
     verbose : int, default=0
         Above 0, skorch prints a line each epoch.

@@ -160,7 +160,7 @@ def efficiency_report(pipeline, X, y, *, test_size=0.25, n_epochs=2, random_stat
     raw                22                   3       1.0
     stored              8                   3       1.0
     """
-    _check(pipeline, n_epochs)
+    _check_pipeline(pipeline, n_epochs)
     check_consistent_length(X, y)
     check_no_missing_label(y)
     split = _split(X, y, test_size, random_state)
@@ -171,7 +171,7 @@ def efficiency_report(pipeline, X, y, *, test_size=0.25, n_epochs=2, random_stat
     return _tabulate(arms)
 
 
-def _check(pipeline, n_epochs):
+def _check_pipeline(pipeline, n_epochs):
     """Refuse what cannot be measured, before any work."""
     if not isinstance(pipeline, Pipeline):
         raise TypeError(
@@ -425,6 +425,8 @@ def _peak_mib():
 
 def _n_parameters(head):
     """Count the numbers that a head has learnt, without the statistics it keeps; NaN if unknown."""
+    if hasattr(head, "n_parameters_"):
+        return head.n_parameters_
     weights = getattr(head, "weights_", None)
     if isinstance(weights, dict):
         trained = [weight for name, weight in weights.items() if _is_trained(name)]
@@ -548,8 +550,8 @@ def few_label_curve(
     Raises
     ------
     TypeError
-        If `head` is no classifier, an arm is neither transformer nor classifier, or a number is
-        none.
+        If `head` is no classifier, an arm is neither transformer nor classifier, or `n_seeds` is no
+        integer.
     ValueError
         If the name of an arm occurs twice or is "control", a fraction is not in (0, 1] or occurs
         twice, a name in `scoring` is unknown, `n_seeds` is below 1, `y` does not hold one class

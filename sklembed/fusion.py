@@ -95,7 +95,7 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         table = X
         X, there = _by_modality(table, self.blocks_)
         rows = np.flatnonzero(there.any(axis=1) & (weight > 0))
-        self._check_rows(there, rows, weight)
+        self._check_rows(there, rows)
         if goes_on:
             self._check_goes_on(X.shape[1])
         context = self._init_callback_context(max_subtasks=self.max_epochs)
@@ -173,8 +173,8 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             weight = weight * by_class[codes]
         return weight
 
-    def _check_rows(self, there, rows, weight):
-        """Refuse a modality that no row has, and a head that would have nothing to tell apart."""
+    def _check_rows(self, there, rows):
+        """Refuse a modality that no row has."""
         for number, name in enumerate(self.blocks_):
             if not there[rows, number].any():
                 raise ValueError(
@@ -226,17 +226,7 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             X,
             _as_targets(target, self.target_type_),
             [parts],
-            TrainingOptions(
-                max_epochs=self.max_epochs,
-                batch_size=self.batch_size,
-                lr=self.lr,
-                weight_decay=self.weight_decay,
-                device=self.device,
-                seed=seed,
-                n_iter_no_change=self.n_iter_no_change,
-                verbose=self.verbose,
-                skorch_params=self.skorch_params,
-            ),
+            TrainingOptions.of(self, seed),
             sample_weight=None if (weight[rows] == 1).all() else weight,
             start=start,
             on_epoch=watch,
@@ -379,7 +369,8 @@ class EarlyFusionClassifier(_FusionClassifier):
         Epochs without a better loss after which early stopping stops.
 
     warm_start : bool, default=False
-        Whether `fit` goes on from the head of the fit before.
+        Whether `fit` goes on from the head of the fit before. The part that early stopping
+        holds back is the same if `random_state` is an integer.
 
     device : str, default="auto"
         Where to train: "auto" takes an accelerator if there is one, else the CPU. Predictions are
@@ -550,7 +541,8 @@ class LateFusionClassifier(_FusionClassifier):
         Epochs without a better loss after which early stopping stops.
 
     warm_start : bool, default=False
-        Whether `fit` goes on from the head of the fit before.
+        Whether `fit` goes on from the head of the fit before. The part that early stopping
+        holds back is the same if `random_state` is an integer.
 
     device : str, default="auto"
         Where to train: "auto" takes an accelerator if there is one, else the CPU. Predictions are

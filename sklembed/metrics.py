@@ -547,7 +547,8 @@ def _mask_score(y_true, y_pred, empty: str, adjusted: bool, measure) -> float:
             )
         n_labels = int(max(t.max(), p.max())) + 1
         both, true, pred = (
-            np.bincount(labels.ravel(), minlength=n_labels)[1:] for labels in (t[t == p], t, p)
+            np.bincount(labels.ravel().astype(np.intp), minlength=n_labels)[1:]
+            for labels in (t[t == p], t, p)
         )
         seen = true + pred > 0
         scores.append(measure(both[seen], true[seen], pred[seen]).mean() if seen.any() else 1.0)
@@ -556,7 +557,7 @@ def _mask_score(y_true, y_pred, empty: str, adjusted: bool, measure) -> float:
     if share == 1 and (empty == "skip" or adjusted):
         raise ValueError(
             f"All {len(truth)} masks are empty, so that predicting nothing is perfect. Only "
-            "dice_score(..., empty='count') can say how often the prediction is empty too."
+            "a Dice coefficient with empty='count', not adjusted, can tell how often it is so."
         )
     if empty == "skip":
         return float(np.mean(np.array(scores)[shows]))

@@ -1,6 +1,7 @@
 """Displays: two modalities before and after alignment; masks beside what was predicted."""
 
 import copy
+from itertools import combinations
 from numbers import Integral
 
 import numpy as np
@@ -11,7 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 from sklembed._tables import take_columns
 from sklembed._validation import check_masks
 from sklembed.encoders.cells import decode
-from sklembed.metrics import dice_score
+from sklembed.metrics import dice_score, modality_gap
 
 
 class ModalityGapDisplay:
@@ -405,10 +406,8 @@ def _by_modality(aligner, X):
 
 
 def _gap(parts):
-    """Return the distance of centroids, averaged over pairs of modalities."""
-    centroids = [rows.mean(axis=0, dtype=np.float64) for rows in parts.values()]
-    distances = [np.linalg.norm(a - b) for i, a in enumerate(centroids) for b in centroids[i + 1 :]]
-    return float(np.mean(distances))
+    """Return the modality gap, averaged over pairs of modalities."""
+    return float(np.mean([modality_gap(a, b) for a, b in combinations(parts.values(), 2)]))
 
 
 def _sweep(search, param):

@@ -15,14 +15,13 @@ from sklearn.base import (
 )
 from sklearn.decomposition import PCA
 from sklearn.model_selection import KFold, StratifiedKFold, check_cv
-from sklearn.preprocessing import StandardScaler
 from sklearn.utils import compute_sample_weight, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from sklembed import _callbacks, _persistence
-from sklembed._blocks import observed_rows
+from sklembed._blocks import moments, observed_rows
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
 from sklembed._gate import choose
 from sklembed._targets import TARGET_TYPES, Target, encode_target, hold_back
@@ -33,6 +32,7 @@ from sklembed._validation import (
     draw_seed,
 )
 
+_LOSSES = ("supcon", "pairwise_bce")  # of nn.losses, which imports torch
 _CHUNK_ROWS = 1024  # of a forward pass: a chunk stays in the processor's caches
 
 
@@ -138,7 +138,8 @@ class ContrastiveProjector(
 
     warm_start : bool, default=False
         Whether `fit` goes on from the network of the fit before. Networks of the folds always
-        start anew, and train as many epochs as the network of all rows has in total.
+        start anew, and train as many epochs as the network of all rows has in total. The part that
+        early stopping holds back is the same if `random_state` is an integer.
 
     keep_optimizer : bool, default=False
         Whether to keep AdamW's moments after fit, as arrays, for `partial_fit` and `warm_start`
@@ -149,7 +150,7 @@ class ContrastiveProjector(
         always runs in numpy.
 
     random_state : int, RandomState instance or None, default=None
-        Seeds weights, dropout, batches and the folds of an int `cv`.
+        Seeds weights, dropout, batches, the part held back and the folds of an int `cv`.
 
     verbose : int, default=0
         Level of the training log that skorch prints.
@@ -214,7 +215,7 @@ class ContrastiveProjector(
     _parameter_constraints: dict = {
         "n_components": [Interval(Integral, 1, None, closed="left")],
         "hidden_layer_sizes": ["array-like"],
-        "loss": [StrOptions({"supcon", "pairwise_bce"}), callable],
+        "loss": [StrOptions(set(_LOSSES)), callable],
         "similarity": [StrOptions({"cosine", "dot"})],
         "temperature": [Interval(Real, 0, None, closed="neither")],
         "target_type": [StrOptions({"auto", *TARGET_TYPES})],
@@ -553,7 +554,7 @@ class ContrastiveProjector(
                 )
         if sample_weight is None and self.class_weight is None:
             return None
-        if self.loss not in ("supcon", "pairwise_bce"):
+        if self.loss not in _LOSSES:
             raise ValueError(
                 "A loss of your own takes no weights of rows: leave sample_weight and class_weight "
                 "None, or use sampler='balanced'."
@@ -734,18 +735,7 @@ class ContrastiveProjector(
         """Train networks, one for each set of rows; the only place that needs torch."""
         from sklembed._training import TrainingOptions, train
 
-        options = TrainingOptions(
-            max_epochs=max_epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            device=self.device,
-            seed=seed,
-            n_iter_no_change=self.n_iter_no_change,
-            keep_optimizer=self.keep_optimizer,
-            verbose=self.verbose,
-            skorch_params=self.skorch_params,
-        )
+        options = TrainingOptions.of(self, seed, max_epochs=max_epochs)
         return train(
             self._make_module(scaling, len(rows)),
             self._make_loss(data.target.kind, len(rows)),
@@ -763,12 +753,10 @@ class ContrastiveProjector(
         n_features = data.X.shape[1]
         if not self.standardize:
             return np.zeros(n_features, np.float32), np.ones(n_features, np.float32)
-        scaler, seen = StandardScaler(), data.seen()
-        for chunk in gen_batches(len(seen), _CHUNK_ROWS):  # whole, it copies X to float64
-            rows = seen[chunk]
-            weight = None if data.weight is None else data.weight[rows]
-            scaler.partial_fit(data.X[rows], sample_weight=weight)
-        return scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
+        seen = data.seen()
+        chunks = [seen[chunk] for chunk in gen_batches(len(seen), _CHUNK_ROWS)]
+        weights = None if data.weight is None else (data.weight[rows] for rows in chunks)
+        return moments((data.X[rows] for rows in chunks), weights)
 
     def _make_module(self, scaling, n_networks):
         """Return a recipe for networks, given the generator to draw their weights from."""

@@ -32,8 +32,8 @@ from sklembed import (
     ZeroShotClassifier,
     crossmodal,
     fusion,
-    heads,
     projection,
+    segmentation,
 )
 
 CHEAP = {"n_components": 4, "hidden_layer_sizes": (8,), "max_epochs": 2}
@@ -249,6 +249,7 @@ def test_clones_pickles_and_skops_files_do_the_same(case):
             "fusion",
             "crossmodal",
             "heads",
+            "segmentation",
         )
     }
     users = {"test_common._load", "test_common._load_vowels"}  # what the user passed as a parameter
@@ -488,7 +489,7 @@ def test_every_parameter_that_set_params_sets_changes_the_result(case, name):
         (projection, "ContrastiveProjector, plain"),
         (fusion, "EarlyFusionClassifier"),
         (crossmodal, "SharedFusionEncoder"),
-        (heads, "PatchSegmenter"),
+        (segmentation, "PatchSegmenter"),
     ],
 )
 def test_training_that_goes_on_is_stopped_by_the_same_rows(module, case, name, monkeypatch):

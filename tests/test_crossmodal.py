@@ -19,11 +19,10 @@ from skorch.callbacks import Callback
 from torch import nn
 
 from sklembed import CrossAttentionAdaptor, PerModalityUnion, SharedFusionEncoder, crossmodal
+from sklembed.crossmodal import ATTENTION_FUSIONS, FUSIONS
 from sklembed.metrics import retrieval_recall
 from sklembed.nn import crossmodal as networks
 from sklembed.nn.crossmodal import (
-    ATTENTION_FUSIONS,
-    FUSIONS,
     AdaptorNetwork,
     AttentionLayer,
     ContextFusion,
@@ -119,7 +118,8 @@ KINDS = {
     "adaptor, no layers": small(CrossAttentionAdaptor, n_layers=0),
 }
 OF_TOKENS = {name: clone(encoder).set_params(blocks=COLUMNS) for name, encoder in KINDS.items()} | {
-    fusion: small(SharedFusionEncoder, fusion=fusion, blocks=COLUMNS) for fusion in FUSIONS
+    fusion: small(SharedFusionEncoder, fusion=fusion, blocks=COLUMNS)
+    for fusion in (*FUSIONS, *ATTENTION_FUSIONS)
 }
 
 
@@ -397,7 +397,7 @@ def naive_fusion(fusion, x, c):
     return x + sum(share * value for share, value in zip(shares, values, strict=True))
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", FUSIONS + ATTENTION_FUSIONS)
 def test_the_shared_encoder_is_the_paper_s(fusion, tokens):
     """arXiv 2403.04650, row by row and without padding: u = fuse(x, c); mean of u + T(LN(u))."""
     shared = network(SharedFusionNetwork, [(4, 8), (4, 8)], 8, seeded(), fusion=fusion, n_heads=2)

@@ -20,7 +20,7 @@ from sklembed import (
     FrozenEncoder,
     PatchSegmenter,
     PerModalityUnion,
-    heads,
+    segmentation,
 )
 from sklembed._validation import check_masks
 from sklembed.metrics import dice_score
@@ -205,7 +205,7 @@ def test_a_finer_map_says_where_and_a_coarser_one_which():
     X, y = two_maps()
     both = learner().fit(X[:60], y[:60])
     assert both.grids_ == [(2, 2), (4, 4)]
-    assert both.maps_.tolist() == [1, 0]
+    assert both.order_.tolist() == [1, 0]
     assert both.score(X[60:], y[60:]) > 0.8
     for alone in ([0], [1]):
         segmenter = learner().fit(X[:60, alone], y[:60])
@@ -218,7 +218,7 @@ def test_the_order_of_columns_makes_no_difference(hidden_layer_sizes):
     one, other = (small(hidden_layer_sizes=hidden_layer_sizes) for _ in range(2))
     one.fit(X, y)
     other.fit(X[:, ::-1], y)
-    assert other.maps_.tolist() == [0, 1]
+    assert other.order_.tolist() == [0, 1]
     assert one.grids_ == other.grids_
     np.testing.assert_array_equal(one.predict_proba(X), other.predict_proba(X[:, ::-1]))
 
@@ -232,7 +232,7 @@ def test_maps_of_one_grid_join_one_after_another():
     X = np.hstack([first, X[:, 1:], last])
     segmenter = learner(hidden_layer_sizes=(8, 8, 8)).fit(X[:60], y[:60])
     assert segmenter.grids_ == [(2, 2), (4, 4), (4, 4)]
-    assert segmenter.maps_.tolist() == [1, 0, 2]
+    assert segmenter.order_.tolist() == [1, 0, 2]
     assert segmenter.structure_["widths"] == [3, 1, 4]
     assert segmenter.score(X[60:], y[60:]) > 0.8
 
@@ -359,7 +359,7 @@ def test_each_pixel_takes_the_label_of_the_nearest_as_in_pil(seed):
     rng = np.random.default_rng(seed)
     old, new = (tuple(size) for size in rng.integers(1, 40, size=(2, 2)).tolist())
     mask = rng.integers(0, 256, size=old, dtype=np.uint8)
-    found = heads._nearest(mask, new)
+    found = segmentation._nearest(mask, new)
     expected = np.asarray(Image.fromarray(mask).resize(new[::-1], Image.Resampling.NEAREST))
     # Of a pixel whose middle is on an edge, two are the nearest, and rounding has PIL take either.
     rows, columns = (
@@ -455,8 +455,8 @@ def test_as_many_empty_masks_stop_as_train(monkeypatch):
         held_back.append(valid)
         return train, valid
 
-    split = heads.hold_back
-    monkeypatch.setattr(heads, "hold_back", watch)
+    split = segmentation.hold_back
+    monkeypatch.setattr(segmentation, "hold_back", watch)
     small(early_stopping=True, validation_fraction=0.25).fit(X, y)
     assert sorted(held_back[0] % 2) == [0] * 5 + [1] * 5
 
@@ -490,7 +490,7 @@ def test_a_warm_start_goes_on_from_a_file():
     segmenter = small(warm_start=True, dropout=0.0).fit(X, y)
     stored = skops.io.dumps(segmenter)
     trusted = skops.io.get_untrusted_types(data=stored)
-    assert trusted == ["sklembed.heads.PatchSegmenter"]
+    assert trusted == ["sklembed.segmentation.PatchSegmenter"]
     loaded = [skops.io.loads(stored, trusted=trusted), pickle.loads(pickle.dumps(segmenter))]
     segmenter.fit(X, y)
     for other in loaded:
@@ -633,7 +633,7 @@ def test_a_union_of_two_strides_feeds_a_decoder_with_skips(checkpoints):
     )
     pipe = make_pipeline(union, learner(max_epochs=20)).fit(frame[:30], masks[:30])
     assert pipe[-1].grids_ == [(2, 2), (4, 4)]
-    assert pipe[-1].maps_.tolist() == [1, 0]
+    assert pipe[-1].order_.tolist() == [1, 0]
     assert pipe[-1].structure_["widths"] == [16, 12]
     assert pipe.score(frame[30:], masks[30:]) > 0.6
     named = clone(pipe).set_output(transform="pandas").fit(frame[:30], masks[:30])

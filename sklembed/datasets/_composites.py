@@ -37,9 +37,10 @@ def make_composites(
     """Lay real drawings over textures, and say which pixels are theirs.
 
     Each picture shows one emoji, or one piece of clip art, turned by any angle, at any place and of
-    35 to 80 % of the picture's size; or none. Where it is opaque is the mask. Every group, the
-    subgroup of an emoji or a creator, has textures of its own, so that folds which keep groups
-    together share neither drawings of a family nor backgrounds.
+    35 to 80 % of the picture's size; or none. The mask is where it covers at least half of what it
+    covers where it is densest. Every group, the subgroup of an emoji or a creator, has textures of
+    its own, so that folds which keep groups together share neither drawings of a family nor
+    backgrounds.
 
     Parameters
     ----------

@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from sklembed.nn.modules import SeededDropout
 
-FUSIONS = ("add", "multiply", "concat", "additive", "general", "scaled_dot")
-ATTENTION_FUSIONS = FUSIONS[3:]
 SCALES = (1.0, 100.0)  # what the learnt factor of similarities, 1 / temperature, is kept within
 _LENGTHS = 4  # groups of like length that a batch of ragged rows is encoded in
 _CONTEXT_FEATURES = 3  # of a learnt context, before its network
@@ -286,7 +284,7 @@ class SharedFusionNetwork(CrossModalNetwork):
     n_components : int
         Width of the shared space.
     fusion : str
-        How the context enters, one of `FUSIONS`.
+        How the context enters, by the name of its fusion.
     n_heads, dim_feedforward : int
         Of the transformer's layer.
     share_layer : bool
