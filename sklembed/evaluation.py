@@ -5,6 +5,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Mapping
 from contextlib import closing, contextmanager
 from functools import wraps
 from numbers import Integral, Real
@@ -18,8 +19,7 @@ from joblib import parallel_config
 from joblib.externals.loky import ProcessPoolExecutor
 from sklearn import config_context, get_config
 from sklearn.base import clone, is_classifier
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.frozen import FrozenEstimator
+from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
 from sklearn.metrics import accuracy_score, get_scorer, get_scorer_names, roc_auc_score
 from sklearn.model_selection import (
     StratifiedGroupKFold,
@@ -29,7 +29,7 @@ from sklearn.model_selection import (
 )
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.utils import check_random_state, column_or_1d
+from sklearn.utils import check_random_state, column_or_1d, get_tags
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_consistent_length
@@ -476,6 +476,7 @@ def few_label_curve(
     groups=None,
     n_seeds=5,
     scoring=("f1_macro", "accuracy", "roc_auc_ovr"),
+    error_score=math.nan,
     n_jobs=None,
     random_state=None,
 ):
@@ -527,6 +528,10 @@ def few_label_curve(
     scoring : str or sequence of str, default=("f1_macro", "accuracy", "roc_auc_ovr")
         Names of scikit-learn's scorers. "roc_auc_ovr" is computed here, see Notes.
 
+    error_score : "raise" or float, default=nan
+        What an arm scores that cannot be fitted on the labels at hand, as a cross-fitted one cannot
+        on one row of each class; there is a warning. "raise" raises what went wrong.
+
     n_jobs : int or None, default=None
         How many folds are run at the same time, over all seeds.
 
@@ -557,6 +562,11 @@ def few_label_curve(
         twice, a name in `scoring` is unknown, `n_seeds` is below 1, `y` does not hold one class
         for each row, or all training rows of a fold are of one class. All of these are found
         before anything is fitted.
+
+    Warns
+    -----
+    FitFailedWarning
+        If an arm could not be fitted and `error_score` is a number.
 
     Notes
     -----
@@ -602,7 +612,7 @@ def few_label_curve(
     components   0.7   0.9   1.0
     ridge        0.6   0.8   0.9
     """
-    pretrained, supervised = dict(pretrained or {}), dict(supervised or {})
+    pretrained, supervised = _as_arms(pretrained), _as_arms(supervised)
     _check_arms(head, pretrained, supervised)
     fractions = _check_fractions(fractions)
     scorers = _find_scorers(scoring)
@@ -611,7 +621,9 @@ def few_label_curve(
     y = _check_classes(y)
     folds = _draw_folds(X, y, groups, cv, n_seeds, random_state)
     results = Parallel(n_jobs=n_jobs)(
-        delayed(_run_fold)(fold, X, y, head, pretrained, supervised, fractions, scorers)
+        delayed(_run_fold)(
+            fold, X, y, head, pretrained, supervised, fractions, scorers, error_score
+        )
         for fold in folds
     )
     arms = ["control", *pretrained, *supervised]
@@ -620,15 +632,23 @@ def few_label_curve(
     return pd.DataFrame(rows)
 
 
+def _as_arms(arms):
+    """Return arms by their names."""
+    if arms is not None and not isinstance(arms, Mapping):
+        raise TypeError(f"Arms come as a dict from names to estimators; got {arms!r}.")
+    return dict(arms or {})
+
+
 def _check_arms(head, pretrained, supervised):
     """Refuse arms that cannot be fitted as they should, or told apart."""
     if not _is_a_classifier(head):
         raise TypeError(f"head must be a classifier; got {head!r}.")
     for name, arm in pretrained.items():
-        if not hasattr(arm, "transform"):
+        learns = hasattr(arm, "__sklearn_tags__") and get_tags(arm).target_tags.required
+        if learns or not hasattr(arm, "transform"):
             raise TypeError(
-                f"Arms of pretrained must be transformers; {name!r} is {arm!r}. What learns from "
-                "labels belongs in supervised."
+                f"Arms of pretrained must be transformers that need no labels; {name!r} is "
+                f"{arm!r}. What learns from labels belongs in supervised."
             )
     for name, arm in supervised.items():
         if not (_is_a_classifier(arm) or hasattr(arm, "transform")):
@@ -647,7 +667,7 @@ def _check_arms(head, pretrained, supervised):
 
 def _check_fractions(fractions):
     """Return the fractions as a list."""
-    fractions = list(fractions)
+    fractions = [fractions] if isinstance(fractions, Real) else list(fractions)
     if not all(isinstance(fraction, Real) and 0 < fraction <= 1 for fraction in fractions):
         raise ValueError(f"fractions must be numbers above 0 and up to 1; got {fractions}.")
     if not fractions or len(set(fractions)) < len(fractions):
@@ -657,7 +677,7 @@ def _check_fractions(fractions):
 
 def _find_scorers(scoring):
     """Return a scorer for each name."""
-    names = [scoring] if isinstance(scoring, str) else list(scoring)
+    names = list(scoring) if isinstance(scoring, list | tuple) else [scoring]
     known = get_scorer_names()
     unknown = [name for name in names if name not in known]
     if unknown or not names:
@@ -704,7 +724,8 @@ def _draw_folds(X, y, groups, cv, n_seeds, random_state):
         if isinstance(cv, Integral):
             kind = StratifiedKFold if groups is None else StratifiedGroupKFold
             splitter = kind(cv, shuffle=True, random_state=seed)
-        for fold, (train, test) in enumerate(splitter.split(X, y, groups)):
+        for fold, split in enumerate(splitter.split(X, y, groups)):
+            train, test = (np.arange(len(y))[part] for part in split)  # of masks, too
             classes = np.unique(y[train])
             if len(classes) < 2:
                 raise ValueError(
@@ -712,7 +733,7 @@ def _draw_folds(X, y, groups, cv, n_seeds, random_state):
                     f"only ({classes.tolist()}); at least two are needed. Use other folds."
                 )
             order = _order_of_labels(y[train], np.random.default_rng([seed, fold]))
-            folds.append(_Fold(number, fold, np.asarray(train)[order], test, len(classes)))
+            folds.append(_Fold(number, fold, train[order], test, len(classes)))
     return folds
 
 
@@ -729,49 +750,54 @@ def _order_of_labels(y, rng):
     return rows[np.argsort(turns, kind="stable")]
 
 
-def _run_fold(fold, X, y, head, pretrained, supervised, fractions, scorers):
+def _run_fold(fold, X, y, head, pretrained, supervised, fractions, scorers, error_score):
     """Fit and judge all arms at all fractions; return a row for each."""
-    rows = []
-    X_test, y_test = take_rows(X, fold.test), y[fold.test]
+    rows, train = [], np.sort(fold.train)
     for arm in ("control", *pretrained, *supervised):
-        with _telling_where(arm, fold):
-            estimator, seconds = _prepare(arm, fold, X, head, pretrained, supervised)
+        estimator, seconds = supervised.get(arm, head), 0.0
+        Z, Z_test = take_rows(X, train), take_rows(X, fold.test)
+        if arm in pretrained:
+            with _telling_where(arm, fold):
+                tick = perf_counter()
+                transformer = clone(pretrained[arm]).fit(Z)
+                Z, Z_test = transformer.transform(Z), transformer.transform(Z_test)
+                seconds = perf_counter() - tick
+        elif not _is_a_classifier(estimator):
+            estimator = make_pipeline(estimator, head)
         for fraction in fractions:
             labelled = fold.labelled(fraction)
-            with _telling_where(arm, fold, fraction):
-                tick = perf_counter()
-                fitted = clone(estimator).fit(take_rows(X, labelled), y[labelled])
-                tock = perf_counter()
-                scores = {name: score(fitted, X_test, y_test) for name, score in scorers.items()}
             row = {"arm": arm, "fraction": fraction, "n_labelled": len(labelled)}
-            row |= {"seed": fold.seed, "fold": fold.number} | scores
-            rows.append(row | {"fit s": seconds + tock - tick})
+            row |= {"seed": fold.seed, "fold": fold.number}
+            row |= dict.fromkeys(scorers, error_score) | {"fit s": math.nan}
+            fitted = None
+            with _telling_where(arm, fold, fraction, error_score):
+                tick = perf_counter()
+                known = take_rows(Z, np.searchsorted(train, labelled))
+                fitted = clone(estimator).fit(known, y[labelled])
+                row["fit s"] = seconds + perf_counter() - tick
+            with _telling_where(arm, fold, fraction):
+                for name, score in scorers.items() if fitted is not None else ():
+                    row[name] = score(fitted, Z_test, y[fold.test])
+            rows.append(row)
     return rows
 
 
-def _prepare(arm, fold, X, head, pretrained, supervised):
-    """Return what is fitted on labelled rows in an arm, and seconds that were spent before."""
-    if arm in pretrained:
-        tick = perf_counter()
-        transformer = clone(pretrained[arm]).fit(take_rows(X, np.sort(fold.train)))
-        seconds = perf_counter() - tick
-        return make_pipeline(FrozenEstimator(transformer), head), seconds
-    estimator = supervised.get(arm, head)
-    return estimator if _is_a_classifier(estimator) else make_pipeline(estimator, head), 0.0
-
-
 @contextmanager
-def _telling_where(arm, fold, fraction=None):
-    """Add to an error where it was."""
+def _telling_where(arm, fold, fraction=None, error_score="raise"):
+    """Add to an error where it was, or warn of it where there is a score for it."""
     try:
         yield
     except Exception as error:
         where = "" if fraction is None else f", fraction {fraction}"
-        error.add_note(
-            f"This was in the arm {arm!r} of few_label_curve{where}, seed {fold.seed}, fold "
-            f"{fold.number}."
+        where = f"the arm {arm!r} of few_label_curve{where}, seed {fold.seed}, fold {fold.number}"
+        if error_score == "raise":
+            error.add_note(f"This was in {where}.")
+            raise
+        warnings.warn(
+            f"Fitting failed in {where}, which scores {error_score}: {error!r}",
+            FitFailedWarning,
+            stacklevel=2,
         )
-        raise
 
 
 def _auroc(classifier, X, y):
@@ -782,10 +808,14 @@ def _auroc(classifier, X, y):
     classes = classifier.classes_
     if len(classes) == 2:
         scores, classes = scores[:, -1:], classes[1:]
-    if scores.shape[1] != len(classes):
+    given = classifier.get_params() if hasattr(classifier, "get_params") else {}
+    shapes = [value for name, value in given.items() if name.endswith("decision_function_shape")]
+    pairs = "ovo" in shapes  # of three classes there are as many pairs as classes
+    if scores.shape[1] != len(classes) or (pairs and not probable and len(classes) > 2):
         raise ValueError(
             f"'roc_auc_ovr' needs a score for each of {len(classes)} classes, but {classifier!r} "
-            f"gives {scores.shape[1]}. Leave it out of scoring, or choose another classifier."
+            f"gives {scores.shape[1]}, of pairs perhaps. Leave it out of scoring, or choose "
+            "another classifier."
         )
     areas = [
         roc_auc_score(y == label, scores[:, column])

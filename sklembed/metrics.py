@@ -538,6 +538,12 @@ def _mask_score(y_true, y_pred, empty: str, adjusted: bool, measure) -> float:
     truth, found = check_masks(y_true, "y_true"), check_masks(y_pred, "y_pred")
     if len(truth) != len(found):
         raise ValueError(f"There are {len(found)} predictions for {len(truth)} masks.")
+    for one, other in ((truth, found), (found, truth)):
+        if any(m.dtype.kind == "b" for m in one) and any(m.max() > 1 for m in other):
+            raise ValueError(
+                "Masks are boolean on one side and hold labels above 1 on the other, so that none "
+                "of their pixels would agree. Give both in one form, such as mask > 0."
+            )
     scores, shows = [], []
     for row, (t, p) in enumerate(zip(truth, found, strict=True)):
         if t.shape != p.shape:

@@ -311,10 +311,13 @@ class SegmentationDisplay:
             images = _as_column(images)
             if len(images) != len(masks):
                 raise ValueError(f"There are {len(images)} images for {len(masks)} masks.")
-        if isinstance(rows, Integral):
+        if isinstance(rows, Integral) and not isinstance(rows, bool):
+            if rows < 1:
+                raise ValueError(f"rows must be at least 1; got {rows}.")
             scores = [dice_score([a], [b]) for a, b in zip(masks, predicted, strict=True)]
             steps = np.linspace(0, len(masks) - 1, min(rows, len(masks))).round().astype(int)
             rows = np.argsort(scores, kind="stable")[steps]
+        rows = np.arange(len(masks))[np.asarray(rows)]
         return cls(
             y_true=[masks[row] for row in rows],
             y_pred=[predicted[row] for row in rows],
@@ -344,18 +347,22 @@ class SegmentationDisplay:
             raise ValueError(f"There are {shape} panels to draw; got {self.axes_.size} axes.")
         self.axes_ = self.axes_.reshape(shape)
         self.figure_ = self.axes_[0, 0].figure
-        labels = np.unique(np.concatenate([m.ravel() for m in [*self.y_true, *self.y_pred]]))
         for row, (truth, found) in enumerate(zip(self.y_true, self.y_pred, strict=True)):
             image = None if self.images is None else self.images[row]
             if image is not None:
                 self.axes_[row, 0].imshow(image)
-            _draw_mask(self.axes_[row, -2], truth, labels, image)
-            _draw_mask(self.axes_[row, -1], found, labels, image)
+            _draw_mask(self.axes_[row, -2], truth, image)
+            _draw_mask(self.axes_[row, -1], found, image)
             self.axes_[row, -1].set_title(f"Dice {dice_score([truth], [found]):.2f}", fontsize=10)
         for ax, title in zip(self.axes_[0][::-1], ("predicted", "truth", "picture"), strict=False):
             ax.set_title(f"{title}, {ax.get_title()}".rstrip(", "), fontsize=10)
         for ax in self.axes_.flat:
             ax.set(xticks=[], yticks=[])
+        shown = np.unique(np.concatenate([m.ravel() for m in [*self.y_true, *self.y_pred]]))
+        if len(shown[shown > 0]) > 1:
+            handles = [plt.Rectangle((0, 0), 1, 1, color=_colour(n)) for n in shown[shown > 0]]
+            labels = [str(label) for label in shown[shown > 0]]
+            self.figure_.legend(handles, labels, loc="outside lower center", ncols=8)
         return self
 
 
@@ -380,15 +387,22 @@ def _pixels(image):
     return np.asarray(decode(image, "image"))
 
 
-def _draw_mask(ax, mask, labels, image):
+def _draw_mask(ax, mask, image):
     """Lay the colour of each label over the picture, or over white; background stays as it is."""
-    from matplotlib.colors import to_rgba
-
-    colours = np.array([to_rgba(f"C{i}", 0.75 * bool(label)) for i, label in enumerate(labels)])
+    labels, codes = np.unique(mask, return_inverse=True)
+    colours = np.array([_colour(label) for label in labels])
     height, width = mask.shape if image is None else image.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     ax.imshow(np.full((1, 1, 3), 255) if image is None else image, extent=extent, alpha=0.6)
-    ax.imshow(colours[np.searchsorted(labels, mask)], extent=extent, interpolation="nearest")
+    ax.imshow(colours[codes.reshape(mask.shape)], extent=extent, interpolation="nearest")
+
+
+def _colour(label):
+    """Return the colour of a label, always the same; twenty differ. Background is transparent."""
+    from matplotlib import colormaps
+
+    place, pale = (int(label) - 1) % 10, (int(label) - 1) // 10 % 2
+    return (*colormaps["tab20"](2 * place + pale)[:3], 0.75 * bool(label))
 
 
 def _by_modality(aligner, X):

@@ -49,12 +49,13 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         square. See :meth:`FrozenEncoder.grid_shape`.
 
     classes : array-like of int or None, default=None
-        The labels that pixels may have; None takes those of the masks in `fit`. 0 is background
-        and need not be among them.
+        The labels that pixels may have; None takes those of the masks in `fit`, so that name them
+        if folds may lack some. 0 is background and need not be among them.
 
     mask_size : tuple of two int or None, default=None
         Height and width that masks are learnt in and, unless said otherwise, predicted; None takes
-        the most frequent size in `fit`, and warns if there are others.
+        the most frequent size in `fit`, and warns if there are others. Memory in training grows
+        with it, and with the number of classes.
 
     dropout : float, default=0.1
         Probability of zeroing a number of a patch in training.
@@ -106,7 +107,8 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
-        The labels of pixels, sorted, of the masks' dtype; the first is background.
+        The labels of pixels, sorted, of the masks' dtype (uint16 of floats); the first is
+        background.
 
     mask_size_ : tuple of int
         Height and width that masks are learnt in.
@@ -292,6 +294,8 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
                 f"on: {self.structure_} for the classes {self.classes_.tolist()}, not {structure} "
                 f"for {classes.tolist()}. Clone the segmenter to start anew."
             )
+        if not goes_on:
+            vars(self).pop("weights_", None)  # so that a fit that fails leaves none of before
         self.order_, self.classes_, self.structure_ = order, classes, structure
         self._find_size(masks, goes_on)
         patches, codes = self._pack(maps), self._encode(masks)
@@ -324,7 +328,7 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         ValueError
             If a picture is missing, or its patches are not of the grid seen in `fit`.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "weights_")
         return self._each(X, sizes, (), self.classes_.dtype, self._decided)
 
     def predict_proba(self, X, sizes=None):
@@ -349,7 +353,7 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         ValueError
             If a picture is missing, or its patches are not of the grid seen in `fit`.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "weights_")
         return self._each(X, sizes, (len(self.classes_),), np.float32, _probabilities)
 
     def score(self, X, y):
@@ -376,7 +380,7 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         ValueError
             If a label is none of `classes_`, or all masks are empty.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "weights_")
         masks = self._check_masks(X, y)
         for row, mask in enumerate(masks):
             self._codes(mask, row)
@@ -430,7 +434,10 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
 
     def _lay_out(self, maps):
         """Return in which order maps come, and the grid of each."""
-        grids = [_grid(cells, self.grid_shape) for cells in maps]
+        names = getattr(self, "feature_names_in_", range(len(maps)))
+        grids = [
+            _grid(cells, self.grid_shape, name) for name, cells in zip(names, maps, strict=True)
+        ]
         order = np.argsort([math.prod(grid) for grid in grids], kind="stable")
         if 0 < len(self.hidden_layer_sizes) < len(maps):
             raise ValueError(
@@ -478,13 +485,27 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
             self._check_fits(self.mask_size_, "mask_size")
         elif not goes_on:
             self.mask_size_ = max(sizes, key=lambda size: (sizes[size], size))
-        self.n_resized_ = len(masks) - sizes[self.mask_size_]
-        if self.n_resized_ and self.mask_size is None:
+        others = [row for row, mask in enumerate(masks) if mask.shape != self.mask_size_]
+        self.n_resized_ = len(others)
+        if others and self.mask_size is None:
             warnings.warn(
-                f"The masks are of {len(sizes)} sizes; {self.n_resized_} of {len(masks)} are "
-                f"resized to {self.mask_size_}, in which `predict` answers, unless it is told "
-                "sizes. Pass mask_size to say that this is meant.",
+                f"The masks are of {len(sizes)} sizes; {len(others)} of {len(masks)}, the first in "
+                f"row {others[0]}, are resized to {self.mask_size_}, in which `predict` answers, "
+                "unless it is told sizes. Pass mask_size to say that this is meant, and to have "
+                "one size in all folds.",
                 stacklevel=2,
+            )
+        self._check_depth()
+
+    def _check_depth(self):
+        """Refuse layers that would work on far finer grids than masks have pixels."""
+        n_more = len(self.hidden_layer_sizes) - len(self.grids_)
+        grid = [2 ** max(n_more, 0) * side for side in self.grids_[-1]]
+        if n_more > 0 and all(side >= 4 * n for side, n in zip(grid, self.mask_size_, strict=True)):
+            raise ValueError(
+                f"The last of the {len(self.hidden_layer_sizes)} hidden layers would work on a "
+                f"grid of {grid[0]} x {grid[1]}, for masks of {self.mask_size_[0]} x "
+                f"{self.mask_size_[1]}: each layer doubles the grid. Leave layers out."
             )
 
     def _pack(self, maps):
@@ -497,8 +518,8 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
             for row, cell in enumerate(maps[i]):
                 if len(cell) != math.prod(grid):
                     raise ValueError(
-                        f"Row {row} has {len(cell)} patches, but those of the others make up a "
-                        f"grid of {grid[0]} x {grid[1]}."
+                        f"Row {row} has {len(cell)} patches in column {i}, but those of most rows "
+                        f"of fit make up a grid of {grid[0]} x {grid[1]}."
                     )
                 packed[row, start:end] = cell.ravel()
         return packed
@@ -517,18 +538,20 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         if unknown.any():
             raise ValueError(
                 f"Row {row} of y holds the label {mask[unknown][0]}, which is none of the classes "
-                f"{self.classes_[:10].tolist()}."
+                f"{self.classes_[:10].tolist()}. Pass classes to name those that the masks of fit "
+                "may lack, as folds do."
             )
         return codes
 
     def _check_fits(self, size, what):
         """Refuse masks that cannot be those of pictures with such a grid."""
         (rows, columns), (height, width) = self.grids_[0], size
-        if (rows - columns) * (height - width) < 0:
+        if self.mask_size is None and (rows - columns) * (height - width) < 0:
             raise ValueError(
                 f"{what} is {'higher' if height > width else 'wider'} than "
                 f"{'wide' if height > width else 'high'}, {height} x {width}, but the grid is not, "
-                f"{rows} x {columns}. Is the mask transposed, or grid_shape?"
+                f"{rows} x {columns}. Is the mask transposed, or grid_shape? If pictures are "
+                "squashed to the grid, pass mask_size."
             )
         if height < rows or width < columns:
             raise ValueError(
@@ -633,7 +656,7 @@ def _learnt(history, weights):
     return {"weights_": weights, "history_": history, "n_iter_": len(history)}
 
 
-def _grid(cells, grid_shape):
+def _grid(cells, grid_shape, name):
     """Return rows and columns of most pictures' patches, of the proportions given."""
     n_patches = Counter(len(cell) for cell in cells).most_common(1)[0][0]
     rows, columns = (1, 1) if grid_shape is None else _check_size(grid_shape, "grid_shape")
@@ -643,8 +666,9 @@ def _grid(cells, grid_shape):
         row = next(row for row, cell in enumerate(cells) if len(cell) == n_patches)
         wanted = "a square" if grid_shape is None else f"a grid proportioned {rows} : {columns}"
         raise ValueError(
-            f"The {n_patches} patches of row {row} do not make up {wanted}. Pass the rows and "
-            "columns as grid_shape; leave class and register tokens out (special_tokens=False)."
+            f"The {n_patches} patches of row {row} of column {name!r} do not make up {wanted}. "
+            "Pass the rows and columns as grid_shape; leave class and register tokens out "
+            "(special_tokens=False)."
         )
     return grid
 

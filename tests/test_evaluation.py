@@ -14,11 +14,13 @@ from sklearn.datasets import make_classification
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.exceptions import FitFailedWarning
 from sklearn.feature_selection import SelectKBest
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.metrics import get_scorer
 from sklearn.model_selection import (
+    GridSearchCV,
     GroupKFold,
     ShuffleSplit,
     StratifiedKFold,
@@ -759,7 +761,7 @@ def test_an_arm_that_fails_says_where(few):
     X, y, _ = few
     common = {"cv": 2, "n_seeds": 1, "scoring": "accuracy", "fractions": (0.1, 1.0)}
     with pytest.raises(RuntimeError, match="too many") as caught:
-        few_label_curve(Watched(), X, y, supervised={"bad": Bad()}, **common)
+        few_label_curve(Watched(), X, y, supervised={"bad": Bad()}, error_score="raise", **common)
     note = "This was in the arm 'bad' of few_label_curve, fraction 1.0, seed 0, fold 0."
     assert caught.value.__notes__ == [note]
     with pytest.raises(RuntimeError, match="too many") as caught:
@@ -767,10 +769,57 @@ def test_an_arm_that_fails_says_where(few):
     assert caught.value.__notes__ == [note.replace(", fraction 1.0", "")]
 
 
+def test_an_arm_that_cannot_be_fitted_on_few_labels_scores_nan_there_with_a_warning(few):
+    X, y, _ = few
+    search = GridSearchCV(LogisticRegression(), {"C": [1.0, 10.0]}, cv=3)
+    with pytest.warns(Warning) as seen:
+        curve = few_label_curve(
+            LogisticRegression(),
+            X,
+            y,
+            supervised={"search": search},
+            fractions=(0.01, 1.0),
+            cv=2,
+            n_seeds=1,
+            scoring="accuracy",
+        )
+    told = [
+        str(w.message)
+        for w in seen
+        if w.category is FitFailedWarning and "few_label" in str(w.message)
+    ]
+    assert len(told) == 2
+    assert "the arm 'search' of few_label_curve, fraction 0.01, seed 0, fold 0, which" in told[0]
+    failed = curve["accuracy"].isna()
+    assert (failed == ((curve["arm"] == "search") & (curve["fraction"] == 0.01))).all()
+    assert (curve["fit s"].isna() == failed).all()
+
+
+def test_scores_of_pairs_are_no_scores_of_classes_where_there_are_as_many(few):
+    X, y, _ = few
+    assert len(np.unique(y)) == 3
+    with pytest.raises(ValueError, match="needs a score for each of 3 classes.* of pairs"):
+        few_label_curve(SVC(decision_function_shape="ovo"), X, y, fractions=1.0, cv=2, n_seeds=1)
+
+
+def test_what_is_pretrained_is_run_once_a_fold(few):
+    calls = []
+
+    class Counted(Doubling):
+        def transform(self, X):
+            calls.append(len(X))
+            return super().transform(X)
+
+    X, y, _ = few
+    few_label_curve(GaussianNB(), X, y, pretrained={"a": Counted()}, cv=2, n_seeds=2)
+    assert len(calls) == 2 * 2 * 2  # training and test rows of each fold
+
+
 class Said(BaseEstimator):
     """A classifier that says what it is told to."""
 
     def __init__(self, classes, scores, method="predict_proba"):
+        self.classes, self.scores, self.method = classes, scores, method
         self.classes_ = np.array(classes)
         setattr(self, method, lambda X: np.asarray(scores))
 
@@ -867,7 +916,7 @@ class Never(Watched):
         ({"head": PCA()}, TypeError, r"head must be a classifier; got PCA"),
         ({"head": Ridge()}, TypeError, r"head must be a classifier; got Ridge"),
         ({"head": "LR"}, TypeError, r"head must be a classifier; got 'LR'"),
-        ({"pretrained": {"a": GaussianNB()}}, TypeError, "must be transformers; 'a' is GaussianNB"),
+        ({"pretrained": {"a": GaussianNB()}}, TypeError, "need no labels; 'a' is GaussianNB"),
         ({"supervised": {"a": Ridge()}}, TypeError, "transformers or classifiers; 'a' is Ridge"),
         ({"supervised": {"control": PCA()}}, ValueError, "The arm 'control' is the head on X"),
         ({"pretrained": {"control": PCA()}}, ValueError, "The arm 'control' is the head on X"),

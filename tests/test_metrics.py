@@ -378,3 +378,10 @@ def test_masks_that_cannot_be_compared_are_refused_by_row(score):
             score(truth, torn)
         with pytest.raises(ValueError, match=f"Row 4 of y_true {message}"):
             score(torn, truth)
+
+
+def test_boolean_masks_are_not_compared_with_other_labels_than_1():
+    y = np.array([[[0, 255], [0, 0]]])
+    with pytest.raises(ValueError, match="boolean on one side and hold labels above 1"):
+        dice_score(y, y > 0)
+    assert dice_score(y // 255, y > 0) == 1

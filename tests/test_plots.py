@@ -147,6 +147,12 @@ def test_without_pictures_masks_stand_alone_and_classes_have_colours_of_their_ow
     assert display.axes_.shape == (1, 2)
     layers = [ax.get_images()[1].get_array()[3, 3] for ax in display.axes_[0]]
     assert not np.array_equal(layers[0], layers[1])
+    texts = [text.get_text() for text in display.figure_.legends[0].get_texts()]
+    assert texts == ["3", "7"]
+    alone = SegmentationDisplay.from_predictions(y_true, y_true, rows=[0]).plot()
+    assert not alone.figure_.legends
+    colour = alone.axes_[0, 0].get_images()[1].get_array()[3, 3]
+    np.testing.assert_array_equal(colour, layers[0])  # whatever else is shown
 
 
 def test_masks_of_another_size_are_predicted_in_it(masks):
@@ -171,6 +177,10 @@ def test_masks_that_cannot_be_shown_are_refused(masks):
         SegmentationDisplay.from_predictions(*masks, images=[np.zeros((4, 4, 3), np.uint8)] * 2)
     with pytest.raises(ValueError, match="There are 5 predictions for 6 masks"):
         SegmentationDisplay.from_predictions(masks[0], masks[1][:5])
+    with pytest.raises(ValueError, match="rows must be at least 1; got 0"):
+        SegmentationDisplay.from_predictions(*masks, rows=0)
+    mask = np.arange(6) == 4
+    assert len(SegmentationDisplay.from_predictions(*masks, rows=mask).y_true) == 1
     display = SegmentationDisplay.from_predictions(*masks, rows=2)
     import matplotlib.pyplot as plt
 

@@ -332,7 +332,10 @@ def unequal(y):
 def test_masks_of_other_sizes_are_resized_to_the_most_frequent_with_a_warning():
     X, y = scenes(n_rows=20)
     masks = unequal(y)
-    with pytest.warns(UserWarning, match=r"of 3 sizes; 2 of 20 are resized to \(8, 8\).*mask_size"):
+    with pytest.warns(
+        UserWarning,
+        match=r"of 3 sizes; 2 of 20, the first in row \d+, are resized to \(8, 8\).*mask_size",
+    ):
         segmenter = small().fit(X, masks)
     assert segmenter.mask_size_ == (8, 8)
     assert segmenter.n_resized_ == 2
@@ -350,7 +353,9 @@ def test_of_sizes_equally_frequent_the_largest_is_taken():
     X, y = scenes(n_rows=4)
     masks = [*y[:2], *magnified(y[2:], 2)]
     for order in (slice(None), slice(None, None, -1)):
-        with pytest.warns(UserWarning, match=r"2 of 4 are resized to \(16, 16\)"):
+        with pytest.warns(
+            UserWarning, match=r"2 of 4, the first in row \d, are resized to \(16, 16\)"
+        ):
             small().fit(X, masks[order])
 
 
@@ -783,11 +788,11 @@ def replaced(X, row, cell):
 BAD_PATCHES = {
     "a class token": (
         lambda X: column([np.ones((17, 3))] * 60),
-        "The 17 patches of row 0 do not make up a square.*grid_shape.*special_tokens=False",
+        "The 17 patches of row 0 of column 0 do not make up a square.*special_tokens=False",
     ),
     "fewer patches": (
         lambda X: replaced(X, 5, np.ones((9, 3))),
-        "Row 5 has 9 patches, but those of the others make up a grid of 4 x 4",
+        "Row 5 has 9 patches in column 0, but those of most rows of fit make up a grid of 4 x 4",
     ),
     "another width": (
         lambda X: replaced(X, 5, np.ones((16, 4))),
@@ -837,7 +842,9 @@ def test_patches_unlike_those_of_fit_are_refused():
     segmenter = small().fit(X, y)
     coarser = np.hstack([column([cell[:4] for cell in X[:, 0]]), X[:, 1:]])
     for method in (segmenter.predict, segmenter.predict_proba, lambda X: segmenter.score(X, y)):
-        with pytest.raises(ValueError, match="Row 0 has 4 patches, but .* a grid of 4 x 4"):
+        with pytest.raises(
+            ValueError, match="Row 0 has 4 patches in column 0, but .* a grid of 4 x 4"
+        ):
             method(coarser)
         with pytest.raises(ValueError, match="Row 0 of the token column 0 .* width 3, but 5 was"):
             method(X[:, ::-1])
@@ -902,11 +909,30 @@ def test_masks_that_nothing_can_be_learnt_from_are_refused():
 def test_a_mask_that_lies_where_the_grid_stands_is_refused(grid, lies):
     X, y = scenes(grid=grid)
     masks = list(magnified(y, 2))
-    segmenter = small(grid_shape=grid, mask_size=masks[0].shape).fit(X, masks)
+    segmenter = small(grid_shape=grid).fit(X, masks)
     masks[4] = masks[4].T
     size = "{} x {}".format(*masks[4].shape)
     with pytest.raises(ValueError, match=f"Row 4 of y is {lies}, {size}, but the grid is not"):
         segmenter.fit(X, masks)
+    squashed = segmenter.set_params(mask_size=masks[0].shape).fit(X, masks)  # on purpose
+    assert squashed.n_resized_ == 1
+
+
+def test_layers_far_finer_than_the_masks_are_refused():
+    X, y = scenes(n_rows=20)
+    message = "of the 5 hidden layers would work on a grid of 64 x 64, for masks of 8 x 8"
+    with pytest.raises(ValueError, match=message):
+        small(hidden_layer_sizes=(4,) * 5).fit(X, y)
+
+
+def test_a_fit_that_fails_leaves_nothing_fitted():
+    X, y = scenes(n_rows=20)
+    segmenter = small().fit(X, y)
+    with pytest.raises(ValueError, match="none of the classes .* Pass classes"):
+        segmenter.set_params(classes=[0, 77]).fit(X, y)
+    for method in (segmenter.predict, segmenter.predict_proba):
+        with pytest.raises(NotFittedError):
+            method(X)
 
 
 BAD_PARAMETERS = {
@@ -1048,5 +1074,5 @@ def test_masks_of_signed_and_unsigned_numbers_stay_whole():
 def test_the_grid_is_that_of_most_pictures():
     X, y = scenes(n_rows=20)
     X[0, 0] = X[0, 0][:9]
-    with pytest.raises(ValueError, match="Row 0 has 9 patches, .* 4 x 4"):
+    with pytest.raises(ValueError, match="Row 0 has 9 patches in column 0, .* 4 x 4"):
         small().fit(X, y)
