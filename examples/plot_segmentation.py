@@ -4,7 +4,7 @@ Masks from frozen feature maps
 ===============================
 
 Where in a picture is the drawing? A frozen network has a vector for each cell of its feature maps;
-a light decoder, trained in half a minute on two cores, makes masks of them.
+a light decoder makes masks of them.
 """
 
 # %%

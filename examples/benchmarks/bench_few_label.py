@@ -67,7 +67,6 @@ PRETRAINED = {
     "frozen, standardised" + PICTURES: make_pipeline(FROZEN_PICTURES, StandardScaler()),
     "shared encoder" + PICTURES: of_pictures(shared()),
     "adaptor" + PICTURES: of_pictures(adaptor()),
-    "frozen and adaptor" + PICTURES: make_union(FROZEN_PICTURES, of_pictures(adaptor())),
 }
 SUPERVISED = {
     WEAKLY: WEAKLY_PENALISED,
