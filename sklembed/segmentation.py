@@ -119,7 +119,7 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
     grids_ : list of tuple of int
         Rows and columns of each map, the coarsest first.
 
-    order_ : ndarray of shape (n_features_in_,), dtype int
+    order_ : ndarray of shape (`n_features_in_`,), dtype int
         The columns of `X` in that order.
 
     weights_ : dict of str to ndarray
