@@ -228,6 +228,11 @@ def moments(
     return mean.astype(np.float32), np.where(constant, 1, scale).astype(np.float32)
 
 
+def n_trained(weights: Mapping[str, np.ndarray]) -> int:
+    """Count the numbers of a network that are trained: all but the moments of its blocks."""
+    return sum(v.size for name, v in weights.items() if not name.startswith(("mean_", "scale_")))
+
+
 def token_columns(X: Any) -> np.ndarray:
     """Tell which columns of a table hold a sequence of vectors in each cell.
 

@@ -21,6 +21,7 @@ from sklembed._blocks import (
     check_one_block,
     known_block,
     moments,
+    n_trained,
     observed_in_block,
     pad_tokens,
     read_tokens,
@@ -508,8 +509,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     @property
     def n_parameters_(self):
         """Number of trained parameters."""
-        buffers = ("mean_", "scale_")
-        return sum(v.size for name, v in self.weights_.items() if not name.startswith(buffers))
+        return n_trained(self.weights_)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

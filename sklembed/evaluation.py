@@ -512,7 +512,7 @@ def few_label_curve(
         :class:`ContrastiveProjector`, is used as it should be. A classifier stands for itself;
         what is both counts as a classifier, unless ``"passthrough"`` follows it in a pipeline.
 
-    fractions : sequence of float, default=(0.01, 0.1, 1.0)
+    fractions : float or sequence of float, default=(0.01, 0.1, 1.0)
         Shares of the training rows that have a label, above 0 and up to 1.
 
     cv : int, cross-validation splitter or iterable, default=5

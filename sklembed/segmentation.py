@@ -13,7 +13,7 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sklembed import _callbacks
-from sklembed._blocks import moments, read_tokens, token_columns
+from sklembed._blocks import moments, n_trained, read_tokens, token_columns
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
 from sklembed._tables import as_table, is_frame, take_columns
 from sklembed._targets import hold_back
@@ -298,6 +298,7 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
             vars(self).pop("weights_", None)  # so that a fit that fails leaves none of before
         self.order_, self.classes_, self.structure_ = order, classes, structure
         self._find_size(masks, goes_on)
+        self._check_patches(maps)
         patches, codes = self._pack(maps), self._encode(masks)
         context = self._init_callback_context(max_subtasks=self.max_epochs)
         _callbacks.begin(self, context, X, y)
@@ -389,7 +390,7 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
 
     def _read(self, X, *, reset):
         """Return the cells of each column of patches, all pictures there."""
-        if not is_frame(X) and np.ndim(X if hasattr(X, "ndim") else ()) != 2:
+        if not (is_frame(X) or (isinstance(X, np.ndarray) and X.ndim == 2)):
             raise ValueError(
                 f"X is a {type(X).__name__}"
                 + (f" of shape {X.shape}" if hasattr(X, "shape") else "")
@@ -508,19 +509,23 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
                 f"{self.mask_size_[1]}: each layer doubles the grid. Leave layers out."
             )
 
-    def _pack(self, maps):
-        """Lay the patches of each picture in one row, the coarsest map first."""
-        grids, widths = self.grids_, self.structure_["widths"]
-        sizes = [math.prod(grid) * width for grid, width in zip(grids, widths, strict=True)]
-        ends = np.cumsum([0, *sizes])
-        packed = np.empty((len(maps[0]), ends[-1]), dtype=np.float32)
-        for i, grid, start, end in zip(self.order_, grids, ends[:-1], ends[1:], strict=True):
+    def _check_patches(self, maps):
+        """Refuse pictures of another grid than that of most in fit."""
+        for i, grid in zip(self.order_, self.grids_, strict=True):
             for row, cell in enumerate(maps[i]):
                 if len(cell) != math.prod(grid):
                     raise ValueError(
                         f"Row {row} has {len(cell)} patches in column {i}, but those of most rows "
                         f"of fit make up a grid of {grid[0]} x {grid[1]}."
                     )
+
+    def _pack(self, maps):
+        """Lay the patches of each picture in one row, the coarsest map first."""
+        cells = [maps[i] for i in self.order_]
+        ends = np.cumsum([0, *(part[0].size for part in cells)])
+        packed = np.empty((len(cells[0]), ends[-1]), dtype=np.float32)
+        for part, start, end in zip(cells, ends[:-1], ends[1:], strict=True):
+            for row, cell in enumerate(part):
                 packed[row, start:end] = cell.ravel()
         return packed
 
@@ -604,18 +609,21 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         from sklembed._torch import rebuilt
         from sklembed.nn.segmentation import resized
 
-        patches = self._pack(self._read(X, reset=False))
+        maps = self._read(X, reset=False)
+        self._check_patches(maps)
+        n_rows = len(maps[0])
         if sizes is None:
-            found = np.empty((len(patches), *self.mask_size_, *more), dtype=dtype)
-            sizes = [self.mask_size_] * len(patches)
+            found = np.empty((n_rows, *self.mask_size_, *more), dtype=dtype)
+            sizes = [self.mask_size_] * n_rows
         else:
-            found = np.empty(len(patches), dtype=object)
+            found = np.empty(n_rows, dtype=object)
             sizes = [_check_size(size, f"Row {row} of sizes") for row, size in enumerate(sizes)]
-            check_consistent_length(patches, sizes)
+            check_consistent_length(maps[0], sizes)
         network = rebuilt(self._make_network(), self.weights_)
         with torch.inference_mode():
-            for rows in gen_batches(len(patches), _CHUNK_PICTURES):
-                logits = network(torch.from_numpy(patches[rows])[None])[0]
+            for rows in gen_batches(n_rows, _CHUNK_PICTURES):  # whole, all would be copied
+                patches = self._pack([cells[rows] for cells in maps])
+                logits = network(torch.from_numpy(patches)[None])[0]
                 for row, own in enumerate(logits, start=rows.start):
                     found[row] = finish(resized(own[None], sizes[row])[0])
         return found
@@ -642,8 +650,7 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
     @property
     def n_parameters_(self):
         """Number of trained parameters."""
-        buffers = ("mean_", "scale_")
-        return sum(v.size for name, v in self.weights_.items() if not name.startswith(buffers))
+        return n_trained(self.weights_)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
