@@ -301,10 +301,11 @@ def test_a_module_of_pytorch_metric_learning_trains_the_same_network(clusters):
 
 def test_a_module_that_learns_is_left_as_it_was_given(clusters):
     loss = ProxyAnchorLoss(num_classes=3, embedding_size=4)
-    before = loss.proxies.detach().clone()
-    projector = small(loss=loss, max_epochs=10)
+    before = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    loss.proxies = torch.nn.Parameter(before.clone())
+    projector = small(loss=loss, max_epochs=40)
     assert np.isfinite(projector.fit_transform(*clusters)).all()
-    assert losses(projector)[-1] < losses(projector)[0]
+    assert losses(projector)[-1] < 0.8 * losses(projector)[0]
     assert torch.equal(loss.proxies, before)
 
 
