@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pandas as pd
+from sphinx_gallery.sorting import ExplicitOrder
 
 import sklembed
 
@@ -32,7 +33,8 @@ html_theme_options = {
     "navbar_end": ["theme-switcher"],
     "show_toc_level": 2,
     "show_prev_next": False,
-    "secondary_sidebar_items": ["page-toc"],
+    # Not beside examples, whose lines of code need the width.
+    "secondary_sidebar_items": dict.fromkeys(("*", "api/*", "user_guide/*"), ["page-toc"]),
 }
 html_show_sourcelink = False
 
@@ -57,6 +59,20 @@ nitpicky = False
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "auto_examples",
+    "within_subsection_order": ExplicitOrder(
+        [
+            f"plot_{name}.py"
+            for name in (
+                "quickstart",
+                "cross_fitting",
+                "paper_preset",
+                "modality_gap",
+                "crossmodal_search",
+                "zero_shot",
+                "segmentation",
+            )
+        ]
+    ),
     "filename_pattern": r"plot_",
     "ignore_pattern": r"benchmarks",
     "doc_module": "sklembed",

@@ -99,7 +99,9 @@ for name, pipeline in arms.items():
 # Three figures
 # -------------
 # Predicting nothing at all is right on every empty picture. So look at pictures with an object
-# alone as well, or at the adjusted mean, which is what ``score`` returns.
+# alone as well, or at the adjusted mean, which is what ``score`` returns. One split of so few
+# pictures does not tell one map from two: a few false alarms decide. The user guide's page of
+# benchmarks has folds.
 print(f"{'':15} all  objects  adjusted")
 for name, masks in predicted.items():
     figures = dice_score(y[test], masks), dice_score(y[test], masks, empty="skip")
