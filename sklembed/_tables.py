@@ -1,7 +1,7 @@
 """Rows, columns and missing cells of one table, be it pandas, polars or numpy."""
 
 import numbers
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,8 @@ def as_table(X):
     Raises
     ------
     TypeError
-        If X is sparse.
+        If X is sparse, or a container that has to be converted first, such as a dict, a pyarrow
+        Table, a polars LazyFrame or a dataset of Hugging Face.
     ValueError
         If X is not two-dimensional, or has no row or no column.
     """
@@ -28,17 +29,17 @@ def as_table(X):
             "Sparse data was passed for X, but dense data is required. Use X.toarray(), or a "
             "DataFrame."
         )
+    _check_eager(X)
     if not is_frame(X):
         table = np.asarray(X)
         if table.dtype.kind in "US" and not isinstance(X, np.ndarray):
             table = np.asarray(X, dtype=object)  # else NaN beside texts becomes the text "nan"
-        X = table
-        if X.ndim != 2:
+        if table.ndim != 2:
             raise ValueError(
-                f"Expected 2D array, got {X.ndim}D array instead: X must be one table with rows "
-                "and columns. Reshape your data either using array.reshape(-1, 1) if it has a "
-                "single feature or array.reshape(1, -1) if it contains a single sample."
+                f"Expected 2D array, got {table.ndim}D array instead: X must be one table with "
+                f"rows and columns, but it is {_article(type(X).__name__)}. {_way_to_a_table(X)}"
             )
+        X = table
     n_rows, n_columns = X.shape
     if n_rows == 0:
         raise ValueError(
@@ -51,6 +52,46 @@ def as_table(X):
             "the table has no columns."
         )
     return X
+
+
+def _check_eager(X):
+    """Refuse containers of columns that are neither pandas nor polars, and say what to call."""
+    if isinstance(X, pd.DataFrame | pd.Series | np.ndarray) or hasattr(X, "to_frame"):
+        return  # before the methods below, the names of which a pandas column may bear
+    call = None
+    if isinstance(X, Mapping):
+        call = "pd.DataFrame(X)"
+        split = next((name for name, part in X.items() if hasattr(part, "to_pandas")), None)
+        if split is not None and not hasattr(X[split], "to_frame"):  # a dataset with splits
+            call = f"one part of it, such as X[{split!r}].to_pandas()"
+    elif not hasattr(X, "get_column_index"):  # polars, not lazy
+        methods = ("toPandas", "to_pandas", "collect", "df")
+        call = next((f"X.{method}()" for method in methods if hasattr(X, method)), None)
+    if call is not None:
+        package = type(X).__module__.split(".")[0]
+        container = type(X).__name__ if package == "builtins" else f"{package} {type(X).__name__}"
+        raise TypeError(
+            "X must be a pandas or polars DataFrame, or an array with rows and columns; got "
+            f"{_article(container)}. Pass {call}."
+        )
+
+
+def _article(name):
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _way_to_a_table(X):
+    """Say how a value that is not two-dimensional becomes a table."""
+    if hasattr(X, "to_frame"):
+        return "Pass X.to_frame()."
+    if isinstance(X, list | tuple) and X and isinstance(X[0], Mapping):
+        return "Pass pd.DataFrame(X)."
+    if not np.ndim(X):
+        return "Pass a DataFrame."
+    return (
+        "Reshape your data either using array.reshape(-1, 1) if it has a single feature or "
+        "array.reshape(1, -1) if it contains a single sample."
+    )
 
 
 def column_positions(X, columns, *, owner):
@@ -68,15 +109,14 @@ def column_positions(X, columns, *, owner):
     Returns
     -------
     positions : list of int
-        The selected positions.
+        The selected positions; empty if nothing is selected, as by a selector of dtypes.
     scalar : bool
         Whether a single column was named by a scalar, which is handed on one-dimensional.
 
     Raises
     ------
     ValueError
-        If a named column is absent or not the only one of its name, a position is out of range,
-        or nothing is selected.
+        If a named column is absent or not the only one of its name, or a position is out of range.
     """
     if callable(columns):
         columns = columns(X)
@@ -94,8 +134,6 @@ def column_positions(X, columns, *, owner):
                 "columns."
             )
         columns = list(np.flatnonzero(columns))
-    if not columns:
-        raise ValueError(f"{owner} selects no column.")
     return [_position(column, names, X.shape[1], owner) for column in columns], scalar
 
 
@@ -119,6 +157,50 @@ def missing_cells(X):
     if hasattr(X, "to_pandas"):  # polars: nulls of any type, and NaN
         X = np.asarray(X.to_numpy(), dtype=object)
     return np.asarray(pd.isna(X))
+
+
+def missing_dates(X):
+    """Return the columns of dates, times or durations of which a cell is missing."""
+    if is_frame(X):
+        dates = [name for name, dtype in zip(X.columns, X.dtypes, strict=True) if _is_date(dtype)]
+        return [name for name in dates if missing_cells(X[name]).any()]
+    if _is_date(X.dtype) and missing_cells(X).any():
+        return [getattr(X, "name", None)]
+    return []
+
+
+def _is_date(dtype):
+    if hasattr(dtype, "is_temporal"):  # polars
+        return dtype.is_temporal()
+    return getattr(dtype, "kind", None) in ("M", "m")
+
+
+def missing_as_nan(X):
+    """Return X with NaN for None and pd.NA where its cells are objects or text.
+
+    Imputers and encoders of categories recognise NaN in any column, but None only in some and
+    pd.NA in none that holds text. Columns of numbers, and polars tables, are returned as they are.
+    """
+    if isinstance(X, pd.DataFrame):
+        positions = [i for i, dtype in enumerate(X.dtypes) if _hides_missing(dtype)]
+        if positions:
+            X = X.copy(deep=False)
+        for position in positions:
+            X.isetitem(position, missing_as_nan(X.iloc[:, position]))
+        return X
+    if isinstance(X, pd.Series) and _hides_missing(X.dtype):
+        cells = missing_as_nan(X.to_numpy(dtype=object))
+        return pd.Series(cells, index=X.index, name=X.name, dtype=object)
+    if isinstance(X, np.ndarray) and X.dtype == object:
+        return np.where(missing_cells(X), np.nan, X)
+    return X
+
+
+def _hides_missing(dtype):
+    """Tell whether a pandas column of this dtype may hold None, or pd.NA among texts."""
+    if pd.api.types.is_object_dtype(dtype):
+        return True
+    return pd.api.types.is_string_dtype(dtype) and dtype.na_value is pd.NA
 
 
 def output_container(estimator):

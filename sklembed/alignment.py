@@ -127,6 +127,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     (1.84, 0.16)
     """
 
+    _keeps_missing_rows = True  # missing in, missing out: PerModalityUnion reads this
     _parameter_constraints: dict = {
         "blocks": [dict, None],
         "method": [StrOptions({"shift", "unit_shift", "center", "procrustes", "whiten"})],
@@ -427,6 +428,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
     array([0.67, 0.6 ])
     """
 
+    _keeps_missing_rows = True  # missing in, missing out: PerModalityUnion reads this
     _parameter_constraints: dict = {
         "n_components": [Interval(Integral, 1, None, closed="left"), None],
         "blocks": [dict, None],

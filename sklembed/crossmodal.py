@@ -44,6 +44,7 @@ _SAME_CONTEXT = 1 - 1e-9  # nor are contexts; good encoders, too, bring them as 
 class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     """What the trained cross-modal encoders share; a subclass makes the network."""
 
+    _keeps_missing_rows = True  # missing in, missing out: PerModalityUnion reads this
     _parameter_constraints: dict = {
         "n_components": [Interval(Integral, 1, None, closed="left")],
         "blocks": [dict, None],

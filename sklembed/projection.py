@@ -212,6 +212,7 @@ class ContrastiveProjector(
     (1797, 32)
     """
 
+    _keeps_missing_rows = True  # missing in, missing out: PerModalityUnion reads this
     _parameter_constraints: dict = {
         "n_components": [Interval(Integral, 1, None, closed="left")],
         "hidden_layer_sizes": ["array-like"],

@@ -1,13 +1,26 @@
 """PerModalityUnion: one branch for each modality of a table, joined side by side."""
 
-from collections import Counter
+import warnings
+from collections import Counter, defaultdict
 from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context, clone
 from sklearn.compose import ColumnTransformer
-from sklearn.preprocessing import FunctionTransformer
+from sklearn.feature_selection import SelectorMixin
+from sklearn.pipeline import FeatureUnion, Pipeline
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    MaxAbsScaler,
+    MinMaxScaler,
+    OrdinalEncoder,
+    PowerTransformer,
+    QuantileTransformer,
+    RobustScaler,
+    StandardScaler,
+)
 from sklearn.utils import Bunch, get_tags
 from sklearn.utils._param_validation import HasMethods, StrOptions
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
@@ -21,12 +34,29 @@ from sklembed._tables import (
     as_table,
     column_positions,
     is_frame,
+    missing_as_nan,
     missing_cells,
+    missing_dates,
     output_container,
     take_columns,
     take_rows,
 )
 from sklembed._validation import check_routing_enabled
+
+_MISSING_ROWS = ("auto", "skip", "pass", "error")
+# The dense copy of a sparse output is copied once more, into the joined table. Half a GiB is a
+# million rows of 64 columns; what is larger is the user's decision, not a default.
+_LARGEST_DENSE_OUTPUT = 2**29
+# These ignore NaN in fit and return it in transform.
+_KEEP_MISSING = (
+    MaxAbsScaler,
+    MinMaxScaler,
+    PowerTransformer,
+    QuantileTransformer,
+    RobustScaler,
+    SelectorMixin,
+    StandardScaler,
+)
 
 
 class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
@@ -36,9 +66,11 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     reads, as in :class:`~sklearn.compose.ColumnTransformer`. Its output is a *block*: columns named
     ``<branch>__…``, side by side in the joined table.
 
-    A row may lack a modality: where all cells that a branch reads are None or NaN, the branch never
-    sees the row, neither in fit nor in transform, and the row's block is NaN. So any transformer
-    with dense numeric output works in a branch. Downstream, XGBoost and
+    A row may lack a modality: all cells that a branch reads are None or NaN. A transformer that
+    handles missing values, such as an imputer or a one-hot encoder, is given these rows, as in
+    :class:`~sklearn.compose.ColumnTransformer`. Any other transformer, such as an encoder, a
+    projector or PCA, is not, neither in fit nor in transform, and the row's block is NaN. The
+    parameter `missing_rows` changes this for each branch. Downstream, XGBoost and
     :class:`~sklearn.ensemble.HistGradientBoostingClassifier` take NaN as it is; put a
     :class:`~sklearn.impute.SimpleImputer` before other classifiers.
 
@@ -55,6 +87,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         "passthrough" hands the columns on as they are, "drop" leaves the branch out. Columns are
         a name, a position, a list or slice of these, a boolean mask or a callable that takes the
         table; a single name or position is handed to the transformer as a one-dimensional column.
+        A branch whose selection is empty is skipped.
 
     remainder : {"drop", "passthrough"} or transformer, default="drop"
         What becomes of the columns that no branch names. They are dropped, or they are read by a
@@ -72,10 +105,29 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Whether to add a last block, "missing", with one column for each branch, that is 1 where the
         row lacks the branch's modality and 0 elsewhere.
 
+    missing_rows : {"auto", "skip", "pass", "error"} or dict of str to these, default="auto"
+        What to do with rows that lack a branch's modality. A dict sets it for some branches; the
+        others have "auto".
+
+        - "auto": "pass" if the transformer handles missing values itself, "skip" otherwise. A
+          transformer handles them if its tag ``input_tags.allow_nan`` is true and it does not
+          merely return NaN for NaN, as scalers, feature selectors and encoders do. A pipeline
+          does if one of its steps handles them and no step before cannot take NaN.
+        - "skip": the transformer is not given these rows, and their block is NaN.
+        - "pass": the transformer is given all rows, with NaN for None in columns of objects.
+        - "error": raise an error that names the branch, before any branch is run.
+
+    keep_unobserved : bool, default=False
+        Whether to keep a branch whose modality no row has in fit, as a block of NaN, instead of
+        raising an error. The block has as many columns as the transformer can name without being
+        fitted, otherwise one. In transform it is NaN for all rows, with a warning if some have the
+        modality.
+
     Attributes
     ----------
     transformers_ : list of (str, transformer, columns) tuples
         The fitted branches, without the dropped ones; the remainder, if there is one, is the last.
+        The transformer of a branch that selects no column or is in `unobserved_` is not fitted.
 
     named_transformers_ : :class:`~sklearn.utils.Bunch`
         The fitted branches by name.
@@ -86,6 +138,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     holds_tokens_ : dict of str to bool
         Whether that block is a column of tokens.
 
+    unobserved_ : list of str
+        The branches whose modality no row had in fit, see `keep_unobserved`.
+
     n_features_in_ : int
         Number of columns seen during fit.
 
@@ -94,7 +149,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     See Also
     --------
-    sklearn.compose.ColumnTransformer : Does the same for rows that all have every modality.
+    sklearn.compose.ColumnTransformer : Gives all rows to each transformer.
 
     Examples
     --------
@@ -122,6 +177,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         "n_jobs": [Integral, None],
         "transformer_weights": [dict, None],
         "add_indicator": ["boolean"],
+        "missing_rows": [StrOptions(set(_MISSING_ROWS)), dict],
+        "keep_unobserved": ["boolean"],
     }
 
     def __init__(
@@ -132,12 +189,16 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         n_jobs=None,
         transformer_weights=None,
         add_indicator=False,
+        missing_rows="auto",
+        keep_unobserved=False,
     ):
         self.transformers = transformers
         self.remainder = remainder
         self.n_jobs = n_jobs
         self.transformer_weights = transformer_weights
         self.add_indicator = add_indicator
+        self.missing_rows = missing_rows
+        self.keep_unobserved = keep_unobserved
 
     def get_params(self, deep=True):
         """Get the parameters of the union and, if deep, its branches and their parameters.
@@ -164,6 +225,10 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     def set_params(self, **params):
         """Set parameters of the union, replace branches, or set parameters within them.
 
+        If the union is fitted, parameters within a branch are also set on its fitted transformer,
+        so that they take effect in `transform`. A branch that is replaced has to be fitted again;
+        until then `transform` raises an error.
+
         Parameters
         ----------
         **params : dict
@@ -175,6 +240,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         self : PerModalityUnion
             The union.
         """
+        replaceable, before = self._replaceable(), self.get_params(deep=True)
+        within = _params_within_branches(params, before)
         if "transformers" in params:
             self.transformers = params.pop("transformers")
         if _are_branches(self.transformers) and any(n in params for n, _, _ in self.transformers):
@@ -182,7 +249,10 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 (name, params.pop(name, transformer), columns)
                 for name, transformer, columns in self.transformers
             ]
-        return super().set_params(**params)
+        super().set_params(**params)
+        if hasattr(self, "transformers_"):
+            self._set_fitted_params(within, replaceable)
+        return self
 
     @with_callbacks
     @_fit_context(prefer_skip_nested_validation=False)  # branches validate themselves
@@ -210,7 +280,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         ------
         ValueError
             If a selected column is absent, a branch name is not allowed, a weight is of no branch,
-            or no row has a branch's modality.
+            no row has a branch's modality, a row lacks one that `missing_rows` requires, or the
+            output of a branch is sparse and too large to be made dense.
         """
         self._fit_branches(_fit_branch, "fit", X, y, params)
         return self
@@ -243,12 +314,10 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             For what `fit` raises it, or if the output cannot hold tokens: it is polars, or numbers
             stand beside them and it is not pandas.
         TypeError
-            If a branch returns neither dense numbers nor tokens.
+            If a branch returns neither numbers nor tokens.
         """
-        outputs, observed, X = self._fit_branches(
-            _fit_transform_branch, "fit_transform", X, y, params
-        )
-        return self._join(outputs, observed, X)
+        outputs, parts, X = self._fit_branches(_fit_transform_branch, "fit_transform", X, y, params)
+        return self._join(outputs, parts, X)
 
     def transform(self, X, **params):
         """Run each branch on the rows that have its modality, and join the results.
@@ -273,33 +342,34 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             For what `fit` raises it, or if the output cannot hold tokens: it is polars, or numbers
             stand beside them and it is not pandas.
         TypeError
-            If a branch returns neither dense numbers nor tokens.
+            If a branch returns neither numbers nor tokens.
         """
         check_is_fitted(self)
         check_routing_enabled(params, self)
+        self._check_not_replaced()
+        self._check_by_branch()
         routed = process_routing(self, "transform", **params)
         X = as_table(X)
         if not (is_frame(X) and hasattr(self, "feature_names_in_")):
             validate_data(self, X, reset=False, skip_check_array=True)
-        parts = [_part(X, name, columns) for name, _, columns in self.transformers_]
-        observed = [np.flatnonzero(~_missing_rows(part)) for part in parts]
-        outputs = Parallel(n_jobs=self.n_jobs)(
-            delayed(_noting_branch)(
-                _transform_branch,
-                name,
-                len(X),
-                transformer,
-                take_rows(part, rows),
-                _cut_to_rows(routed[name]["transform"], rows, len(X)),
-            )
-            for (name, transformer, _), part, rows in zip(
-                self.transformers_, parts, observed, strict=True
-            )
+        parts = self._parts(X, self.transformers_)
+        self._warn_of_unobserved(parts)
+        outputs = self._run(
+            {
+                part.name: delayed(_noting_branch)(
+                    _transform_branch,
+                    part,
+                    _cut_to_rows(routed[part.name]["transform"], part.rows, len(X)),
+                )
+                for part in parts
+                if len(part.rows) and part.name not in self.unobserved_
+            },
+            parts,
         )
-        return self._join(outputs, observed, X)
+        return self._join(outputs, parts, X)
 
     def iter_parts(self, X):
-        """Yield what each branch is shown of a table by fit; it need not be fitted.
+        """Yield what fit gives each branch of a table; the union need not be fitted.
 
         Parameters
         ----------
@@ -309,18 +379,20 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Yields
         ------
         name : str
-            The branch; dropped ones are left out, the remainder is the last.
+            The branch. Those that fit does not run are left out: dropped branches, and branches
+            that select no column or whose modality no row has. The remainder is the last.
 
         transformer : transformer or "passthrough"
             Its transformer, not fitted.
 
         part : DataFrame, Series or ndarray
-            The columns that it reads, of the rows that have the modality.
+            The columns that it reads, of the rows that have the modality, or of all rows if the
+            transformer handles missing values.
         """
         X = as_table(X)
-        for name, transformer, columns in self._branches(X):
-            part = _part(X, name, columns)
-            yield name, transformer, take_rows(part, np.flatnonzero(~_missing_rows(part)))
+        for part in self._parts(X, self._branches(X)):
+            if len(part.observed):
+                yield part.name, part.transformer, part.cells
 
     @property
     def named_transformers_(self):
@@ -355,12 +427,17 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             )
         names = []
         for name, transformer, columns in self.transformers_:
-            own = _feature_names(transformer, _names_of(columns, input_features))
-            block = self.blocks_[name]
-            own = range(block.stop - block.start) if own is None else own
-            names += [f"{name}__{column}" for column in own]
+            width = _width_of(self.blocks_[name])
+            if not width:
+                continue
+            columns_out = _feature_names(transformer, _names_of(columns, input_features))
+            if columns_out is None or len(columns_out) != width:
+                columns_out = range(width)
+            names += [f"{name}__{column}" for column in columns_out]
         if self._has_indicator:
-            names += [f"missing__{name}" for name, _, _ in self.transformers_]
+            names += [
+                f"missing__{name}" for name, _, columns in self.transformers_ if _selects(columns)
+            ]
         return np.asarray(names, dtype=object)
 
     def get_metadata_routing(self):
@@ -385,10 +462,10 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return router
 
     def _fit_branches(self, run, caller, X, y, params):
-        """Fit all branches; return their outputs, the rows each saw, and the table."""
+        """Fit all branches; return their outputs by name, what each was given, and the table."""
         check_routing_enabled(params, self)
         self._check_transformers()
-        self._check_weights()
+        self._check_by_branch()
         routed = process_routing(self, caller, **params)
         X = as_table(X)
         validate_data(self, X, skip_check_array=True)
@@ -396,51 +473,69 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         branches = self._branches(X)
         if not branches:
             raise ValueError("All branches are 'drop'; keep at least one, or set remainder.")
-        parts = [_part(X, name, columns) for name, _, columns in branches]
-        observed = [
-            _observed_in_fit(part, name, columns)
-            for part, (name, _, columns) in zip(parts, branches, strict=True)
+        parts = [
+            part._replace(transformer=clone(_as_transformer(part.transformer)))
+            for part in self._parts(X, branches)
         ]
-        context = self._init_callback_context(max_subtasks=len(branches), sequential_subtasks=False)
+        self.unobserved_ = self._check_unobserved(parts)
+        fitted_parts = [part for part in parts if len(part.observed)]
+        context = self._init_callback_context(
+            max_subtasks=len(fitted_parts), sequential_subtasks=False
+        )
         _callbacks.begin(self, context, X, y)
-        tasks = [  # before the loop: it pickles the union, of which they change an attribute
-            _callbacks.subtask(context, f"fit-{name}", 0, task_id=number)
-            for number, (name, _, _) in enumerate(branches)
-        ]
-        results = Parallel(n_jobs=self.n_jobs)(
-            delayed(_noting_branch)(
-                _fit_with_callbacks,
-                name,
-                len(X),
-                clone(_as_transformer(transformer)),
-                take_rows(part, rows),
-                None if y is None else take_rows(y, rows),
-                {
-                    method: _cut_to_rows(metadata, rows, len(X))
-                    for method, metadata in routed[name].items()
-                },
-                run,
-                self,
-                task,
-            )
-            for (name, transformer, _), part, rows, task in zip(
-                branches, parts, observed, tasks, strict=True
-            )
-        )
-        fitted, outputs, widths, holds_tokens = zip(*results, strict=True)
-        self.transformers_ = [
-            (name, transformer, columns)
-            for transformer, (name, _, columns) in zip(fitted, branches, strict=True)
-        ]
-        self.blocks_ = _side_by_side(
-            {name: width for (name, _, _), width in zip(branches, widths, strict=True)}
-            | ({"missing": len(branches)} if self.add_indicator else {})
-        )
-        self.holds_tokens_ = dict.fromkeys(self.blocks_, False) | {
-            name: holds for (name, _, _), holds in zip(branches, holds_tokens, strict=True)
+        tasks = {  # before the loop: it pickles the union, of which they change an attribute
+            part.name: _callbacks.subtask(context, f"fit-{part.name}", 0, task_id=number)
+            for number, part in enumerate(fitted_parts)
         }
+        results = self._run(
+            {
+                part.name: delayed(_noting_branch)(
+                    _fit_with_callbacks,
+                    part,
+                    None if y is None else take_rows(y, part.rows),
+                    {
+                        method: _cut_to_rows(metadata, part.rows, len(X))
+                        for method, metadata in routed[part.name].items()
+                    },
+                    run,
+                    self,
+                    tasks[part.name],
+                )
+                for part in fitted_parts
+            },
+            parts,
+        )
+        for part in parts:
+            if part.name not in results:
+                results[part.name] = _unfitted_result(part, X)
+        self.transformers_ = [
+            (part.name, results[part.name].transformer, part.columns) for part in parts
+        ]
+        widths = {part.name: results[part.name].width for part in parts}
+        if self.add_indicator:
+            widths["missing"] = sum(_selects(part.columns) for part in parts)
+        self.blocks_ = _side_by_side(widths)
+        self.holds_tokens_ = dict.fromkeys(self.blocks_, False) | {
+            part.name: results[part.name].holds_tokens for part in parts
+        }
+        self._replaced = []
         _callbacks.end(self, context, X, y)
-        return outputs, observed, X
+        return {name: result.output for name, result in results.items()}, parts, X
+
+    def _run(self, calls, parts):
+        """Run delayed calls of branches; return their results by name.
+
+        Encoders and what is trained on their vectors come last: they take hours where the others
+        take seconds, and what those refuse should be refused before.
+        """
+        costly = {part.name for part in parts if _is_costly(part.transformer)}
+        cheap_names = [name for name in calls if name not in costly]
+        costly_names = [name for name in calls if name in costly]
+        results = {}
+        for names in (cheap_names, costly_names):
+            outcomes = Parallel(n_jobs=self.n_jobs)(calls[name] for name in names)
+            results |= zip(names, outcomes, strict=True)
+        return results
 
     def _transformers_by_name(self):
         """List the name and the transformer of each branch, the remainder last."""
@@ -458,6 +553,89 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             for name, transformer, columns in branches
             if not _is_dropped(transformer)
         ]
+
+    def _parts(self, X, branches):
+        """Cut out of the table what each branch is given: its columns, and some rows or all."""
+        parts = []
+        for name, transformer, columns in branches:
+            if not _selects(columns):
+                nothing = np.array([], dtype=np.intp)
+                parts.append(_Part(name, transformer, columns, None, nothing, nothing, len(X)))
+                continue
+            cells = _select(X, name, columns)
+            rows = observed = np.flatnonzero(~_missing_rows(cells))
+            treatment = self._treatment(name, transformer)
+            if treatment == "error" and len(observed) < len(X):
+                raise _lacking_error(name, columns, observed, len(X))
+            if treatment == "pass":
+                rows, cells = np.arange(len(X)), missing_as_nan(cells)
+            else:
+                cells = take_rows(cells, rows)
+            _check_dates(name, transformer, cells)
+            parts.append(_Part(name, transformer, columns, cells, rows, observed, len(X)))
+        return parts
+
+    def _treatment(self, name, transformer):
+        """Return what becomes of rows that lack a modality: "skip", "pass" or "error"."""
+        setting = self.missing_rows
+        if isinstance(setting, dict):
+            setting = setting.get(name, "auto")
+        if setting == "auto":
+            reaction = _reaction_to_nan(transformer)
+            return "pass" if reaction is not None and reaction.handles else "skip"
+        return setting
+
+    def _check_unobserved(self, parts):
+        """Return the branches that no row has; raise an error unless they are to be kept."""
+        unobserved = [part for part in parts if not len(part.observed) and _selects(part.columns)]
+        if unobserved and not self.keep_unobserved:
+            part = unobserved[0]
+            raise ValueError(
+                f"Branch {part.name!r} has nothing to learn from: column {part.columns!r} is "
+                f"missing in all {part.n_rows} rows. Check the column, drop the branch, or set "
+                "keep_unobserved=True to keep it as a block of NaN."
+            )
+        return [part.name for part in unobserved]
+
+    def _warn_of_unobserved(self, parts):
+        """Warn of rows that have a modality which no row had in fit."""
+        surplus = {
+            part.name: len(part.observed)
+            for part in parts
+            if part.name in self.unobserved_ and len(part.observed)
+        }
+        if surplus:
+            warnings.warn(
+                f"No row had the modality of the branches {list(surplus)} in fit, so their blocks "
+                f"are NaN, but now {max(surplus.values())} rows have it. Fit again on rows that "
+                "have it, or set the branches to 'drop'.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _replaceable(self):
+        """List what fit reads of each branch: its name, its transformer and its columns."""
+        branches = list(self.transformers) if _are_branches(self.transformers) else []
+        return [*branches, ("remainder", self.remainder, None)]
+
+    def _set_fitted_params(self, within, before):
+        """Set parameters on the fitted branches, and note which branches were replaced."""
+        now = self._replaceable()
+        replaced = [name for name, *_ in before if name not in {name for name, *_ in now}]
+        replaced += [branch[0] for branch in now if not _is_among(branch, before)]
+        self._replaced = [*self._replaced, *replaced]
+        for name, transformer, _ in self.transformers_:
+            if within[name] and name not in self._replaced:
+                transformer.set_params(**within[name])
+
+    def _check_not_replaced(self):
+        """Refuse to run branches that are not those set now."""
+        if self._replaced:
+            names = list(dict.fromkeys(self._replaced))
+            raise ValueError(
+                f"The branches {names} were replaced by set_params after fit, so the fitted "
+                "branches are no longer those of the union. Call fit again."
+            )
 
     def _check_transformers(self):
         """Refuse what is no list of branches, and what is no transformer in one."""
@@ -497,9 +675,20 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                     "'missing' is the block that add_indicator adds; name the branch otherwise."
                 )
 
-    def _check_weights(self):
-        """Refuse weights of branches that there are not, and what is no weight."""
+    def _check_by_branch(self):
+        """Refuse settings of branches that there are not, and values that are not allowed."""
         known = [name for name, _ in self._transformers_by_name()]
+        settings = self.missing_rows if isinstance(self.missing_rows, dict) else {}
+        for name, setting in settings.items():
+            if name not in known:
+                raise ValueError(
+                    f"missing_rows has a setting for {name!r}, but the branches are {known}."
+                )
+            if setting not in _MISSING_ROWS:
+                raise ValueError(
+                    f"missing_rows must be one of {list(_MISSING_ROWS)}; got {setting!r} for "
+                    f"branch {name!r}."
+                )
         for name, weight in (self.transformer_weights or {}).items():
             if name not in known:
                 raise ValueError(
@@ -511,36 +700,38 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                     f"{name!r}."
                 )
 
-    def _join(self, outputs, observed, X):
+    def _join(self, outputs, parts, X):
         """Scatter each branch's rows into its block, leaving the others missing, and weight it."""
-        names = [name for name, _, _ in self.transformers_]
         tokens = [
-            name
-            for name, output in zip(names, outputs, strict=True)
-            # Fit may have been shown a cell that gave none, such as a picture that is damaged.
-            if self.holds_tokens_[name] or _holds_tokens(output)
+            part.name
+            for part in parts
+            # Fit may have been shown a cell that gave none, such as an image that is damaged.
+            if self.holds_tokens_[part.name] or _holds_tokens(outputs.get(part.name))
         ]
         self._check_container(tokens)
-        outputs = [
-            None
-            if output is None
-            else _as_array(output, name, len(rows), self.blocks_[name], name in tokens)
-            for name, output, rows in zip(names, outputs, observed, strict=True)
-        ]
-        dtypes = [o.dtype for o in outputs if o is not None and o.dtype != object]
+        arrays = {
+            part.name: _as_array(
+                outputs[part.name], part, self.blocks_[part.name], part.name in tokens
+            )
+            for part in parts
+            if outputs.get(part.name) is not None
+        }
+        dtypes = [array.dtype for array in arrays.values() if array.dtype != object]
         joined = np.full(
             (len(X), max(block.stop for block in self.blocks_.values())),
             np.nan,
             dtype=np.result_type(*dtypes) if dtypes else np.float64,
         )
-        blocks = {name: joined[:, block] for name, block in self.blocks_.items()}
+        blocks = {name: joined[:, block] for name, block in self._filled_blocks.items()}
         blocks |= {name: np.full((len(X), 1), None, dtype=object) for name in tokens}
         weights = self.transformer_weights or {}
-        for name, output, rows in zip(names, outputs, observed, strict=True):
-            _fill(blocks[name], output, rows, float(weights.get(name, 1)))
-        if self._has_indicator:
-            blocks["missing"][:] = _indicator(observed, len(X))
-        if len(tokens) == len(blocks):
+        for part in parts:
+            if part.name in arrays:
+                weight = float(weights.get(part.name, 1))
+                _fill(blocks[part.name], arrays[part.name], part.rows, weight)
+        if self._has_indicator and "missing" in blocks:
+            blocks["missing"][:] = _indicator(parts, len(X))
+        if tokens and len(tokens) == len(blocks):
             return np.hstack(list(blocks.values()))
         if tokens:
             joined = pd.DataFrame(joined, index=getattr(X, "index", None), copy=False)
@@ -551,7 +742,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     def _check_container(self, tokens):
         """Refuse output that cannot hold the tokens of these branches."""
         container = output_container(self)
-        numbers = [name for name in self.blocks_ if name not in tokens]
+        numbers = [name for name in self._filled_blocks if name not in tokens]
         if tokens and container == "polars":
             raise ValueError(
                 f"Branches {tokens} give tokens, one object column each of arrays of different "
@@ -565,6 +756,11 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             )
 
     @property
+    def _filled_blocks(self):
+        """The blocks that have a column."""
+        return {name: block for name, block in self.blocks_.items() if _width_of(block)}
+
+    @property
     def _has_indicator(self):
         """Whether fit added the indicator; the parameter may have been set since."""
         return len(self.blocks_) > len(self.transformers_)
@@ -575,18 +771,167 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.input_tags.string = True
-        # Rows of NaN never reach a branch; single numbers that are missing do.
+        # Single numbers that are missing reach every branch.
         tags.input_tags.allow_nan = all(
-            isinstance(transformer, str) or get_tags(transformer).input_tags.allow_nan
+            _is_dropped(transformer) or _reaction_to_nan(transformer) is not None
             for _, transformer in self._transformers_by_name()
         )
         return tags
+
+
+class _Part(NamedTuple):
+    """What a branch is given of a table, and which of the table's rows have its modality."""
+
+    name: str
+    transformer: Any
+    columns: Any
+    cells: Any  # its columns, of these rows:
+    rows: np.ndarray
+    observed: np.ndarray
+    n_rows: int  # of the table
+
+
+class _Fitted(NamedTuple):
+    """A fitted branch, what it returned for the training rows, and what its block is."""
+
+    transformer: Any
+    output: Any
+    width: int
+    holds_tokens: bool
+
+
+class _Reaction(NamedTuple):
+    """How a transformer that takes rows of NaN treats them."""
+
+    handles: bool  # it returns something else than a row of NaN, at least in some columns
+    keeps: bool  # it may return NaN, at least in some columns
+
+
+_KEEPS = _Reaction(handles=False, keeps=True)
+_FILLS = _Reaction(handles=True, keeps=False)
+
+
+def _reaction_to_nan(transformer):
+    """Tell how a transformer treats rows of NaN; None if it cannot take them."""
+    if transformer is None or _is_passthrough(transformer):
+        return _KEEPS
+    if isinstance(transformer, Pipeline):
+        return _reaction_in_sequence([step for _, step in transformer.steps])
+    if isinstance(transformer, PerModalityUnion):
+        return _reaction_of_union(transformer)
+    if isinstance(transformer, FeatureUnion):
+        return _reaction_side_by_side([inner for _, inner in transformer.transformer_list])
+    if isinstance(transformer, ColumnTransformer):
+        inner = [inner for _, inner, _ in transformer.transformers]
+        return _reaction_side_by_side([*inner, transformer.remainder])
+    if isinstance(transformer, FunctionTransformer):
+        # Whether the function fills NaN cannot be read from it.
+        return None if transformer.validate else _KEEPS
+    if _keeps_missing_rows(transformer):
+        return _KEEPS
+    if not hasattr(transformer, "__sklearn_tags__"):
+        return None
+    if not get_tags(transformer).input_tags.allow_nan:
+        wrapped = _estimators_within(transformer)
+        return _reaction_side_by_side(wrapped) if wrapped else None
+    if isinstance(transformer, OrdinalEncoder):
+        return _Reaction(handles=True, keeps=bool(pd.isna(transformer.encoded_missing_value)))
+    return _KEEPS if isinstance(transformer, _KEEP_MISSING) else _FILLS
+
+
+def _reaction_in_sequence(steps):
+    """Tell how a pipeline treats rows of NaN: up to the first step that leaves no NaN."""
+    handles = False
+    for step in steps:
+        reaction = _reaction_to_nan(step)
+        if reaction is None:
+            return None
+        handles = handles or reaction.handles
+        if not reaction.keeps:
+            return _FILLS
+    return _Reaction(handles, keeps=True)
+
+
+def _reaction_side_by_side(transformers):
+    """Tell how transformers of which each is given the rows treat rows of NaN."""
+    reactions = [_reaction_to_nan(inner) for inner in transformers if not _is_dropped(inner)]
+    if None in reactions:
+        return None
+    return _Reaction(
+        handles=any(reaction.handles for reaction in reactions),
+        keeps=any(reaction.keeps for reaction in reactions) or not reactions,
+    )
+
+
+def _reaction_of_union(union):
+    """Tell how a union within a branch treats rows of NaN, which it hides from some branches."""
+    reactions = []
+    for name, transformer in union._transformers_by_name():
+        if not _is_dropped(transformer):
+            treatment = union._treatment(name, transformer)
+            if treatment == "error":
+                return None
+            passes = treatment == "pass"
+            reactions.append((_reaction_to_nan(transformer) if passes else None) or _KEEPS)
+    return _Reaction(
+        handles=any(reaction.handles for reaction in reactions),
+        keeps=any(reaction.keeps for reaction in reactions) or not reactions,
+    )
+
+
+def _keeps_missing_rows(transformer):
+    """Tell whether a transformer of this package returns NaN where its input is missing."""
+    return getattr(transformer, "_keeps_missing_rows", False) is True
+
+
+def _estimators_within(transformer):
+    """List the estimators among a transformer's parameters, as those that a wrapper has."""
+    params = transformer.get_params(deep=False) if hasattr(transformer, "get_params") else {}
+    return [
+        value
+        for value in params.values()
+        if hasattr(value, "get_params") and not isinstance(value, type)
+    ]
+
+
+def _is_costly(transformer):
+    """Tell whether a branch holds an encoder or what is trained on its vectors."""
+    if not hasattr(transformer, "get_params"):
+        return False
+    steps = [transformer, *transformer.get_params(deep=True).values()]
+    return any(_keeps_missing_rows(step) for step in steps)
 
 
 def _are_branches(transformers):
     """Tell whether `transformers` has the right form; get_params is asked before it is checked."""
     return isinstance(transformers, list) and all(
         isinstance(branch, tuple | list) and len(branch) == 3 for branch in transformers
+    )
+
+
+def _params_within_branches(params, before):
+    """Group the parameters that are set within branches by branch."""
+    within = defaultdict(dict)
+    for key, value in params.items():
+        name, _, inner = key.partition("__")
+        # What get_params returned of the unfitted branch must not replace what is fitted.
+        is_same = value is before.get(key) and (
+            isinstance(value, list) or hasattr(value, "get_params")
+        )
+        if inner and not is_same:
+            within[name][inner] = value
+    return within
+
+
+def _is_among(branch, branches):
+    """Tell whether a branch is one of these: name, columns, and the transformer itself."""
+    return any(all(map(_is_same, branch, candidate)) for candidate in branches)
+
+
+def _is_same(value, candidate):
+    simple = (str, int, slice, list, tuple)
+    return value is candidate or (
+        isinstance(value, simple) and type(value) is type(candidate) and value == candidate
     )
 
 
@@ -613,10 +958,20 @@ def _resolve(X, name, columns, *, flat):
     return resolved[0] if scalar and flat else resolved
 
 
-def _part(X, name, columns):
+def _selects(columns):
+    """Tell whether a selection, as `_resolve` returns it, holds a column."""
+    return not (isinstance(columns, list) and not columns)
+
+
+def _select(X, name, columns):
     """Cut a branch's columns out of the table."""
     positions, scalar = column_positions(X, columns, owner=f"Branch {name!r}")
     return take_columns(X, positions, scalar=scalar)
+
+
+def _names_in_table(columns, X):
+    """Name the columns of a table that a branch reads."""
+    return _names_of(columns, X.columns if is_frame(X) else [f"x{i}" for i in range(X.shape[1])])
 
 
 def _names_of(columns, input_features):
@@ -631,15 +986,30 @@ def _missing_rows(part):
     return missing if missing.ndim == 1 else missing.all(axis=1)
 
 
-def _observed_in_fit(part, name, columns):
-    """Return the positions of the rows that have the modality, of which there must be one."""
-    observed = np.flatnonzero(~_missing_rows(part))
-    if not len(observed):
+def _check_dates(name, transformer, cells):
+    """Refuse missing dates where they would silently become numbers."""
+    if isinstance(transformer, Pipeline) and transformer.steps:
+        transformer = transformer.steps[0][1]
+    joins = (FunctionTransformer, ColumnTransformer, FeatureUnion)
+    if not type(transformer).__module__.startswith("sklearn.") or isinstance(transformer, joins):
+        return
+    dates = missing_dates(cells)
+    if dates:
         raise ValueError(
-            f"Branch {name!r} has nothing to learn from: column {columns!r} is missing in all "
-            f"{len(part)} rows. Drop the branch, or check the column."
+            f"Branch {name!r} reads the columns {dates}, in which dates are missing. "
+            f"{type(transformer).__name__} does not recognise missing dates: it would take them "
+            "for numbers near -9e18. Turn the dates into numbers first, for example by "
+            "skrub.TableVectorizer or skrub.DatetimeEncoder."
         )
-    return observed
+
+
+def _lacking_error(name, columns, observed, n_rows):
+    lacking = np.setdiff1d(np.arange(n_rows), observed)
+    return ValueError(
+        f"{len(lacking)} of {n_rows} rows lack the modality of branch {name!r}, first row "
+        f"{lacking[0]}: column {columns!r} is missing. Fill the column, put an imputer into the "
+        f"branch, or set missing_rows={{{name!r}: 'skip'}} and put a SimpleImputer after the union."
+    )
 
 
 def _cut_to_rows(metadata, rows, n_rows):
@@ -665,32 +1035,66 @@ def _as_transformer(transformer):
     return transformer
 
 
-def _fit_with_callbacks(transformer, X, y, params, run, union, task):
+def _fit_with_callbacks(part, y, params, run, union, task):
     """Fit a branch as a task of the union; its transformer is handed the callbacks."""
-    with _callbacks.fitting(union, task, transformer, X, y):
-        return run(transformer, X, y, params)
+    with _callbacks.fitting(union, task, part.transformer, part.cells, y):
+        return run(part, y, params)
 
 
-def _fit_branch(transformer, X, y, params):
-    transformer.fit(X, y, **params["fit"])
+def _fit_branch(part, y, params):
+    transformer = part.transformer.fit(part.cells, y, **params["fit"])
     names = _feature_names(transformer)
-    if names is not None and len(names) != 1:
-        return transformer, None, len(names), False
-    # Nothing but its cells tells a column of tokens from one of numbers.
-    output = transformer.transform(take_rows(X, [0]))
-    return transformer, None, _width(output), _holds_tokens(output)
+    if names is not None and len(names) != 1 and _is_costly(transformer):
+        return _Fitted(transformer, None, len(names), False)
+    # Only its cells tell a column of tokens from one of numbers, and whether output is sparse.
+    row = np.searchsorted(part.rows, part.observed[0])
+    output = _dense(transformer.transform(take_rows(part.cells, [row])), part)
+    return _Fitted(transformer, None, _width(output), _holds_tokens(output))
 
 
-def _fit_transform_branch(transformer, X, y, params):
+def _fit_transform_branch(part, y, params):
+    transformer, X = part.transformer, part.cells
     if hasattr(transformer, "fit_transform"):
         output = transformer.fit_transform(X, y, **params["fit_transform"])
     else:
         output = transformer.fit(X, y, **params["fit"]).transform(X, **params["transform"])
-    return transformer, output, _width(output), _holds_tokens(output)
+    output = _dense(output, part)
+    return _Fitted(transformer, output, _width(output), _holds_tokens(output))
 
 
-def _transform_branch(transformer, X, params):
-    return transformer.transform(X, **params) if len(X) else None
+def _transform_branch(part, params):
+    return _dense(part.transformer.transform(part.cells, **params), part)
+
+
+def _unfitted_result(part, X):
+    """Return what becomes of a branch that is not run: no column, or a block of NaN."""
+    if not _selects(part.columns):
+        return _Fitted(part.transformer, None, 0, False)
+    names = _feature_names(part.transformer, _names_in_table(part.columns, X))
+    width = len(names) if names is not None and len(names) else 1
+    holds_tokens = False
+    last = part.transformer[-1] if isinstance(part.transformer, Pipeline) else part.transformer
+    if width == 1 and _keeps_missing_rows(last) and not get_tags(last).requires_fit:
+        # An encoder returns None for a missing cell if it returns tokens for others.
+        vector = last.transform(np.array([[None]], dtype=object))
+        holds_tokens = np.asarray(vector).dtype == object
+    return _Fitted(part.transformer, None, width, holds_tokens)
+
+
+def _dense(output, part):
+    """Make sparse output dense, if that is small for the whole table."""
+    if not hasattr(output, "toarray"):
+        return output
+    n_bytes = part.n_rows * output.shape[1] * output.dtype.itemsize
+    if n_bytes > _LARGEST_DENSE_OUTPUT:
+        raise ValueError(
+            f"Branch {part.name!r} returned a sparse matrix of {output.shape[1]} columns, which as "
+            f"a dense block of {part.n_rows} rows needs {n_bytes / 2**30:.1f} GiB; up to "
+            f"{_LARGEST_DENSE_OUTPUT / 2**30:.1f} GiB are made dense. End the branch with a "
+            "TruncatedSVD, limit its columns (max_features, max_categories, n_features), or make "
+            "its output dense yourself (sparse_output=False)."
+        )
+    return output.toarray()
 
 
 def _width(output):
@@ -709,6 +1113,10 @@ def _holds_tokens(output):
     return np.shape(output)[1:] == (1,) and bool(token_columns(output).any())
 
 
+def _width_of(block):
+    return block.stop - block.start
+
+
 def _side_by_side(widths):
     """Turn the widths of blocks into the slices that they fill, one after the other."""
     ends = np.cumsum(list(widths.values())).tolist()
@@ -720,28 +1128,52 @@ def _side_by_side(widths):
 
 def _fill(block, output, rows, weight):
     """Scatter what a branch returned for these rows into its block, and weight it."""
-    if output is not None:
-        block[rows] = output
+    block[rows] = output
     if weight != 1:
         np.multiply(block, weight, out=block, where=~missing_cells(block))
 
 
-def _indicator(observed, n_rows):
-    """Say by 1 which rows lack each branch's modality, given those that have it."""
-    missing = np.ones((n_rows, len(observed)))
-    for column, rows in enumerate(observed):
-        missing[rows, column] = 0
+def _indicator(parts, n_rows):
+    """Say by 1 which rows lack each branch's modality."""
+    parts = [part for part in parts if _selects(part.columns)]
+    missing = np.ones((n_rows, len(parts)))
+    for column, part in enumerate(parts):
+        missing[part.observed, column] = 0
     return missing
 
 
-def _noting_branch(run, name, n_rows, transformer, X, *rest):
-    """Run a branch; an error that leaves it says which branch it was and what rows it saw."""
+def _noting_branch(run, part, *rest):
+    """Run a branch; an error that leaves it says which branch it was and what rows it was given."""
     try:
-        return run(transformer, X, *rest)
+        return run(part, *rest)
     except Exception as error:
-        seen = "all rows" if len(X) == n_rows else f"the {len(X)} of {n_rows} rows that it has"
-        error.add_note(f"This was in branch {name!r} of PerModalityUnion, which was given {seen}.")
+        error.add_note(_note(part, str(error)))
         raise
+
+
+def _note(part, message):
+    """Say which branch it was, which rows it was given, and what often helps."""
+    n_lacking = part.n_rows - len(part.observed)
+    all_rows = len(part.rows) == part.n_rows
+    rows = "all rows" if all_rows else f"the {len(part.rows)} of {part.n_rows} rows that it has"
+    note = f"This was in branch {part.name!r} of PerModalityUnion, which was given {rows}."
+    if all_rows and n_lacking and _mentions(message, "nan", "none", "missing", "unknown"):
+        note += (
+            f" {n_lacking} of these lack its modality; missing_rows={{{part.name!r}: 'skip'}} "
+            "leaves them out."
+        )
+    if np.ndim(part.cells) == 1 and _mentions(message, "2d", "2-d", "dataframe"):
+        note += (
+            f" It selects a single column by a scalar, which is one-dimensional; select "
+            f"[{part.columns!r}] instead."
+        )
+    if isinstance(part.columns, list) and _mentions(message, "'lower'"):
+        note += f" For a transformer of texts, select one column, as in {part.columns[0]!r}."
+    return note
+
+
+def _mentions(message, *words):
+    return any(word in message.lower() for word in words)
 
 
 def _feature_names(transformer, input_features=None):
@@ -752,13 +1184,9 @@ def _feature_names(transformer, input_features=None):
         return None
 
 
-def _as_array(output, name, n_rows, block, holds_tokens):
+def _as_array(output, part, block, holds_tokens):
     """Turn a branch's output into an array of numbers, or of tokens, of the expected shape."""
-    if hasattr(output, "toarray"):
-        raise TypeError(
-            f"Branch {name!r} returned a sparse matrix; the union joins dense columns. Ask the "
-            "transformer for dense output, or add a TruncatedSVD to the branch."
-        )
+    name = part.name
     output = np.asarray(output)
     if holds_tokens or output.dtype.kind != "f":
         try:
@@ -767,12 +1195,20 @@ def _as_array(output, name, n_rows, block, holds_tokens):
             raise TypeError(
                 f"Branch {name!r} returned {output.dtype} columns that are not numbers ({error}). "
                 "End the branch with a transformer that returns numbers, such as FrozenEncoder or "
-                "OneHotEncoder(sparse_output=False), or one column of tokens, such as "
-                "FrozenEncoder(output='tokens')."
+                "OneHotEncoder, or one column of tokens, such as FrozenEncoder(output='tokens')."
             ) from error
-    expected = (n_rows, block.stop - block.start)
+    expected = (len(part.rows), _width_of(block))
     if output.shape != expected:
-        raise ValueError(f"Branch {name!r} returned shape {output.shape}; {expected} was expected.")
+        hint = ""
+        if len(output) == 1 != len(part.rows) and isinstance(part.columns, list):
+            # Vectorizers of texts iterate over a table's columns, not over its rows.
+            hint = (
+                f" If the transformer takes a single column of texts, select {part.columns[0]!r} "
+                f"instead of {part.columns!r}."
+            )
+        raise ValueError(
+            f"Branch {name!r} returned shape {output.shape}; {expected} was expected.{hint}"
+        )
     return output
 
 

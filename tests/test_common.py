@@ -459,7 +459,7 @@ SILENT = {
         "warm_start",
         "keep_optimizer",
     },
-    "PerModalityUnion": {"n_jobs"},
+    "PerModalityUnion": {"n_jobs", "missing_rows", "keep_unobserved"},
     "ModalityGapAligner": {"widths", "random_state"},  # of unequal widths, and of the noise
     "CanonicalAligner": set(),
     "EarlyFusionClassifier": SILENT_IN_HEADS,

@@ -1,15 +1,19 @@
 """PerModalityUnion: branches see the rows that have their modality, and nothing else."""
 
+from functools import partial
+from uuid import uuid4
+
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pytest
 import sklearn
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer, make_column_selector
 from sklearn.decomposition import PCA
 from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
@@ -17,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
-from sklembed import ContrastiveProjector, FrozenEncoder, PerModalityUnion
+from sklembed import CallableBackend, ContrastiveProjector, FrozenEncoder, PerModalityUnion
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def test_without_missing_rows_it_equals_column_transformer(table):
 
 
 def test_a_missing_modality_is_a_row_of_nan_in_its_block(union, table):
-    blocks = union.fit_transform(table)
+    blocks = union.set_params(missing_rows="skip").fit_transform(table)
     assert union.blocks_ == {"text": slice(0, 9), "size": slice(9, 11)}
     nan = np.isnan(blocks)
     assert nan[:, :9].all(axis=1).tolist() == [False, True, False, False, False, False]
@@ -92,6 +96,7 @@ def test_a_branch_sees_only_the_rows_that_have_its_modality(table):
 def test_missing_rows_do_not_touch_the_others(union, table):
     """Adding rows that lack a modality changes nothing for those that have it."""
     complete = table.dropna()
+    union.set_params(missing_rows="skip")
     fitted = clone(union).fit(complete)
     padded = complete.reindex([*complete.index, "n"])
     refitted = clone(union).fit(padded)
@@ -101,8 +106,12 @@ def test_missing_rows_do_not_touch_the_others(union, table):
 def test_rows_that_lack_everything_at_transform(union, table):
     union.fit(table)
     nothing = pd.DataFrame({"note": [None], "height": [np.nan], "width": [np.nan]})
+    blocks = union.transform(nothing)
+    assert blocks.shape == (1, 11)
+    assert np.isnan(blocks[:, :9]).all()
+    np.testing.assert_allclose(blocks[:, 9:], 0, atol=1e-12)  # the imputed means, standardised
+    union.set_params(missing_rows="skip")
     assert np.isnan(union.transform(nothing)).all()
-    assert union.transform(nothing).shape == (1, 11)
 
 
 def test_a_branch_without_any_observed_row_is_refused_by_name(union, table):
@@ -159,7 +168,6 @@ def test_named_columns_are_found_in_any_order_and_among_others(union, table):
             r"Branch 'b' asks for column 'colour', which is not in X. X has the columns \['",
         ),
         ([7], "Branch 'b' asks for column 7, but X has 3 columns"),
-        ([], "Branch 'b' selects no column"),
         (slice("colour", None), "asks for column 'colour'"),
         ([True, False], "a mask of 2 values, but X has 3 columns"),
     ],
@@ -260,6 +268,12 @@ def test_branches_that_could_not_be_told_apart_are_refused(transformers, message
         (pd.DataFrame({"note": [], "height": [], "width": []}), ValueError, "the table is empty"),
         (np.zeros((3, 0)), ValueError, "the table has no columns"),
         (np.zeros(3), ValueError, "Expected 2D array, got 1D array"),
+        (pd.Series([1.0]), ValueError, r"it is a Series. Pass X.to_frame\(\)"),
+        ([{"note": "a"}], ValueError, r"it is a list. Pass pd.DataFrame\(X\)"),
+        (3, ValueError, "it is an int. Pass a DataFrame"),
+        ({"note": ["a"]}, TypeError, r"got a dict. Pass pd.DataFrame\(X\)"),
+        (pa.table({"note": ["a"]}), TypeError, r"got a pyarrow Table. Pass X.to_pandas\(\)"),
+        (pl.LazyFrame({"note": ["a"]}), TypeError, r"a polars LazyFrame. Pass X.collect\(\)"),
     ],
 )
 def test_bad_tables_are_refused(union, X, error, message):
@@ -272,9 +286,59 @@ def test_what_is_not_numbers_is_refused_by_branch(table):
         PerModalityUnion([("text", "passthrough", ["note"])]).fit_transform(table)
 
 
-def test_sparse_output_is_refused_by_branch(table):
-    with pytest.raises(TypeError, match="Branch 'text' returned a sparse matrix"):
-        PerModalityUnion([("text", CountVectorizer(), "note")]).fit_transform(table)
+@pytest.mark.parametrize("method", ["fit", "fit_transform"])
+def test_sparse_output_is_made_dense(table, method):
+    union = PerModalityUnion(
+        [("text", CountVectorizer(), "note"), ("size", StandardScaler(), ["height"])]
+    )
+    getattr(union, method)(table)
+    blocks = union.transform(table)
+    texts = table["note"].dropna()
+    np.testing.assert_array_equal(
+        blocks[table["note"].notna(), :-1], CountVectorizer().fit_transform(texts).toarray()
+    )
+    assert np.isnan(blocks[1, :-1]).all()
+    assert union.blocks_["text"] == slice(0, len(union.get_feature_names_out()) - 1)
+
+
+@pytest.mark.parametrize("n_jobs", [None, 2])
+@pytest.mark.parametrize("method", ["fit", "fit_transform", "transform"])
+def test_large_sparse_output_is_refused_before_any_encoding(tmp_path, method, n_jobs):
+    """Although the encoder is the first branch."""
+    encoder, encoded = counting_encoder(tmp_path)
+    branches = [
+        ("encoded", make_pipeline(encoder, StandardScaler()), "note"),
+        ("hashed", HashingVectorizer(n_features=2**20), "note"),
+    ]
+    union = PerModalityUnion(branches, n_jobs=n_jobs)
+    small = pd.DataFrame({"note": ["a cat", "a dog"]})
+    large = pd.concat([small] * 50, ignore_index=True)
+    if method == "transform":
+        union.fit(small)
+    before = encoded()
+    message = (
+        r"Branch 'hashed' returned a sparse matrix of 1048576 columns, which as a dense block of "
+        r"100 rows needs 0\.8 GiB; up to 0\.5 GiB .* TruncatedSVD, .*max_features.*sparse_output"
+    )
+    with pytest.raises(ValueError, match=message):
+        getattr(union, method)(large)
+    assert encoded() == before
+
+
+def counting_encoder(folder):
+    """Return an encoder and a function that counts the batches it was run on, in any process."""
+    backend = CallableBackend(
+        partial(load_noting, folder), name="noting", version="1", modality="text", n_features=2
+    )
+    return FrozenEncoder(backend, store=None), lambda: len(list(folder.iterdir()))
+
+
+def load_noting(folder):
+    def encode(texts):
+        (folder / uuid4().hex).touch()
+        return np.array([[len(text), text.count("a")] for text in texts], dtype=np.float32)
+
+    return encode
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
@@ -356,6 +420,27 @@ def test_passthrough_takes_a_single_name_and_nullable_numbers(table):
     blocks = union.fit_transform(table.astype({"height": "Float64", "width": "Float64"}))
     np.testing.assert_array_equal(blocks[:, 0], table["height"])
     np.testing.assert_array_equal(blocks[:, 1:], table[["height", "width"]].to_numpy())
+
+
+@pytest.mark.parametrize("kind", ["pandas", "polars", "numpy"])
+def test_a_scalar_selection_for_a_transformer_of_tables_is_explained(table, kind):
+    X = {"pandas": table, "polars": pl.from_pandas(table), "numpy": table.to_numpy()}[kind]
+    column = 1 if kind == "numpy" else "height"
+    with pytest.raises(ValueError, match="container|2D array") as caught:
+        PerModalityUnion([("h", SimpleImputer(), column)]).fit(X)
+    [note] = caught.value.__notes__
+    assert "in branch 'h' of PerModalityUnion" in note
+    assert note.endswith(f"which is one-dimensional; select [{column!r}] instead.")
+
+
+@pytest.mark.parametrize("kind", ["pandas", "polars", "numpy"])
+def test_a_table_for_a_transformer_of_texts_is_explained(table, kind):
+    X = {"pandas": table, "polars": pl.from_pandas(table), "numpy": table.to_numpy()}[kind]
+    column = 0 if kind == "numpy" else "note"
+    with pytest.raises((ValueError, AttributeError)) as caught:
+        PerModalityUnion([("text", CountVectorizer(), [column])]).fit_transform(X)
+    notes = getattr(caught.value, "__notes__", [])
+    assert f"{column!r}" in str(caught.value) + "".join(notes)
 
 
 def test_a_flat_output_is_refused_with_the_way_out(table):

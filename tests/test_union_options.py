@@ -375,7 +375,7 @@ def test_weights_are_a_dict(table, text):
 
 @pytest.mark.parametrize("n_jobs", [None, 2])
 @pytest.mark.parametrize("remainder", ["drop", "passthrough"])
-def test_the_indicator_is_where_a_block_is_nan(table, remainder, n_jobs):
+def test_the_indicator_is_where_a_row_lacks_the_modality(table, remainder, n_jobs):
     union = PerModalityUnion(
         [("w", "passthrough", ["width"]), SIZE, ("n", "drop", "note"), ("d", "drop", "depth")],
         remainder=remainder,
@@ -384,8 +384,9 @@ def test_the_indicator_is_where_a_block_is_nan(table, remainder, n_jobs):
     plain = union.fit_transform(table)
     with_indicator = clone(union).set_params(add_indicator=True)
     found = with_indicator.fit_transform(table)
-    nan = [np.isnan(plain[:, block]).all(axis=1) for block in union.blocks_.values()]
-    np.testing.assert_array_equal(found, np.column_stack([plain, *nan]))
+    columns = {"w": ["width"], "size": ["height", "width"], "remainder": ["flag"]}
+    lacking = [table[columns[name]].isna().all(axis=1) for name in union.blocks_]
+    np.testing.assert_array_equal(found, np.column_stack([plain, *lacking]))
     np.testing.assert_array_equal(with_indicator.transform(table), found)
     missing = slice(plain.shape[1], found.shape[1])
     assert with_indicator.blocks_ == union.blocks_ | {"missing": missing}
@@ -501,14 +502,12 @@ def test_numbers_and_categories_stand_beside_embeddings(mixed, mixed_union):
     X, _ = mixed
     frame = mixed_union.set_output(transform="pandas").fit_transform(X)
     assert frame.columns[[0, 9]].tolist() == ["note__frozenencoder0", "article__frozenencoder0"]
-    names = ["labs__age", "labs__weight", "kind__colour_blue", "kind__colour_red"]
+    categories = ["kind__colour_blue", "kind__colour_red", "kind__colour_nan"]
+    names = ["labs__age", "labs__weight", *categories]
     assert frame.columns[18:].tolist() == names
-    numbers = X[["age", "weight"]].dropna(how="all")
-    expected = make_pipeline(SimpleImputer(), StandardScaler()).fit_transform(numbers)
-    np.testing.assert_array_equal(frame.loc[numbers.index, names[:2]], expected)
-    assert frame.loc[5, names[:2]].isna().all()
-    one_hot = (X[["colour"]].to_numpy() == ["blue", "red"]).astype(float)
-    one_hot[X["colour"].isna()] = np.nan  # not a category, but a missing modality
+    expected = make_pipeline(SimpleImputer(), StandardScaler()).fit_transform(X[["age", "weight"]])
+    np.testing.assert_array_equal(frame[names[:2]], expected)
+    one_hot = (X[["colour"]].fillna("nan").to_numpy() == ["blue", "red", "nan"]).astype(float)
     np.testing.assert_array_equal(frame[names[2:]], one_hot)
     unknown = mixed_union.transform(X.assign(colour="green"))
     assert (unknown[names[2:]] == 0).all(axis=None)

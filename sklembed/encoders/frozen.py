@@ -170,6 +170,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
            [ nan,  nan,  nan]], dtype=float32)
     """
 
+    _keeps_missing_rows = True  # missing in, missing out: PerModalityUnion reads this
     _parameter_constraints: dict = {
         "model": "no_validation",  # checked by _backend
         "modality": [StrOptions({"auto", *MODALITIES})],

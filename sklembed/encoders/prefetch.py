@@ -134,6 +134,7 @@ def _jobs(estimator, X):
     """List the encoders within an estimator, by path, with the columns that reach them."""
     jobs = list(_walk(estimator, X, ()))
     reached = {path for path, _, _ in jobs}
+    jobs = [job for job in jobs if job[2] is not None]
     lost = [
         name
         for name, value in estimator.get_params(deep=True).items()
@@ -151,6 +152,10 @@ def _walk(estimator, X, path):
     """Yield each encoder's path, the encoder and what reaches it of X."""
     if isinstance(estimator, FrozenEncoder):
         yield "__".join(path), estimator, X
+    elif X is None:  # a branch that fit does not run: nothing reaches its encoders
+        for name, inner in estimator.get_params(deep=True).items():
+            if isinstance(inner, FrozenEncoder):
+                yield "__".join((*path, name)), inner, None
     elif _is_search(estimator):
         for candidate in _candidates(estimator):
             yield from _walk(candidate, X, (*path, "estimator"))
@@ -182,13 +187,16 @@ def _walk_steps(steps, X, path):
 def _parts(estimator, X):
     """Yield the estimators that another hands X on to, by name, and what of X each is handed."""
     if hasattr(estimator, "iter_parts"):
-        yield from estimator.iter_parts(X)
+        parts = {name: part for name, _, part in estimator.iter_parts(X)}
+        for name, inner, _ in [*estimator.transformers, ("remainder", estimator.remainder, None)]:
+            yield name, inner, parts.get(name)
     elif hasattr(estimator, "transformers"):  # a ColumnTransformer
         X = as_table(X)
         for name, inner, columns in estimator.transformers:
             if _holds_encoder(inner):
                 positions, scalar = column_positions(X, columns, owner=f"the branch {name!r}")
-                yield name, inner, take_columns(X, positions, scalar=scalar)
+                part = take_columns(X, positions, scalar=scalar) if positions else None
+                yield name, inner, part
     else:
         for name, inner in getattr(estimator, "transformer_list", ()):
             yield name, inner, X
