@@ -82,6 +82,18 @@ def test_every_branch_is_prefetched_with_the_rows_that_it_sees(
     assert report.loc["permodalityunion__image", "encoded"] == N_ROWS
 
 
+@pytest.mark.parametrize(
+    ("join", "columns"),
+    [(PerModalityUnion, "picture"), (PerModalityUnion, []), (ColumnTransformer, [])],
+)
+def test_encoders_that_nothing_reaches_are_no_obstacle(text_backend, store, table, join, columns):
+    """Because their branch selects no column, or no row has its modality."""
+    encoder = FrozenEncoder(text_backend, store=store)
+    branches = [("text", encoder, "note"), ("image", make_pipeline(encoder), columns)]
+    report = prefetch(join(branches), table[0].assign(picture=None))
+    assert report["path"].tolist() == ["text"]
+
+
 def test_candidates_that_differ_before_or_in_the_encoder_are_all_prefetched(
     text_backend, store, table
 ):

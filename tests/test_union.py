@@ -177,6 +177,62 @@ def test_absent_columns_are_refused(table, columns, message):
         PerModalityUnion([("b", "passthrough", columns)]).fit(table)
 
 
+EMPTY = {
+    "list": [],
+    "tuple": (),
+    "array": np.array([], dtype=int),
+    "mask": [False, False, False],
+    "array of a mask": np.zeros(3, dtype=bool),
+    "slice": slice(0, 0),
+    "slice of names": slice("width", "note"),
+    "selector": make_column_selector(dtype_include=bool),
+    "callable": lambda X: [],
+}
+
+
+@pytest.mark.parametrize("container", ["default", "pandas", "polars"])
+@pytest.mark.parametrize("columns", EMPTY.values(), ids=EMPTY)
+def test_a_branch_without_columns_is_skipped(table, columns, container):
+    size = ("size", StandardScaler(), ["height", "width"])
+    options = {"transformer_weights": {"size": 2.0, "none": 3.0}, "add_indicator": True}
+    union = PerModalityUnion([("none", PCA(7), columns), size], **options)
+    union.set_output(transform=container)
+    expected = PerModalityUnion([size], **options | {"transformer_weights": {"size": 2.0}})
+    for blocks in (union.fit_transform(table), union.fit(table).transform(table)):
+        np.testing.assert_array_equal(np.asarray(blocks), expected.fit_transform(table))
+    assert union.get_feature_names_out().tolist() == expected.get_feature_names_out().tolist()
+    assert union.blocks_ == {"none": slice(0, 0)} | expected.blocks_
+    assert [name for name, _, _ in union.iter_parts(table)] == ["size"]
+    assert [name for name, _, _ in union.transformers_] == ["none", "size"]
+    assert "PCA" in union._repr_html_()
+
+
+@pytest.mark.parametrize("container", ["default", "pandas", "polars"])
+def test_branches_without_any_column_give_a_table_without_columns(table, container):
+    """As ColumnTransformer does."""
+    branches = [("none", PCA(7), []), ("nothing", "passthrough", slice(0, 0))]
+    union = PerModalityUnion(branches, add_indicator=True).set_output(transform=container)
+    theirs = ColumnTransformer(branches).set_output(transform=container)
+    expected = theirs.fit_transform(table)
+    for blocks in (union.fit_transform(table), union.fit(table).transform(table)):
+        assert type(blocks) is type(expected)
+        assert blocks.shape == expected.shape
+    assert union.get_feature_names_out().tolist() == []
+
+
+def test_branches_without_columns_are_skipped_beside_a_remainder_and_tokens(table):
+    union = PerModalityUnion([("none", PCA(7), []), ("n", "drop", "note")], remainder="passthrough")
+    np.testing.assert_array_equal(union.fit_transform(table), table[["height", "width"]])
+    backend = CallableBackend(load_words, name="words", version="1", modality="text", n_features=2)
+    words = FrozenEncoder(backend, output="tokens", store=None)
+    tokens = PerModalityUnion([("none", PCA(7), []), ("words", words, "note")])
+    assert tokens.fit_transform(table).shape == (6, 1)
+
+
+def load_words():
+    return lambda texts: [np.ones((len(text.split()), 2)) for text in texts]
+
+
 def test_a_column_absent_at_transform_is_refused(union, table):
     union.fit(table)
     with pytest.raises(ValueError, match="Branch 'size' asks for column 'width'"):

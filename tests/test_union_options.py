@@ -1,7 +1,10 @@
 """PerModalityUnion: the remainder, weights, the indicator, mixed tables, and columns of tokens."""
 
 import pickle
+import re
+from copy import deepcopy
 
+import joblib
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -11,14 +14,21 @@ from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.exceptions import NotFittedError
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, OneHotEncoder, StandardScaler
 from sklearn.utils import get_tags
 
-from sklembed import CallableBackend, ContrastiveProjector, FrozenEncoder, PerModalityUnion
+from sklembed import (
+    CallableBackend,
+    ContrastiveProjector,
+    EmbeddingStore,
+    FrozenEncoder,
+    PerModalityUnion,
+)
 
 
 @pytest.fixture
@@ -313,6 +323,118 @@ def test_the_remainder_is_a_task_of_callbacks(table):
     union = PerModalityUnion([SIZE, ("n", "drop", "note")], remainder=StandardScaler())
     union.set_callbacks(Record()).fit(table)
     assert tasks == ["fit-size", "fit-remainder", "fit"]
+
+
+# Parameters that are set after fit
+
+
+def vowels_stored_at(path):
+    backend = CallableBackend(
+        load_count_vowels, name="words", version="1", modality="text", n_features=2
+    )
+    return FrozenEncoder(backend, output="tokens", store=path)
+
+
+def rows_in(path):
+    return int(EmbeddingStore(path).stats()["rows"].sum())
+
+
+WAYS_INTO_A_BRANCH = {
+    "text": lambda encoder: PerModalityUnion([("text", encoder, "note")]),
+    "text__frozenencoder": lambda encoder: PerModalityUnion(
+        [("text", make_pipeline(encoder), "note")]
+    ),
+    "text__frozenencoder-1": lambda encoder: PerModalityUnion(
+        [("text", make_pipeline(FunctionTransformer(), make_union(encoder)), "note")]
+    ),
+    "inner__text": lambda encoder: PerModalityUnion(
+        [("inner", PerModalityUnion([("text", encoder, "note")]), ["note"])]
+    ),
+    "remainder": lambda encoder: PerModalityUnion(
+        [("h", "drop", slice("height", None))], remainder=encoder
+    ),
+}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("way", WAYS_INTO_A_BRANCH)
+def test_set_params_reaches_fitted_branches(tmp_path, table, way, loaded):
+    path, other = tmp_path / "a.sqlite", tmp_path / "b.sqlite"
+    pipeline = make_pipeline(WAYS_INTO_A_BRANCH[way](vowels_stored_at(path))).fit(table)
+    pipeline.transform(table)
+    if loaded:
+        joblib.dump(pipeline, tmp_path / "pipeline.joblib")
+        pipeline = joblib.load(tmp_path / "pipeline.joblib")
+    [name] = [key for key in pipeline.get_params() if key.endswith("__store")]
+    before, new = rows_in(path), table.assign(note="unheard of")
+    pipeline.set_params(**{name: None})
+    pipeline.transform(new)
+    assert rows_in(path) == before
+    assert pipeline.get_params()[name] is None
+    pipeline.set_params(**{name: other}).transform(new)
+    assert (rows_in(path), rows_in(other)) == (before, 1)
+
+
+def test_a_clone_and_the_original_of_a_clone_keep_their_parameters(table):
+    original = PerModalityUnion([SIZE])
+    union = clone(original).fit(table)
+    twin = clone(union)
+    union.set_params(size__standardscaler__with_mean=False)
+    assert union.named_transformers_["size"][-1].with_mean is False
+    for untouched in (original, twin):
+        assert untouched.get_params()["size__standardscaler__with_mean"] is True
+
+
+def test_setting_the_parameters_that_are_set_changes_nothing(table, text):
+    union = PerModalityUnion([text, SIZE, ("d", "passthrough", ["depth"])], remainder=Recorder())
+    table["flag"] = table["flag"].fillna(0)
+    expected = union.fit_transform(table)
+    union.set_params(**union.get_params(deep=True))
+    union.set_params(**union.get_params(deep=False))
+    union.set_params(transformers=list(union.transformers))
+    np.testing.assert_array_equal(union.transform(table), expected)
+
+
+def test_a_replaced_step_takes_the_place_of_the_fitted_one(table, text):
+    union = PerModalityUnion([("text", make_pipeline(text[1]), "note")]).fit(table)
+    encoder = clone(text[1]).set_params(normalize=True)
+    blocks = union.set_params(text__frozenencoder=encoder).transform(table)
+    np.testing.assert_array_equal(blocks, encoder.transform(table["note"]))
+    unfitted = PerModalityUnion([SIZE]).fit(table)
+    unfitted.set_params(size__standardscaler=MinMaxScaler())
+    with pytest.raises(NotFittedError):
+        unfitted.transform(table)
+
+
+@pytest.mark.parametrize(
+    ("params", "names"),
+    [
+        ({"size": "drop"}, ["size"]),
+        ({"size": StandardScaler()}, ["size"]),
+        ({"remainder": "passthrough"}, ["remainder"]),
+        ({"transformers": [("d", "passthrough", ["depth"])]}, ["text", "size", "d"]),
+        ({"transformers": [("size", SIZE[1], ["depth"])]}, ["text", "size"]),
+    ],
+)
+def test_a_branch_that_is_replaced_after_fit_has_to_be_fitted_again(table, text, params, names):
+    union = PerModalityUnion([text, SIZE]).fit(table).set_params(**params)
+    message = re.escape(f"The branches {names}") + ".* replaced .* after fit.* Call fit again"
+    for replaced in (union, deepcopy(union)):
+        with pytest.raises(ValueError, match=message):
+            replaced.transform(table)
+    union.fit(table.dropna()).transform(table.dropna())
+
+
+def test_weights_and_missing_rows_are_those_that_are_set(table):
+    union = PerModalityUnion([SIZE]).fit(table)
+    expected = union.transform(table)
+    union.set_params(transformer_weights={"size": 2.0}, missing_rows="skip")
+    blocks = union.transform(table)
+    assert np.isnan(blocks[2]).all()
+    observed = [0, 1, 3, 4, 5]
+    np.testing.assert_array_equal(blocks[observed], 2 * expected[observed])
+    with pytest.raises(ValueError, match="has a weight for 'image'"):
+        union.set_params(transformer_weights={"image": 2.0}).transform(table)
 
 
 # Weights
