@@ -175,6 +175,15 @@ def _is_date(dtype):
     return getattr(dtype, "kind", None) in ("M", "m")
 
 
+def as_pandas(X):
+    """Return a polars table or column as pandas; anything else as it is."""
+    if not hasattr(X, "to_pandas"):
+        return X
+    if is_frame(X):
+        return pd.DataFrame({name: as_pandas(X[name]) for name in X.columns})
+    return pd.Series(X.to_numpy(), name=X.name)
+
+
 def missing_as_nan(X):
     """Return X with NaN for None and pd.NA where its cells are objects or text.
 

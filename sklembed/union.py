@@ -31,6 +31,7 @@ from sklembed import _callbacks
 from sklembed._blocks import token_columns
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
 from sklembed._tables import (
+    as_pandas,
     as_table,
     column_positions,
     is_frame,
@@ -240,8 +241,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         self : PerModalityUnion
             The union.
         """
-        replaceable, before = self._replaceable(), self.get_params(deep=True)
-        within = _params_within_branches(params, before)
+        branches = self._all_branches()
+        within = _params_within_branches(params, self.get_params(deep=True))
         if "transformers" in params:
             self.transformers = params.pop("transformers")
         if _are_branches(self.transformers) and any(n in params for n, _, _ in self.transformers):
@@ -251,13 +252,13 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             ]
         super().set_params(**params)
         if hasattr(self, "transformers_"):
-            self._set_fitted_params(within, replaceable)
+            self._set_fitted_params(within, branches)
         return self
 
     @with_callbacks
     @_fit_context(prefer_skip_nested_validation=False)  # branches validate themselves
     def fit(self, X, y=None, **params):
-        """Fit each branch on the rows that have its modality.
+        """Fit each branch on the rows that have its modality, or on all; see `missing_rows`.
 
         Parameters
         ----------
@@ -320,7 +321,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return self._join(outputs, parts, X)
 
     def transform(self, X, **params):
-        """Run each branch on the rows that have its modality, and join the results.
+        """Run each branch on the rows that it is given, see `missing_rows`, and join the results.
 
         Parameters
         ----------
@@ -339,8 +340,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            For what `fit` raises it, or if the output cannot hold tokens: it is polars, or numbers
-            stand beside them and it is not pandas.
+            For what `fit` raises it, if a branch was replaced by `set_params` after fit, or if the
+            output cannot hold tokens: it is polars, or numbers stand beside them and it is not
+            pandas.
         TypeError
             If a branch returns neither numbers nor tokens.
         """
@@ -568,7 +570,10 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             if treatment == "error" and len(observed) < len(X):
                 raise _lacking_error(name, columns, observed, len(X))
             if treatment == "pass":
-                rows, cells = np.arange(len(X)), missing_as_nan(cells)
+                rows = np.arange(len(X))
+                # scikit-learn reads polars as arrays, in which a missing text is None.
+                is_read_as_array = _is_of_sklearn(transformer)
+                cells = missing_as_nan(as_pandas(cells) if is_read_as_array else cells)
             else:
                 cells = take_rows(cells, rows)
             _check_dates(name, transformer, cells)
@@ -613,17 +618,21 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 stacklevel=4,
             )
 
-    def _replaceable(self):
-        """List what fit reads of each branch: its name, its transformer and its columns."""
-        branches = list(self.transformers) if _are_branches(self.transformers) else []
-        return [*branches, ("remainder", self.remainder, None)]
+    def _all_branches(self):
+        """Return the transformer and the columns of each branch by name, with the remainder."""
+        branches = self.transformers if _are_branches(self.transformers) else []
+        by_name = {name: (transformer, columns) for name, transformer, columns in branches}
+        return by_name | {"remainder": (self.remainder, None)}
 
     def _set_fitted_params(self, within, before):
         """Set parameters on the fitted branches, and note which branches were replaced."""
-        now = self._replaceable()
-        replaced = [name for name, *_ in before if name not in {name for name, *_ in now}]
-        replaced += [branch[0] for branch in now if not _is_among(branch, before)]
-        self._replaced = [*self._replaced, *replaced]
+        after = self._all_branches()
+        replaced = [
+            name
+            for name in before | after
+            if not _is_same_branch(before.get(name), after.get(name))
+        ]
+        self._replaced = list(dict.fromkeys([*self._replaced, *replaced]))
         for name, transformer, _ in self.transformers_:
             if within[name] and name not in self._replaced:
                 transformer.set_params(**within[name])
@@ -631,10 +640,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     def _check_not_replaced(self):
         """Refuse to run branches that are not those set now."""
         if self._replaced:
-            names = list(dict.fromkeys(self._replaced))
             raise ValueError(
-                f"The branches {names} were replaced by set_params after fit, so the fitted "
-                "branches are no longer those of the union. Call fit again."
+                f"The branches {self._replaced} were replaced by set_params after fit, so the "
+                "fitted branches are no longer those of the union. Call fit again."
             )
 
     def _check_transformers(self):
@@ -923,15 +931,13 @@ def _params_within_branches(params, before):
     return within
 
 
-def _is_among(branch, branches):
-    """Tell whether a branch is one of these: name, columns, and the transformer itself."""
-    return any(all(map(_is_same, branch, candidate)) for candidate in branches)
-
-
-def _is_same(value, candidate):
-    simple = (str, int, slice, list, tuple)
-    return value is candidate or (
-        isinstance(value, simple) and type(value) is type(candidate) and value == candidate
+def _is_same_branch(before, after):
+    """Tell whether a branch is the same: the transformer itself, and the same columns."""
+    if before is None or after is None:
+        return False
+    return all(
+        new is old or (isinstance(new, str | int | slice | list | tuple) and new == old)
+        for old, new in zip(before, after, strict=True)
     )
 
 
@@ -988,19 +994,22 @@ def _missing_rows(part):
 
 def _check_dates(name, transformer, cells):
     """Refuse missing dates where they would silently become numbers."""
-    if isinstance(transformer, Pipeline) and transformer.steps:
-        transformer = transformer.steps[0][1]
-    joins = (FunctionTransformer, ColumnTransformer, FeatureUnion)
-    if not type(transformer).__module__.startswith("sklearn.") or isinstance(transformer, joins):
-        return
-    dates = missing_dates(cells)
+    dates = missing_dates(cells) if _is_of_sklearn(transformer) else []
     if dates:
         raise ValueError(
-            f"Branch {name!r} reads the columns {dates}, in which dates are missing. "
-            f"{type(transformer).__name__} does not recognise missing dates: it would take them "
-            "for numbers near -9e18. Turn the dates into numbers first, for example by "
-            "skrub.TableVectorizer or skrub.DatetimeEncoder."
+            f"Branch {name!r} reads the columns {dates}, in which dates are missing. Transformers "
+            "of scikit-learn do not recognise missing dates: they would take them for numbers "
+            "near -9e18. Turn the dates into numbers first, for example by skrub.TableVectorizer "
+            "or skrub.DatetimeEncoder."
         )
+
+
+def _is_of_sklearn(transformer):
+    """Tell whether a transformer, or a pipeline's first, is one of scikit-learn's own."""
+    if isinstance(transformer, Pipeline) and transformer.steps:
+        transformer = transformer.steps[0][1]
+    hands_on = isinstance(transformer, FunctionTransformer | ColumnTransformer | FeatureUnion)
+    return type(transformer).__module__.startswith("sklearn.") and not hands_on
 
 
 def _lacking_error(name, columns, observed, n_rows):

@@ -229,7 +229,9 @@ def test_a_row_without_numbers_and_category_is_predicted_as_by_column_transforme
 def test_imputers_of_texts_recognise_every_kind_of_missing_cell(dtype, missing):
     cells = pd.Series(["a", missing, "b", "a"], dtype=object).astype(dtype)
     most_frequent = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder())
-    for X, column in ((pd.DataFrame({"c": cells}), ["c"]), (cells.to_numpy(object)[:, None], [0])):
+    frame = pd.DataFrame({"c": cells})
+    polars = pl.DataFrame({"c": ["a", None, "b", "a"]})
+    for X, column in [(frame, ["c"]), (polars, ["c"]), (frame.to_numpy(object), [0])]:
         union = PerModalityUnion([("c", most_frequent, column)])
         assert union.fit_transform(X).tolist() == [[1, 0], [1, 0], [0, 1], [1, 0]]
 
@@ -267,7 +269,7 @@ def test_missing_dates_never_become_numbers(kind):
     dates = pd.DataFrame({"since": pd.to_datetime(["2020-01-01", None, "2020-03-01"])})
     X = {"pandas": dates, "polars": pl.from_pandas(dates), "numpy": dates.to_numpy()}[kind]
     column = [0] if kind == "numpy" else ["since"]
-    message = "'d' reads the columns .*, in which dates are missing. SimpleImputer does not rec"
+    message = "'d' reads the columns .*, in which dates are missing. Transformers of scikit-l"
     for imputer in (SimpleImputer(), make_pipeline(SimpleImputer(), StandardScaler())):
         with pytest.raises(ValueError, match=message):
             PerModalityUnion([("d", imputer, column)]).fit(X)
