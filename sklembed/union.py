@@ -879,8 +879,12 @@ def _reaction_of_union(union):
             treatment = union._treatment(name, transformer)
             if treatment == "error":
                 return None
-            passes = treatment == "pass"
-            reactions.append((_reaction_to_nan(transformer) if passes else None) or _KEEPS)
+            if treatment == "pass":  # also where the parameter says so of any transformer
+                reaction = _reaction_to_nan(transformer)
+                keeps = reaction is None or reaction.keeps
+                reactions.append(_Reaction(handles=True, keeps=keeps))
+            else:
+                reactions.append(_KEEPS)
     return _Reaction(
         handles=any(reaction.handles for reaction in reactions),
         keeps=any(reaction.keeps for reaction in reactions) or not reactions,

@@ -303,6 +303,8 @@ def test_a_function_that_fills_is_given_all_rows_by_setting_it(table):
     filling = FunctionTransformer(lambda X: X.fillna(0))
     union = PerModalityUnion([("f", filling, ["a", "b"])], missing_rows={"f": "pass"})
     np.testing.assert_array_equal(union.fit_transform(table), table.fillna(0))
+    outer = PerModalityUnion([("inner", union, ["a", "b"])])
+    np.testing.assert_array_equal(outer.fit_transform(table), table.fillna(0))
 
 
 def test_what_a_branch_returns_nan_for_stays_nan(table):
