@@ -223,7 +223,9 @@ def test_branches_without_any_column_give_a_table_without_columns(table, contain
 def test_branches_without_columns_are_skipped_beside_a_remainder_and_tokens(table):
     union = PerModalityUnion([("none", PCA(7), []), ("n", "drop", "note")], remainder="passthrough")
     np.testing.assert_array_equal(union.fit_transform(table), table[["height", "width"]])
-    backend = CallableBackend(load_words, name="words", version="1", modality="text", n_features=2)
+    backend = CallableBackend(
+        load_words, name="words of ones", version="1", modality="text", n_features=2
+    )
     words = FrozenEncoder(backend, output="tokens", store=None)
     tokens = PerModalityUnion([("none", PCA(7), []), ("words", words, "note")])
     assert tokens.fit_transform(table).shape == (6, 1)

@@ -44,7 +44,9 @@ def load_words():
 
 
 def callable_backend(load):
-    return CallableBackend(load, name="letters", version="1", modality="text", n_features=2)
+    return CallableBackend(
+        load, name=f"{load.__name__} of a table", version="1", modality="text", n_features=2
+    )
 
 
 ENCODER = FrozenEncoder(callable_backend(load_lengths), store=None)

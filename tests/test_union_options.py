@@ -400,7 +400,7 @@ def test_a_replaced_step_takes_the_place_of_the_fitted_one(table, text):
     encoder = clone(text[1]).set_params(normalize=True)
     blocks = union.set_params(text__frozenencoder=encoder).transform(table)
     np.testing.assert_array_equal(blocks, encoder.transform(table["note"]))
-    unfitted = PerModalityUnion([SIZE]).fit(table)
+    unfitted = clone(PerModalityUnion([SIZE])).fit(table)
     unfitted.set_params(size__standardscaler=MinMaxScaler())
     with pytest.raises(NotFittedError):
         unfitted.transform(table)
