@@ -4,14 +4,17 @@ import json
 import os
 import pickle
 import shutil
+from hashlib import blake2b
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from PIL import Image
 
 from sklembed import CallableBackend, FrozenEncoder
+from sklembed.encoders import checkpoints as checkpoints_module
 from sklembed.encoders.frozen import _Column
 
 TEXTS = ["the cat sat", "a dog", "and then the dog slept under the tree on a mat", "mat"]
@@ -544,29 +547,148 @@ def test_a_checkpoint_that_is_overwritten_is_read_anew(checkpoints, tmp_path):
     assert encode(path, TEXTS, modality="text").shape == (4, 12)
 
 
-def test_a_hub_model_of_sentence_transformers_follows_its_files(checkpoints, tmp_path, monkeypatch):
-    commit = "0123456789abcdef0123456789abcdef01234568"
-    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {"pooling_mode_cls_token": True})
-    folder = tmp_path / "hub" / "models--someone--sentences"
-    shutil.copytree(path, folder / "snapshots" / commit)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(commit)
+# Files that change vectors, which a cache must hold or know to be absent.
+ASKED_FOR = (
+    "adapter_config.json",
+    "config_sentence_transformers.json",
+    "modules.json",
+    *("added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
+
+
+@pytest.fixture
+def commit(request):
+    """A commit of its own for each test: what a commit holds never changes."""
+    return blake2b(request.node.nodeid.encode(), digest_size=20).hexdigest()
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, commit):
+    """Put a checkpoint into the hub's cache as "someone/tiny", as downloads leave it there.
+
+    refs/main names the commit, snapshots/<commit> holds the files, .no_exist/<commit> names those
+    that the repository does not have.
+    """
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    vectors = encode("someone/sentences", TEXTS, local_files_only=True)
+
+    def fill(source, leave_out=(), unknown=()):
+        folder = tmp_path / "hub" / "models--someone--tiny"
+        snapshot = folder / "snapshots" / commit
+        shutil.copytree(source, snapshot, ignore=shutil.ignore_patterns(*leave_out))
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+        (folder / ".no_exist" / commit).mkdir(parents=True)
+        for name in ASKED_FOR:
+            if name not in unknown and not (snapshot / name).exists():
+                (folder / ".no_exist" / commit / name).touch()
+        return snapshot
+
+    checkpoints_module._resolve_commit.cache_clear()
+    yield fill
+    checkpoints_module._resolve_commit.cache_clear()
+
+
+def test_a_hub_model_of_sentence_transformers_follows_its_files(checkpoints, tmp_path, hub_cache):
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {"pooling_mode_cls_token": True})
+    hub_cache(path)
+    vectors = encode("someone/tiny", TEXTS, local_files_only=True)
     np.testing.assert_array_equal(vectors, encode(path, TEXTS))
 
 
-def test_a_hub_model_in_the_local_cache_is_found_offline(checkpoints, tmp_path, monkeypatch):
-    """The cache's layout: refs/main names the commit, snapshots/<commit> holds the files."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    folder = tmp_path / "models--someone--tiny"
-    shutil.copytree(checkpoints["bert"], folder / "snapshots" / commit)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+def test_a_hub_model_in_the_local_cache_is_found_offline(checkpoints, hub_cache, commit):
+    hub_cache(checkpoints["bert"])
     encoder = FrozenEncoder("someone/tiny", store=None, dtype="float32", local_files_only=True)
     np.testing.assert_array_equal(encoder.transform(TEXTS), encode(checkpoints["bert"], TEXTS))
     assert encoder._backend().describe()["checkpoint"] == f"someone/tiny@{commit}"
+
+
+@pytest.mark.parametrize(
+    "name", ["modules.json", "config_sentence_transformers.json", "tokenizer_config.json"]
+)
+def test_an_offline_cache_that_does_not_tell_of_a_file_is_refused(
+    checkpoints, tmp_path, hub_cache, name
+):
+    """The library that filled the cache may never have asked for the file."""
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {"pooling_mode_cls_token": True})
+    hub_cache(path, leave_out=[name], unknown=[name])
+    with pytest.raises(OSError, match=f"does not tell whether the repository has '{name}'"):
+        encode("someone/tiny", TEXTS)
+
+
+def test_a_whole_download_lists_its_files(checkpoints, hub_cache, commit):
+    """So that what is not listed is known to be absent."""
+    pytest.importorskip("huggingface_hub", minversion="2")
+    snapshot = hub_cache(checkpoints["bert"], unknown=ASKED_FOR)
+    files = {
+        path.name: {"size": path.stat().st_size, "blob_id": "0" * 40} for path in snapshot.iterdir()
+    }
+    listing = snapshot.parents[1] / "trees" / f"{commit}.json"
+    listing.parent.mkdir()
+    listing.write_text(json.dumps({"format_version": 1, "files": files}))
+    vectors = encode("someone/tiny", TEXTS)
+    np.testing.assert_array_equal(vectors, encode(checkpoints["bert"], TEXTS))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "modules.json",
+        "1_Pooling/config.json",
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+    ],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_that_does_not_answer_for_a_file_is_an_error(
+    checkpoints, tmp_path, hub_cache, monkeypatch, name, status
+):
+    """Once it does, the vectors are those of the whole checkpoint."""
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {"pooling_mode_cls_token": True})
+    snapshot = hub_cache(
+        path, leave_out=[*ASKED_FOR, "1_Pooling", "*bert_config*", "*.safetensors"]
+    )
+    shutil.rmtree(snapshot.parents[1] / ".no_exist")
+    is_well = False
+
+    def download(model, file, **options):
+        if file == name and not is_well:
+            raise HfHubHTTPError(f"{status} for {file}", response=httpx_response(status))
+        if not os.path.isfile(f"{path}/{file}"):
+            raise RemoteEntryNotFoundError("404", response=httpx_response(404))
+        (snapshot / file).parent.mkdir(exist_ok=True)
+        return shutil.copy(f"{path}/{file}", snapshot / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(
+        OSError, match=f"could not be asked for '{name}' of 'someone/tiny'.*{status}"
+    ):
+        encode("someone/tiny", TEXTS)
+    is_well = True
+    np.testing.assert_array_equal(encode("someone/tiny", TEXTS), encode(path, TEXTS))
+
+
+def httpx_response(status):
+    """A response as the hub's errors carry it."""
+    import inspect
+
+    library = inspect.getmodule(HfHubHTTPError.__mro__[1]).__name__.split(".")[0]
+    httpx = pytest.importorskip(library)
+    return httpx.Response(status, request=httpx.Request("HEAD", "https://hub"))
+
+
+def test_a_checkpoint_is_the_same_by_a_link(checkpoints, tmp_path):
+    os.symlink(checkpoints["bert"], tmp_path / "link")
+    assert fingerprint(tmp_path / "link") == fingerprint(checkpoints["bert"])
+
+
+def test_a_home_directory_is_expanded(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(checkpoints["bert"], tmp_path / "models" / "bert")
+    vectors = encode("~/models/bert", TEXTS)
+    np.testing.assert_array_equal(vectors, encode(checkpoints["bert"], TEXTS))
 
 
 def test_a_model_that_is_nowhere_is_a_clear_error():

@@ -23,15 +23,13 @@ from sklembed.encoders.backends import MODALITIES
 from sklembed.encoders.cells import DECODING_VERSION, decode, identify, is_missing
 from sklembed.encoders.checkpoints import Checkpoint
 from sklembed.encoders.database import Space
-from sklembed.encoders.huggingface import POOLINGS, HuggingFaceBackend
+from sklembed.encoders.huggingface import POOLINGS, TOLERANCES, HuggingFaceBackend
 from sklembed.encoders.inference import encode
 from sklembed.encoders.store import EmbeddingStore
 
 # Cells claimed at once: enough to keep claims rare, few enough to share work between processes.
 _CLAIM_SIZE = {"text": 128, "image": 64}
 _COPIED_ROWS = 65536  # at once, from a row to those that repeat it
-# What batching may change of a vector, relative to its length, by the precision of the model.
-_TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
 # What a backend object decides for itself; given beside one, these would silently do nothing.
 _HUB_ONLY = (
     "pooling",
@@ -441,7 +439,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             "compared": len(errors),
             "median_error": float(np.median(errors)),
             "max_error": float(np.max(errors)),
-            "tolerance": max(_TOLERANCES.get(dtype, 0) for dtype in dtypes),
+            "tolerance": max(TOLERANCES.get(dtype, 0) for dtype in dtypes),
         }
 
     def grid_shape(self):

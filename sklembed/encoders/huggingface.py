@@ -19,6 +19,10 @@ _BUDGETS = {"cpu": 2048}
 _BUDGET_OF_ACCELERATORS = 65536
 _PIXELS_A_TOKEN = 16 * 16
 _UNLIMITED = 1_000_000  # tokenizers say 1e30 where they know no limit
+# What batching may change of a vector, relative to its length, by the precision of the model.
+TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
+# Longer than the blocks by which some models cut texts.
+_LONG_TEXT = "the dog sat under a tree, and then the cat slept on a mat, " * 5
 
 # Vision transformers whose first token stands for the picture; others have patches alone.
 _WITH_CLASS_TOKEN = {
@@ -105,8 +109,10 @@ class HuggingFaceBackend:
             return self.pooling_wanted
         if self._is_dual and self.output == "pooled":
             return "projected"
+        if "pooling" in self._settings:
+            return self._settings["pooling"]
         if self.modality == "text":
-            return self._settings.get("pooling", "mean")
+            return "mean"
         return "cls" if self._config.model_type in _WITH_CLASS_TOKEN else "mean"
 
     @functools.cached_property
@@ -207,6 +213,7 @@ class HuggingFaceBackend:
         """Load the checkpoint, to evaluation mode, on the device."""
         from transformers import AutoModel
 
+        self.checkpoint.check_weights()
         with _quiet():
             model, report = AutoModel.from_pretrained(
                 dtype=getattr(_torch(), self._dtype_name),
@@ -219,6 +226,9 @@ class HuggingFaceBackend:
             unused.append("decoder")
         absent = [key for key in report["missing_keys"] if not any(u in key for u in unused)]
         absent += [str(key) for key in report["mismatched_keys"]]
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "use_cache", False):
+                config.use_cache = False  # keys and values of all layers serve generation alone
         model = model.eval().requires_grad_(False).to(self._device)
         return _Loaded(model, absent)
 
@@ -235,7 +245,7 @@ class HuggingFaceBackend:
         prepare, cost, run = steps(loaded)
         head = [_head_step(step, self.checkpoint, loaded.model.device) for step in self._head]
 
-        def forward(prepared):
+        def encode(prepared):
             with _torch().inference_mode():
                 states, keep = run(prepared)
                 if self.output == "tokens":
@@ -247,8 +257,50 @@ class HuggingFaceBackend:
                     vectors = step(vectors)
                 return vectors.cpu().numpy()
 
+        def forward(prepared):
+            if len(prepared) == 1:
+                return encode(prepared)
+            if self not in loaded.batchings:
+                loaded.batchings[self] = self._find_batching(encode, prepare)
+            return _encode_in_groups(encode, prepared, loaded.batchings[self])
+
         budget = _BUDGETS.get(loaded.model.device.type, _BUDGET_OF_ACCELERATORS)
         return Encoding(forward, prepare, cost, budget)
+
+    def _find_batching(self, encode, prepare) -> str:
+        """Find out by trial which cells may share a batch: any, those of one length, or none.
+
+        A model may ignore the attention mask or mix padding into short texts; another may mix the
+        cells of a batch, as by statistics of the batch. Neither says so in its configuration.
+
+        Raises
+        ------
+        ValueError
+            If the model gives a cell another vector each time.
+        """
+        first, longer = prepare(_trial_cells(self.modality))
+        if self.modality == "text" and _length(first) == _length(longer):  # a small max_length
+            (first,) = prepare([""])
+        alone = encode([first])[0]
+
+        def is_unchanged(batch):
+            beside = encode(batch)[0]
+            error = np.linalg.norm(beside - alone) if beside.shape == alone.shape else np.inf
+            return error <= TOLERANCES[self._dtype_name] * max(np.linalg.norm(alone), 1e-12)
+
+        if is_unchanged([first, longer]):
+            return "any"
+        if self.modality == "text":
+            n_tokens = _length(first)
+            cut = {name: values[:n_tokens] for name, values in longer.items()}
+            if is_unchanged([first, cut]):
+                return "one length"
+        if is_unchanged([first]):
+            return "none"
+        raise ValueError(
+            f"{self._name} ({self._config.model_type}) gives the same cell another vector each "
+            "time, so its vectors cannot be stored. Choose another checkpoint."
+        )
 
     def _text_steps(self, loaded):
         """Return how texts are tokenised, what they cost, and how the model runs on them."""
@@ -306,9 +358,16 @@ class HuggingFaceBackend:
             keep[longer, :skipped] = 0
             if self.output == "tokens" and not self.special_tokens:
                 keep *= 1 - special
-            return self._states(loaded.model, inputs), keep
+            states = self._states(loaded.model, inputs)
+            if states[0].ndim == 3 and states[0].shape[1] != keep.shape[1]:
+                raise ValueError(
+                    f"{self._name} ({self._config.model_type}) returns {states[0].shape[1]} "
+                    f"vectors for {keep.shape[1]} tokens, so they cannot be pooled here. Wrap the "
+                    "model in a CallableBackend."
+                )
+            return states, keep
 
-        return prepare, lambda cell: len(cell["input_ids"]), run
+        return prepare, _length, run
 
     def _image_steps(self, loaded):
         """Return how pictures become pixels, what they cost, and how the model runs on them."""
@@ -337,7 +396,7 @@ class HuggingFaceBackend:
                 keep[:, :n_special] = 0
             return states, keep
 
-        return prepare, lambda pixels: max(1, pixels[0].size // _PIXELS_A_TOKEN), run
+        return prepare, _length, run
 
     def _count_special_tokens(self, pixels, states) -> int:
         """Count the class and register tokens, and make sure that the rest is the grid."""
@@ -575,6 +634,7 @@ class _Loaded:
 
     model: Any
     absent: list[str]  # weights that the checkpoint lacks
+    batchings: dict[Any, str] = field(default_factory=dict)  # backend -> cells that share a batch
     tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokenizer: Any = None
     _image_processor: Any = None
@@ -593,7 +653,9 @@ class _Loaded:
 def _load_tokenizer(checkpoint):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(**checkpoint.source())
+    checkpoint.check_tokenizer()
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(**checkpoint.source())
     # Where the files are absent, transformers makes one that knows no word and says nothing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise OSError(
@@ -601,6 +663,39 @@ def _load_tokenizer(checkpoint):
             "Save the tokenizer beside the model: tokenizer.save_pretrained(directory)."
         )
     return tokenizer
+
+
+def _trial_cells(modality) -> list:
+    """Return a short text and a long one, or two images."""
+    if modality == "text":
+        return ["a", _LONG_TEXT]
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels), Image.fromarray(255 - pixels[::-1])]
+
+
+def _length(prepared) -> int:
+    """Count the tokens of a prepared text, or what an image costs in tokens."""
+    if isinstance(prepared, dict):
+        return len(prepared["input_ids"])
+    return max(1, prepared[0].size // _PIXELS_A_TOKEN)
+
+
+def _encode_in_groups(encode, prepared, batching: str):
+    """Encode cells together as far as they may share a batch; keep their order."""
+    if batching == "any":
+        return encode(prepared)
+    groups: dict[int, list[int]] = {}
+    for position, cell in enumerate(prepared):
+        group = _length(cell) if batching == "one length" else position
+        groups.setdefault(group, []).append(position)
+    values = [None] * len(prepared)
+    for positions in groups.values():
+        encoded = encode([prepared[position] for position in positions])
+        for position, value in zip(positions, encoded, strict=True):
+            values[position] = value
+    return values if encoded[0].ndim == 2 else np.stack(values)
 
 
 def _prompt_length(tokenizer, prompt: str) -> int:
@@ -612,6 +707,7 @@ def _prompt_length(tokenizer, prompt: str) -> int:
 def _load_image_processor(checkpoint):
     from transformers import AutoImageProcessor
 
+    checkpoint.check_image_processor()
     # Pillow resizes alike on every machine; torchvision, where present, would not.
     return AutoImageProcessor.from_pretrained(backend="pil", **checkpoint.source())
 
@@ -641,14 +737,19 @@ def _most_tokens(config) -> int | None:
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep transformers from drawing a bar for every model that a worker loads."""
+    """Keep transformers from printing a bar and a report for every model that a worker loads.
+
+    What the report says of weights that are used and absent is an error of ours.
+    """
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(max(verbosity, logging.ERROR))
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
