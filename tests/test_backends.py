@@ -1,8 +1,12 @@
 """Backends of users' own: what CallableBackend asks for, accepts and refuses."""
 
+import pickle
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from joblib import wrap_non_picklable_objects
 
 from sklembed import CallableBackend, FrozenEncoder
 
@@ -109,3 +113,28 @@ def test_tokens_of_the_wrong_shape_are_refused():
 def test_a_function_has_no_grid():
     with pytest.raises(ValueError, match="of whose grid nothing is known"):
         encoder_of(lambda: list, "none").grid_shape()
+
+
+def pickled(encoder):
+    """Pickle as joblib does for its workers, functions by value."""
+    return pickle.dumps(wrap_non_picklable_objects(encoder))
+
+
+def test_a_pickle_that_carries_a_model_along_is_warned_of_once():
+    model = np.zeros(200_000)
+
+    def captures():
+        return lambda texts: model[: len(texts), None]
+
+    def loads_inside():
+        return lambda texts: np.zeros(200_000)[: len(texts), None]
+
+    encoder = encoder_of(captures, "captures", n_features=1)
+    with pytest.warns(UserWarning, match=r"'captures'.* is a pickle of 2 MB.*inside of load"):
+        content = pickled(encoder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pickled(encoder)
+        pickled(pickle.loads(content))
+        pickled(encoder_of(loads_inside, "loads inside", n_features=1))
+    np.testing.assert_array_equal(pickle.loads(content).transform(["a"]), [[0]])

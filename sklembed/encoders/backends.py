@@ -2,14 +2,20 @@
 
 import inspect
 import json
+import pickle
+import warnings
 from numbers import Integral
 from typing import Any, Literal, Protocol
+
+from joblib import wrap_non_picklable_objects
 
 from sklembed.encoders.inference import Encoding
 
 Modality = Literal["text", "image"]
 
 MODALITIES = ("text", "image")
+
+_LARGE_PICKLE = 1_000_000  # bytes; code takes some kilobytes, a model some hundred megabytes
 
 
 class Backend(Protocol):
@@ -51,6 +57,8 @@ class CallableBackend:
         encode`` instead: ``prepare`` takes one cell, threads call it while the model is busy,
         and ``encode`` is given a list of what it returned. `load` is called once a process, and
         only when there is something to encode, so that neither clones nor pickles carry weights.
+        Load the model inside of it: a model from outside travels in every pickle, of which a
+        warning is given.
 
     name : str
         The model's name. With the version it is all that stored vectors are known by, in every
@@ -100,6 +108,28 @@ class CallableBackend:
         self.version = version
         self.modality = modality
         self.n_features = int(n_features)
+        self._is_weighed = False
+
+    def __getstate__(self):
+        """Return the state to pickle, and warn once where it would carry a model along."""
+        if not self._is_weighed:
+            self._is_weighed = True
+            self._warn_of_a_captured_model()
+        return self.__dict__
+
+    def _warn_of_a_captured_model(self):
+        try:
+            n_bytes = len(pickle.dumps(wrap_non_picklable_objects(self._load)))
+        except Exception:  # whatever it is, the pickler that asks for the state raises it too
+            return
+        if n_bytes > _LARGE_PICKLE:
+            warnings.warn(
+                f"The function load of {self!r} is a pickle of {n_bytes / 1e6:.0f} MB, which each "
+                "task of a parallel search carries: it seems to use a model from outside. Load the "
+                "model inside of load, as in: def load(): return make_model().encode",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def __repr__(self):
         return f"CallableBackend({self.name!r}, version={self.version!r})"
