@@ -129,6 +129,261 @@ def test_weights_that_would_be_made_up_are_refused(checkpoints, tmp_path):
         encode(str(path), TEXTS)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 437955512\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: LFS_POINTER, "is a pointer of git-lfs.*git lfs pull"),
+        (lambda content: content[:-100], "cut short.*Download it again"),
+        (lambda content: content[:5], "cut short.*Download it again"),
+        (lambda content: b"<!DOCTYPE html><html>Sign in</html>", "is a web page"),
+        (lambda content: b"", "is empty"),
+    ],
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "modules.json",
+        "1_Pooling/config.json",
+    ],
+)
+def test_files_that_are_not_whole_are_named(checkpoints, tmp_path, name, change, message):
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {})
+    if name == "pytorch_model.bin":
+        model = hf.AutoModel.from_pretrained(path)
+        os.remove(f"{path}/model.safetensors")
+        torch.save(model.state_dict(), f"{path}/{name}")
+    with open(f"{path}/{name}", "rb") as file:
+        content = file.read()
+    with open(f"{path}/{name}", "wb") as file:
+        file.write(change(content))
+    with pytest.raises(OSError, match=f"{name}'.*{message}"):
+        encode(path, TEXTS)
+
+
+def test_a_damaged_file_beside_whole_weights_is_not_read(checkpoints, tmp_path):
+    """As a clone leaves it, of which git-lfs has fetched one format."""
+    path = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], path)
+    (path / "pytorch_model.bin").write_bytes(LFS_POINTER)
+    np.testing.assert_array_equal(encode(path, TEXTS), encode(checkpoints["bert"], TEXTS))
+
+
+def test_a_shard_that_is_absent_is_named(checkpoints, tmp_path):
+    path = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], path)
+    model = hf.AutoModel.from_pretrained(path)
+    os.remove(path / "model.safetensors")
+    model.save_pretrained(path, max_shard_size="5KB")
+    np.testing.assert_array_equal(encode(path, TEXTS), encode(checkpoints["bert"], TEXTS))
+    (path / "unique.json").write_text("{}")
+    shard = sorted(path.glob("model-0*"))[1]
+    shard.unlink()
+    with pytest.raises(OSError, match=f"lacks '{shard.name}', which its model.safetensors.index"):
+        encode(path, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("https://huggingface.co/someone/tiny/tree/main", "is a URL.*'someone/tiny'"),
+        ("all-MiniLM-L6-v2", "Did you mean sentence-transformers/all-MiniLM-L6-v2"),
+        ("bge-small-en-v1.5", "Did you mean BAAI/bge-small-en-v1.5"),
+        ("dinov2-small", "Did you mean facebook/dinov2-small"),
+    ],
+)
+def test_names_that_are_nearly_right_get_a_suggestion(model, message):
+    with pytest.raises(OSError, match=message):
+        FrozenEncoder(model).fit(["text"])
+
+
+def test_the_path_of_the_weights_is_answered_by_the_directory(checkpoints):
+    with pytest.raises(OSError, match=r"is a file. Pass the directory .*bert'"):
+        FrozenEncoder(f"{checkpoints['bert']}/model.safetensors").fit(["text"])
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ([{"type": "sentence_transformers.models.StaticEmbedding", "path": ""}], "StaticEmbedding"),
+        ([{"type": "sentence_transformers.models.Transformer", "path": "0_T"}], "the old layout"),
+    ],
+)
+def test_sentence_transformers_without_a_configuration_are_named(tmp_path, modules, message):
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(OSError, match=f"has no config.json.*{message}"):
+        FrozenEncoder(tmp_path).fit(["text"])
+
+
+def test_the_folder_that_holds_the_checkpoint_is_named(checkpoints):
+    folder = os.path.dirname(checkpoints["bert"])
+    with pytest.raises(OSError, match="holds no config.json.*Did you mean '.*'"):
+        FrozenEncoder(folder).fit(["text"])
+
+
+def test_a_hub_repository_without_a_configuration_is_a_clear_error(
+    hub_cache, monkeypatch, tmp_path
+):
+    (tmp_path / "empty").mkdir()
+    hub_cache(tmp_path / "empty")
+    monkeypatch.setattr("transformers.utils.cached_file", lambda *args, **options: None)
+    with pytest.raises(OSError, match="hub repository 'someone/tiny' holds no config.json"):
+        FrozenEncoder("someone/tiny").fit(["text"])
+
+
+def test_loading_prints_nothing(checkpoints, tmp_path, capfd):
+    """Neither weights of another head nor an unused pooler that is absent are news."""
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 18}
+    hf.BertForMaskedLM(hf.BertConfig(**text, intermediate_size=8)).save_pretrained(tmp_path)
+    hf.AutoTokenizer.from_pretrained(checkpoints["bert"]).save_pretrained(tmp_path)
+    capfd.readouterr()
+    encode(tmp_path, TEXTS)
+    assert capfd.readouterr() == ("", "")
+    assert hf.logging.get_verbosity() == hf.logging.WARNING
+
+
+def test_an_adapter_is_refused(checkpoints, tmp_path):
+    """transformers applies it where peft is installed, and nowhere else."""
+    shutil.copytree(checkpoints["bert"], tmp_path / "bert")
+    (tmp_path / "bert" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has an adapter.*merge"):
+        FrozenEncoder(tmp_path / "bert").fit(TEXTS)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen", "gpt2"])
+def test_decoders_keep_no_keys_and_values(checkpoints, family):
+    backend = FrozenEncoder(checkpoints[family])._backend()
+    loaded = backend.load()
+    with torch.inference_mode():
+        output = loaded.model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert getattr(output, "past_key_values", None) is None
+
+
+# Models that depend on what shares a batch
+
+
+def mixing_models():
+    """Configurations of text models that ignore the attention mask or mix padding in."""
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "intermediate_size": 24,
+        "vocab_size": 18,
+        "max_position_embeddings": 80,
+        "pad_token_id": 0,
+    }
+    heads = {"num_attention_heads": 2}
+    return {
+        "fnet": hf.FNetConfig(**small),
+        "yoso": hf.YosoConfig(**small, **heads),
+        "convbert": hf.ConvBertConfig(**small, **heads, embedding_size=16),
+        "nystromformer": hf.NystromformerConfig(**small, **heads),
+    }
+
+
+@pytest.fixture(scope="module")
+def mixing(tmp_path_factory, checkpoints):
+    root = tmp_path_factory.mktemp("mixing")
+    with torch.random.fork_rng():
+        for name, config in mixing_models().items():
+            torch.manual_seed(0)
+            hf.AutoModel.from_config(config).save_pretrained(root / name)
+            hf.AutoTokenizer.from_pretrained(checkpoints["bert"]).save_pretrained(root / name)
+    return {name: str(root / name) for name in mixing_models()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"output": "tokens"}, {"layer": 1}, {"pooling": "max"}, {"max_length": 4}]
+)
+@pytest.mark.parametrize("family", ["fnet", "yoso", "convbert", "nystromformer"])
+def test_models_that_mix_padding_in_encode_texts_without(mixing, family, options):
+    texts = ["", "mat", "dog", *TEXTS]
+    together = encode(mixing[family], texts, **options)
+    for text, vector in zip(texts, together, strict=True):
+        (alone,) = encode(mixing[family], [text], **options)
+        if "output" in options:
+            (vector,), (alone,) = vector, alone
+        assert np.linalg.norm(vector - alone) <= 1e-5 * np.linalg.norm(alone)
+
+
+def test_models_that_mind_the_mask_share_batches(checkpoints, mixing):
+    def batching(path, **options):
+        backend = FrozenEncoder(path, **options)._backend()
+        loaded = backend.load()
+        encoding = backend.encoding(loaded)
+        cells = ["a b", "c"] if backend.modality == "text" else [Image.new("RGB", (9, 9))] * 2
+        encoding.forward(encoding.prepare(cells))
+        return loaded.batchings[backend]
+
+    for family in ("bert", "mpnet", "roberta", "modernbert", "qwen", "llama", "gpt2", "t5"):
+        assert batching(checkpoints[family], dtype="float32") == "any", family
+    assert batching(checkpoints["bert"], dtype="bfloat16") == "any"
+    for family in ("clip", "siglip"):
+        assert batching(checkpoints[family], modality="text") == "any"
+    for family in ("vit", "dinov2", "resnet", "convnext", "swin"):
+        assert batching(checkpoints[family]) == "any"
+    assert batching(mixing["fnet"]) == "one length"
+
+
+REMOTE = """
+import torch
+from transformers import BertModel
+
+
+class PlusModel(BertModel):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state + {added}
+        return output
+"""
+
+
+@pytest.mark.parametrize("added", ["output.last_hidden_state.mean(0)", "torch.randn(16)"])
+def test_remote_code_that_mixes_a_batch_or_draws_at_random(remote, monkeypatch, tmp_path, added):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    with open(f"{remote}/modeling_plus.py", "w") as file:
+        file.write(REMOTE.format(added=added))
+    if "randn" in added:
+        with pytest.raises(ValueError, match="gives the same cell another vector each time"):
+            encode(remote, TEXTS, trust_remote_code=True)
+        return
+    together = encode(remote, TEXTS, trust_remote_code=True)
+    for text, vector in zip(TEXTS, together, strict=True):
+        (alone,) = encode(remote, [text], trust_remote_code=True)
+        np.testing.assert_allclose(vector, alone, atol=1e-5)
+
+
+def test_images_that_are_normalised_by_their_batch_are_encoded_alone(
+    checkpoints, pictures, tmp_path
+):
+    """Batch normalisation without running statistics takes those of the batch."""
+    path = tmp_path / "resnet"
+    shutil.copytree(checkpoints["resnet"], path)
+    (path / "modeling_batch.py").write_text(
+        "import torch\nfrom transformers import ResNetModel\n\n\n"
+        "class BatchModel(ResNetModel):\n"
+        "    def forward(self, *args, **kwargs):\n"
+        "        output = super().forward(*args, **kwargs)\n"
+        "        norm = torch.nn.BatchNorm2d(16, track_running_stats=False).eval()\n"
+        "        output.last_hidden_state = norm(output.last_hidden_state)\n"
+        "        return output\n"
+    )
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling_batch.BatchModel"}
+    (path / "config.json").write_text(json.dumps(config))
+    together = encode(path, pictures, trust_remote_code=True)
+    for picture, vector in zip(pictures, together, strict=True):
+        (alone,) = encode(path, [picture], trust_remote_code=True)
+        np.testing.assert_allclose(vector, alone, atol=1e-5)
+
+
 def test_a_model_that_masks_at_random_is_refused(tmp_path):
     config = hf.ViTMAEConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     config.save_pretrained(tmp_path)
@@ -260,6 +515,119 @@ def test_sentence_transformers_settings_not_understood_are_refused(
         json.dump(settings, file)
     with pytest.raises(ValueError, match=f"{what}.*which is not supported"):
         FrozenEncoder(path).fit(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokenizer_args": {"model_max_length": 6}},
+        {"processor_kwargs": {"model_max_length": 6}, "max_seq_length": 9},
+        {"model_args": {"torch_dtype": "float32", "attn_implementation": "eager"}},
+        {"tokenizer_args": {"truncation_side": "right"}},
+        {"config_kwargs": {"use_cache": False}, "unpad_inputs": False},
+        {"query_length": 4, "document_length": 5, "max_seq_length": None},
+    ],
+)
+def test_sentence_transformers_arguments_are_honoured(checkpoints, tmp_path, change):
+    path, _ = saved_by_sentence_transformers(checkpoints["bert"], tmp_path)
+    change_json(f"{path}/sentence_bert_config.json", change)
+    from sentence_transformers import SentenceTransformer
+
+    expected = SentenceTransformer(path, device="cpu").encode(TEXTS, show_progress_bar=False)
+    np.testing.assert_allclose(encode(path, TEXTS), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("sentence_bert_config.json", {"config_args": {"num_hidden_layers": 1}}, "num_hidden_lay"),
+        ("sentence_bert_config.json", {"config_kwargs": {"is_decoder": False}}, "is_decoder=False"),
+        ("sentence_bert_config.json", {"model_args": {"default_task": "q"}}, "default_task='q'"),
+        (
+            "sentence_bert_config.json",
+            {"tokenizer_args": {"truncation_side": "left"}},
+            "truncation",
+        ),
+        ("sentence_bert_config.json", {"tokenizer_name_or_path": "b"}, "tokenizer_name_or_path"),
+        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "the transformer_task"),
+        ("sentence_bert_config.json", {"invented": 3}, "invented=3"),
+        (
+            "sentence_bert_config.json",
+            {"modality_config": {"text": {"method": "forward", "method_output_name": "logits"}}},
+            "modality_config text",
+        ),
+        ("config_sentence_transformers.json", {"model_type": "CrossEncoder"}, "the model_type"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "default_prompt_name"),
+        ("config_sentence_transformers.json", {"invented": "x"}, "invented='x'"),
+        ("1_Pooling/config.json", {"invented": True}, "invented=True"),
+        ("1_Pooling/config.json", {"pooling_mode": ["mean", "cls"]}, "the pooling mean, cls"),
+        ("2_Dense/config.json", {"module_output_name": "other"}, "a Dense module"),
+        ("2_Dense/config.json", {"activation_function": "mine.Tanh"}, "a Dense module"),
+        ("2_Dense/config.json", {"invented": 2}, "invented=2"),
+        (
+            "3_Normalize/config.json",
+            {"module_input_name": "token_embeddings"},
+            "a Normalize module",
+        ),
+    ],
+)
+def test_sentence_transformers_arguments_not_understood_are_refused(
+    checkpoints, tmp_path, name, change, message
+):
+    path, _ = saved_by_sentence_transformers(
+        checkpoints["bert"], tmp_path, extra=[dense(), unit_length]
+    )
+    change_json(f"{path}/{name}", change)
+    with pytest.raises(ValueError, match=f"{message}.*which is not supported"):
+        FrozenEncoder(path).fit(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "custom.Transformer"}, "a module of its own code, custom.Transformer"),
+        ({"path": "0_Transformer"}, "its Transformer in '0_Transformer'"),
+    ],
+)
+def test_a_first_module_of_another_kind_is_refused(checkpoints, tmp_path, change, message):
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {})
+    modules = json.loads((tmp_path / path / "modules.json").read_text())
+    (tmp_path / path / "modules.json").write_text(json.dumps([modules[0] | change, *modules[1:]]))
+    with pytest.raises(ValueError, match=message):
+        FrozenEncoder(path).fit(TEXTS)
+
+
+def test_a_model_without_a_pooling_module_is_refused(checkpoints, tmp_path):
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {})
+    modules = json.loads((tmp_path / path / "modules.json").read_text())
+    (tmp_path / path / "modules.json").write_text(json.dumps([modules[0], modules[2]]))
+    with pytest.raises(ValueError, match="with no Pooling module"):
+        FrozenEncoder(path).fit(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["1_Pooling/config.json", "2_Dense/config.json"])
+def test_a_file_that_modules_json_names_must_not_be_lost(checkpoints, tmp_path, name):
+    path, _ = saved_by_sentence_transformers(checkpoints["bert"], tmp_path, extra=[dense()])
+    os.remove(f"{path}/{name}")
+    with pytest.raises(OSError, match=f"lacks '{name}', which its modules.json names"):
+        FrozenEncoder(path).fit(TEXTS)
+
+
+def test_a_pooling_without_content_is_an_error(checkpoints, tmp_path):
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {})
+    (tmp_path / path / "1_Pooling" / "config.json").write_text("{}")
+    with pytest.raises(OSError, match="names no pooling"):
+        FrozenEncoder(path).fit(TEXTS)
+
+
+def change_json(path, change):
+    """Change some keys of a JSON file, which may not exist yet."""
+    content = {}
+    if os.path.exists(path):
+        with open(path) as file:
+            content = json.load(file)
+    with open(path, "w") as file:
+        json.dump(content | change, file)
 
 
 def saved_by_sentence_transformers(source, path, *, pooling="mean", extra=(), **options):

@@ -254,7 +254,11 @@ class Checkpoint:
         paths = [self.file(name) for name in _TOKENIZER_FILES]
         paths += [self.file(name, optional=True) for name in _VOCABULARIES]
         for path in paths:
-            if path is not None:
+            if path is None:
+                continue
+            if path.suffix == ".json":
+                _parse_json(path)
+            else:
                 check_file(path)
 
     def check_image_processor(self) -> None:

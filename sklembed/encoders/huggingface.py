@@ -447,6 +447,12 @@ class HuggingFaceBackend:
                 f"{self._name} ({kind}) masks patches at random, so a picture has no vector of "
                 "its own. Choose another checkpoint."
             )
+        if self.checkpoint.file("adapter_config.json", optional=True) is not None:
+            raise ValueError(
+                f"{self._name} has an adapter, which changes vectors only where peft is installed. "
+                "Load it with peft, merge it into the model and save that: "
+                "model.merge_and_unload().save_pretrained(directory)."
+            )
         if kind == "big_bird" and self._config.attention_type == "block_sparse":
             raise ValueError(
                 f"{self._name} (big_bird) changes its attention for good at the first short text. "
