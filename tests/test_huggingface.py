@@ -438,6 +438,48 @@ def test_the_width_is_known_without_weights(checkpoints, tmp_path, family, width
     assert len(FrozenEncoder(str(path)).get_feature_names_out()) == width
 
 
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        (hf.EfficientNetConfig(image_size=32, width_coefficient=0.1, hidden_dim=128), 128),
+        (hf.MobileNetV2Config(image_size=32, depth_multiplier=0.25), 1280),
+        (hf.MobileViTConfig(image_size=32, neck_hidden_sizes=[4, 8, 8, 8, 8, 8, 24]), 24),
+    ],
+)
+def test_the_width_of_image_models_that_do_not_name_it(pictures, tmp_path, config, width):
+    state = torch.get_rng_state()
+    config.save_pretrained(tmp_path)
+    assert len(FrozenEncoder(tmp_path).get_feature_names_out()) == width
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.random.fork_rng():
+        hf.AutoModel.from_config(config).save_pretrained(tmp_path)
+    hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    assert encode(tmp_path, pictures).shape == (3, width)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.OPTConfig(
+            hidden_size=16,
+            word_embed_proj_dim=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            ffn_dim=8,
+            vocab_size=18,
+        ),
+    ],
+)
+def test_the_width_of_a_text_model_is_that_of_its_output(checkpoints, tmp_path, config):
+    with torch.random.fork_rng():
+        hf.AutoModel.from_config(config).save_pretrained(tmp_path)
+    hf.AutoTokenizer.from_pretrained(checkpoints["bert"]).save_pretrained(tmp_path)
+    assert encode(tmp_path, TEXTS).shape == (
+        4,
+        len(FrozenEncoder(tmp_path).get_feature_names_out()),
+    )
+
+
 @pytest.mark.parametrize(("family", "most"), [("bert", 24), ("roberta", 22)])
 def test_a_max_length_beyond_the_model_s_is_refused(checkpoints, family, most):
     with pytest.raises(ValueError, match=f"max_length=25, but .* takes at most {most} tokens"):

@@ -1,6 +1,7 @@
 """Text and vision checkpoints through transformers: pooled vectors, tokens, layers, both towers."""
 
 import contextlib
+import copy
 import functools
 import threading
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ _WITH_CLASS_TOKEN = {
     "vit_msn",
 }
 _RANDOM = {"vit_mae"}
+# By which configurations name the width of the hidden states.
+_WIDTHS = ("hidden_size", "d_model", "dim", "n_embd", "emb_dim", "model_dim", "hidden_dim")
 # Position embeddings of these begin behind the padding token's index.
 _OFFSET_POSITIONS = {
     "camembert",
@@ -532,12 +535,22 @@ class HuggingFaceBackend:
     def _width(self, layer: int) -> int:
         """Find the width of a hidden state in the configuration."""
         config = self._tower
+        is_last = layer == self._n_layers
+        if is_last and getattr(config, "neck_hidden_sizes", None):  # MobileViT
+            return config.neck_hidden_sizes[-1]
+        if is_last and getattr(config, "word_embed_proj_dim", None):  # OPT
+            return config.word_embed_proj_dim
         if self._is_convolutional:
             widths = [getattr(config, "embedding_size", config.hidden_sizes[0])]
             return [*widths, *config.hidden_sizes][layer]
-        for name in ("hidden_size", "d_model", "dim"):
-            if isinstance(getattr(config, name, None), int):
-                return getattr(config, name)
+        for named in (config, config.get_text_config()):
+            for name in _WIDTHS:
+                if isinstance(getattr(named, name, None), int):
+                    return getattr(named, name)
+        if is_last and self.modality == "image" and not self._is_dual:
+            width = _measure_width(self.checkpoint, self.checkpoint.identity())
+            if width is not None:
+                return width
         raise ValueError(
             f"The width of the vectors of {self._name} ({config.model_type}) cannot be read from "
             "its configuration; wrap the model in a CallableBackend."
@@ -654,6 +667,25 @@ class _Loaded:
         if self._image_processor is None:
             self._image_processor = _load_image_processor(checkpoint)
         return self._image_processor
+
+
+@functools.lru_cache(maxsize=64)
+def _measure_width(checkpoint, identity) -> int | None:
+    """Run an image model without its weights, where its configuration does not name the width."""
+    from transformers import AutoModel
+
+    config = copy.deepcopy(checkpoint.config())
+    size = getattr(config, "image_size", None) or 224
+    size = (size, size) if isinstance(size, int) else size
+    torch = _torch()
+    try:
+        with _quiet(), torch.device("meta"), torch.inference_mode():
+            model = AutoModel.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+            pixels = torch.empty(1, config.num_channels, *size)
+            states = model.eval()(pixel_values=pixels).last_hidden_state
+    except Exception:  # of any architecture; the caller says what to do
+        return None
+    return _as_sequence(states).shape[-1]
 
 
 def _load_tokenizer(checkpoint):
