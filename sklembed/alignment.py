@@ -197,7 +197,8 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Z : ndarray of shape (n_samples, n_features_out)
             Aligned rows, of unit length in each block but for the noise.
         """
-        Z = self._join(*self._fit(X))
+        aligned, observed, dtype = self._fit(X)
+        Z = self._join(aligned, observed).astype(dtype, copy=False)
         if self.noise_std > 0:
             rng = check_random_state(self.random_state)
             Z += rng.normal(scale=self.noise_std, size=Z.shape).astype(Z.dtype)
@@ -219,7 +220,8 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False)
         rows, observed = self._all_unit_rows(X)
-        return self._join({name: self._aligned(name, rows[name]) for name in rows}, observed)
+        aligned = {name: self._aligned(name, rows[name]) for name in rows}
+        return self._join(aligned, observed).astype(X.dtype, copy=False)
 
     def encode(self, X, modality):
         """Align rows of one modality.
@@ -245,7 +247,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         X = check_one_block(self, X, modality, FLOAT_DTYPES)
         rows, observed = self._unit_rows(X, modality, slice(None))
-        return _scattered(self._aligned(modality, rows), observed)
+        return _scattered(self._aligned(modality, rows).astype(X.dtype, copy=False), observed)
 
     def get_feature_names_out(self, input_features=None):
         """Name the output columns as those of the input, or ``<block>__<number>`` if resampled.
@@ -264,7 +266,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return names if self.width_ is None else _numbered(self.blocks_, self.width_)
 
     def _fit(self, X):
-        """Learn from training rows; return them aligned, and which are observed."""
+        """Learn from training rows; return them aligned, which are observed, and their dtype."""
         X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite="allow-nan")
         names = getattr(self, "feature_names_in_", None)
         self.blocks_ = resolve_blocks(self.blocks, names, X.shape[1])
@@ -283,7 +285,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.maps_, self.offsets_ = self._find_maps(rows, observed)
         aligned = {name: self._aligned(name, rows[name]) for name in rows}
         self.gap_after_ = _gap(_centroids(aligned)) if equal else np.nan
-        return aligned, observed
+        return aligned, observed, X.dtype
 
     def _common_width(self, X):
         """Return the width that all modalities are stretched to, None if they are left alone."""
@@ -310,9 +312,12 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
 
     def _unit_rows(self, X, name, columns):
-        """Return a modality's observed rows, of unit length and the common width; and which."""
+        """Return a modality's observed rows, of unit length and the common width; and which.
+
+        They are of double precision, as rows that lie close together would cancel in single.
+        """
         observed = observed_in_block(X, name, columns)
-        part = X[observed][:, columns]
+        part = X[observed][:, columns].astype(np.float64, copy=False)
         part = normalize(part) if len(part) else part
         return part if self.width_ is None else _resample(part, self.width_), observed
 
@@ -332,7 +337,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             offsets = {name: np.zeros_like(centroid) for name, centroid in centroids.items()}
         else:
             maps = {
-                name: _whitening(part - centroids[name], "auto")[0] / np.sqrt(part.shape[1])
+                name: _whitening_matrix(_centred(part, centroids[name])) / np.sqrt(part.shape[1])
                 for name, part in rows.items()
             }
             offsets = {name: -centroids[name] @ maps[name] for name in rows}
@@ -340,9 +345,9 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _aligned(self, name, rows):
         """Move unit rows of one modality, and scale them to unit length again."""
-        wanted = rows @ self.maps_[name].astype(rows.dtype) if self.maps_ else rows
-        wanted = wanted + self.offsets_[name].astype(rows.dtype)
-        moved = rows + rows.dtype.type(self.shift) * (wanted - rows)
+        wanted = rows @ self.maps_[name] if self.maps_ else rows
+        wanted = wanted + self.offsets_[name]
+        moved = rows + self.shift * (wanted - rows)
         return normalize(moved, copy=False) if len(moved) else moved
 
     def _join(self, rows, observed):
@@ -383,9 +388,10 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         The columns of the two modalities, as for :class:`ModalityGapAligner`.
 
     shrinkage : float or "auto", default="auto"
-        How far each covariance is drawn towards a multiple of the identity, 0 to 1; "auto" asks
-        Ledoit and Wolf's formula. With fewer rows than columns and no shrinkage all correlations
-        are 1.
+        How far each covariance is drawn towards a multiple of the identity, from 0 to less than 1.
+        The covariance between the modalities shrinks with them, so that no correlation exceeds 1.
+        "auto" takes the share of the covariance's squared norm that is sampling noise. With fewer
+        rows than columns and no shrinkage all correlations are 1.
 
     weighted : bool, default=True
         Whether directions weigh by their correlation.
@@ -393,7 +399,8 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
     Attributes
     ----------
     correlations_ : ndarray of shape (n_components,)
-        The canonical correlations on the training rows, falling.
+        The canonical correlations on the training rows, falling, by the covariances after
+        shrinkage; 0 beyond the number of directions in which the rows vary.
 
     blocks_ : dict of str to slice or ndarray
         The columns of each modality in `X`.
@@ -402,7 +409,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         Mean of each modality.
 
     maps_ : dict of str to ndarray of shape (n_columns, n_components)
-        The directions of each modality.
+        The directions of each modality, 0 where the correlation is 0 for lack of one.
 
     n_features_in_ : int
         Number of columns seen during fit.
@@ -432,7 +439,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
     _parameter_constraints: dict = {
         "n_components": [Interval(Integral, 1, None, closed="left"), None],
         "blocks": [dict, None],
-        "shrinkage": [Interval(Real, 0, 1, closed="both"), StrOptions({"auto"})],
+        "shrinkage": [Interval(Real, 0, 1, closed="left"), StrOptions({"auto"})],
         "weighted": ["boolean"],
     }
 
@@ -471,18 +478,22 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         rows, observed, paired = self._check_pairs(X)
         self.means_ = _centroids(rows)
         centred = {name: part - self.means_[name] for name, part in rows.items()}
-        whitenings, shrinkages = zip(
-            *(_whitening(part, self.shrinkage) for part in centred.values()), strict=True
-        )
-        a, b = (centred[name][paired[observed[name]]] for name in centred)
-        # What lies between them shrinks along, else correlations could be more than 1.
-        kept = np.sqrt((1 - shrinkages[0]) * (1 - shrinkages[1]))
-        between = whitenings[0] @ (kept * a.T @ b / len(a)) @ whitenings[1]
-        left, correlations, right = linalg.svd(between, full_matrices=False)
-        first = slice(self.n_components)
-        self.correlations_ = correlations[first].clip(0, 1)
+        pairs, whitenings, shrinkages = [], [], []
+        for name, part in rows.items():
+            centred = _centred(part, self.means_[name])
+            shrinkage = _noise_share(centred) if self.shrinkage == "auto" else self.shrinkage
+            axes, roots, _ = _whitening(centred, shrinkage)
+            pairs.append(centred[paired[observed[name]]])
+            whitenings.append(axes * roots)
+            shrinkages.append(shrinkage)
+        a, b = (part @ whitening for part, whitening in zip(pairs, whitenings, strict=True))
+        # The cross-covariance shrinks too, else correlations could be more than 1.
+        remaining = np.sqrt((1 - shrinkages[0]) * (1 - shrinkages[1]))
+        left, correlations, right = linalg.svd(remaining * a.T @ b / len(a), full_matrices=False)
+        n_components = self.n_components or min(part.shape[1] for part in pairs)
+        self.correlations_ = _padded(correlations.clip(0, 1), n_components)
         self.maps_ = {
-            name: whitening @ directions[:, first]
+            name: _padded(whitening @ directions, n_components)
             for name, whitening, directions in zip(rows, whitenings, (left, right.T), strict=True)
         }
         return self
@@ -532,12 +543,12 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
     def _project(self, X, name):
         """Project one modality's columns, NaN where a row lacks it."""
         observed = observed_in_block(X, name, slice(None))
-        rows = X[observed] - self.means_[name].astype(X.dtype)
-        rows = rows @ self.maps_[name].astype(X.dtype)
+        # In double precision: in single, columns far from 0 would cancel.
+        rows = (X[observed] - self.means_[name]) @ self.maps_[name]
         rows = normalize(rows, copy=False) if len(rows) else rows
         if self.weighted:
-            rows *= np.sqrt(self.correlations_).astype(X.dtype)
-        return _scattered(rows, observed)
+            rows *= np.sqrt(self.correlations_)
+        return _scattered(rows.astype(X.dtype, copy=False), observed)
 
     def get_feature_names_out(self, input_features=None):
         """Name the output columns ``<block>__<number>``.
@@ -591,6 +602,14 @@ def _centroids(rows):
     return {name: part.mean(axis=0, dtype=np.float64) for name, part in rows.items()}
 
 
+def _centred(rows, mean):
+    """Subtract the mean in double precision; what rounding leaves of a constant column is 0."""
+    deviations = rows - mean
+    rounding = 10 * np.finfo(np.float64).eps * np.abs(mean)
+    deviations[:, np.abs(deviations).max(axis=0) <= rounding] = 0.0
+    return deviations
+
+
 def _gap(centroids):
     """Return the distance of two centroids, averaged over pairs of modalities."""
     pairs = combinations(centroids.values(), 2)
@@ -624,21 +643,68 @@ def _rotations(rows, observed):
     return rotations
 
 
-def _whitening(centred, shrinkage):
-    """Return the inverse root of a covariance drawn towards the identity, and how far it was."""
-    centred = centred.astype(np.float64)
+def _noise_share(centred):
+    """Estimate how much of a covariance's squared norm is sampling noise.
+
+    This is the shrinkage towards 0 that minimises the expected squared error. Shrinkage towards
+    the identity is 1 where the covariance is the identity already, however well it is known.
+    """
     n_rows, n_columns = centred.shape
-    if shrinkage == "auto":
-        shrinkage = ledoit_wolf_shrinkage(centred, assume_centered=True) if n_columns > 1 else 0.0
-    covariance = centred.T @ centred / n_rows
-    mean_variance = np.trace(covariance) / n_columns
-    covariance *= 1 - shrinkage
-    covariance[np.diag_indices_from(covariance)] += shrinkage * mean_variance
-    variances, axes = linalg.eigh(covariance)
+    by_rows = n_rows < n_columns
+    gram = centred @ centred.T if by_rows else centred.T @ centred
+    squared_norm = np.square(gram).sum() / n_rows**2
+    if n_columns == 1 or squared_norm == 0:
+        return 0.0
+    # Mean over rows of |x x' - S|^2, the variance of the mean S of the x x' times n_rows.
+    spread = np.square(np.square(centred).sum(axis=1)).mean() - squared_norm
+    return float(np.clip(spread / n_rows / squared_norm, 0.0, 1.0 - 1.0 / n_rows))
+
+
+def _whitening(centred, shrinkage):
+    """Find the inverse root of a covariance drawn towards a multiple of the identity.
+
+    Returns
+    -------
+    axes : ndarray of shape (n_columns, n_axes)
+        Directions in which the rows vary, at most as many as there are rows or columns.
+    roots : ndarray of shape (n_axes,)
+        The inverse root along each of them; 0 for a direction without variance.
+    rest : float
+        The inverse root in all directions that are orthogonal to the axes.
+    """
+    n_rows, n_columns = centred.shape
+    if n_rows < n_columns:
+        _, lengths, axes = linalg.svd(centred, full_matrices=False)
+        variances, axes = np.square(lengths) / n_rows, axes.T
+    else:
+        variances, axes = linalg.eigh(centred.T @ centred / n_rows)
+    drawn_to = shrinkage * variances.sum() / n_columns
+    variances = (1 - shrinkage) * variances + drawn_to
     # Directions without variance have no scale to be brought to 1; they are dropped.
-    empty = variances <= variances[-1] * n_columns * np.finfo(np.float64).eps
+    smallest = variances.max() * n_columns * np.finfo(np.float64).eps
+    empty = variances <= smallest
     roots = np.where(empty, 0.0, 1 / np.sqrt(np.where(empty, 1.0, variances)))
-    return (axes * roots) @ axes.T, shrinkage
+    rest = 0.0
+    if len(variances) < n_columns and drawn_to > smallest:
+        rest = 1 / np.sqrt(drawn_to)
+    return axes, roots, rest
+
+
+def _whitening_matrix(centred):
+    """Return the symmetric matrix that whitens, with Ledoit and Wolf's shrinkage."""
+    shrinkage = (
+        ledoit_wolf_shrinkage(centred, assume_centered=True) if centred.shape[1] > 1 else 0.0
+    )
+    axes, roots, rest = _whitening(centred, shrinkage)
+    return (axes * (roots - rest)) @ axes.T + rest * np.eye(len(axes))
+
+
+def _padded(array, width):
+    """Cut the last axis to a width, or fill it up with zeros."""
+    filled = np.zeros((*array.shape[:-1], width))
+    n_columns = min(width, array.shape[-1])
+    filled[..., :n_columns] = array[..., :n_columns]
+    return filled
 
 
 def _side_by_side(rows, observed, columns):

@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.interpolate import interp1d
+from sklearn.covariance import LedoitWolf
 from sklearn.cross_decomposition import CCA
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -302,6 +304,149 @@ def test_shrinkage_keeps_few_rows_from_correlating_by_chance():
     shrunk = CanonicalAligner(blocks=blocks).fit(noise).correlations_[0]
     assert chance == pytest.approx(1)
     assert shrunk < 0.8
+
+
+def isotropic(n_rows, width, seed=0, whiten=False):
+    """Make two modalities of uncorrelated columns of variance 1, which share four of them."""
+    rng = np.random.default_rng(seed)
+    shared = rng.normal(size=(n_rows, 4))
+    parts = []
+    for _ in range(2):
+        part = rng.normal(size=(n_rows, width))
+        part[:, :4] = shared + 0.3 * part[:, :4]
+        parts.append(PCA(whiten=True).fit_transform(part) if whiten else part)
+    return np.hstack(parts), {"text": slice(0, width), "image": slice(width, 2 * width)}
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize(("n_rows", "width"), [(1000, 16), (2000, 64), (200, 5)])
+def test_isotropic_modalities_keep_their_correlations(n_rows, width, whiten):
+    X, blocks = isotropic(n_rows, width, whiten=whiten)
+    plain = CanonicalAligner(4, blocks=blocks, shrinkage=0.0).fit(X)
+    aligner = CanonicalAligner(4, blocks=blocks).fit(X)
+    np.testing.assert_allclose(aligner.correlations_, plain.correlations_, atol=0.06)
+    assert (np.linalg.norm(aligner.transform(X), axis=1) > 0.5).all()
+
+
+def test_noise_of_more_columns_than_rows_does_not_correlate():
+    X = np.random.default_rng(0).normal(size=(50, 1000))
+    aligner = CanonicalAligner(blocks={"a": slice(0, 500), "b": slice(500, 1000)}).fit(X)
+    assert 0 < aligner.correlations_[0] < 0.8
+
+
+def inverse_root(covariance):
+    variances, axes = np.linalg.eigh(covariance)
+    return (axes / np.sqrt(variances)) @ axes.T
+
+
+@pytest.mark.parametrize("shrinkage", [0.1, 0.7])
+@pytest.mark.parametrize("n_missing", [0, 6])
+@pytest.mark.parametrize("width", [20, 70])
+def test_directions_are_those_of_the_covariances(width, n_missing, shrinkage):
+    """Of 40 rows; where columns are more, no matrix of columns by columns is decomposed."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(40, 3)) @ rng.normal(size=(3, width + 50))
+    X += 3 + rng.normal(size=X.shape)
+    X[:n_missing, :width] = np.nan
+    X[n_missing : 2 * n_missing, width:] = np.nan
+    blocks = {"text": slice(0, width), "image": slice(width, width + 50)}
+    aligner = CanonicalAligner(3, blocks=blocks, shrinkage=shrinkage).fit(X)
+
+    roots, centred = [], []
+    for columns in blocks.values():
+        part = X[:, columns] - np.nanmean(X[:, columns], axis=0)
+        rows = part[~np.isnan(part).any(axis=1)]
+        covariance = rows.T @ rows / len(rows)
+        target = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        roots.append(inverse_root((1 - shrinkage) * covariance + shrinkage * target))
+        centred.append(part)
+    paired = ~np.isnan(X).any(axis=1)
+    a, b = (part[paired] for part in centred)
+    between = (1 - shrinkage) * roots[0] @ a.T @ b @ roots[1] / paired.sum()
+    left, correlations, right = np.linalg.svd(between)
+    np.testing.assert_allclose(aligner.correlations_, correlations[:3].clip(max=1))
+    for root, directions, part in zip(roots, (left, right.T), aligner.maps_.values(), strict=True):
+        expected = root @ directions[:, :3]
+        signs = np.sign((expected * part).sum(axis=0))
+        np.testing.assert_allclose(part * signs, expected, atol=1e-8)
+
+
+def test_whitening_is_the_same_from_rows_and_from_columns():
+    X = np.random.default_rng(0).normal(size=(20, 80)) + 1
+    blocks = {"text": slice(0, 30), "image": slice(30, 80)}
+    aligner = ModalityGapAligner(blocks, method="whiten").fit(X)
+    for name, columns in blocks.items():
+        rows = normalize(X[:, columns])
+        covariance = LedoitWolf().fit(rows).covariance_
+        expected = inverse_root(covariance) / np.sqrt(len(covariance))
+        np.testing.assert_allclose(aligner.maps_[name], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_components_beyond_the_rank_are_zero():
+    X = np.random.default_rng(0).normal(size=(6, 40))
+    aligner = CanonicalAligner(blocks={"a": slice(0, 20), "b": slice(20, 40)}).fit(X)
+    assert (aligner.correlations_[:5] > 0.1).all()
+    np.testing.assert_allclose(aligner.correlations_[5:], 0, atol=1e-12)
+    assert aligner.transform(X).shape == (6, 40)
+
+
+@pytest.mark.parametrize("n_rows", [2, 3, 30])
+@pytest.mark.parametrize("width", [1, 2, 8])
+@pytest.mark.parametrize("shape", ["constant", "duplicated", "plain"])
+def test_degenerate_blocks_give_finite_rows(shape, width, n_rows):
+    X = np.random.default_rng(0).normal(size=(n_rows, 2 * width))
+    if shape == "constant":
+        X[:, :width] = 3.1
+    elif shape == "duplicated":
+        X = X[:, [0] * width + [width] * width]
+    blocks = {"a": slice(0, width), "b": slice(width, 2 * width)}
+    for aligner in (CanonicalAligner(blocks=blocks), ModalityGapAligner(blocks, method="whiten")):
+        Z = aligner.fit(X).transform(X + 1e-6)
+        assert np.isfinite(Z).all()
+        assert np.abs(Z).max() <= 1 + 1e-12
+    if shape == "constant":
+        aligner = CanonicalAligner(blocks=blocks).fit(X)
+        assert not aligner.correlations_.any()
+        assert not aligner.maps_["a"].any()
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e5])
+def test_a_far_column_of_float32_changes_no_projection(offset):
+    X = two_cones(300).astype(np.float32)
+    far = X + np.float32(offset)
+    X = (far - np.float32(offset)).astype(np.float64)  # what float32 has left of it
+    aligner = CanonicalAligner(3, blocks=EQUAL)
+    Z = aligner.fit_transform(X)
+    Z_far = aligner.fit_transform(far)
+    assert Z_far.dtype == np.float32
+    signs = np.sign((Z * Z_far).sum(axis=0))
+    np.testing.assert_allclose(Z_far * signs, Z, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["center", "whiten"])
+def test_far_columns_of_float32_are_aligned_as_in_double_precision(method):
+    far = (two_cones(300) + 1000).astype(np.float32)
+    aligner = ModalityGapAligner(EQUAL, method=method)
+    expected = aligner.fit_transform(far.astype(np.float64))
+    Z = aligner.fit_transform(far)
+    assert Z.dtype == np.float32
+    np.testing.assert_allclose(Z, expected, atol=1e-5)
+    np.testing.assert_array_equal(aligner.encode(far[:, :5], "text"), aligner.transform(far)[:, :5])
+
+
+def test_shrinkage_leaves_something_of_the_covariance():
+    with pytest.raises(ValueError, match=r"'shrinkage' parameter.*0.0, 1.0"):
+        CanonicalAligner(blocks=EQUAL, shrinkage=1.0).fit(two_cones())
+
+
+@pytest.mark.parametrize("aligner", [CanonicalAligner(3, blocks=EQUAL), ModalityGapAligner(EQUAL)])
+def test_a_request_without_any_modality_stays_missing(aligner):
+    X = two_cones()
+    aligner.fit(X)
+    Z = aligner.transform(np.full((1, 10), np.nan))
+    assert Z.shape == (1, aligner.transform(X).shape[1])
+    assert np.isnan(Z).all()
+    assert np.isnan(aligner.encode(np.full((1, 5), np.nan), "text")).all()
 
 
 def test_unpaired_rows_are_projected_too():
