@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from skorch import NeuralNet
 from skorch.callbacks import Callback
+from skorch.exceptions import SkorchException
 from torch import Tensor, nn
 
 from sklembed._torch import resolve_device, to_numpy, to_tensor
@@ -129,6 +130,8 @@ def train(
     ValueError
         If the device cannot be used, the weights did not stay finite, or `skorch_params` holds
         what is not theirs to set.
+    TypeError
+        If the callbacks in `skorch_params` are not a list.
     """
     given = options.skorch_params or {}
     refused = sorted(name for name in given if name.split("__")[0] in _OURS)
@@ -163,16 +166,33 @@ def train(
         for name, value in batches.items()
     }
     settings["iterator_train__seed"] = seed
-    ours: list[tuple[str, Callback]] = []
+    # The validation loss is recorded before callbacks of the user that watch it, and training is
+    # stopped after them, so that they see its last epoch.
+    before: list[tuple[str, Callback]] = []
+    after: list[tuple[str, Callback]] = []
     if len(rows[0].valid):
-        ours.append(("sklembed_stop", BestOfEach(options.n_iter_no_change)))
+        best = BestOfEach(options.n_iter_no_change)
+        before.append(("sklembed_best", best))
+        after.append(("sklembed_stop", _StopAfter(best)))
     if on_epoch is not None:
-        ours.append(("sklembed_epoch", _AfterEpoch(on_epoch, past)))
-    settings["callbacks"] = [*(settings.get("callbacks") or []), *ours]
+        after.append(("sklembed_epoch", _AfterEpoch(on_epoch, past)))
+    callbacks = settings.get("callbacks")
+    if callbacks != "disable":
+        settings["callbacks"] = [*before, *_as_list(callbacks), *after]
     net = NeuralNet(make_module(generator), Criterion(loss), **settings).initialize()
+    if callbacks == "disable":  # those of skorch and of the user; training itself needs ours
+        net.callbacks_ = [*before, *after]
     if start is not None:
         _restore(net, start)
-    net.partial_fit(to_tensor(X, device), to_tensor(y, device))
+    try:
+        net.partial_fit(to_tensor(X, device), to_tensor(y, device))
+    except (KeyError, ValueError, SkorchException) as error:
+        if "valid_loss" in str(error):
+            error.add_note(
+                "The callback watches the loss on a validation set, and there is none. Set "
+                "early_stopping=True, or give skorch_params a train_split."
+            )
+        raise
     weights = _weights(net)
     if not all(np.isfinite(value).all() for value in weights.values()):
         raise ValueError(
@@ -276,7 +296,10 @@ class Batches:
 
 
 class BestOfEach(Callback):  # type: ignore[misc]
-    """Stop when no network's validation loss gets better, and give each its best weights."""
+    """Record the mean validation loss of the networks, and give each its best weights.
+
+    `finished` is whether no network's loss has improved for `patience` epochs.
+    """
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -284,6 +307,7 @@ class BestOfEach(Callback):  # type: ignore[misc]
     def on_train_begin(self, net: NeuralNet, **_: Any) -> None:
         """Start with nothing seen."""
         self.best: np.ndarray | None = None
+        self.finished = False
 
     def on_epoch_end(self, net: NeuralNet, dataset_train: Any = None, **_: Any) -> None:
         """Judge the epoch."""
@@ -305,8 +329,7 @@ class BestOfEach(Callback):  # type: ignore[misc]
                     if len(value) == len(losses):  # of each; what all share does not change
                         self.state[name][network] = value[network]
         net.history.record("valid_loss_best", bool(better.any()))
-        if (self.epochs >= self.patience).all():
-            raise KeyboardInterrupt  # how skorch's own early stopping ends training
+        self.finished = bool((self.epochs >= self.patience).all())
 
     def on_train_end(self, net: NeuralNet, **_: Any) -> None:
         """Go back to the best weights."""
@@ -325,6 +348,18 @@ class BestOfEach(Callback):  # type: ignore[misc]
         return np.asarray(torch.stack(losses).mean(dim=0).double().cpu())
 
 
+class _StopAfter(Callback):  # type: ignore[misc]
+    """Stop training once the networks no longer improve."""
+
+    def __init__(self, best: BestOfEach) -> None:
+        self.best = best
+
+    def on_epoch_end(self, net: NeuralNet, **_: Any) -> None:
+        """Stop if no network improves."""
+        if self.best.finished:
+            raise KeyboardInterrupt  # how skorch's own early stopping ends training
+
+
 class _AfterEpoch(Callback):  # type: ignore[misc]
     """Hand each epoch to whoever watches."""
 
@@ -338,6 +373,18 @@ class _AfterEpoch(Callback):  # type: ignore[misc]
         """Tell, and stop if told so."""
         if self.watch(_history(net, self.past), lambda: _weights(net)):
             raise KeyboardInterrupt
+
+
+def _as_list(callbacks: Any) -> list[Any]:
+    """Return the callbacks of the user as a list."""
+    if callbacks is None:
+        return []
+    if not isinstance(callbacks, list | tuple):
+        raise TypeError(
+            f"skorch_params['callbacks'] is {callbacks!r}; skorch takes a list of callbacks, or of "
+            "pairs of a name and a callback, or 'disable'. Put a single callback into a list."
+        )
+    return list(callbacks)
 
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
