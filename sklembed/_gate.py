@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from sklearn.linear_model import RidgeCV
-from sklearn.metrics import balanced_accuracy_score, f1_score
+from sklearn.metrics import f1_score
 
 from sklembed._targets import Target
 
@@ -64,17 +64,22 @@ def _score(Z: np.ndarray, target: Target, fold: Fold, weight: np.ndarray | None)
     if target.strata is not None:
         Y = np.eye(codes.max() + 1)[codes]
     probe = RidgeCV(np.logspace(-3, 3, 7)).fit(Z[train], Y[train], sample_weight=fit_weight)
-    found = probe.predict(Z[held_out])
+    # Of a single column, as where one class is left, the probe predicts a vector.
+    predicted = probe.predict(Z[held_out]).reshape(Y[held_out].shape)
     if target.kind == "continuous":
+        if (Y == Y[0]).all():  # nothing to tell from any representation
+            return 1.0
         # Against the variance of all rows, so that a fold of a single row has a score too.
-        errors = np.square(Y[held_out] - found.reshape(Y[held_out].shape)).mean(axis=1)
+        errors = np.square(Y[held_out] - predicted).mean(axis=1)
         return 1 - np.average(errors, weights=weight) / Y.var(axis=0).mean()
     if target.kind == "multilabel":
         return f1_score(
-            Y[held_out], found > 0.5, average="micro", sample_weight=weight, zero_division=0.0
+            Y[held_out], predicted > 0.5, average="micro", sample_weight=weight, zero_division=0.0
         )
-    # The probe may name a class that the held-out rows lack, of which scikit-learn would warn.
-    present = np.unique(codes[held_out])
-    return balanced_accuracy_score(
-        codes[held_out], present[found[:, present].argmax(axis=1)], sample_weight=weight
-    )
+    # Balanced accuracy, among the classes that held-out rows have. scikit-learn's warns of one.
+    codes = codes[held_out]
+    present = np.unique(codes)
+    right = present[predicted[:, present].argmax(axis=1)] == codes
+    weight = np.ones(len(codes)) if weight is None else weight
+    recalls = [np.average(right[codes == c], weights=weight[codes == c]) for c in present]
+    return float(np.mean(recalls))

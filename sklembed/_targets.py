@@ -1,6 +1,10 @@
 """Targets of every kind, turned into arrays from which the affinity of two rows can be told."""
 
+import warnings
 from dataclasses import dataclass, replace
+from datetime import date
+from decimal import Decimal
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -13,6 +17,10 @@ from sklearn.utils.multiclass import type_of_target
 from sklembed._validation import check_no_missing_label, encode_classes, sorted_labels
 
 TARGET_TYPES = ("multiclass", "multilabel", "continuous", "hierarchical")
+
+# Whole numbers look like measurements, not like classes, if there are more values than the first
+# number and half of them have fewer rows than the second.
+_MEASURED = ((20, 10), (10, 2))
 
 _KINDS = {
     "binary": "multiclass",
@@ -59,6 +67,29 @@ class Target:
             return f"hierarchical, {len(self.classes)} levels"
         return f"{self.kind}, {len(self.classes)} classes"
 
+    def looks_measured(self) -> bool:
+        """Tell whether classes look like whole numbers that were measured or counted.
+
+        Of several levels each is looked at, but not one of a tree, where every label belongs to
+        one label of the level above.
+        """
+        if self.strata is None:
+            return False
+        levels = self.classes if self.kind == "hierarchical" else [self.classes]
+        codes = self.values.reshape(len(self.values), -1)
+        for level, classes in enumerate(levels):
+            counts = np.unique(codes[:, level], return_counts=True)[1]
+            rare = any(
+                len(counts) > n_values and np.median(counts) < n_rows
+                for n_values, n_rows in _MEASURED
+            )
+            if not rare or _numbers(classes) is None:
+                continue
+            with_parents = np.unique(codes[:, max(level - 1, 0) : level + 1], axis=0)
+            if level == 0 or len(with_parents) > len(counts):
+                return True
+        return False
+
     def has_pairs(self, rows: np.ndarray) -> bool:
         """Tell whether any two of these rows belong together."""
         values = self.values[rows]
@@ -71,13 +102,13 @@ class Target:
 
 
 def encode_target(y, target_type: str = "auto") -> Target:
-    """Encode a target of any kind, told from its values unless it is named.
+    """Encode a target of any kind, which is told from its values unless it is named.
 
     Parameters
     ----------
     y : array-like of shape (n_samples,) or (n_samples, n_columns)
-        Class labels; or numbers with a fraction; or a 0/1 column for each label; or a column of
-        labels for each level of a tree, the coarsest first.
+        Class labels; or numbers with a fraction, dates or durations; or a 0/1 column for each
+        label; or a column of labels for each level of a tree, the coarsest first.
     target_type : {"auto", "multiclass", "multilabel", "continuous", "hierarchical"}
         Which of these it is.
 
@@ -89,7 +120,7 @@ def encode_target(y, target_type: str = "auto") -> Target:
     Raises
     ------
     ValueError
-        If a label is missing, all rows are alike, or `y` does not fit the type.
+        If a label is missing or a list, all rows are alike, or `y` does not fit the type.
     """
     y = y.toarray() if issparse(y) else y
     check_no_missing_label(y)
@@ -107,6 +138,11 @@ def encode_target(y, target_type: str = "auto") -> Target:
 
 def _kind(y: np.ndarray) -> str:
     """Tell the kind of a target from its values."""
+    if y.dtype.kind in "mM":
+        return "continuous"
+    if y.dtype.kind == "O" and (numbers := _numbers(y)) is not None:
+        if isinstance(y.flat[0], date) or (numbers != np.floor(numbers)).any():
+            return "continuous"
     if y.ndim == 2 and y.dtype.kind in "OUS":
         return "hierarchical"
     if y.ndim == 1 and y.dtype.kind in "OUS":
@@ -131,11 +167,19 @@ def _multilabel(y: np.ndarray) -> Target:
             f"A multilabel y holds a column of 0 and 1 for each label; got shape {y.shape} and the "
             f"values {np.unique(y)[:5]}. See sklearn.preprocessing.MultiLabelBinarizer."
         )
+    if (y == y[0]).all():
+        raise ValueError(
+            f"y is {y[0].astype(int).tolist()} in all {len(y)} rows; at least two rows must differ "
+            "in a label."
+        )
     return Target("multilabel", y.astype(np.float32), np.arange(y.shape[1]))
 
 
 def _continuous(y: np.ndarray) -> Target:
-    numbers = pd.DataFrame(y).apply(pd.to_numeric).to_numpy(np.float64)
+    numbers = _numbers(y)
+    if numbers is None:  # numbers in strings
+        numbers = pd.DataFrame(y).apply(pd.to_numeric).to_numpy(np.float64)
+    numbers = numbers.reshape(len(y), -1)
     if not np.isfinite(numbers).all():
         raise ValueError("Input y contains infinity. Continuous targets must be finite.")
     if (numbers == numbers[0]).all():
@@ -145,6 +189,23 @@ def _continuous(y: np.ndarray) -> Target:
         )
     ranks = (rankdata(numbers, axis=0) - 1) / (len(numbers) - 1)
     return Target("continuous", ranks.astype(np.float32))
+
+
+def _numbers(y: np.ndarray) -> np.ndarray | None:
+    """Return numbers, dates and durations as numbers; None for labels of any other type."""
+    if y.dtype.kind in "iuf":
+        return y.astype(np.float64)
+    if y.dtype.kind in "mM":
+        return y.astype(np.int64).astype(np.float64)
+    if y.dtype.kind != "O":
+        return None
+    types = {type(cell) for cell in y.flat}
+    if all(issubclass(kind, Real | Decimal) and kind is not bool for kind in types):
+        return y.astype(np.float64)
+    if all(issubclass(kind, date) for kind in types):
+        instants = pd.to_datetime(y.ravel(), utc=True).asi8
+        return instants.reshape(y.shape).astype(np.float64)
+    return None
 
 
 def _hierarchical(y: np.ndarray) -> Target:
@@ -157,6 +218,28 @@ def _hierarchical(y: np.ndarray) -> Target:
     pairs = [(top, levels)] + [sorted_labels(column) for column in y.T[1:]]
     codes = np.stack([codes for _, codes in pairs], axis=1)
     return Target("hierarchical", codes, [labels for labels, _ in pairs], levels)
+
+
+def warn_if_measured(target: Target, y) -> None:
+    """Warn of a target that was taken for classes, but looks like measurements or counts.
+
+    Warns
+    -----
+    UserWarning
+        If `y` holds more than 20 whole numbers, of which half have fewer than 10 rows, or more
+        than 10, of which half have one row. A pandas column of categories is one of classes.
+    """
+    if isinstance(getattr(y, "dtype", None), pd.CategoricalDtype) or not target.looks_measured():
+        return
+    n_values = len(np.unique(target.values[:, -1] if target.values.ndim > 1 else target.values))
+    warnings.warn(
+        f"y holds {n_values} distinct whole numbers in {len(target.values)} rows and was taken for "
+        f"{target.kind} labels, of which near ones are as different as far ones. If they are "
+        "measurements or counts, set target_type='continuous'. If they are labels, set "
+        f"target_type={target.kind!r}, which silences this warning.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def hold_back(

@@ -1,23 +1,28 @@
 """Checks shared by estimators, with messages that say what was got and what to do."""
 
+import warnings
 from numbers import Integral
 
 import numpy as np
 import pandas as pd
 import sklearn
+from pandas.api.types import is_numeric_dtype
+from scipy.sparse import issparse
 from sklearn.utils import check_random_state, column_or_1d
 
 _MOST_LABELS = 2**16 - 1  # of a pixel
+_COLLECTIONS = (list, tuple, set, frozenset, np.ndarray)
 
 
 def check_no_missing_label(y) -> None:
-    """Refuse a target with a missing label, naming the first row that lacks one.
+    """Refuse a target with a missing label or with lists of labels, naming the first such row.
 
     Raises
     ------
     ValueError
-        If any label is None, NaN or NA.
+        If any label is None, NaN or NA, or the labels of a row are a list.
     """
+    check_no_label_lists(y)
     missing = np.atleast_1d(pd.isna(np.asarray(y)))
     rows = np.flatnonzero(missing.any(axis=tuple(range(1, missing.ndim))))
     if len(rows):
@@ -25,6 +30,141 @@ def check_no_missing_label(y) -> None:
             f"Input y contains NaN or None in {len(rows)} of {len(missing)} rows, first in row "
             f"{rows[0]}. Drop the rows without a label before fitting."
         )
+
+
+def check_no_label_lists(y) -> None:
+    """Refuse a target whose cells are lists of labels, naming the first such row.
+
+    Lists of equal length are a table, and pass: a column for each level of a tree.
+
+    Raises
+    ------
+    ValueError
+        If a cell is a list, a tuple, a set or an array, or rows differ in length.
+    """
+    if issparse(y):
+        return
+    for row, cell in enumerate(_cells_of_objects(y)):
+        if isinstance(cell, _COLLECTIONS):
+            raise ValueError(
+                f"Row {row} of y is {cell!r}, a {type(cell).__name__} of labels. For several "
+                "labels of a row, give a column of 0 and 1 for each label: "
+                "sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y)."
+            )
+
+
+def _cells_of_objects(y):
+    """Return the cells of a target that is a column of objects; none of any other."""
+    try:
+        cells = np.asarray(y)
+    except ValueError:  # rows of different lengths
+        return y
+    if cells.ndim == 2 and cells.shape[1] == 1:
+        cells = cells[:, 0]
+    return cells if cells.ndim == 1 and cells.dtype == object else []
+
+
+def check_vectors(X, estimator) -> None:
+    """Refuse tokens and texts where each row is a vector of numbers.
+
+    Parameters
+    ----------
+    X : array-like
+        A table. Of its columns of objects, the first cell that is not missing is checked.
+    estimator : estimator
+        Named in the message.
+
+    Raises
+    ------
+    ValueError
+        If the cell is an array, a list or a text.
+    """
+    name = type(estimator).__name__
+    if getattr(X, "ndim", 2) == 3:
+        raise ValueError(
+            f"Found array with dim 3, of shape {X.shape}, but {name} takes pooled vectors, one for "
+            "each row. Set output='pooled' in the FrozenEncoder, or reduce X to two dimensions."
+        )
+    for column, cells in _columns_of_objects(X):
+        observed = np.flatnonzero([not _is_missing(cell) for cell in cells])
+        if not len(observed):
+            continue
+        row = observed[0]
+        cell = cells[row]
+        if isinstance(cell, _COLLECTIONS):
+            shape = np.shape(cell) if isinstance(cell, np.ndarray) else (len(cell),)
+            remedy = "Stack the vectors to a table with a column for each number: np.stack(cells)."
+            if len(shape) > 1:
+                remedy = "Set output='pooled' in the FrozenEncoder that makes the column."
+            raise ValueError(
+                f"Row {row} of column {column!r} of X is an array of shape {shape}, but {name} "
+                f"takes pooled vectors, with one number in each cell. {remedy}"
+            )
+        if isinstance(cell, str) and not _is_number(cell):
+            raise ValueError(
+                f"Row {row} of column {column!r} of X is the text {cell[:40]!r}, but {name} takes "
+                "vectors, with one number in each cell. Encode texts first, for example with "
+                "FrozenEncoder."
+            )
+
+
+def _columns_of_objects(X):
+    """Return name and cells of each column of a table that is not of a numeric dtype."""
+    if isinstance(X, pd.Series):
+        X = X.to_frame()
+    if isinstance(X, pd.DataFrame):
+        positions = [i for i, dtype in enumerate(X.dtypes) if not is_numeric_dtype(dtype)]
+        return [(X.columns[i], X.iloc[:, i].to_numpy()) for i in positions]
+    if not isinstance(X, np.ndarray) or X.dtype.kind not in "OUT" or X.ndim not in (1, 2):
+        return []
+    return list(enumerate(X.reshape(len(X), -1).T))
+
+
+def _is_missing(cell) -> bool:
+    return bool(pd.api.types.is_scalar(cell) and pd.isna(cell))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_class_weight(class_weight, classes) -> None:
+    """Refuse weights of classes that look like a misspelt label, as scikit-learn does.
+
+    Parameters
+    ----------
+    class_weight : dict, "balanced" or None
+        Weights of classes; those without one weigh 1.
+    classes : ndarray of shape (n_classes,)
+        The classes in `y`.
+
+    Raises
+    ------
+    ValueError
+        If a weight is that of no class, while a class has none.
+
+    Warns
+    -----
+    UserWarning
+        If a weight is that of no class, while every class has one: a class that a fold lacks.
+    """
+    if not isinstance(class_weight, dict):
+        return
+    known = set(np.asarray(classes).tolist())
+    unknown = [label for label in class_weight if label not in known]
+    if not unknown:
+        return
+    message = (
+        f"class_weight has a weight for {unknown[0]!r}, which is none of the {len(known)} classes "
+        f"in y, {np.asarray(classes)[:10].tolist()}."
+    )
+    if known - set(class_weight):
+        raise ValueError(f"{message} Use the labels as they are in y.")
+    warnings.warn(f"{message} It has no effect.", UserWarning, stacklevel=3)
 
 
 def encode_classes(y) -> tuple[np.ndarray, np.ndarray]:

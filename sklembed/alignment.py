@@ -13,6 +13,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_data
 
 from sklembed._blocks import check_one_block, observed_in_block, resolve_blocks
+from sklembed._validation import check_vectors
 
 # Methods that compare modalities coordinate by coordinate.
 _OF_EQUAL_WIDTHS = {"shift", "unit_shift", "procrustes"}
@@ -218,6 +219,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             Aligned rows, of unit length in each block.
         """
         check_is_fitted(self)
+        check_vectors(X, self)
         X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False)
         rows, observed = self._all_unit_rows(X)
         aligned = {name: self._aligned(name, rows[name]) for name in rows}
@@ -245,6 +247,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             If there is no such block, or the width is not that seen in `fit`.
         """
         check_is_fitted(self)
+        check_vectors(X, self)
         X = check_one_block(self, X, modality, FLOAT_DTYPES)
         rows, observed = self._unit_rows(X, modality, slice(None))
         return _scattered(self._aligned(modality, rows).astype(X.dtype, copy=False), observed)
@@ -267,6 +270,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _fit(self, X):
         """Learn from training rows; return them aligned, which are observed, and their dtype."""
+        check_vectors(X, self)
         X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite="allow-nan")
         names = getattr(self, "feature_names_in_", None)
         self.blocks_ = resolve_blocks(self.blocks, names, X.shape[1])
@@ -472,6 +476,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
             If there are not two modalities, fewer than two rows have both, or more components are
             asked for than the narrower modality has columns.
         """
+        check_vectors(X, self)
         X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite="allow-nan")
         names = getattr(self, "feature_names_in_", None)
         self.blocks_ = resolve_blocks(self.blocks, names, X.shape[1])
@@ -512,6 +517,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
             Projections, a block for each modality.
         """
         check_is_fitted(self)
+        check_vectors(X, self)
         X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False)
         return np.hstack([self._project(X[:, part], name) for name, part in self.blocks_.items()])
 
@@ -537,6 +543,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
             If there is no such block, or the width is not that seen in `fit`.
         """
         check_is_fitted(self)
+        check_vectors(X, self)
         X = check_one_block(self, X, modality, FLOAT_DTYPES)
         return self._project(X, modality)
 

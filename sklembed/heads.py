@@ -15,7 +15,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sklembed._blocks import known_block, observed_rows
-from sklembed._validation import check_no_missing_label, sorted_labels
+from sklembed._validation import check_no_label_lists, check_no_missing_label, sorted_labels
 
 _PLACE = "{}"  # of the class's name, in a template
 _TEMPERATURE = 0.01  # of CLIP and SigLIP, where training has kept it
@@ -245,6 +245,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
     def _find_prompts(self, y):
         """Return the classes, sorted, and the texts of each."""
         classes = self.classes
+        if classes is None and y is not None:
+            check_no_label_lists(y)
         if classes is None:
             classes = list(self.prompts) if isinstance(self.prompts, Mapping) else y
         if classes is None:
@@ -300,9 +302,9 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(
                 "temperature='calibrated' needs labelled rows; X or y is None. Give both to fit."
             )
+        check_no_missing_label(y)
         y = column_or_1d(y, warn=True)
         check_consistent_length(X, y)
-        check_no_missing_label(y)
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
             raise ValueError(

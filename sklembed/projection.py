@@ -24,11 +24,19 @@ from sklembed import _callbacks, _persistence
 from sklembed._blocks import moments, observed_rows
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
 from sklembed._gate import choose
-from sklembed._targets import TARGET_TYPES, Target, encode_target, hold_back
+from sklembed._targets import (
+    TARGET_TYPES,
+    Target,
+    encode_target,
+    hold_back,
+    warn_if_measured,
+)
 from sklembed._validation import (
+    check_class_weight,
     check_layer_sizes,
     check_no_missing_label,
     check_routing_enabled,
+    check_vectors,
     draw_seed,
 )
 
@@ -83,8 +91,11 @@ class ContrastiveProjector(
         What `y` holds, and so how much two rows belong together: one class each (1 if they are
         the same); a 0/1 column for each label (labels shared over labels of either); numbers (a
         Gaussian of the distance in rank, of width 0.1); a column of classes for each level of a
-        tree, the coarsest first (share of the levels that agree, from the top). "auto" tells it
-        from the values: numbers with a fraction are continuous, whole numbers are classes.
+        tree, the coarsest first (share of the levels that agree, from the top). "auto" infers it
+        from the values: numbers with a fraction, dates and durations are continuous, whole numbers
+        are classes. `fit` warns of whole numbers that look like measurements or counts: more than
+        20 distinct ones of which half have fewer than 10 rows, or more than 10 of which half have
+        one row.
 
     passthrough : bool or "auto", default=True
         Whether to put the input beside its projection, reduced to at most `n_components` principal
@@ -101,7 +112,7 @@ class ContrastiveProjector(
 
     class_weight : dict, "balanced" or None, default=None
         Weights of classes in the loss, as in scikit-learn; of the coarsest level, if `y` has
-        several.
+        several. Classes without a weight in the dict weigh 1.
 
     sampler : {"balanced"} or None, default=None
         "balanced" draws the rows of a batch so that classes are equally likely, with replacement;
@@ -158,8 +169,10 @@ class ContrastiveProjector(
     skorch_params : dict or None, default=None
         Further arguments of :class:`skorch.NeuralNet`, such as ``{"callbacks": [...]}`` or
         ``{"compile": True}``; they override what the other parameters set. The networks of the
-        folds are trained together, in one more net with the same arguments. Callbacks that watch
-        ``valid_loss`` need a `train_split` beside them.
+        folds are trained together, in one more net with the same arguments. Callbacks may watch
+        ``valid_loss`` with `early_stopping`, which records its mean over the networks, or with a
+        `train_split`. ``{"callbacks": "disable"}`` switches off those of skorch, too: `history_`
+        then has neither loss nor duration.
 
     Attributes
     ----------
@@ -326,8 +339,15 @@ class ContrastiveProjector(
         Raises
         ------
         ValueError
-            If a label is missing, all rows are alike in `y`, no two observed rows belong together,
-            no row is observed, or a row is NaN in part.
+            If a label is missing or a list, all rows are alike in `y`, no two observed rows belong
+            together, `class_weight` names no class of `y` while a class has no weight, no row is
+            observed, a row is NaN in part, or `X` holds tokens or texts.
+
+        Warns
+        -----
+        UserWarning
+            If whole numbers in `y` are taken for classes but look like measurements, see
+            `target_type`; or a weight in `class_weight` has no effect.
         """
         self._fit(X, y, sample_weight, params, "fit", cross_fit=self.passthrough == "auto")
         return self
@@ -414,6 +434,7 @@ class ContrastiveProjector(
             The projections, and the reduced input beside them; rows of NaN stay NaN.
         """
         check_is_fitted(self)
+        check_vectors(X, self)
         X = validate_data(self, X, dtype=np.float32, ensure_all_finite=False, reset=False)
         observed = observed_rows(X)  # looks for infinities too
         X = X[observed] if not observed.all() else X
@@ -487,6 +508,7 @@ class ContrastiveProjector(
         routed = process_routing(self, caller, **params)
         goes_on = self.warm_start and hasattr(self, "weights_")
         data = self._check_training_data(X, y, sample_weight, reset=not goes_on)
+        self._check_labels(data, y)
         seed = draw_seed(self.random_state)
         folds = self._folds(data, seed, routed["splitter"]["split"]) if cross_fit else None
         context = self._init_callback_context(max_subtasks=1 if folds is None else 2)
@@ -508,6 +530,7 @@ class ContrastiveProjector(
     def _check_training_data(self, X, y, sample_weight, *, reset):
         """Check all that is given, and return the observed rows."""
         check_layer_sizes(self.hidden_layer_sizes)
+        check_vectors(X, self)
         if y is not None:
             check_no_missing_label(y)
         X, y = validate_data(
@@ -540,10 +563,19 @@ class ContrastiveProjector(
         if not data.target.has_pairs(data.seen()):
             raise ValueError(
                 f"No two of the {len(data.X)} observed rows belong together "
-                f"({target.describe()}), so there is no pair to draw together. Give more rows, or "
-                "fewer classes."
+                f"({target.describe()}), so there is no pair to draw together. Give more rows or "
+                "fewer classes; if y holds measurements or counts, set target_type='continuous'."
             )
         return data
+
+    def _check_labels(self, data, y):
+        """Check what a part of the rows, as `partial_fit` has them, cannot tell."""
+        target = data.target
+        if target.strata is not None:
+            top = target.classes[0] if target.kind == "hierarchical" else target.classes
+            check_class_weight(self.class_weight, top)
+        if self.target_type == "auto":
+            warn_if_measured(target, y)
 
     def _row_weights(self, X, target, sample_weight):
         """Return the weights of rows in the loss, None if all are 1."""
@@ -563,7 +595,10 @@ class ContrastiveProjector(
         weight = _check_sample_weight(sample_weight, X, dtype=np.float32, ensure_non_negative=True)
         if self.class_weight is not None:
             top = target.classes[0] if target.kind == "hierarchical" else target.classes
-            weight = weight * compute_sample_weight(self.class_weight, top[target.strata])
+            by_class = self.class_weight
+            if isinstance(by_class, dict):  # a part of the rows may lack classes
+                by_class = {label: by_class.get(label, 1.0) for label in top.tolist()}
+            weight = weight * compute_sample_weight(by_class, top[target.strata])
         return weight.astype(np.float32)
 
     def _folds(self, data, seed, routed):
@@ -600,9 +635,19 @@ class ContrastiveProjector(
         observed = data.observed
         splitter = check_cv(self.cv, data.labels, classifier=data.target.strata is not None)
         everyone = np.arange(len(observed))
+        try:
+            parts = list(splitter.split(data.table, data.labels, **routed))
+        except ValueError as error:
+            if "groups" not in str(error) or "groups" in routed:
+                raise
+            raise ValueError(
+                f"cv={self.cv!r} needs groups, and none were passed. Call "
+                "sklearn.set_config(enable_metadata_routing=True), then pass groups to fit or "
+                "fit_transform, of this estimator or of the pipeline."
+            ) from error
         folds = [
             (everyone[np.asarray(train)], everyone[np.asarray(held_out)])
-            for train, held_out in splitter.split(data.table, data.labels, **routed)
+            for train, held_out in parts
         ]
         _check_each_row_held_out_once(folds, len(observed))
         position = np.cumsum(observed) - 1
@@ -626,11 +671,14 @@ class ContrastiveProjector(
         self.components_ = {}
         if self.passthrough:
             X = data.X if data.weight is None else data.X[data.seen()]
+            # PCA subtracts products of means, which cancels where columns lie far from 0.
+            mean = X.mean(axis=0, dtype=np.float64)
+            pca = PCA(min(self.n_components, *X.shape), copy=False, random_state=seed)
             with np.errstate(invalid="ignore", divide="ignore"):  # of an input without variance
-                pca = PCA(min(self.n_components, *X.shape), random_state=seed).fit(X)
+                pca.fit(X - mean)
             norm = np.sqrt(pca.explained_variance_.sum()) or 1.0
             self.components_ = {
-                "mean": pca.mean_.astype(np.float32),
+                "mean": mean.astype(np.float32),
                 "axes": (pca.components_ / norm).astype(np.float32),
             }
         self._n_features_out = self.n_components + len(self.components_.get("axes", ()))
@@ -852,14 +900,14 @@ class _StratifiedFolds(StratifiedKFold):
 def _project(weights, X, similarity):
     """Run a network in numpy."""
     n_layers = sum(name.endswith(".weight") for name in weights)
-    # The first layer takes the scaling in: W ((x - mean) / scale) + b = W' x + (b - W' mean).
+    # The first layer takes the scale in. Taking in the mean too would cancel far from 0.
     first = np.ascontiguousarray((weights["layers.0.weight"] / weights["scale"]).T)
-    bias = weights["layers.0.bias"] - weights["mean"] @ first
-    biases = [bias, *(weights[f"layers.{layer}.bias"] for layer in range(1, n_layers))]
+    biases = [weights[f"layers.{layer}.bias"] for layer in range(n_layers)]
     matrices = [first, *(weights[f"layers.{layer}.weight"].T for layer in range(1, n_layers))]
     Z = np.empty((len(X), len(biases[-1])), dtype=np.float32)
-    for rows in gen_batches(len(X), _CHUNK_ROWS):
-        H = X[rows]
+    for start in range(0, len(X), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        H = X[rows] - weights["mean"]
         for matrix, bias in zip(matrices[:-1], biases[:-1], strict=True):
             H = _product(H, matrix)
             H += bias

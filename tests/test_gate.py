@@ -307,6 +307,21 @@ def test_a_class_of_which_only_missing_rows_are_left_does_not_confuse_the_probe(
         np.testing.assert_array_equal(projector.gate_scores_[name], alone.gate_scores_[name])
 
 
+@pytest.mark.parametrize("observed_class", [0, 1, 2])
+def test_a_single_observed_class_passes_the_gate(clusters, observed_class):
+    X, y = clusters
+    X = np.where((y == observed_class)[:, None], X, np.nan)
+    Z = small().fit_transform(X, y)
+    assert (~np.isnan(Z).any(axis=1) == (y == observed_class)).all()
+
+
+def test_a_single_observed_number_passes_the_gate(clusters):
+    X, y = clusters
+    X = np.where((y == 0)[:, None], X, np.nan)
+    projector = small(target_type="continuous").fit(X, y)
+    assert all((scores == 1).all() for scores in projector.gate_scores_.values())
+
+
 def test_a_class_that_weighs_nothing_does_not_count_in_the_gate(clusters):
     projector = small(class_weight={0: 1.0, 1: 1.0, 2: 0.0}).fit(*clusters)
     assert np.isfinite(list(projector.gate_scores_.values())).all()

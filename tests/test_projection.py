@@ -4,14 +4,17 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import sklearn
 import torch
 from sklearn.base import clone
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import silhouette_score
 from sklearn.model_selection import (
     GridSearchCV,
+    GroupKFold,
     LeaveOneGroupOut,
     ShuffleSplit,
     StratifiedGroupKFold,
@@ -21,7 +24,13 @@ from sklearn.model_selection import (
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from sklembed import ContrastiveProjector
+from sklembed import (
+    CallableBackend,
+    CanonicalAligner,
+    ContrastiveProjector,
+    FrozenEncoder,
+    ModalityGapAligner,
+)
 from sklembed.nn.losses import LOSSES
 from sklembed.nn.modules import Projection
 from sklembed.projection import _product
@@ -205,6 +214,11 @@ def test_groups_are_routed_to_the_splitter(clusters):
     np.testing.assert_array_equal(Z, small(cv=folds).fit_transform(X, y))
 
 
+def test_a_splitter_that_lacks_groups_says_how_to_pass_them(clusters):
+    with pytest.raises(ValueError, match=r"set_config\(enable_metadata_routing=True\)"):
+        small(cv=GroupKFold(3)).fit_transform(*clusters)
+
+
 def test_groups_without_routing_are_refused(clusters):
     with pytest.raises(ValueError, match=r"given \['groups'\].*enable_metadata_routing=True"):
         small(cv=LeaveOneGroupOut()).fit_transform(*clusters, groups=np.arange(90) % 3)
@@ -274,6 +288,31 @@ def test_missing_rows_stay_nan_and_teach_nothing(clusters, cv):
     )
 
 
+@pytest.mark.parametrize("passthrough", [True, False])
+def test_a_request_without_any_observed_row_stays_missing(clusters, passthrough):
+    projector = small(passthrough=passthrough).fit(*clusters)
+    for n_rows in (1, 3):
+        Z = projector.transform(np.full((n_rows, 20), np.nan))
+        assert Z.shape == (n_rows, len(projector.get_feature_names_out()))
+        assert Z.dtype == np.float32
+        assert np.isnan(Z).all()
+
+
+def test_a_pipeline_answers_for_one_row_without_a_text():
+    def load():
+        return lambda texts: np.array([[len(t), t.count("a")] for t in texts], dtype=float)
+
+    backend = CallableBackend(load, name="letters", version="1", modality="text", n_features=2)
+    pipeline = make_pipeline(
+        FrozenEncoder(backend, store=None),
+        small(max_epochs=1),
+        HistGradientBoostingClassifier(max_iter=2),
+    )
+    texts = pd.Series(["a red cat", "blue", None, "the sea"] * 15)
+    pipeline.fit(texts, np.arange(60) % 2)
+    assert pipeline.predict(pd.Series([None], dtype=object)).shape == (1,)
+
+
 def test_a_row_that_is_half_there_is_refused(clusters):
     X, y = clusters
     projector = small().fit(X, y)
@@ -311,9 +350,25 @@ def test_a_random_state_instance_is_drawn_from(clusters):
         (np.r_[0.0, np.nan, np.ones(88)], "contains NaN or None in 1 of 90 rows, first in row 1"),
         (np.full(90, 0.5), "y is .0.5. in all 90 rows"),
         (np.array([1, "a"] * 45, dtype=object), "mixes labels"),
-        (np.zeros((90, 2), dtype=int), "No two of the 90 observed rows belong together"),
+        (np.zeros((90, 2), dtype=int), r"y is \[0, 0\] in all 90 rows"),
+        (np.tile([1, 0, 1], (90, 1)), r"y is \[1, 0, 1\] in all 90 rows"),
+        (np.arange(90), "No two of the 90 .* set target_type='continuous'"),
+        ([["red", "round"], ["blue"], []] * 30, "Row 0 of y is .'red', .*MultiLabelBinarizer"),
+        (pd.Series([["red"], ["blue"]] * 45), "Row 0 of y is .'red'.*MultiLabelBinarizer"),
     ],
-    ids=["one class", "one row per class", "None", "NaN", "constant", "mixed", "no label"],
+    ids=[
+        "one class",
+        "one row per class",
+        "None",
+        "NaN",
+        "constant",
+        "mixed",
+        "no label",
+        "the same labels",
+        "all different numbers",
+        "lists of tags",
+        "a column of tags",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:The number of unique classes is greater than 50%")
 def test_bad_labels_are_refused(clusters, y, message):
@@ -339,6 +394,37 @@ def test_an_all_missing_modality_is_refused(clusters):
 def test_bad_tables_are_refused(clusters, X, message):
     with pytest.raises(ValueError, match=message):
         small().fit(X, clusters[1][: len(X)])
+
+
+def tokens_of(n_rows):
+    cells = np.empty(n_rows, dtype=object)
+    cells[:] = [np.ones((3, 2)) for _ in range(n_rows)]
+    return pd.DataFrame({"text__0": cells})
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (tokens_of(90), r"Row 0 of column 'text__0' .* shape \(3, 2\).*output='pooled'"),
+        (np.ones((90, 3, 2)), r"dim 3, of shape \(90, 3, 2\).*output='pooled'"),
+        (pd.DataFrame({"v": [None, *[np.ones(4)] * 89]}), r"Row 1 .*shape \(4,\).*np.stack"),
+        (
+            pd.DataFrame({"a": 1.0, "note": ["a red cat"] * 90}),
+            "column 'note' .*'a red cat'.*Encode",
+        ),
+        (np.array([["a red cat"]] * 90), "Row 0 of column 0 of X is the text 'a red cat'"),
+    ],
+    ids=["tokens", "padded tokens", "a column of vectors", "a column of texts", "texts"],
+)
+def test_what_are_no_vectors_is_refused(clusters, X, message):
+    with pytest.raises(ValueError, match=message):
+        small().fit(X, clusters[1])
+    with pytest.raises(ValueError, match=message):
+        small().fit(*clusters).transform(X)
+    half = {"text": slice(0, 1), "image": slice(1, 2)}
+    for aligner in (CanonicalAligner(blocks=half), ModalityGapAligner(half)):
+        with pytest.raises(ValueError, match=message):
+            aligner.fit(X)
 
 
 @pytest.mark.parametrize(

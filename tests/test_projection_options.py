@@ -13,7 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import recall_score
 from sklearn.model_selection import GroupKFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
-from skorch.callbacks import Callback, EarlyStopping
+from sklearn.preprocessing import normalize
+from skorch.callbacks import Callback, EarlyStopping, LRScheduler
 from skorch.dataset import ValidSplit
 
 from sklembed import ContrastiveProjector
@@ -146,6 +147,35 @@ def test_no_more_components_are_carried_along_than_there_are(clusters):
     assert small(passthrough=True, n_components=30).fit_transform(X[::9], y[::9]).shape == (10, 40)
 
 
+def far_columns(X):
+    return {
+        "one far column": X + np.r_[1e5, np.zeros(X.shape[1] - 1)],
+        "a constant column": np.hstack([X, np.full((len(X), 1), 1e6)]),
+        "all columns far": X + 1000,
+    }
+
+
+@pytest.mark.parametrize("case", ["one far column", "a constant column", "all columns far"])
+def test_columns_far_from_zero_change_nothing(case):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 600)
+    X = rng.normal(size=(3, 20))[y] + rng.normal(size=(600, 20))
+    far = far_columns(X)[case]
+    projector = small(passthrough=True, max_epochs=1).fit(far, y)
+    Z = projector.transform(far)
+
+    pca = PCA(4).fit(far)
+    expected = pca.transform(far) / np.sqrt(pca.explained_variance_.sum())
+    signs = np.sign((Z[:, 4:] * expected).sum(axis=0))
+    np.testing.assert_allclose(Z[:, 4:] * signs, expected, atol=1e-2)  # of float32 at 1e5
+
+    weights = {name: value.astype(np.float64) for name, value in projector.weights_.items()}
+    hidden = (far.astype(np.float32) - weights["mean"]) / weights["scale"]
+    hidden = np.maximum(hidden @ weights["layers.0.weight"].T + weights["layers.0.bias"], 0)
+    projected = normalize(hidden @ weights["layers.1.weight"].T + weights["layers.1.bias"])
+    np.testing.assert_allclose(Z[:, :4], projected, atol=1e-5)
+
+
 def test_an_input_without_variance_is_carried_along_as_zeros(clusters):
     X, y = np.ones((90, 3)), clusters[1]
     Z = small(passthrough=True).fit_transform(X, y)
@@ -225,6 +255,27 @@ def test_balanced_classes_are_weights_by_hand(clusters):
     both = small(class_weight="balanced").fit(X, labels, sample_weight=np.full(45, 2.0))
     assert_same_weights(balanced, both, atol=1e-4)
     assert not np.allclose(balanced.transform(X), small().fit(X, labels).transform(X), atol=0.01)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_class_weight_of_no_class_is_refused(clusters, levels):
+    X, y = clusters
+    y = np.column_stack([y, y + 5])[:, :levels].squeeze()
+    with pytest.raises(ValueError, match="class_weight has a weight for 'no such label'"):
+        small(class_weight={0: 2.0, "no such label": 50.0}).fit(X, y)
+    part = y[y.reshape(90, -1)[:, 0] > 0]
+    small(class_weight={0: 2.0}, max_epochs=1).partial_fit(X[: len(part)], part)
+
+
+def test_whole_numbers_that_look_measured_are_warned_of(clusters):
+    X, _ = clusters
+    y = np.random.default_rng(0).integers(0, 60, len(X))
+    with pytest.warns(UserWarning, match="distinct whole numbers in 90 rows"):
+        projector = small(cv=None, max_epochs=1).fit(X, y)
+    assert projector.target_type_ == "multiclass"
+    for target_type in ("multiclass", "continuous"):  # without a warning
+        small(cv=None, max_epochs=1, target_type=target_type).fit(X, y)
+    small().partial_fit(X, y)
 
 
 def test_balanced_means_the_coarsest_level(clusters):
@@ -500,6 +551,63 @@ def test_early_stopping_of_skorch_stops(clusters):
     assert np.isfinite(projector.fit_transform(*clusters)).all()
     assert projector.n_iter_ < 100
     assert all(np.isfinite(epoch["valid_loss"]) for epoch in projector.history_)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_disabled_callbacks_leave_the_training_as_it_is(clusters, early_stopping):
+    options = {"early_stopping": early_stopping, "n_iter_no_change": 1, "max_epochs": 30}
+    plain = small(**options).fit(*clusters)
+    disabled = small(**options, skorch_params={"callbacks": "disable"}).fit(*clusters)
+    assert_same_weights(plain, disabled)
+    assert disabled.n_iter_ == plain.n_iter_
+    assert "train_loss" not in disabled.history_[0]
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        EarlyStopping(patience=1, threshold=0.5),
+        ("stop", EarlyStopping(patience=1, threshold=0.5)),
+    ],
+    ids=["plain", "named"],
+)
+def test_callbacks_may_watch_the_loss_of_early_stopping(clusters, callback):
+    options = {"early_stopping": True, "max_epochs": 100, "n_iter_no_change": 100}
+    projector = small(**options, skorch_params={"callbacks": [callback]})
+    assert np.isfinite(projector.fit_transform(*clusters)).all()
+    assert projector.n_iter_ < 100
+
+
+def test_a_schedule_may_watch_the_loss_of_early_stopping(clusters):
+    schedule = LRScheduler("ReduceLROnPlateau", monitor="valid_loss", patience=0, threshold=1.0)
+    options = {"early_stopping": True, "max_epochs": 8, "n_iter_no_change": 100}
+    projector = small(**options, skorch_params={"callbacks": [schedule]}).fit(*clusters)
+    assert projector.history_[-1]["event_lr"] < projector.history_[0]["event_lr"]
+
+
+def test_callbacks_see_the_last_epoch_of_early_stopping(clusters):
+    counter = CountEpochs()
+    options = {"early_stopping": True, "max_epochs": 100, "n_iter_no_change": 1, "lr": 1e-2}
+    projector = small(**options, skorch_params={"callbacks": [counter]}).fit(*clusters)
+    assert projector.n_iter_ < 100
+    assert counter.epochs == projector.n_iter_
+
+
+def test_parameters_of_callbacks_are_set_by_name(clusters):
+    params = {
+        "callbacks": [EarlyStopping(monitor="train_loss", threshold=1.0)],
+        "callbacks__EarlyStopping__patience": 1,
+        "callbacks__print_log": None,
+    }
+    assert small(skorch_params=params).fit(*clusters).n_iter_ < 5
+
+
+def test_callbacks_without_a_list_or_a_loss_to_watch_say_what_to_do(clusters):
+    with pytest.raises(TypeError, match="takes a list of callbacks"):
+        small(skorch_params={"callbacks": EarlyStopping()}).fit(*clusters)
+    with pytest.raises(KeyError, match="valid_loss") as caught:
+        small(skorch_params={"callbacks": [EarlyStopping()]}).fit(*clusters)
+    assert "early_stopping=True" in caught.value.__notes__[0]
 
 
 # Small data

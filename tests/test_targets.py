@@ -1,12 +1,17 @@
 """Targets of every kind: what each is taken for, how it is encoded, and what is refused."""
 
+import warnings
+from datetime import date
+from decimal import Decimal
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.sparse import csr_array
 from sklearn.exceptions import DataConversionWarning
 
-from sklembed._targets import encode_target
+from sklembed._targets import encode_target, warn_if_measured
+from sklembed._validation import check_class_weight
 
 LEVELS = [["cat", "lion"], ["cat", "lynx"], ["dog", "wolf"], ["dog", "wolf"]]
 LABELS = [[1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 1, 0]]
@@ -155,11 +160,149 @@ def test_one_column_is_a_vector_unless_it_is_a_label():
         ([0, 1, 1], "hierarchical", "a column of labels for each level.*got shape .3,."),
         (np.zeros((2, 2, 2)), "auto", "Unknown label type"),
         (LABELS, "multiclass", "1d array"),
+        ([[1, 0, 1]] * 4, "auto", r"y is \[1, 0, 1\] in all 4 rows"),
+        (csr_array([[0, 1]] * 4), "multilabel", r"y is \[0, 1\] in all 4 rows"),
     ],
 )
 def test_what_does_not_fit_is_refused(y, target_type, message):
     with pytest.raises(ValueError, match=message):
         encode_target(y, target_type)
+
+
+def column(cells):
+    array = np.empty(len(cells), dtype=object)
+    array[:] = cells
+    return array
+
+
+TAGS = [["red", "round"], ["blue"], []]
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        TAGS,
+        [tuple(tags) for tags in TAGS],
+        [set(tags) for tags in TAGS],
+        [np.array(tags) for tags in TAGS],
+        pd.Series(TAGS),
+        pd.Series([["red"], ["blue"], ["red"]]),
+        pd.DataFrame({"tags": TAGS}),
+        column(TAGS),
+        column(TAGS)[:, None],
+        [[3, 5], [3], [4]],
+    ],
+)
+@pytest.mark.parametrize("target_type", ["auto", "multiclass", "multilabel", "continuous"])
+def test_lists_of_labels_are_refused_with_the_call_that_helps(y, target_type):
+    with pytest.raises(ValueError, match=r"Row 0 of y .* labels.*MultiLabelBinarizer\(\)\.fit_tra"):
+        encode_target(y, target_type)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        np.array([1.5, 2, 3], dtype=object),
+        pd.Series([Decimal("1.5"), Decimal(2), Decimal(3)]),
+        pd.to_datetime(["2024-01-01", "2024-02-01", "2025-01-01"]),
+        pd.to_datetime(["2024-01-01", "2024-02-01", "2025-01-01"]).tz_localize("Europe/Paris"),
+        pd.Series([date(2024, 1, 1), date(2024, 2, 1), date(2025, 1, 1)]),
+        pd.to_timedelta([1, 5, 60], unit="min"),
+        pd.Series([1.5, 2, 3], dtype="Float64"),
+    ],
+    ids=["object", "decimal", "datetime", "time zone", "date", "timedelta", "nullable"],
+)
+@pytest.mark.parametrize("target_type", ["auto", "continuous"])
+def test_numbers_dates_and_durations_of_any_type_are_continuous(y, target_type):
+    target = encode_target(y, target_type)
+    assert target.kind == "continuous"
+    np.testing.assert_allclose(target.values[:, 0], [0, 0.5, 1])
+
+
+def test_whole_numbers_of_objects_are_classes_as_they_are():
+    target = encode_target(np.array([3, 1, 3], dtype=object))
+    assert target.kind == "multiclass"
+    assert target.classes.dtype == object
+    assert encode_target(pd.Series([Decimal(3), Decimal(1), Decimal(3)])).kind == "multiclass"
+
+
+RNG = np.random.default_rng(0)
+PRICES = np.round(RNG.normal(200_000, 50_000, 1000), -3)
+COUNTS = RNG.poisson(40, size=(300, 2))
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        PRICES,
+        PRICES.astype(int),
+        pd.Series(PRICES.astype(int)),
+        column([Decimal(int(price)) for price in PRICES]),
+        COUNTS,
+        np.column_stack([np.arange(300) % 3, COUNTS[:, 0]]),
+        RNG.integers(0, 300, size=442),
+        RNG.permutation(np.r_[0, np.arange(29)]),
+    ],
+    ids=["floats", "int", "series", "decimal", "counts", "class and count", "scores", "few rows"],
+)
+def test_whole_numbers_that_look_measured_are_warned_of(y):
+    with pytest.warns(UserWarning, match=r"whole numbers in .* set target_type='continuous'"):
+        warn_if_measured(encode_target(y), y)
+
+
+INTENTS = np.repeat(np.arange(150), 20)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        INTENTS,
+        RNG.permutation(INTENTS)[: len(INTENTS) * 2 // 3],
+        10_000 + 7 * INTENTS,
+        np.repeat(np.arange(20), 5),
+        np.repeat(np.arange(10), 2),
+        PRICES.astype(int).astype(str),
+        pd.Categorical(PRICES),
+        PRICES + 0.5,
+        np.arange(300) % 2 == 0,
+        np.column_stack([np.arange(300) % 3, np.arange(300) % 150]),
+        np.eye(30, dtype=int)[np.arange(60) % 30],
+    ],
+    ids=[
+        "intents",
+        "a fold of intents",
+        "numbers of articles",
+        "few shots",
+        "two shots",
+        "strings",
+        "categories",
+        "fractions",
+        "bool",
+        "a tree",
+        "labels",
+    ],
+)
+def test_labels_are_not_warned_of(y):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_measured(encode_target(y), y)
+
+
+@pytest.mark.parametrize("weights", [{"dog": 2.0, "catt": 5.0}, {"no such label": 5.0}, {0: 5.0}])
+def test_a_weight_of_no_class_is_refused_by_name(weights):
+    unknown = list(weights)[-1]
+    with pytest.raises(ValueError, match=f"weight for {unknown!r}, which is none of the 2 classes"):
+        check_class_weight(weights, np.array(["cat", "dog"]))
+
+
+def test_a_weight_of_a_class_that_a_fold_lacks_is_warned_of():
+    classes = np.array([0, 1])
+    with pytest.warns(UserWarning, match=r"weight for 2, .* no effect"):
+        check_class_weight({0: 1.0, 1: 2.0, 2: 3.0}, classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for weights in ({1: 2.0}, {0: 1.0, 1.0: 2.0}, "balanced", None):
+            check_class_weight(weights, classes)
 
 
 @pytest.mark.parametrize(
