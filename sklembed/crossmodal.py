@@ -31,7 +31,7 @@ from sklembed._blocks import (
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
 from sklembed._tables import as_table, output_container, take_columns
 from sklembed._targets import hold_back
-from sklembed._validation import draw_seed
+from sklembed._validation import check_vectors, draw_seed
 from sklembed.metrics import retrieval_recall
 
 FUSIONS = ("add", "multiply", "concat")  # of a context with any vectors
@@ -236,6 +236,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             validate_data(self, X, skip_check_array=True, reset=reset)
             columns = [take_columns(X, [i], scalar=True) for i in range(X.shape[1])]
         else:
+            check_vectors(X, self)
             X = validate_data(self, X, dtype=np.float32, ensure_all_finite="allow-nan", reset=reset)
             columns = None
         if reset:
@@ -309,6 +310,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                     )
                 X = take_columns(X, [0], scalar=True)
             return read_tokens(X, modality, self.widths_[modality])
+        check_vectors(X, self)
         X = check_one_block(self, X, modality, np.float32)
         return X[:, None]
 

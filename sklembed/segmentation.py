@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from sklembed import _callbacks
 from sklembed._blocks import moments, n_trained, read_tokens, token_columns
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
-from sklembed._tables import as_table, is_frame, take_columns
+from sklembed._tables import as_table, is_frame, missing_cells, take_columns
 from sklembed._targets import hold_back
 from sklembed._validation import (
     check_labels_of_pixels,
@@ -402,6 +402,8 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         names = list(getattr(self, "feature_names_in_", range(X.shape[1])))
         columns = [take_columns(X, [i], scalar=True) for i in range(X.shape[1])]
         holds = token_columns(X)
+        if not reset and len(holds):  # a column without any image is refused below, by its row
+            holds |= [missing_cells(column).all() for column in columns]
         if not (len(holds) and holds.all()):
             wrong = names[int(np.argmin(holds))] if len(holds) else names[0]
             raise ValueError(

@@ -1083,7 +1083,7 @@ def test_one_long_row_does_not_lengthen_the_others(Encoder, monkeypatch):
         return tokens
 
     monkeypatch.setattr(crossmodal, "pad_tokens", watch)
-    X[7, 0] = np.tile(X[7, 0], (5000, 1))
+    X[7, 0] = np.tile(X[7, 0], (500, 1))
     Z = encoder.encode(X[:, 0], "text")
     assert longest[-1] == (1, len(X[7, 0]))
     assert sum(n * length for n, length in longest[:-1]) < 60 * 5
@@ -1128,3 +1128,19 @@ def test_training_on_a_gpu_leads_to_a_space_as_good(Encoder, chunk_size):
         small(Encoder, device=d, **options).fit(X[:150]).score(X[150:]) for d in ("cpu", "cuda")
     ]
     assert scores[1] > scores[0] - 0.1
+
+
+@each_encoder
+def test_a_request_without_any_modality_stays_missing(Encoder):
+    X = world()
+    encoder = small(Encoder).fit(X)
+    Z = encoder.transform(np.full((1, X.shape[1]), np.nan))
+    assert Z.shape == (1, encoder.transform(X).shape[1])
+    assert np.isnan(Z).all()
+
+
+@each_encoder
+def test_texts_are_refused(Encoder):
+    X = pd.DataFrame({"text__0": ["a red cat"] * 9, "image__0": 1.0})
+    with pytest.raises(ValueError, match="column 'text__0' of X is the text 'a red cat'.*Encode"):
+        small(Encoder, blocks=None).fit(X)

@@ -1076,3 +1076,13 @@ def test_the_grid_is_that_of_most_pictures():
     X[0, 0] = X[0, 0][:9]
     with pytest.raises(ValueError, match="Row 0 has 9 patches in column 0, .* 4 x 4"):
         small().fit(X, y)
+
+
+def test_a_request_without_any_image_names_the_row():
+    rng = np.random.default_rng(0)
+    X = np.empty((6, 1), dtype=object)
+    X[:, 0] = list(rng.normal(size=(6, 4, 3)))
+    y = rng.integers(0, 2, size=(6, 4, 4))
+    segmenter = PatchSegmenter((), max_epochs=1, random_state=0).fit(X, y)
+    with pytest.raises(ValueError, match="Row 0 has no picture in column 0"):
+        segmenter.predict(np.full((1, 1), None))
