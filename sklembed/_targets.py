@@ -107,8 +107,8 @@ def encode_target(y, target_type: str = "auto") -> Target:
     Parameters
     ----------
     y : array-like of shape (n_samples,) or (n_samples, n_columns)
-        Class labels; or numbers with a fraction, dates or durations; or a 0/1 column for each
-        label; or a column of labels for each level of a tree, the coarsest first.
+        Class labels; or numbers with a fraction; or a 0/1 column for each label; or a column of
+        labels for each level of a tree, the coarsest first.
     target_type : {"auto", "multiclass", "multilabel", "continuous", "hierarchical"}
         Which of these it is.
 
@@ -138,10 +138,9 @@ def encode_target(y, target_type: str = "auto") -> Target:
 
 def _kind(y: np.ndarray) -> str:
     """Tell the kind of a target from its values."""
-    if y.dtype.kind in "mM":
-        return "continuous"
-    if y.dtype.kind == "O" and (numbers := _numbers(y)) is not None:
-        if isinstance(y.flat[0], date) or (numbers != np.floor(numbers)).any():
+    if y.dtype.kind == "O" and not isinstance(y.flat[0], date):
+        numbers = _numbers(y)
+        if numbers is not None and (numbers != np.floor(numbers)).any():
             return "continuous"
     if y.ndim == 2 and y.dtype.kind in "OUS":
         return "hierarchical"
@@ -233,9 +232,9 @@ def warn_if_measured(target: Target, y) -> None:
         return
     n_values = len(np.unique(target.values[:, -1] if target.values.ndim > 1 else target.values))
     warnings.warn(
-        f"y holds {n_values} distinct whole numbers in {len(target.values)} rows and was taken for "
-        f"{target.kind} labels, of which near ones are as different as far ones. If they are "
-        "measurements or counts, set target_type='continuous'. If they are labels, set "
+        f"y holds {n_values} distinct whole numbers or dates in {len(target.values)} rows and "
+        f"was taken for {target.kind} labels, of which near ones are as different as far ones. If "
+        "they are measurements or counts, set target_type='continuous'. If they are labels, set "
         f"target_type={target.kind!r}, which silences this warning.",
         UserWarning,
         stacklevel=3,

@@ -92,8 +92,8 @@ class ContrastiveProjector(
         the same); a 0/1 column for each label (labels shared over labels of either); numbers (a
         Gaussian of the distance in rank, of width 0.1); a column of classes for each level of a
         tree, the coarsest first (share of the levels that agree, from the top). "auto" infers it
-        from the values: numbers with a fraction, dates and durations are continuous, whole numbers
-        are classes. `fit` warns of whole numbers that look like measurements or counts: more than
+        from the values: numbers with a fraction are continuous, whole numbers and dates are
+        classes. `fit` warns of those that look like measurements or counts: more than
         20 distinct ones of which half have fewer than 10 rows, or more than 10 of which half have
         one row.
 

@@ -270,7 +270,7 @@ def test_a_class_weight_of_no_class_is_refused(clusters, levels):
 def test_whole_numbers_that_look_measured_are_warned_of(clusters):
     X, _ = clusters
     y = np.random.default_rng(0).integers(0, 60, len(X))
-    with pytest.warns(UserWarning, match="distinct whole numbers in 90 rows"):
+    with pytest.warns(UserWarning, match="distinct whole numbers or dates in 90 rows"):
         projector = small(cv=None, max_epochs=1).fit(X, y)
     assert projector.target_type_ == "multiclass"
     for target_type in ("multiclass", "continuous"):  # without a warning

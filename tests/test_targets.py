@@ -204,19 +204,35 @@ def test_lists_of_labels_are_refused_with_the_call_that_helps(y, target_type):
     [
         np.array([1.5, 2, 3], dtype=object),
         pd.Series([Decimal("1.5"), Decimal(2), Decimal(3)]),
-        pd.to_datetime(["2024-01-01", "2024-02-01", "2025-01-01"]),
-        pd.to_datetime(["2024-01-01", "2024-02-01", "2025-01-01"]).tz_localize("Europe/Paris"),
-        pd.Series([date(2024, 1, 1), date(2024, 2, 1), date(2025, 1, 1)]),
-        pd.to_timedelta([1, 5, 60], unit="min"),
         pd.Series([1.5, 2, 3], dtype="Float64"),
     ],
-    ids=["object", "decimal", "datetime", "time zone", "date", "timedelta", "nullable"],
+    ids=["object", "decimal", "nullable"],
 )
 @pytest.mark.parametrize("target_type", ["auto", "continuous"])
-def test_numbers_dates_and_durations_of_any_type_are_continuous(y, target_type):
+def test_numbers_of_any_type_are_continuous(y, target_type):
     target = encode_target(y, target_type)
     assert target.kind == "continuous"
     np.testing.assert_allclose(target.values[:, 0], [0, 0.5, 1])
+
+
+DAYS = pd.date_range("2024-01-01", periods=40)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        DAYS,
+        DAYS.tz_localize("Europe/Paris"),
+        pd.Series([date(2024, 1, 1 + i) for i in range(31)]),
+        pd.to_timedelta(np.arange(40), unit="min"),
+    ],
+    ids=["datetime", "time zone", "date", "timedelta"],
+)
+def test_dates_and_durations_can_be_taken_for_numbers(y):
+    target = encode_target(y, "continuous")
+    np.testing.assert_allclose(target.values[:, 0], np.linspace(0, 1, len(y)), atol=1e-6)
+    with pytest.warns(UserWarning, match="whole numbers or dates.* target_type='continuous'"):
+        warn_if_measured(encode_target(y), y)
 
 
 def test_whole_numbers_of_objects_are_classes_as_they_are():
@@ -246,7 +262,9 @@ COUNTS = RNG.poisson(40, size=(300, 2))
     ids=["floats", "int", "series", "decimal", "counts", "class and count", "scores", "few rows"],
 )
 def test_whole_numbers_that_look_measured_are_warned_of(y):
-    with pytest.warns(UserWarning, match=r"whole numbers in .* set target_type='continuous'"):
+    with pytest.warns(
+        UserWarning, match=r"whole numbers or dates in .* set target_type='continuous'"
+    ):
         warn_if_measured(encode_target(y), y)
 
 
