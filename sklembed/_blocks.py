@@ -59,7 +59,7 @@ def resolve_blocks(
 def observed_in_block(X: np.ndarray, name: str, columns: Block) -> np.ndarray:
     """Tell which rows of a table have one modality, as `observed_rows` does of its columns."""
     try:
-        return observed_rows(X[:, columns])
+        return observed_rows(X[:, columns], f" of block {name!r}")
     except ValueError as error:
         error.add_note(f"This was in block {name!r}.")
         raise
@@ -177,13 +177,15 @@ def _as_slice(positions: list[int]) -> Block:
     return np.array(positions)
 
 
-def observed_rows(X: np.ndarray) -> np.ndarray:
+def observed_rows(X: np.ndarray, where: str = "") -> np.ndarray:
     """Tell which rows of a numeric block hold values, and refuse infinities and torn rows.
 
     Parameters
     ----------
     X : ndarray of shape (n_samples, n_features)
         One modality's columns; a missing modality is a row of NaN.
+    where : str
+        Added to the row in the error message.
 
     Returns
     -------
@@ -205,7 +207,7 @@ def observed_rows(X: np.ndarray) -> np.ndarray:
     if len(torn):
         row = torn[0]
         raise ValueError(
-            f"Input X contains NaN in {nan[row].sum()} of {X.shape[1]} columns of row {row} "
+            f"Input X contains NaN in {nan[row].sum()} of {X.shape[1]} columns of row {row}{where} "
             f"({len(torn)} such rows in all). A row of NaN throughout is a missing modality; "
             "single missing numbers have to be imputed first, for example by SimpleImputer."
         )
@@ -231,6 +233,68 @@ def moments(
 def n_trained(weights: Mapping[str, np.ndarray]) -> int:
     """Count the numbers of a network that are trained: all but the moments of its blocks."""
     return sum(v.size for name, v in weights.items() if not name.startswith(("mean_", "scale_")))
+
+
+def check_no_raw_cell(X: Any, cause: Exception) -> None:
+    """Refuse a table in which a cell holds tokens, text or an image where a number is expected.
+
+    Parameters
+    ----------
+    X : DataFrame or array-like
+        A table that could not be converted to numbers.
+    cause : Exception
+        The error of the conversion.
+
+    Raises
+    ------
+    ValueError
+        If there is such a cell; it names column and row, and what to do.
+    """
+    if not isinstance(X, pd.DataFrame):
+        try:
+            X = np.asarray(X)
+        except ValueError:  # rows of different lengths
+            return
+        if X.ndim != 2 or X.dtype.kind not in "OUS":
+            return
+        X = pd.DataFrame(X)
+    for position, name in enumerate(X.columns):
+        column = X.iloc[:, position]
+        if pd.api.types.is_numeric_dtype(column.dtype):
+            continue
+        for row, cell in enumerate(column):
+            remedy = _remedy_for_raw_cell(cell)
+            if remedy:
+                raise ValueError(
+                    f"Column {name!r} should hold numbers, but row {row} holds {remedy}"
+                ) from cause
+
+
+def _remedy_for_raw_cell(cell: Any) -> str:
+    """Say what a cell holds instead of a number, and what to do; empty if it is none of these."""
+    if isinstance(cell, str | bytes):
+        try:
+            float(cell)
+            return ""
+        except ValueError:
+            return (
+                f"the text {cell[:30]!r}. Encode texts and paths of images by a FrozenEncoder, and "
+                "categories by a OneHotEncoder, each in a branch of a PerModalityUnion."
+            )
+    if hasattr(cell, "getbands"):
+        return "an image. Encode images by a FrozenEncoder in a branch of a PerModalityUnion."
+    shape = np.shape(cell) if isinstance(cell, np.ndarray | list | tuple) else ()
+    if len(shape) == 2:
+        return (
+            f"tokens, an array of shape {shape}. Encode them by FrozenEncoder(output='pooled'), or "
+            "pool them by a SharedFusionEncoder or a CrossAttentionAdaptor beforehand."
+        )
+    if shape:
+        return (
+            f"an array of shape {shape}. Give every number a column of its own, for example by "
+            "np.vstack(column)."
+        )
+    return ""
 
 
 def token_columns(X: Any) -> np.ndarray:

@@ -1,14 +1,17 @@
 """Classifiers of several modalities: joined before a head, within it, or by their decisions."""
 
 import warnings
+from inspect import signature
 from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
+import sklearn
 from scipy.optimize import minimize
-from scipy.special import expit, log_softmax, softmax
-from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context, clone, is_classifier
+from scipy.special import expit, log_softmax, logsumexp, softmax
+from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context, clone
 from sklearn.model_selection import check_cv
+from sklearn.pipeline import Pipeline
 from sklearn.utils import compute_class_weight, gen_batches, get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
@@ -18,12 +21,11 @@ from sklearn.utils.validation import (
     FLOAT_DTYPES,
     _check_sample_weight,
     check_is_fitted,
-    has_fit_parameter,
     validate_data,
 )
 
 from sklembed import _callbacks
-from sklembed._blocks import moments, observed_in_block, resolve_blocks
+from sklembed._blocks import check_no_raw_cell, moments, observed_in_block, resolve_blocks
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
 from sklembed._targets import encode_target, hold_back
 from sklembed._validation import (
@@ -34,7 +36,9 @@ from sklembed._validation import (
 )
 
 _CHUNK_ROWS = 1024  # of a forward pass: a chunk stays in the processor's caches
-_RARE = 1e-3  # the least that a probability counts for as evidence: no classifier has a veto
+_TINY = np.finfo(np.float64).tiny  # what a probability of 0 is raised to before its logarithm
+_LOG_TINY = np.log(_TINY)
+_ROWS_TO_FIND_ZEROS = 1024  # training rows by which a classifier that gives zeros is recognised
 
 
 class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
@@ -69,7 +73,8 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         ----------
         X : array-like of shape (n_samples, n_features)
             Embeddings of all modalities side by side; a missing one is a block of NaN. Rows
-            without any modality train nothing.
+            without any modality train nothing. A modality that no row has is ignored with a
+            warning.
 
         y : array-like of shape (n_samples,) or (n_samples, n_labels)
             Classes, or a 0/1 column for each label.
@@ -85,24 +90,28 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a label is missing, there is one class only, the columns do not make up blocks, a
-            modality is missing in all rows, or a block is NaN in part of a row.
+            If a label is missing, there is one class only, the columns do not make up blocks, all
+            modalities are missing in all rows, a cell is not a number, a block is NaN in part of a
+            row, or `class_weight` names a label that `y` does not have.
         """
         goes_on = self.warm_start and hasattr(self, "weights_")
         check_layer_sizes(self.hidden_layer_sizes)
+        label_names = getattr(y, "columns", None)
         X, target = _check_table(self, X, y, dtype=np.float32, reset=not goes_on)
         weight = self._row_weights(X, target, sample_weight)
+        label_weight = self._find_label_weights(target, weight, label_names)
         table = X
         X, there = _by_modality(table, self.blocks_)
         rows = np.flatnonzero(there.any(axis=1) & (weight > 0))
-        self._check_rows(there, rows)
+        resumed = self.ignored_blocks_ if goes_on else None
+        self.ignored_blocks_ = self._find_ignored(there, rows, resumed)
         if goes_on:
             self._check_goes_on(X.shape[1])
         context = self._init_callback_context(max_subtasks=self.max_epochs)
         _callbacks.begin(self, context, table, y)
         self.prior_ = _prior(target, weight)
         watch = _callbacks.each_epoch(self, context, table, y, _learnt)
-        self._train(X, there, target, weight, rows, goes_on, watch)
+        self._train(X, there, target, weight, label_weight, rows, resumed, watch)
         _callbacks.end(self, context, table, y)
         return self
 
@@ -121,12 +130,16 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             of the classes' shares in training.
         """
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float32, ensure_all_finite=False, reset=False)
+        X = _validate(self, X, dtype=np.float32, ensure_all_finite=False, reset=False)
         X, there = _by_modality(X, self.blocks_)
+        ignored = np.isin(list(self.blocks_), self.ignored_blocks_)
+        if ignored.any():
+            there = there & ~ignored
+            X = np.where(np.repeat(ignored, list(self.widths_.values())), np.nan, X)
         logits = np.empty((len(X), len(self.weights_["output.bias"])))
         for rows in gen_batches(len(X), _CHUNK_ROWS):
             logits[rows] = self._logits(X[rows], there[rows])
-        logits[~there.any(axis=1)] = _logits_of(self.prior_, self.target_type_)
+        logits[~there.any(axis=1)] = _logits_of_prior(self.prior_, self.target_type_)
         return logits[:, 0] if self.target_type_ == "binary" else logits
 
     def predict_proba(self, X):
@@ -173,14 +186,45 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             weight = weight * by_class[codes]
         return weight
 
-    def _check_rows(self, there, rows):
-        """Refuse a modality that no row has."""
-        for number, name in enumerate(self.blocks_):
-            if not there[rows, number].any():
-                raise ValueError(
-                    f"Block {name!r} is NaN in all {len(there)} rows that count, so nothing can be "
-                    "learnt of it. Leave it out, or check the step before."
-                )
+    def _find_label_weights(self, target, weight, names):
+        """Return the weight of rows that carry a label, for each of several labels, or None."""
+        if target.kind != "multilabel" or self.class_weight is None:
+            return None
+        if self.class_weight == "balanced":
+            carried = np.average(target.values.astype(np.float64), axis=0, weights=weight)
+            varies = (carried > 0) & (carried < 1)
+            odds = np.ones(len(carried))
+            odds[varies] = (1 - carried[varies]) / carried[varies]
+            return odds
+        positions = {} if names is None else {name: i for i, name in enumerate(names)}
+        if all(isinstance(name, str) for name in positions):  # names that are no numbers
+            positions |= {label: label for label in self.classes_.tolist()}
+        unknown = [key for key in self.class_weight if key not in positions]
+        if unknown:
+            raise ValueError(
+                f"class_weight has weights for the labels {unknown}, which y does not have. Its "
+                f"labels are {list(positions)}: column numbers, or names if y is a DataFrame."
+            )
+        odds = np.ones(len(self.classes_))
+        for key, value in self.class_weight.items():
+            odds[positions[key]] = value
+        return odds
+
+    def _find_ignored(self, there, rows, resumed):
+        """List the blocks that no row has and no fit before has had, with a warning for each."""
+        unobserved = [
+            name for name, mask in zip(self.blocks_, there[rows].T, strict=True) if not mask.any()
+        ]
+        if resumed is not None:
+            return [name for name in unobserved if name in resumed]
+        if len(unobserved) == len(self.blocks_):
+            raise ValueError(
+                f"The blocks {unobserved} are NaN in all {len(there)} rows that count, so nothing "
+                "can be learned. Check the step before."
+            )
+        for name in unobserved:
+            _warn_ignored(name, "is NaN in all rows that count")
+        return unobserved
 
     def _check_goes_on(self, n_features):
         """Refuse to go on training in a head of another shape."""
@@ -200,16 +244,18 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
                 "the classifier to start anew."
             )
 
-    def _train(self, X, there, target, weight, rows, goes_on, watch):
+    def _train(self, X, there, target, weight, label_weight, rows, resumed, watch):
         """Train the head; the only place that needs torch."""
         from sklembed._training import Rows, Trained, TrainingOptions, train
 
         seed, start = draw_seed(self.random_state), None
-        if goes_on:
+        scaling = self._find_scaling(X, there, rows)
+        if resumed is not None:
             start = Trained(_with_network_axis(self.weights_), self.history_, {})
-            scaling = self.weights_["mean"], self.weights_["scale"]
-        else:
-            scaling = self._find_scaling(X, there, rows)
+            # A block that the fit before ignored is scaled by the rows that now have it.
+            known = np.repeat(~np.isin(list(self.blocks_), resumed), list(self.widths_.values()))
+            before = self.weights_["mean"], self.weights_["scale"]
+            scaling = tuple(np.where(known, *pair) for pair in zip(before, scaling, strict=True))
         parts = Rows(rows)
         if self.early_stopping:
             strata = target.strata
@@ -222,7 +268,7 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
                 )
         trained = train(
             self._make_module(scaling),
-            self._make_loss(target, rows, weight),
+            self._make_loss(label_weight),
             X,
             _as_targets(target, self.target_type_),
             [parts],
@@ -238,8 +284,10 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         means, scales, start = [], [], 0
         for number, width in enumerate(self.widths_.values()):
             seen, columns = rows[there[rows, number]], slice(start, start + width)
-            chunks = gen_batches(len(seen), _CHUNK_ROWS)
-            mean, scale = moments(X[seen[chunk], columns] for chunk in chunks)
+            mean, scale = np.zeros(width, np.float32), np.ones(width, np.float32)
+            if len(seen):
+                chunks = gen_batches(len(seen), _CHUNK_ROWS)
+                mean, scale = moments(X[seen[chunk], columns] for chunk in chunks)
             means.append(mean)
             scales.append(scale)
             start += width
@@ -263,28 +311,17 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             scale=to_tensor(scale, generator.device),
         )
 
-    def _make_loss(self, target, rows, weight):
+    def _make_loss(self, label_weight):
         """Return the loss of a batch, given logits, targets and weights."""
         from sklembed.nn.losses import binary_cross_entropy, cross_entropy
 
         if self.target_type_ == "multiclass":
             return cross_entropy
-        if self.target_type_ == "binary" or self.class_weight is None:
+        if label_weight is None:
             return binary_cross_entropy
-        return self._weighted_loss(target.values[rows], weight[rows])
-
-    def _weighted_loss(self, indicators, weight):
-        """Weigh rows that carry a label, of several, against those that do not."""
         import torch
 
-        from sklembed.nn.losses import binary_cross_entropy
-
-        if self.class_weight == "balanced":
-            carried = np.average(indicators, axis=0, weights=weight)
-            odds = np.where(carried > 0, (1 - carried) / np.maximum(carried, _RARE), 1.0)
-        else:
-            odds = np.array([self.class_weight.get(label, 1.0) for label in self.classes_])
-        odds = torch.from_numpy(odds.astype(np.float32))
+        odds = torch.from_numpy(label_weight.astype(np.float32))
         return lambda logits, y, weight: binary_cross_entropy(
             logits, y, weight, pos_weight=odds.to(logits.device)
         )
@@ -344,7 +381,9 @@ class EarlyFusionClassifier(_FusionClassifier):
 
     class_weight : dict, "balanced" or None, default=None
         Weights of classes in the loss, as in scikit-learn. With several labels, the weight of rows
-        that carry a label against those that do not; "balanced" makes both weigh the same.
+        that carry a label relative to those that do not, by the number of its column, or by its
+        name if `y` is a DataFrame; labels without a weight have weight 1. "balanced" makes both
+        weigh the same.
 
     max_epochs : int, default=30
         Passes over the training rows.
@@ -402,6 +441,9 @@ class EarlyFusionClassifier(_FusionClassifier):
 
     weights_ : dict of str to ndarray
         The head.
+
+    ignored_blocks_ : list of str
+        Blocks that are NaN in all training rows. They are ignored in prediction too.
 
     prior_ : ndarray of shape (n_classes,) or (n_labels,)
         The share of each class, or of rows with each label, in training: the answer for rows
@@ -516,7 +558,9 @@ class LateFusionClassifier(_FusionClassifier):
 
     class_weight : dict, "balanced" or None, default=None
         Weights of classes in the loss, as in scikit-learn. With several labels, the weight of rows
-        that carry a label against those that do not; "balanced" makes both weigh the same.
+        that carry a label relative to those that do not, by the number of its column, or by its
+        name if `y` is a DataFrame; labels without a weight have weight 1. "balanced" makes both
+        weigh the same.
 
     max_epochs : int, default=30
         Passes over the training rows.
@@ -574,6 +618,9 @@ class LateFusionClassifier(_FusionClassifier):
 
     weights_ : dict of str to ndarray
         The head.
+
+    ignored_blocks_ : list of str
+        Blocks that are NaN in all training rows. They are ignored in prediction too.
 
     prior_ : ndarray of shape (n_classes,) or (n_labels,)
         The share of each class, or of rows with each label, in training: the answer for rows
@@ -655,18 +702,24 @@ class LateFusionClassifier(_FusionClassifier):
 
 
 class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
-    """Classify each modality by a classifier of its own, and average their probabilities.
+    """Classify each modality by a classifier of its own, and pool their probabilities.
 
-    Each classifier is trained on the rows that have its modality. A row's answer is the weighted
-    mean over the modalities that it has; where it has one only, it is that classifier's. Weights
-    are learnt from predictions out of fold, as those with which the classifiers' log-probabilities
-    add up to the likeliest labels: a modality that tells nothing gets next to none.
+    Each classifier is trained on the rows that have its modality. The prediction for a row is the
+    weighted mean over its observed modalities; with a single modality, it is that classifier's.
+    Weights are learned from out-of-fold predictions. They are equal unless other weights make the
+    labels clearly likelier; a modality without information then gets a low weight.
+
+    Logarithms of probabilities are pooled in full precision, so that rare and many classes keep
+    their order. A zero of a forest, a tree or of nearest neighbors only means that no such row was
+    near. Therefore the geometric mean adds the class prior, with the weight of one training row, to
+    the probabilities of classifiers that give zeros. No zero overrules all other modalities.
 
     Parameters
     ----------
     estimator : classifier, or dict of str to classifier
-        What is cloned for each modality, or the classifier of each block. It needs
-        `predict_proba`.
+        The classifier that is cloned for each modality, or one classifier per block. It needs
+        `predict_proba` once it is fitted. With several labels, a classifier that supports a single
+        target only is fitted once per label.
 
     blocks : dict of str to columns, or None, default=None
         The columns of each modality: a slice, or a list of positions or names. None reads them
@@ -674,18 +727,19 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         ``set_output(transform="pandas")``.
 
     weights : "auto", dict of str to float, or None, default="auto"
-        How much each modality counts: learnt out of fold, given, or all alike.
+        Weight of each modality: learned from out-of-fold predictions, given, or equal (None).
 
     pooling : {"geometric", "arithmetic"}, default="geometric"
-        The mean that is taken of probabilities: of their logarithms, as fits independent
-        evidence, or of themselves.
+        Mean of the probabilities: geometric, which suits independent evidence, or arithmetic.
 
-    cv : int, cross-validation splitter or iterable, default=5
-        Folds by which weights are learnt. An int is never more than the smallest class with at
-        least two rows has rows; where all have one, modalities count alike.
+    cv : int, cross-validation splitter, iterable or None, default=5
+        Folds by which weights are learned. If an int, the number of shuffled folds, in which
+        classes and modalities are spread evenly; the shuffling has a fixed seed. It is capped at
+        the size of the largest class; if every class has a single row, weights are equal. None
+        means 5.
 
     n_jobs : int or None, default=None
-        Classifiers to fit at once.
+        Number of classifiers to fit in parallel.
 
     Attributes
     ----------
@@ -693,13 +747,28 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         The classes; with several labels, their numbers.
 
     target_type_ : {"binary", "multiclass", "multilabel"}
-        What `y` holds.
+        Kind of `y`.
 
-    estimators_ : dict of str to classifier
-        The fitted classifiers.
+    estimators_ : dict of str to classifier or list of classifier
+        The fitted classifiers. As in :class:`~sklearn.ensemble.VotingClassifier`, they are fitted
+        on codes: code ``i`` stands for ``estimator_classes_[name][i]``. With several labels, a
+        classifier that supports a single target only is a list, with one entry for each label in
+        ``estimator_classes_[name]``.
+
+    estimator_classes_ : dict of str to ndarray
+        The classes that occur in the training rows of each classifier. With several labels, the
+        numbers of the labels that vary in these rows.
 
     weights_ : dict of str to float
-        How much each modality counts; they sum to 1.
+        Weight of each modality; they sum to 1.
+
+    floors_ : dict of str to ndarray of shape (2, n_classes) or (2, n_labels, 2)
+        For each classifier, logarithms of what is added to its probabilities before pooling by the
+        geometric mean, and of what a zero counts then.
+
+    ignored_blocks_ : list of str
+        Blocks without a classifier, because no training row has the modality, or all these rows
+        have the same class. They weigh 0 and are ignored in prediction.
 
     blocks_ : dict of str to slice or ndarray
         The columns of each modality in `X`.
@@ -708,8 +777,8 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         The number of columns of each modality.
 
     prior_ : ndarray of shape (n_classes,) or (n_labels,)
-        The share of each class, or of rows with each label, in training: the answer for rows
-        without any modality.
+        The share of each class, or of rows with each label, in training. It is the prediction for
+        rows without any modality.
 
     n_features_in_ : int
         Number of columns seen during fit.
@@ -762,23 +831,95 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         self.cv = cv
         self.n_jobs = n_jobs
 
+    def get_params(self, deep=True):
+        """Get the parameters and, if deep, the classifiers and their parameters.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+            Whether to include the classifiers in ``estimator={...}`` by the name of their block,
+            such as ``text``, and their parameters, such as ``text__C``. A single classifier's
+            parameters are called ``estimator__C``.
+
+        Returns
+        -------
+        params : dict
+            Parameter names mapped to their values.
+        """
+        params = super().get_params(deep=deep)
+        if not deep or not isinstance(self.estimator, dict):
+            return params
+        for name, estimator in self.estimator.items():
+            # A block may be called "cv" or "weights"; then the parameter keeps the bare name.
+            params.setdefault(name, estimator)
+            if hasattr(estimator, "get_params") and not isinstance(estimator, type):
+                nested = estimator.get_params(deep=True)
+                params |= {f"{name}__{key}": value for key, value in nested.items()}
+        return params
+
+    def set_params(self, **params):
+        """Set parameters, replace classifiers of ``estimator={...}``, or set their parameters.
+
+        After `fit`, parameters of a classifier are set in the fitted classifiers too, as in a
+        :class:`~sklearn.pipeline.Pipeline`; those that matter in training only need another `fit`.
+
+        Parameters
+        ----------
+        **params : dict
+            For example ``pooling="arithmetic"``, ``estimator__C=10`` for a single classifier,
+            ``text__C=10`` for that of a block, or ``text=GaussianNB()`` to replace it.
+
+        Returns
+        -------
+        self : DecisionFusionClassifier
+            The classifier.
+        """
+        if "estimator" in params:
+            self.estimator = params.pop("estimator")
+        fitted = getattr(self, "estimators_", {})
+        if not isinstance(self.estimator, dict):
+            super().set_params(**params)
+            nested, _ = _split_prefix(params, "estimator__")
+            for estimators in fitted.values():
+                _set_fitted(estimators, nested)
+            return self
+        own_names = self.get_params(deep=False)
+        for name in self.estimator:
+            if name in params and name not in own_names:
+                self.estimator = {**self.estimator, name: params.pop(name)}
+        # The longest name first, as a block may be called "text" and another "text__title".
+        for name in sorted(self.estimator, key=len, reverse=True):
+            nested, params = _split_prefix(params, f"{name}__")
+            if nested:
+                self.estimator[name].set_params(**nested)
+                _set_fitted(fitted.get(name, []), nested)
+        nested, _ = _split_prefix(params, "estimator__")
+        if nested:
+            raise ValueError(
+                f"estimator is a dict, so that parameters are set by the name of the block, such "
+                f"as '{next(iter(self.estimator), 'text')}__C'; got {sorted(params)}."
+            )
+        return super().set_params(**params)
+
     @_fit_context(prefer_skip_nested_validation=False)  # classifiers validate themselves
     def fit(self, X, y, sample_weight=None, **params):
-        """Fit a classifier for each modality, and learn how much each counts.
+        """Fit a classifier for each modality, and learn the weights.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Embeddings of all modalities side by side; a missing one is a block of NaN.
+            Embeddings of all modalities side by side; a missing one is a block of NaN. A modality
+            that no row has, or only rows of one class, is ignored with a warning.
 
         y : array-like of shape (n_samples,) or (n_samples, n_labels)
             Classes, or a 0/1 column for each label.
 
         sample_weight : array-like of shape (n_samples,), default=None
-            Weights of the rows, handed to the classifiers.
+            Weights of the rows, passed on to the classifiers. With metadata routing, they are
+            passed on to classifiers that request them, for example a step of a pipeline.
 
         **params : dict
-            Metadata for the `cv` splitter, such as `groups`; needs
+            Metadata for the `cv` splitter, such as `groups`, or for the classifiers; needs
             ``sklearn.set_config(enable_metadata_routing=True)``.
 
         Returns
@@ -789,36 +930,29 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a label is missing, there is one class only, the columns do not make up blocks, a
-            modality is missing in all rows, or a classifier has no `predict_proba`.
+            If a label is missing, there is one class only, the columns do not make up blocks, no
+            modality can be learned from, a cell is not a number, a block is NaN in part of a row,
+            a classifier takes no `sample_weight`, or a classifier has no `predict_proba`.
         """
         check_routing_enabled(params, self)
-        routed = process_routing(self, "fit", **params)
         X, target = _check_table(self, X, y, dtype=FLOAT_DTYPES, reset=True)
         estimators = self._check_estimators(sample_weight)
         weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
-        there = np.stack([observed_in_block(X, *block) for block in self.blocks_.items()], axis=1)
-        missing = [name for name, has in zip(self.blocks_, there.T, strict=True) if not has.any()]
-        if missing:
-            raise ValueError(
-                f"Block {missing[0]!r} is NaN in all {len(X)} rows, so nothing can be learnt of "
-                "it. Leave it out, or check the step before."
-            )
+        metadata = self._route(sample_weight, weight, params)
+        observed = dict(zip(self.blocks_, _observed(X, self.blocks_).T, strict=True))
+        data = _TrainingSet(X, target.values.astype(np.int64), weight, observed, metadata)
         self.prior_ = _prior(target, weight)
-        data = _Decided(
-            X,
-            target.values if target.kind == "multilabel" else target.classes[target.values],
-            None if sample_weight is None else weight,
-            there,
+        self.ignored_blocks_ = self._find_ignored(data)
+        folds = self._folds(data, target, metadata["splitter"])
+        all_rows, *by_fold = self._fit_each(
+            estimators, data, [np.arange(len(X)), *(train for train, _ in folds)]
         )
-        folds = []
-        if self.weights == "auto" and len(self.blocks_) > 1:
-            folds = self._folds(data, target, routed["splitter"]["split"])
-        whole, *parts = self._fit_each(
-            estimators, data, [np.arange(len(X)), *(f[0] for f in folds)]
-        )
-        self.estimators_ = dict(zip(self.blocks_, whole, strict=True))
-        self.weights_ = self._find_weights(data, target, folds, parts)
+        self.estimators_, self.estimator_classes_, self.floors_ = {}, {}, {}
+        for name, fitted in all_rows.items():
+            self.estimators_[name] = fitted.estimator
+            self.estimator_classes_[name] = self.classes_[fitted.shown]
+            self.floors_[name] = fitted.floors
+        self.weights_ = self._find_weights(data, folds, by_fold)
         return self
 
     def predict_proba(self, X):
@@ -834,24 +968,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         probabilities : ndarray of shape (n_samples, n_classes) or (n_samples, n_labels)
             Rows sum to 1 for classes; labels have a probability each.
         """
-        check_is_fitted(self)
-        X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False)
-        there = np.stack([observed_in_block(X, *block) for block in self.blocks_.items()], axis=1)
-        each = self._each_proba(self.estimators_.values(), X, there)
-        weights = there * np.array(list(self.weights_.values()))
-        # A row whose only modalities weigh nothing is still theirs to decide.
-        weights = np.where(weights.sum(axis=1, keepdims=True) > 0, weights, there)
-        total = weights.sum(axis=1)
-        weights = weights / np.where(total > 0, total, 1.0)[:, None]
-        shown = _evidence(each, self.target_type_) if self.pooling == "geometric" else each
-        pooled = np.einsum("nm,mnc->nc", weights, np.where(there.T[..., None], shown, 0.0))
-        if self.pooling == "geometric":
-            several = self.target_type_ == "multilabel"
-            pooled = expit(pooled) if several else softmax(pooled, axis=1)
-        alone = np.flatnonzero((weights > 0).sum(axis=1) == 1)
-        pooled[alone] = each[weights[alone].argmax(axis=1), alone]
-        pooled[total == 0] = self.prior_
-        return pooled
+        return _probabilities(self.decision_function(X), self.target_type_)
 
     def decision_function(self, X):
         """Return the log-probability of each class, or the log-odds of the second, or of labels.
@@ -864,13 +981,15 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         logits : ndarray of shape (n_samples,), (n_samples, n_classes) or (n_samples, n_labels)
-            One number of a row for two classes.
+            One number per row for two classes.
         """
-        logits = _logits_of(self.predict_proba(X), self.target_type_)
-        return logits[:, 0] if self.target_type_ == "binary" else logits
+        check_is_fitted(self)
+        X = _validate(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False)
+        logs = self._pool(X, _observed(X, self.blocks_))
+        return logs if self.target_type_ == "multiclass" else logs[..., 1] - logs[..., 0]
 
     def predict(self, X):
-        """Name the likeliest class, or mark the labels that are likelier than not.
+        """Return the most likely class, or mark the labels that are likelier than not.
 
         Parameters
         ----------
@@ -885,141 +1004,175 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         return _decided(self.predict_proba(X), self.classes_, self.target_type_)
 
     def get_metadata_routing(self):
-        """Say that metadata such as `groups` goes to the `cv` splitter.
+        """Return the routing of `fit`'s metadata to the classifiers and the `cv` splitter.
 
         Returns
         -------
         routing : MetadataRouter
             The routing, see scikit-learn's user guide on metadata routing.
         """
-        mapping = MethodMapping().add(caller="fit", callee="split")
         router = MetadataRouter(owner=self).add_self_request(self)
-        return router.add(splitter=self.cv, method_mapping=mapping)
-
-    def _folds(self, data, target, routed):
-        """List the folds by which weights are learnt; none, where every class has one row."""
-        cv = self.cv
-        if isinstance(cv, Integral) and target.strata is not None:
-            sizes = np.bincount(target.strata)
-            if sizes.max() < 2:
-                return []
-            # Never more folds than the smallest class that can be split at all has rows.
-            cv = min(cv, sizes[sizes >= 2].min())
-        splitter = check_cv(cv, data.y, classifier=True)
-        with warnings.catch_warnings():  # of a class of one row, which is held out once
-            warnings.filterwarnings("ignore", message="The least populated class")
-            return list(splitter.split(data.X, data.y, **routed))
+        router.add(
+            splitter=self.cv, method_mapping=MethodMapping().add(caller="fit", callee="split")
+        )
+        to_fit = MethodMapping().add(caller="fit", callee="fit")
+        if not isinstance(self.estimator, dict):
+            return router.add(estimator=self.estimator, method_mapping=to_fit)
+        for name, estimator in self.estimator.items():
+            router.add(**{f"estimator_{name}": estimator}, method_mapping=to_fit)
+        return router
 
     def _check_estimators(self, sample_weight):
         """Return the classifier to clone for each block."""
-        given = self.estimator
-        if not isinstance(given, dict):
-            given = dict.fromkeys(self.blocks_, given)
-        if set(given) != set(self.blocks_):
+        estimators = self.estimator
+        if not isinstance(estimators, dict):
+            estimators = dict.fromkeys(self.blocks_, estimators)
+        if set(estimators) != set(self.blocks_):
             raise ValueError(
-                f"estimator holds classifiers of {sorted(given)}, but the blocks are "
+                f"estimator holds classifiers of {sorted(estimators)}, but the blocks are "
                 f"{sorted(self.blocks_)}. Give one for each block, or a single one for all."
             )
-        for name, estimator in given.items():
+        for name, estimator in estimators.items():
+            if isinstance(estimator, type) or not hasattr(estimator, "fit"):
+                raise ValueError(
+                    f"The classifier of block {name!r} should be an instance of a classifier; got "
+                    f"{estimator!r}."
+                )
+            # Some get predict_proba in fit, but their class has it beforehand.
             if not hasattr(estimator, "predict_proba"):
-                raise ValueError(
-                    f"The classifier of block {name!r}, {estimator!r}, has no predict_proba, and "
-                    "probabilities are what is averaged. Wrap it in CalibratedClassifierCV."
-                )
-            if sample_weight is not None and not has_fit_parameter(estimator, "sample_weight"):
-                raise ValueError(
-                    f"The classifier of block {name!r}, {estimator!r}, takes no sample_weight."
-                )
-        return [given[name] for name in self.blocks_]
+                _check_predict_proba(type(estimator), name)
+            if sample_weight is not None and not _routing_is_enabled():
+                _check_takes_weights(estimator, name)
+            if self.target_type_ != "multilabel":
+                _check_class_weights(estimator, name, self.classes_)
+        return {name: estimators[name] for name in self.blocks_}
 
-    def _fit_each(self, estimators, data, parts):
+    def _route(self, sample_weight, weight, params):
+        """Return what is passed to the splitter, and to the classifier of each block."""
+        if not _routing_is_enabled():
+            to_fit = {} if sample_weight is None else {"sample_weight": weight}
+            return dict.fromkeys(self.blocks_, to_fit) | {"splitter": {}}
+        if sample_weight is not None:
+            params = {**params, "sample_weight": weight}
+        routed = process_routing(self, "fit", **params)
+        several = isinstance(self.estimator, dict)
+        targets = {name: f"estimator_{name}" if several else "estimator" for name in self.blocks_}
+        metadata = {name: routed[target]["fit"] for name, target in targets.items()}
+        return metadata | {"splitter": routed["splitter"]["split"]}
+
+    def _find_ignored(self, data):
+        """List the blocks of which nothing can be learned, with a warning for each."""
+        reasons = {}
+        for name, observed in data.observed.items():
+            rows = observed & (data.weight > 0)
+            if not rows.any():
+                reasons[name] = "is NaN in all rows that count"
+            elif not len(_classes_in(data.codes[rows])):
+                reasons[name] = f"is observed in {rows.sum()} rows that count, all of one class"
+        if len(reasons) == len(self.blocks_):
+            raise ValueError(
+                f"None of the blocks {list(self.blocks_)} is observed in rows of two classes, so "
+                "nothing can be learned. Check the step before."
+            )
+        for name, reason in reasons.items():
+            _warn_ignored(name, reason)
+        return list(reasons)
+
+    def _folds(self, data, target, metadata):
+        """List the folds by which weights are learned; none where they are not needed."""
+        if self.weights != "auto" or len(self.blocks_) - len(self.ignored_blocks_) < 2:
+            return []
+        cv = 5 if self.cv is None else self.cv
+        if isinstance(cv, Integral):
+            observed = np.stack(list(data.observed.values()), axis=1)
+            return _spread_folds(_strata(target), observed, cv)
+        y = data.codes if target.kind == "multilabel" else target.classes[data.codes]
+        return list(check_cv(cv).split(data.X, y, **metadata))
+
+    def _fit_each(self, estimators, data, row_sets):
         """Fit every modality's classifier on each of several sets of rows."""
+        names = [name for name in self.blocks_ if name not in self.ignored_blocks_]
+        log_prior = _log_prior(self.prior_, self.target_type_)
         fitted = Parallel(n_jobs=self.n_jobs)(
-            delayed(_fit_one)(estimator, data, rows, number, block)
-            for rows in parts
-            for number, (estimator, block) in enumerate(
-                zip(estimators, self.blocks_.items(), strict=True)
+            delayed(_fit_modality)(
+                estimators[name],
+                data.of_block(name, self.blocks_, rows),
+                name,
+                self.classes_,
+                log_prior,
             )
+            for rows in row_sets
+            for name in names
         )
-        n = len(estimators)
-        return [fitted[start : start + n] for start in range(0, len(fitted), n)]
+        results = iter(fitted)
+        return [{name: next(results) for name in names} for _ in row_sets]
 
-    def _each_proba(self, estimators, X, there):
-        """Return what each modality's classifier says, NaN where a row lacks the modality."""
-        each = np.full((len(self.blocks_), len(X), len(self.classes_)), np.nan)
-        columns = self.blocks_.values()
-        for number, (estimator, part) in enumerate(zip(estimators, columns, strict=True)):
-            rows = there[:, number]
-            if rows.any():
-                found = estimator.predict_proba(X[rows][:, part])
-                each[number, rows] = self._of_all_classes(estimator, found)
-        return each
+    def _pool(self, X, observed):
+        """Return logarithms of the pooled probabilities, of shape (n_samples, ..., n_classes)."""
+        log_prior = _log_prior(self.prior_, self.target_type_)
+        names = [name for name in self.blocks_ if name not in self.ignored_blocks_]
+        observed = observed[:, np.isin(list(self.blocks_), names)]
+        weights = observed * np.array([self.weights_[name] for name in names])
+        # A row whose only modalities weigh nothing is still theirs to decide.
+        weights = np.where(weights.sum(axis=1, keepdims=True) > 0, weights, observed)
+        total = weights.sum(axis=1)
+        weights = weights / np.where(total > 0, total, 1.0)[:, None]
+        logs = np.zeros((len(names), len(X), *log_prior.shape))
+        smoothed = np.zeros_like(logs)
+        for number, name in enumerate(names):
+            rows = np.flatnonzero(observed[:, number])
+            if len(rows):
+                fitted = self._fitted(name)
+                block = X[rows][:, self.blocks_[name]]
+                logs[number, rows] = fitted.log_proba(block, log_prior)
+                smoothed[number, rows] = _smooth(logs[number, rows], fitted.floors)
+        factors = np.expand_dims(weights.T, tuple(range(2, logs.ndim)))
+        if self.pooling == "geometric":
+            pooled = (factors * smoothed).sum(axis=0)
+        else:
+            with np.errstate(divide="ignore"):  # where all say 0
+                pooled = logsumexp(logs, axis=0, b=factors)
+        alone = np.flatnonzero((weights > 0).sum(axis=1) == 1)
+        pooled[alone] = logs[weights[alone].argmax(axis=1), alone]
+        pooled[total == 0] = log_prior
+        pooled = log_softmax(pooled, axis=-1)
+        return np.where(np.isneginf(pooled), _LOG_TINY, pooled)
 
-    def _of_all_classes(self, estimator, found):
-        """Bring probabilities to all classes; one that a classifier never saw gets its share."""
-        if self.target_type_ == "multilabel":
-            if not isinstance(found, list):
-                return found
-            # a column for each label and class, of which a label may have had one only
-            ones = [classes.tolist() == [1] for classes in estimator.classes_]
-            return np.stack(
-                [
-                    p[:, 1] if p.shape[1] == 2 else np.full(len(p), one)
-                    for p, one in zip(found, ones, strict=True)
-                ],
-                axis=1,
-            )
-        seen = np.isin(self.classes_, estimator.classes_)
-        whole = np.tile(np.where(seen, 0.0, self.prior_), (len(found), 1))
-        whole[:, seen] = found * (1 - whole.sum(axis=1, keepdims=True))
-        return whole
+    def _fitted(self, name):
+        """Return what `fit` has learned of one modality."""
+        shown = np.flatnonzero(np.isin(self.classes_, self.estimator_classes_[name]))
+        return _Fitted(self.estimators_[name], shown, self.floors_[name])
 
-    def _find_weights(self, data, target, folds, parts):
-        """Return how much each modality counts: given, alike, or learnt out of fold."""
-        names = list(self.blocks_)
+    def _find_weights(self, data, folds, by_fold):
+        """Return the weight of each modality: given, equal, or learned out of fold."""
         if isinstance(self.weights, dict):
-            given = np.array([self.weights.get(name, np.nan) for name in names], dtype=float)
-            if set(self.weights) != set(names) or not (given >= 0).all() or not given.sum() > 0:
-                raise ValueError(
-                    f"weights={self.weights!r} must give each of the blocks {names} a number that "
-                    "is not negative, and one of them more than 0."
-                )
-            return dict(zip(names, (given / given.sum()).tolist(), strict=True))
-        learnt = np.ones(len(names))
+            return _check_weights(self.weights, list(self.blocks_))
+        names = [name for name in self.blocks_ if name not in self.ignored_blocks_]
+        learned = np.full(len(names), 1 / len(names))
         if folds:
-            each = np.full((len(names), len(data.X), len(self.classes_)), np.nan)
-            for (_, held_out), estimators in zip(folds, parts, strict=True):
-                each[:, held_out] = self._each_proba(
-                    estimators, data.X[held_out], data.there[held_out]
-                )
-            learnt = _learn_weights(each, target.values, data.weight, self.target_type_)
-        return dict(zip(names, (learnt / learnt.sum()).tolist(), strict=True))
+            log_prior = _log_prior(self.prior_, self.target_type_)
+            logs = np.full((len(names), len(data.X), *log_prior.shape), np.nan)
+            for (_, held_out), fitted in zip(folds, by_fold, strict=True):
+                for number, name in enumerate(names):
+                    rows = held_out[data.observed[name][held_out]]
+                    if len(rows) and fitted[name] is not None:
+                        block = data.X[rows][:, self.blocks_[name]]
+                        evidence = fitted[name].log_proba(block, log_prior)
+                        logs[number, rows] = _smooth(evidence, fitted[name].floors)
+            learned = _learn_weights(logs, log_prior, data.codes, data.weight)
+        return dict.fromkeys(self.blocks_, 0.0) | dict(zip(names, learned.tolist(), strict=True))
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
-        given = self.estimator
-        estimators = given.values() if isinstance(given, dict) else [given]
-        tags.classifier_tags.multi_label = all(
-            is_classifier(estimator) and get_tags(estimator).classifier_tags.multi_label
-            for estimator in estimators
-        )
+        tags.classifier_tags.multi_label = True
         return tags
-
-
-class _Decided(NamedTuple):
-    """A training set of decision fusion: rows, labels, weights, and which modalities rows have."""
-
-    X: np.ndarray
-    y: np.ndarray
-    weight: np.ndarray | None
-    there: np.ndarray
 
 
 def _check_table(estimator, X, y, *, dtype, reset):
     """Check a table of blocks and its labels; set what is learnt of both."""
     if y is not None:
         check_no_missing_label(y)
-    X, y = validate_data(
+    X, y = _validate(
         estimator,
         X,
         y,
@@ -1047,9 +1200,36 @@ def _check_table(estimator, X, y, *, dtype, reset):
     return X, target
 
 
+def _validate(estimator, X, *y, **options):
+    """Validate a table; the error names a cell of tokens, text or an image."""
+    try:
+        return validate_data(estimator, X, *y, **options)
+    except (TypeError, ValueError) as error:
+        check_no_raw_cell(X, error)
+        raise
+
+
+def _warn_ignored(name, reason):
+    """Warn of a block of which nothing can be learned."""
+    warnings.warn(
+        f"Block {name!r} {reason}, so nothing can be learned from it. It is ignored, in prediction "
+        "too.",
+        stacklevel=3,
+    )
+
+
+def _routing_is_enabled():
+    return sklearn.get_config()["enable_metadata_routing"]
+
+
+def _observed(X, blocks):
+    """Tell which modalities each row has."""
+    return np.stack([observed_in_block(X, *block) for block in blocks.items()], axis=1)
+
+
 def _by_modality(X, blocks):
     """Return the table with modalities side by side in their order, and which each row has."""
-    there = np.stack([observed_in_block(X, *block) for block in blocks.items()], axis=1)
+    there = _observed(X, blocks)
     order = np.concatenate([np.arange(X.shape[1])[columns] for columns in blocks.values()])
     return (X if (np.diff(order) == 1).all() else X[:, order]), there
 
@@ -1069,12 +1249,21 @@ def _prior(target, weight):
     return shares / shares.sum()
 
 
-def _logits_of(probabilities, target_type):
-    """Turn probabilities into logits, finite ones."""
-    p = np.clip(probabilities, _RARE, 1 - _RARE)
+def _logits_of_prior(prior, target_type):
+    """Return finite logits of the prior."""
+    logs = _log_prior(prior, target_type)
     if target_type == "multiclass":
-        return np.log(p)
-    return np.log(p[..., -1:] / p[..., :1]) if target_type == "binary" else np.log(p / (1 - p))
+        return logs
+    if target_type == "binary":
+        return logs[1:] - logs[:1]
+    return logs[:, 1] - logs[:, 0]
+
+
+def _log_prior(prior, target_type):
+    """Return finite logarithms of the prior, for each label of "not" and "yes"."""
+    if target_type == "multilabel":
+        prior = np.stack([1 - prior, prior], axis=-1)
+    return np.log(np.maximum(prior, _TINY))
 
 
 def _probabilities(logits, target_type):
@@ -1128,67 +1317,399 @@ def _with_network_axis(weights):
     return {name: value if name in shared else value[None] for name, value in weights.items()}
 
 
-def _fit_one(estimator, data, rows, number, block):
-    """Fit one modality's classifier on the rows that have it."""
-    name, columns = block
-    rows = rows[data.there[rows, number]]
-    weight = {} if data.weight is None else {"sample_weight": data.weight[rows]}
-    try:
-        return clone(estimator).fit(data.X[rows][:, columns], data.y[rows], **weight)
-    except Exception as error:
-        error.add_note(f"This was the classifier of block {name!r}, given {len(rows)} rows.")
-        raise
+class _TrainingSet(NamedTuple):
+    """A training set of decision fusion; codes are of classes, or 0/1 for each label."""
+
+    X: np.ndarray
+    codes: np.ndarray
+    weight: np.ndarray
+    observed: dict  # a mask of the rows for each modality
+    metadata: dict  # what is passed on to the classifier of each modality
+
+    def of_block(self, name, blocks, rows):
+        """Return the rows, of some, that have a modality and count; only its columns."""
+        rows = rows[self.observed[name][rows] & (self.weight[rows] > 0)]
+        metadata = {
+            key: _take_rows(value, rows, len(self.X)) for key, value in self.metadata[name].items()
+        }
+        X = self.X[rows][:, blocks[name]]
+        return _BlockRows(X, self.codes[rows], self.weight[rows], metadata)
 
 
-def _evidence(probabilities, target_type):
-    """Turn probabilities into what adds up: logarithms of classes, log-odds of labels."""
-    p = np.clip(probabilities, _RARE, 1 - _RARE)
-    return np.log(p) - np.log1p(-p) if target_type == "multilabel" else np.log(p)
+class _BlockRows(NamedTuple):
+    """The training rows of one modality's classifier."""
+
+    X: np.ndarray
+    codes: np.ndarray
+    weight: np.ndarray
+    metadata: dict
 
 
-def _learn_weights(each, y, sample_weight, target_type):
-    """Find the weights with which evidence adds up to the likeliest labels.
+class _Fitted(NamedTuple):
+    """A modality's classifier, or a list for labels; the classes it was shown; its floors."""
 
-    Their sum is free, as it takes up how sure the classifiers are too much or too little of
-    themselves; a modality that tells nothing is then not needed to make up for it. A modality that
-    helps by no more than 1.5 standard errors of the loss over rows weighs nothing.
+    estimator: object
+    shown: np.ndarray
+    floors: np.ndarray | None
+
+    def log_proba(self, X, log_prior):
+        """Return log-probabilities of all classes; those not shown keep their prior."""
+        logs = _log_proba(self.estimator, X)
+        result = np.tile(log_prior, (len(X), *[1] * log_prior.ndim))
+        if log_prior.ndim == 2:
+            result[:, self.shown] = _pairs(logs, len(self.shown))
+        else:
+            share = logsumexp(log_prior[self.shown]) - logsumexp(log_prior)
+            result[:, self.shown] = logs + share
+        return result
+
+
+def _split_prefix(params, prefix):
+    """Split parameters into those with a prefix, which is removed, and the rest."""
+    nested = {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
+    return nested, {k: v for k, v in params.items() if not k.startswith(prefix)}
+
+
+def _set_fitted(estimators, params):
+    """Set parameters of a fitted classifier, or of those of all labels."""
+    for estimator in estimators if isinstance(estimators, list) else [estimators]:
+        estimator.set_params(**params)
+
+
+def _take_rows(value, rows, n_rows):
+    """Take rows of metadata that holds a value per row."""
+    if not hasattr(value, "__len__") or isinstance(value, str) or len(value) != n_rows:
+        return value
+    return np.asarray(value)[rows]
+
+
+def _check_predict_proba(estimator, name):
+    """Refuse a classifier without probabilities."""
+    if not hasattr(estimator, "predict_proba"):
+        raise ValueError(
+            f"The classifier of block {name!r}, {estimator!r}, has no predict_proba, and "
+            "probabilities are pooled. Wrap it in CalibratedClassifierCV."
+        )
+
+
+def _check_takes_weights(estimator, name):
+    """Refuse sample weights for a classifier that cannot use them without metadata routing."""
+    where = f"The classifier of block {name!r}, {estimator!r}, "
+    if isinstance(estimator, Pipeline):
+        raise ValueError(
+            f"{where}is a pipeline, which passes sample_weight on by metadata routing only. Call "
+            "sklearn.set_config(enable_metadata_routing=True), and request the weights where they "
+            "are used, for example by LogisticRegression().set_fit_request(sample_weight=True)."
+        )
+    parameters = signature(estimator.fit).parameters
+    passes_on = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    if "sample_weight" not in parameters and not passes_on:
+        raise ValueError(f"{where}takes no sample_weight.")
+
+
+def _class_weights(estimator):
+    """List the class weights by label among the parameters of a classifier."""
+    params = estimator.get_params() if hasattr(estimator, "get_params") else {}
+    return {
+        key: value
+        for key, value in params.items()
+        if key.split("__")[-1] == "class_weight" and isinstance(value, dict)
+    }
+
+
+def _check_class_weights(estimator, name, classes):
+    """Refuse class weights for labels that `y` does not hold."""
+    for key, weights in _class_weights(estimator).items():
+        unknown = [label for label in weights if label not in classes.tolist()]
+        if unknown:
+            raise ValueError(
+                f"{key} of the classifier of block {name!r} has weights for {unknown}, but the "
+                f"classes are {classes.tolist()}."
+            )
+
+
+def _check_weights(weights, names):
+    """Return weights of modalities that are given, scaled to sum to 1."""
+    values = np.array([weights.get(name, np.nan) for name in names], dtype=float)
+    valid = np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0
+    if set(weights) != set(names) or not valid:
+        raise ValueError(
+            f"weights={weights!r} must give each of the blocks {names} a number that is finite and "
+            "not negative, and one of them more than 0."
+        )
+    return dict(zip(names, (values / values.sum()).tolist(), strict=True))
+
+
+def _classes_in(codes):
+    """Return the classes that occur, or the labels that vary; none where rows are all alike."""
+    if codes.ndim == 1:
+        classes = np.unique(codes)
+        return classes if len(classes) > 1 else classes[:0]
+    if not len(codes):
+        return np.arange(0)
+    return np.flatnonzero((codes != codes[0]).any(axis=0))
+
+
+def _strata(target):
+    """Return what folds are stratified by: the class, or the rarest label of each row."""
+    if target.kind != "multilabel":
+        return target.strata
+    frequency = target.values.sum(axis=0)
+    frequency_of_carried = np.where(target.values > 0, frequency, np.inf)
+    rarest = frequency_of_carried.argmin(axis=1)
+    return np.where(target.values.any(axis=1), rarest, target.values.shape[1])
+
+
+def _spread_folds(strata, observed, n_folds):
+    """Make shuffled folds over which classes, and rows with each modality, are spread evenly.
+
+    Parameters
+    ----------
+    strata : ndarray of int of shape (n_samples,)
+        The class of each row.
+    observed : ndarray of bool of shape (n_samples, n_modalities)
+        The modalities of each row.
+    n_folds : int
+        The number of folds, at most.
+
+    Returns
+    -------
+    folds : list of (train, test)
+        Positions of rows; no fold if no class has two rows.
     """
-    n_modalities = len(each)
-    equal = np.ones(n_modalities)
-    several = np.flatnonzero((~np.isnan(each[..., 0])).sum(axis=0) > 1)
-    if not len(several):
+    n_folds = min(n_folds, np.bincount(strata).max())
+    if n_folds < 2:
+        return []
+    patterns, pattern_of = np.unique(observed, axis=0, return_inverse=True)
+    pattern_of = pattern_of.ravel()
+    shuffled = np.random.default_rng(0).permutation(len(strata))
+    rarity = 1 / np.maximum(observed.sum(axis=0), 1)
+    n_of_class = np.zeros((strata.max() + 1, n_folds))
+    n_of_modality = np.zeros((n_folds, observed.shape[1]))
+    fold_of = np.empty(len(strata), dtype=np.int64)
+    # Rows with the rarest combination of modalities choose first, as they are hardest to spread.
+    for pattern in np.argsort(np.bincount(pattern_of), kind="stable"):
+        rows_of_pattern = shuffled[pattern_of[shuffled] == pattern]
+        rows_of_pattern = rows_of_pattern[np.argsort(strata[rows_of_pattern], kind="stable")]
+        starts = np.flatnonzero(np.diff(strata[rows_of_pattern])) + 1
+        for rows in np.split(rows_of_pattern, starts):
+            n_in_class = n_of_class[strata[rows[0]]]
+            crowded = n_of_modality @ (patterns[pattern] * rarity)
+            n_each, n_left = divmod(len(rows), n_folds)
+            least_filled = np.lexsort((n_of_class.sum(axis=0), crowded, n_in_class))
+            folds = np.r_[np.repeat(np.arange(n_folds), n_each), least_filled[:n_left]]
+            fold_of[rows] = folds
+            counts = np.bincount(folds, minlength=n_folds)
+            n_in_class += counts
+            n_of_modality += counts[:, None] * patterns[pattern]
+    return [
+        (np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold))
+        for fold in range(n_folds)
+    ]
+
+
+def _fit_modality(estimator, part, name, classes, log_prior):
+    """Fit one modality's classifier; None if its rows are all of one class."""
+    shown = _classes_in(part.codes)
+    if not len(shown):
+        return None
+    try:
+        if log_prior.ndim == 2:
+            estimator = _fit_labels(estimator, part, part.codes[:, shown])
+        else:
+            estimator = _clone_for_codes(estimator, classes[shown])
+            y = np.searchsorted(shown, part.codes)
+            estimator.fit(part.X, y, **part.metadata)
+    except Exception as error:
+        error.add_note(f"This was the classifier of block {name!r}, given {len(part.X)} rows.")
+        raise
+    for one in estimator if isinstance(estimator, list) else [estimator]:
+        _check_predict_proba(one, name)
+    fitted = _Fitted(estimator, shown, None)
+    return fitted._replace(floors=_find_floors(fitted, part, log_prior))
+
+
+def _clone_for_codes(estimator, labels):
+    """Clone a classifier that will be shown codes of labels, as its class weights then are too."""
+    estimator = clone(estimator)
+    labels = labels.tolist()
+    for key, weights in _class_weights(estimator).items():
+        by_code = {labels.index(label): w for label, w in weights.items() if label in labels}
+        estimator.set_params(**{key: by_code})
+    return estimator
+
+
+def _fit_labels(estimator, part, y):
+    """Fit a classifier on several labels, or one for each label if it supports a single target."""
+    tags = get_tags(estimator)
+    if y.shape[1] == 1 and tags.target_tags.single_output:
+        return clone(estimator).fit(part.X, y[:, 0], **part.metadata)
+    if tags.classifier_tags.multi_label or tags.target_tags.multi_output:
+        return clone(estimator).fit(part.X, y, **part.metadata)
+    return [clone(estimator).fit(part.X, label, **part.metadata) for label in y.T]
+
+
+def _log_proba(estimator, X):
+    """Return a classifier's log-probabilities, -inf for 0; a list if it returns one."""
+    if isinstance(estimator, list):
+        return [_log_proba(one, X) for one in estimator]
+    with np.errstate(divide="ignore"):
+        # Naive Bayes knows logarithms where the probability underflows.
+        if hasattr(estimator, "predict_log_proba"):
+            return estimator.predict_log_proba(X)
+        probabilities = estimator.predict_proba(X)
+        if isinstance(probabilities, list):
+            return [np.log(p.astype(np.float64)) for p in probabilities]
+        return np.log(np.asarray(probabilities, dtype=np.float64))
+
+
+def _pairs(logs, n_labels):
+    """Bring log-probabilities of labels into the shape (n_samples, n_labels, 2): not, and yes."""
+    if isinstance(logs, list):
+        return np.stack(logs, axis=1)
+    if n_labels == 1 and logs.shape[1] == 2:
+        return logs[:, None]
+    logs = np.minimum(logs, 0)
+    with np.errstate(divide="ignore"):
+        return np.stack([np.log(-np.expm1(logs)), logs], axis=-1)
+
+
+def _find_floors(fitted, part, log_prior):
+    """Return what is added to probabilities before pooling, and what a zero counts, as logarithms.
+
+    A zero of a forest, of a tree or of neighbors only means that no training row with this class
+    was near. It counts as one more row would that belonged to all classes by their prior, or as the
+    smallest probability that the classifier gives, if that is less.
+    """
+    step = max(1, len(part.X) // _ROWS_TO_FIND_ZEROS)
+    logs = fitted.log_proba(part.X[::step], log_prior)
+    smallest = min(-np.log1p(part.weight.sum()), logs[np.isfinite(logs)].min())
+    floor = log_prior + smallest
+    # Where there are zeros, all probabilities are raised by the floor, which keeps their order.
+    # Other classifiers' probabilities count as they are, however small.
+    gives_zeros = np.isneginf(logs).any()
+    return np.stack([floor if gives_zeros else np.full_like(floor, -np.inf), floor])
+
+
+def _smooth(logs, floors):
+    """Return finite log-probabilities for pooling by the geometric mean; they need not sum to 1."""
+    added, zero = floors
+    logs = np.logaddexp(logs, added)
+    return np.where(np.isneginf(logs), zero, logs)
+
+
+def _learn_weights(logs, log_prior, codes, sample_weight):
+    """Average weights of modalities by how likely they make the labels, out of fold.
+
+    Candidates are equal weights, equal weights of fewer modalities, and weights fitted freely. A
+    candidate counts by how much likelier than equal weights it makes the labels, after a cost: one
+    unit of log-likelihood for each modality left out, and half the logarithm of the number of rows
+    for each free weight, as in Schwarz's criterion. If none is worth its cost, weights are equal.
+
+    Parameters
+    ----------
+    logs : ndarray of shape (n_modalities, n_samples, n_classes) or (..., n_labels, 2)
+        Log-probabilities out of fold; NaN where a row lacks the modality.
+    log_prior : ndarray of shape (n_classes,) or (n_labels, 2)
+        Logarithms of the prior.
+    codes : ndarray of int of shape (n_samples,) or (n_samples, n_labels)
+        The true classes or labels.
+    sample_weight : ndarray of shape (n_samples,)
+        Weights of the rows.
+
+    Returns
+    -------
+    weights : ndarray of shape (n_modalities,)
+        They sum to 1.
+    """
+    n_modalities = len(logs)
+    equal = np.full(n_modalities, 1 / n_modalities)
+    n_observed = (~np.isnan(logs.reshape(*logs.shape[:2], -1)[..., 0])).sum(axis=0)
+    rows = np.flatnonzero((n_observed > 1) & (sample_weight > 0))
+    if not len(rows):
         return equal
-    evidence = np.nan_to_num(_evidence(each[:, several], target_type))
-    y = y[several]
-    share = np.ones(len(several)) if sample_weight is None else sample_weight[several]
-    share = share / max(share.sum(), np.finfo(float).tiny)
-    if target_type == "multilabel":  # each label is a choice of two
-        evidence = np.stack([np.zeros_like(evidence), evidence], axis=-1)
-        evidence = evidence.reshape(n_modalities, -1, 2)
-        share = np.repeat(share, y.shape[1]) / y.shape[1]
-        y = y.ravel().astype(np.int64)
-    right = evidence[:, np.arange(len(y)), y]  # (n_modalities, n_choices)
+    pool = _PoolOfEvidence.of(logs[:, rows], log_prior, codes[rows], sample_weight[rows])
+    cost_of_free_weight = 0.5 * np.log(max(pool.importance.sum(), 8))
+    used = np.arange(n_modalities)
+    baseline = pool.fit_equal(used)
+    weights, shares = [equal], [1.0]
+    while len(used) > 1:
+        cost = float(n_modalities - len(used))
+        fitted, free_likelihood = pool.fit_free(used)
+        weights.append(fitted)
+        free_cost = cost + cost_of_free_weight * (len(used) - 1)
+        shares.append(_worth(free_likelihood - free_cost - baseline))
+        # Leave out the modality that is missed least.
+        subsets = [np.delete(used, i) for i in range(len(used))]
+        likelihoods = [pool.fit_equal(subset) for subset in subsets]
+        used, likelihood = max(zip(subsets, likelihoods, strict=True), key=lambda pair: pair[1])
+        weights.append(np.isin(np.arange(n_modalities), used) / len(used))
+        shares.append(_worth(likelihood - cost - 1 - baseline))
+    return np.average(weights, axis=0, weights=shares)
 
-    rows = np.arange(len(y))
 
-    def loss(weights):
-        logs = log_softmax(np.tensordot(weights, evidence, 1), axis=1)
-        expected = (np.exp(logs) * evidence).sum(axis=2)
-        gradient = ((expected - right) * share).sum(axis=1)
-        return -(share * logs[rows, y]).sum(), gradient
+def _worth(gain):
+    """Return the share of a candidate that gains in log-likelihood on equal weights of share 1."""
+    return np.expm1(np.clip(gain, 0, 100))
 
-    def fitted(used):
-        bounds = [(0, None if use else 0) for use in used]
-        weights = minimize(loss, np.where(used, equal, 0), jac=True, bounds=bounds).x
-        return weights, -log_softmax(np.tensordot(weights, evidence, 1), axis=1)[rows, y]
 
-    used = np.ones(n_modalities, dtype=bool)
-    weights, losses = fitted(used)
-    for number in np.argsort(weights):  # the least first
-        fewer = used & (np.arange(n_modalities) != number)
-        if fewer.any():
-            simpler, more = fitted(fewer)
-            gain = more - losses
-            if np.average(gain, weights=share) <= 1.5 * gain.std() / np.sqrt(len(gain)):
-                used, weights, losses = fewer, simpler, more
-    return weights if weights.sum() > 0 else equal
+class _PoolOfEvidence(NamedTuple):
+    """Choices between classes, and the evidence of each modality for each class.
+
+    Evidence is what a log-probability differs from the log prior by. Its weighted sum is scaled
+    freely, as classifiers may be too sure or not sure enough of themselves.
+    """
+
+    evidence: np.ndarray  # (n_modalities, n_choices, n_classes)
+    log_prior: np.ndarray  # (n_choices, n_classes)
+    y: np.ndarray
+    importance: np.ndarray
+
+    @classmethod
+    def of(cls, logs, log_prior, codes, sample_weight):
+        """Make a choice of each row; of each label, which together count as one row."""
+        evidence = np.nan_to_num(logs - log_prior)
+        log_prior = np.broadcast_to(log_prior, evidence.shape[1:])
+        if codes.ndim == 2:
+            n_labels = codes.shape[1]
+            evidence = evidence.reshape(len(logs), -1, 2)
+            log_prior = log_prior.reshape(-1, 2)
+            sample_weight = np.repeat(sample_weight / n_labels, n_labels)
+        return cls(evidence, log_prior, codes.ravel(), sample_weight)
+
+    def fit_equal(self, used):
+        """Return the log-likelihood of equal weights of some modalities."""
+        evidence = self.evidence[used].mean(axis=0, keepdims=True)
+
+        def loss(scale):
+            value, by_scale = self._loss(np.exp(scale), evidence)
+            return value, by_scale * np.exp(scale)
+
+        return -minimize(loss, np.zeros(1), jac=True, bounds=[(-10, 10)]).fun
+
+    def fit_free(self, used):
+        """Return the likeliest weights of some modalities, and their log-likelihood."""
+        evidence = self.evidence[used]
+
+        def loss(parameters):
+            shares = softmax(parameters[1:])
+            scaled = np.exp(parameters[0]) * shares
+            value, by_scaled = self._loss(scaled, evidence)
+            total = (by_scaled * scaled).sum()
+            return value, np.r_[total, by_scaled * scaled - shares * total]
+
+        bounds = [(-10, 10)] * (len(used) + 1)
+        result = minimize(loss, np.zeros(len(used) + 1), jac=True, bounds=bounds)
+        weights = np.zeros(len(self.evidence))
+        weights[used] = softmax(result.x[1:])
+        return weights, -result.fun
+
+    def _loss(self, scaled, evidence):
+        """Return minus the log-likelihood of scaled weights, and its gradient."""
+        right = np.arange(len(self.y)), self.y
+        log_p = log_softmax(self.log_prior + np.tensordot(scaled, evidence, 1), axis=1)
+        surprise = np.exp(log_p)
+        surprise[right] -= 1
+        surprise *= self.importance[:, None]
+        gradient = np.tensordot(evidence, surprise, 2)
+        return -(self.importance * log_p[right]).sum(), gradient

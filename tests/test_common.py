@@ -119,6 +119,13 @@ def numeric(n_rows=60):
     return rng.normal(size=(3, 6))[y] + rng.normal(size=(n_rows, 6)), y
 
 
+def one_sided():
+    """Make two modalities of which the second tells little, so that weights are not equal."""
+    X, y = numeric(240)
+    X[:, 3:] += 3 * np.random.default_rng(1).normal(size=(240, 3))
+    return X, y
+
+
 def _load_vowels():
     return lambda texts: count_letters(texts)[:, :3]
 
@@ -172,7 +179,7 @@ CASES = {
     ),
     "DecisionFusionClassifier": (
         DecisionFusionClassifier(GaussianNB(var_smoothing=0.1), blocks=HALVES),
-        lambda: numeric(240),  # enough for either modality to count
+        one_sided,
     ),
     "SharedFusionEncoder": (SharedFusionEncoder(**SHARED, blocks=HALVES, random_state=0), numeric),
     "CrossAttentionAdaptor": (

@@ -1,21 +1,28 @@
 """Fusion: the paper's heads, rows that lack modalities, and decisions averaged."""
 
 import numpy as np
+import pandas as pd
 import pytest
+import sklearn
 import torch
 import torch.nn.functional as F
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import make_classification
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss
+from sklearn.linear_model import LogisticRegression, SGDClassifier
+from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch import nn
 
 from sklembed import DecisionFusionClassifier, EarlyFusionClassifier, LateFusionClassifier
+from sklembed import fusion as fusion_module
+from sklembed._targets import encode_target
 from sklembed._torch import to_tensor
 from sklembed.nn.losses import binary_cross_entropy, cross_entropy
 from sklembed.nn.modules import BatchNorm, FusionHead
@@ -396,8 +403,8 @@ def test_what_a_head_cannot_learn_from_is_refused(Head):
         small(Head).fit(X, np.linspace(0, 1, 300))
     with pytest.raises(ValueError, match="NaN or None in 1 of 300 rows, first in row 2"):
         small(Head).fit(X, [None if i == 2 else "a" for i in range(300)])
-    with pytest.raises(ValueError, match="Block 'image' is NaN in all 300 rows that count"):
-        small(Head).fit(without(X, "image"), y)
+    with pytest.raises(ValueError, match=r"\['text', 'image'\] are NaN in all 300 rows that"):
+        small(Head).fit(X * np.nan, y)
     with pytest.raises(ValueError, match="X has no names"):
         small(Head, blocks=None).fit(X, y)
     with pytest.raises(ValueError, match="hidden_layer_sizes must hold positive integers"):
@@ -405,8 +412,75 @@ def test_what_a_head_cannot_learn_from_is_refused(Head):
     with pytest.raises(ValueError, match="validation_fraction=0.9 leaves nothing to train on"):
         small(Head, early_stopping=True, validation_fraction=0.9).fit(X[:3], y[:3])
     X[5, 2] = np.nan
-    with pytest.raises(ValueError, match="NaN in 1 of 6 columns of row 5"):
+    with pytest.raises(ValueError, match="NaN in 1 of 6 columns of row 5 of block 'text'"):
         small(Head).fit(X, y)
+
+
+@each_head
+def test_a_modality_that_no_row_has_is_ignored_in_prediction_too(Head):
+    X, y = world()
+    head = small(Head, max_epochs=2, warm_start=True)
+    with pytest.warns(UserWarning, match="Block 'image' is NaN in all rows that count") as caught:
+        head.fit(without(X, "image"), y)
+    assert len(caught) == 1
+    assert head.ignored_blocks_ == ["image"]
+    np.testing.assert_array_equal(head.predict_proba(X), head.predict_proba(without(X, "image")))
+    np.testing.assert_allclose(head.predict_proba(without(X, "text"))[0], head.prior_)
+    head.fit(X * 10 + 5, y)  # training goes on with rows that have it
+    assert head.ignored_blocks_ == []
+    np.testing.assert_allclose(
+        head.weights_["mean"][6:], (X * 10 + 5)[:, 6:].mean(axis=0), rtol=1e-4
+    )
+    assert not np.array_equal(head.predict_proba(X), head.predict_proba(without(X, "image")))
+
+
+@each_head
+def test_class_weights_of_unknown_labels_are_refused_by_name(Head):
+    X, y = world(n_classes=4)
+    labels = pd.DataFrame({"cat": y % 2, "dog": y // 2})
+    by_name, by_number, plain = (
+        small(Head, max_epochs=2, class_weight=weight).fit(X, labels).predict_proba(X)
+        for weight in ({"dog": 20.0}, {1: 20.0}, None)
+    )
+    np.testing.assert_array_equal(by_name, by_number)
+    assert not np.array_equal(by_name, plain)
+    with pytest.raises(ValueError, match=r"for the labels \['cow'\].*\['cat', 'dog', 0, 1\]"):
+        small(Head, class_weight={"cow": 2.0, "cat": 2.0}).fit(X, labels)
+    with pytest.raises(ValueError, match=r"for the labels \['cat', 2\].*are \[0, 1\]"):
+        small(Head, class_weight={"cat": 2.0, 2: 1.0}).fit(X, labels.to_numpy())
+    with pytest.raises(ValueError, match=r"for the labels \[0\].*are \[7, 8\]"):
+        small(Head, class_weight={0: 2.0}).fit(X, labels.set_axis([7, 8], axis=1))
+
+
+def test_balanced_weights_of_rare_labels_are_exact():
+    X, y = world(4000)
+    labels = np.stack([np.arange(4000) == 5, y == 0, np.ones(4000)], axis=1).astype(int)
+    head = small(LateFusionClassifier, class_weight="balanced", max_epochs=1).fit(X, labels)
+    weights = head._find_label_weights(encode_target(labels, "multilabel"), np.ones(4000), None)
+    np.testing.assert_allclose(weights, [3999, (4000 - labels[:, 1].sum()) / labels[:, 1].sum(), 1])
+
+
+@each_head
+def test_rows_without_any_modality_get_a_rare_prior_as_it_is(Head):
+    X, _ = world(4000)
+    head = small(Head, max_epochs=1).fit(X, np.arange(4000) == 5)
+    bare = np.full((1, 14), np.nan)
+    np.testing.assert_allclose(head.predict_proba(bare)[0], [1 - 1 / 4000, 1 / 4000])
+
+
+@pytest.mark.parametrize("Classifier", [*HEADS, DecisionFusionClassifier])
+def test_cells_that_are_not_numbers_are_refused_by_column_and_row(Classifier):
+    frame = pd.DataFrame({"text__0": [1.0, 2.0, 3.0], "image__0": [1.0, 2.0, 3.0]})
+    arguments = (LogisticRegression(),) if Classifier is DecisionFusionClassifier else ()
+    for cell, message in (
+        ("a dog", "Column 'image__0' .* row 1 holds the text 'a dog'.*FrozenEncoder"),
+        (np.ones((4, 3)), r"row 1 holds tokens, an array of shape \(4, 3\).*output='pooled'"),
+        (np.ones(3), r"row 1 holds an array of shape \(3,\)"),
+    ):
+        column = frame["image__0"].astype(object)
+        column[1] = cell
+        with pytest.raises(ValueError, match=message):
+            Classifier(*arguments).fit(frame.assign(image__0=column), [0, 1, 0])
 
 
 # Decisions
@@ -447,12 +521,12 @@ def test_pooling_is_the_mean_it_says():
     p = [LogisticRegression().fit(X[:, c], y).predict_proba(X[:, c]) for c in BLOCKS.values()]
     fused = decisions(pooling="arithmetic", weights=None).fit(X, y).predict_proba(X)
     np.testing.assert_allclose(fused, (p[0] + p[1]) / 2, rtol=1e-5)
-    product = np.sqrt(np.clip(p[0], 1e-3, 1) * np.clip(p[1], 1e-3, 1))
+    product = np.sqrt(p[0] * p[1])
     fused = decisions(weights=None).fit(X, y).predict_proba(X)
-    np.testing.assert_allclose(fused, product / product.sum(axis=1, keepdims=True), atol=1e-3)
+    np.testing.assert_allclose(fused, product / product.sum(axis=1, keepdims=True), rtol=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "estimator",
     [
@@ -462,9 +536,30 @@ def test_pooling_is_the_mean_it_says():
     ],
 )
 def test_a_modality_of_noise_weighs_next_to_nothing(seed, estimator):
-    X, y = world(seed=seed)
-    X[:, BLOCKS["image"]] = np.random.default_rng(seed).normal(size=(300, 8))
+    X, y = world(600, seed=seed)
+    X[:, BLOCKS["image"]] = np.random.default_rng(seed).normal(size=(600, 8))
     assert decisions(estimator).fit(X, y).weights_["image"] <= 0.1
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("n_rows", "n_positive", "shift"), [(60, 30, 0.7), (1000, 10, 0.8)])
+def test_equally_good_modalities_weigh_alike(seed, n_rows, n_positive, shift):
+    rng = np.random.default_rng(seed)
+    y = rng.permutation(np.arange(n_rows) < n_positive)
+    X = rng.normal(size=(n_rows, 14)) + shift * y[:, None]
+    blocks = {"a": slice(0, 7), "b": slice(7, 14)}
+    assert decisions(blocks=blocks).fit(X, y).weights_["a"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_of_three_modalities_the_one_of_noise_is_left_out():
+    X, y = world(600)
+    X = np.hstack([X, np.random.default_rng(0).normal(size=(600, 5))])
+    blocks = BLOCKS | {"noise": slice(14, 19)}
+    weights = (
+        decisions(RandomForestClassifier(30, random_state=0), blocks=blocks).fit(X, y).weights_
+    )
+    assert weights["noise"] < 0.1
+    assert min(weights["text"], weights["image"]) > 0.25
 
 
 def test_weights_are_learnt_out_of_fold():
@@ -537,8 +632,6 @@ def test_small_classes_make_fewer_folds():
 
 
 def test_groups_reach_the_splitter():
-    import sklearn
-
     X, y = world()
     groups = np.repeat(np.arange(30), 10)
     with sklearn.config_context(enable_metadata_routing=True):
@@ -556,9 +649,195 @@ def test_what_decisions_cannot_be_made_of_is_refused():
         decisions(weights={"text": 1.0}).fit(X, y)
     with pytest.raises(ValueError, match="must give each of the blocks"):
         decisions(weights={"text": 1.0, "image": -1.0}).fit(X, y)
-    with pytest.raises(ValueError, match="Block 'text' is NaN in all 300 rows"):
-        decisions().fit(without(X, "text"), y)
-    X[:, :6] = np.where((y == 0)[:, None], X[:, :6], np.nan)
-    with pytest.raises(ValueError) as caught:
-        decisions().fit(X, y)
-    assert "block 'text', given 100 rows" in caught.value.__notes__[0]
+    with pytest.raises(ValueError, match="must give each of the blocks"):
+        decisions(weights={"text": 1.0, "image": np.inf}).fit(X, y)
+    with pytest.raises(ValueError, match=r"weights for \['no'\], but the classes are \[0, 1, 2\]"):
+        decisions(LogisticRegression(class_weight={"no": 2.0})).fit(X, y)
+    with pytest.raises(ValueError, match=r"None of the blocks \['text', 'image'\] is observed"):
+        decisions().fit(X * np.nan, y)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize(
+    "estimator",
+    [GaussianNB(), RandomForestClassifier(20, random_state=0), KNeighborsClassifier(5)],
+)
+@pytest.mark.parametrize("pooling", ["geometric", "arithmetic"])
+def test_decisions_are_finite_and_rank_rows_as_probabilities_do(n_classes, estimator, pooling):
+    X, y = world(n_classes=n_classes, noise=0.5)
+    X = without(X, "text", slice(0, 30)) * 5
+    fusion = decisions(estimator, pooling=pooling).fit(X[::2], y[::2])
+    logits, p = fusion.decision_function(X), fusion.predict_proba(X)
+    assert np.isfinite(logits).all()
+    np.testing.assert_allclose(p.sum(axis=1), 1)
+    score, share = (logits, p[:, 1]) if n_classes == 2 else (logits[:, 1], p[:, 1])
+    order = np.argsort(score)
+    assert (np.diff(share[order]) >= -1e-15).all()
+
+
+def test_evidence_of_rare_classes_is_not_cut_off():
+    rng = np.random.default_rng(0)
+    y = rng.random(20_000) < 1 / 1000
+    X = rng.normal(size=(20_000, 14)) + 0.7 * y[:, None]
+    fusion = decisions(weights=None).fit(X, y)
+    logs = [e.decision_function(X[:, BLOCKS[name]]) for name, e in fusion.estimators_.items()]
+    np.testing.assert_allclose(fusion.decision_function(X), np.mean(logs, axis=0), rtol=1e-9)
+    assert roc_auc_score(y, fusion.decision_function(X)) > 0.95
+    assert fusion.predict_proba(X)[:, 1].mean() == pytest.approx(y.mean(), rel=0.3)
+
+
+def test_evidence_for_one_of_many_classes_is_not_cut_off():
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(1200), 2)
+    X = rng.normal(size=(1200, 14))[y] + 0.2 * rng.normal(size=(2400, 14))
+    new = X + 0.6 * rng.normal(size=X.shape)
+    fusion = decisions(GaussianNB(var_smoothing=100), weights=None).fit(X, y)
+    alone = fusion.estimators_["image"].score(new[:, 6:], y)
+    assert fusion.score(new, y) > alone
+
+
+def test_a_zero_of_a_forest_does_not_overrule_the_other_modality():
+    X, y = world(300, n_classes=2)
+    each = {"text": KNeighborsClassifier(3), "image": LogisticRegression(C=100)}
+    fusion = decisions(each, weights=None).fit(X, y)
+    row = X[:1].copy()
+    row[:, BLOCKS["text"]] = X[y == 1][0, :6]  # neighbors that all belong to class 1
+    row[:, BLOCKS["image"]] = 5 * (X[y == 0].mean(axis=0) - X[y == 1].mean(axis=0))[6:]
+    assert fusion.estimators_["text"].predict_proba(row[:, :6])[0, 0] == 0
+    assert fusion.predict(row) == 0
+
+
+@pytest.mark.parametrize("share", [0.25, 0.1, 0.02])
+def test_a_modality_may_come_with_the_last_rows_only(share):
+    X, y = world()
+    X = without(X, "image", slice(0, int(300 * (1 - share))))
+    for cv in (2, 5):
+        fusion = decisions(cv=cv).fit(X, y)
+        assert sum(fusion.weights_.values()) == pytest.approx(1)
+        assert fusion.score(X, y) > 0.7
+
+
+def test_folds_spread_classes_and_modalities():
+    y = np.repeat([0, 1, 2, 3], [100, 50, 3, 1])
+    observed = np.ones((154, 2), dtype=bool)
+    observed[:, 1] = np.arange(154) % 50 < 5
+    folds = fusion_module._spread_folds(y, observed, 5)
+    np.testing.assert_array_equal(np.sort(np.concatenate([test for _, test in folds])), range(154))
+    for train, test in folds:
+        assert not set(train) & set(test)
+        assert np.bincount(y[test], minlength=4)[:2].tolist() == [20, 10]
+        assert 2 <= observed[test, 1].sum() <= 5
+
+
+@pytest.mark.parametrize("weights", ["auto", None])
+def test_a_modality_without_two_classes_is_ignored(weights):
+    X, y = world()
+    for table, reason in (
+        (without(X, "image"), "is NaN in all rows that count"),
+        (without(X, "image", y != 0), "observed in 100 rows that count, all of one class"),
+    ):
+        with pytest.warns(UserWarning, match=f"Block 'image' .*{reason}.*ignored"):
+            fusion = decisions(weights=weights).fit(table, y)
+        assert fusion.weights_ == {"text": 1.0, "image": 0.0}
+        assert list(fusion.estimators_) == ["text"]
+        assert fusion.ignored_blocks_ == ["image"]
+        own = fusion.estimators_["text"].predict_proba(X[:, :6])
+        np.testing.assert_allclose(fusion.predict_proba(X), own)
+        np.testing.assert_allclose(fusion.predict_proba(without(X, "text"))[0], fusion.prior_)
+
+
+class Codes(LogisticRegression):
+    """Refuse labels other than 0 to k - 1, as XGBoost does."""
+
+    def fit(self, X, y, sample_weight=None):
+        assert np.unique(y).tolist() == list(range(len(np.unique(y))))
+        return super().fit(X, y, sample_weight)
+
+
+def test_every_classifier_sees_codes_of_the_classes_it_is_shown():
+    X, y = world()
+    X = without(X, "image", y == 1)
+    names = np.array(["ant", "bee", "cow"])
+    expected = decisions().fit(X, y).predict_proba(X)
+    for labels in (names[y], y + 1, y):
+        fusion = decisions(Codes()).fit(X, labels)
+        np.testing.assert_allclose(fusion.predict_proba(X), expected)
+    fusion = decisions(Codes()).fit(X, names[y])
+    assert fusion.estimator_classes_["image"].tolist() == ["ant", "cow"]
+    assert fusion.estimators_["image"].classes_.tolist() == [0, 1]
+    weighted = decisions(LogisticRegression(class_weight={"cow": 9.0})).fit(X, names[y])
+    coded = decisions(LogisticRegression(class_weight={2: 9.0})).fit(X, y)
+    np.testing.assert_array_equal(weighted.predict_proba(X), coded.predict_proba(X))
+    assert (weighted.predict(X) == "cow").mean() > (fusion.predict(X) == "cow").mean()
+
+
+@pytest.mark.parametrize(
+    "estimator", [LogisticRegression(), GaussianNB(), make_pipeline(StandardScaler(), Codes())]
+)
+def test_classifiers_of_a_single_target_are_fitted_once_for_each_label(estimator):
+    X, y = world(n_classes=4)
+    labels = np.stack([y % 2, y // 2, y == 0, np.ones_like(y)], axis=1).astype(int)
+    fusion = decisions(estimator).fit(X, labels)
+    assert len(fusion.estimators_["text"]) == 3
+    assert fusion.estimator_classes_["text"].tolist() == [0, 1, 2]
+    assert f1_score(labels, fusion.predict(X), average="micro") > 0.8
+    assert (fusion.predict(X)[:, 3] == 1).all()
+    np.testing.assert_array_equal(fusion.predict(X) == 1, fusion.decision_function(X) > 0)
+
+
+def test_routed_sample_weights_reach_steps_of_a_pipeline():
+    X, y = make_classification(300, 14, random_state=0)
+    weight = np.where(y == 1, 10.0, 1.0)
+    with pytest.raises(ValueError, match=r"block 'text'.*set_fit_request\(sample_weight=True\)"):
+        decisions(make_pipeline(StandardScaler(), LogisticRegression())).fit(X, y, weight)
+    with sklearn.config_context(enable_metadata_routing=True):
+        pipeline = make_pipeline(
+            StandardScaler().set_fit_request(sample_weight=False),
+            LogisticRegression().set_fit_request(sample_weight=True),
+        )
+        for estimator in (pipeline, {"text": pipeline, "image": pipeline}):
+            heavy = decisions(estimator).fit(X, y, sample_weight=weight).predict(X).mean()
+            assert heavy > decisions(estimator).fit(X, y).predict(X).mean()
+            labels = np.stack([y, 1 - y], axis=1)
+            several = decisions(estimator).fit(X, labels, sample_weight=weight).predict(X)
+            assert several[:, 0].mean() > several[:, 1].mean()
+
+
+def test_classifiers_of_a_dict_are_searched_and_replaced_by_the_name_of_their_block():
+    X, y = world()
+    fusion = decisions({"text": LogisticRegression(), "image": GaussianNB()})
+    search = GridSearchCV(
+        fusion, {"text__C": [1e-3, 1.0], "image": [GaussianNB(), LogisticRegression()]}, cv=2
+    )
+    assert set(search.fit(X, y).best_params_) == {"text__C", "image"}
+    fusion.fit(X, y).set_params(text__C=3.0, image__var_smoothing=0.5, pooling="arithmetic")
+    assert fusion.estimator["text"].C == fusion.estimators_["text"].C == 3.0
+    assert fusion.estimators_["image"].var_smoothing == 0.5
+    first = fusion.estimator
+    fusion.set_params(image=LogisticRegression())
+    assert isinstance(first["image"], GaussianNB)
+    assert isinstance(fusion.get_params()["image"], LogisticRegression)
+    single = decisions(LogisticRegression()).fit(X, y).set_params(estimator__n_jobs=None)
+    assert single.set_params(estimator__C=7.0).estimators_["image"].C == 7.0
+    with pytest.raises(ValueError, match="by the name of the block, such as 'text__C'"):
+        fusion.set_params(estimator__C=1.0)
+    with pytest.raises(ValueError, match="Invalid parameter 'sound'"):
+        fusion.set_params(sound__C=1.0)
+
+
+def test_a_block_may_be_called_as_a_parameter_is():
+    fusion = DecisionFusionClassifier({"cv": LogisticRegression(), "cv__old": GaussianNB()})
+    fusion.set_params(cv=3, cv__C=2.0, cv__old__var_smoothing=0.5)
+    assert fusion.cv == fusion.get_params()["cv"] == 3
+    assert fusion.estimator["cv"].C == fusion.get_params()["cv__C"] == 2.0
+    assert fusion.estimator["cv__old"].var_smoothing == 0.5
+
+
+def test_a_classifier_may_get_probabilities_in_fit_only():
+    X, y = world()
+    grid = GridSearchCV(SGDClassifier(random_state=0), {"loss": ["log_loss"]}, cv=2)
+    assert not hasattr(grid, "predict_proba")
+    assert decisions(grid).fit(X, y).score(X, y) > 0.8
+    grid = GridSearchCV(SGDClassifier(random_state=0), {"loss": ["hinge"]}, cv=2)
+    with pytest.raises(ValueError, match="block 'text'.*has no predict_proba.*CalibratedClass"):
+        decisions(grid).fit(X, y)
