@@ -251,11 +251,12 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         seed, start = draw_seed(self.random_state), None
         scaling = self._find_scaling(X, there, rows)
         if resumed is not None:
-            start = Trained(_with_network_axis(self.weights_), self.history_, {})
             # A block that the fit before ignored is scaled by the rows that now have it.
             known = np.repeat(~np.isin(list(self.blocks_), resumed), list(self.widths_.values()))
             before = self.weights_["mean"], self.weights_["scale"]
             scaling = tuple(np.where(known, *pair) for pair in zip(before, scaling, strict=True))
+            weights = self.weights_ | dict(zip(("mean", "scale"), scaling, strict=True))
+            start = Trained(_with_network_axis(weights), self.history_, {})
         parts = Rows(rows)
         if self.early_stopping:
             strata = target.strata
