@@ -257,8 +257,8 @@ def test_a_full_disk_costs_no_result(store, monkeypatch):
     fill(store, 10)
     connect = database.connect
 
-    def connect_to_a_full_disk(path):
-        db = connect(path)
+    def connect_to_a_full_disk(path, **options):
+        db = connect(path, **options)
         db.execute("PRAGMA max_page_count = 1")  # as many as there are
         return db
 

@@ -1,10 +1,12 @@
 """The SQLite file of a store: its schema, how it is opened, read, written and pruned."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
 import re
+import shutil
 import sqlite3
 import time
 from dataclasses import dataclass, field
@@ -56,7 +58,8 @@ _LOOKUP_ROWS = 8192  # cells to a query, and to a transaction of bookkeeping
 _EXPORT_ROWS = 131072
 _EXPORT_BYTES = 1 << 24  # row groups of a useful size
 _PATIENCE_SECONDS = 60.0  # for another process's transaction
-_BOOKKEEPING_PATIENCE_SECONDS = 5.0  # counts and recency are not worth a longer wait
+_BOOKKEEPING_PATIENCE_SECONDS = 0.05  # a warm read takes less; counts are not worth a wait
+_SPARE_BYTES = 1 << 20  # of disk left free, beside the log, so that a full store can be pruned
 
 _REFUSED = {  # what a full, failing, busy or write-protected disk answers
     sqlite3.SQLITE_BUSY,
@@ -77,11 +80,55 @@ _MOUNTS = Path("/proc/self/mounts")
 
 
 def default_path() -> Path:
-    """Return where the default store lies: `SKLEMBED_STORE`, or the user's cache directory."""
+    """Return where the default store lies: `SKLEMBED_STORE`, or the user's cache directory.
+
+    A relative `SKLEMBED_STORE` is made absolute in the environment when it is first used, so that
+    worker processes and later calls mean the same file, whatever the working directory is then.
+
+    Raises
+    ------
+    OSError
+        If the user has no home directory, and the variable names no path.
+    """
     from_environment = os.environ.get("SKLEMBED_STORE")
     if from_environment:
-        return Path(from_environment).expanduser()
-    return user_cache_path("sklembed", appauthor=False) / "embeddings.sqlite"
+        path = absolute(from_environment)
+        os.environ["SKLEMBED_STORE"] = path
+        return Path(path)
+    try:
+        return user_cache_path("sklembed", appauthor=False) / "embeddings.sqlite"
+    except RuntimeError as error:  # of platformdirs or pathlib
+        raise OSError(
+            f"There is no default embedding store: {error}. Let the variable SKLEMBED_STORE or "
+            "store=... name a path, or pass store=None."
+        ) from error
+
+
+def absolute(path) -> str:
+    """Make a path absolute, and refuse a name that can be no file.
+
+    Raises
+    ------
+    ValueError
+        If the path is an SQLite name for a store in memory, a URL, or names a folder.
+    OSError
+        If it lies in the home directory of a user who has none.
+    """
+    path = os.fsdecode(path)
+    if path.endswith(("/", os.sep)) or not path:
+        raise ValueError(
+            f"store={path!r} names a directory, and the store is one file. Name a file in it: "
+            f"store={os.path.join(path, 'embeddings.sqlite')!r}."
+        )
+    if path == ":memory:" or path.startswith("file:") or "://" in path:
+        raise ValueError(
+            f"store={path!r} is not the path of a file, which worker processes need to share. "
+            "Give a path on a local disk, or store=None to keep nothing."
+        )
+    path = os.path.expanduser(path)
+    if path.startswith(f"~{os.sep}"):
+        raise OSError(f"store={path!r}: this user has no home directory. Give an absolute path.")
+    return os.path.abspath(path)
 
 
 @dataclass(frozen=True)
@@ -174,7 +221,7 @@ def create(path):
     """Make the file, complete and private, under another name, and move it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        if path.exists():
+        if _size(path):
             return
         draft = Path(f"{path}.draft")
         draft.unlink(missing_ok=True)  # of a process that died here
@@ -189,6 +236,11 @@ def create(path):
         draft.rename(path)
 
 
+def is_made(path):
+    """Tell whether there is a store; an empty file, as `tempfile` makes it, is none yet."""
+    return _size(path) > 0
+
+
 def _size(file):
     """Ask once for a file's bytes, 0 if there is none: another process may remove it meanwhile."""
     try:
@@ -197,10 +249,19 @@ def _size(file):
         return 0
 
 
-def connect(path):
-    """Open an existing store; for reading only where it cannot be written."""
-    ways = ["mode=rw", "mode=ro"]
-    if not _size(Path(f"{path}-wal")):
+def connect(path, *, read_only=False):
+    """Open an existing store; for reading only where it cannot be written, or must not be.
+
+    Raises
+    ------
+    sqlite3.Error
+        If it cannot be opened.
+    """
+    ways = ["mode=ro"] if read_only else ["mode=rw", "mode=ro"]
+    log = Path(f"{path}-wal")
+    if read_only and not log.exists():
+        ways = ["mode=ro&immutable=1"]  # else SQLite would make a log and shared memory
+    elif not _size(log):
         # In a directory where SQLite cannot make its shared memory. Should someone who can write
         # there do so meanwhile, a torn page is caught by structure or checksum.
         ways.append("mode=ro&immutable=1")
@@ -222,6 +283,27 @@ def connect(path):
                 raise
         else:
             return db
+
+
+@contextlib.contextmanager
+def connect_in_place(path):
+    """Open a store without a log, for a disk so full that there is no space for one.
+
+    Until the connection is closed, nobody else can use the store.
+    """
+    db = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=rw",
+        uri=True,
+        timeout=_PATIENCE_SECONDS,
+        isolation_level=None,
+    )
+    try:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")  # needs no shared memory, which is a file
+        db.execute("PRAGMA journal_mode = MEMORY").fetchone()
+        yield db
+        db.execute("PRAGMA journal_mode = WAL").fetchone()
+    finally:
+        db.close()
 
 
 @contextlib.contextmanager
@@ -449,6 +531,18 @@ def drop(db, cells):
     return numbers
 
 
+def clear(db, model=None):
+    """Delete the vectors of all models, or of those that a fingerprint or name means."""
+    numbers = [] if model is None else spaces(db, model)
+    with transaction(db):
+        if model is None:
+            for table in ("claims", "cells", "vectors", "models"):
+                db.execute(f"DELETE FROM {table}")
+        for number in numbers:
+            delete_model(db, number)
+    shrink(db)
+
+
 def delete_model(db, model):
     """Delete a model's row, and all that belongs to it."""
     db.execute(
@@ -498,6 +592,15 @@ def check_is_store(db, path):
         )
 
 
+def check_is_no_directory(path):
+    """Refuse a directory, and say how to name a file in it."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"The embedding store is one file, and {path} is a directory. Name a file in it: "
+            f"store={os.fspath(path / 'embeddings.sqlite')!r}."
+        )
+
+
 def check_is_local(path):
     """Refuse a path on a network file system, where SQLite's log would break."""
     kind = _file_system(path)
@@ -533,6 +636,35 @@ def clear_errors(path):
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter from a damaged schema
         raise OSError(trouble(path, error)) from error
+
+
+def is_full(path, error):
+    """Tell whether a piece of work was refused because the disk has no space left."""
+    if getattr(origin(error), "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+        return True
+    # Where there is no space for a log or shared memory, SQLite has other words for it.
+    return is_refused(error) and shutil.disk_usage(path.parent).free < _SPARE_BYTES
+
+
+def check_spare_space(db, path, n_bytes):
+    """Refuse to fill the disk to the last byte, which would leave no space to prune with.
+
+    Raises
+    ------
+    OSError
+        If there is not enough space.
+    """
+    if _has_spare_space(path, n_bytes):
+        return
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()  # the log may hold much of it
+    if not _has_spare_space(path, n_bytes):
+        raise OSError(errno.ENOSPC, "the disk is full, but for the space that pruning needs")
+
+
+def _has_spare_space(path, n_bytes):
+    """Tell whether the log can grow by so many bytes, and the file by the whole log."""
+    log_bytes = _size(Path(f"{path}-wal"))
+    return shutil.disk_usage(path.parent).free >= _SPARE_BYTES + 2 * (n_bytes + log_bytes)
 
 
 def is_refused(error):

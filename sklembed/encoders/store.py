@@ -1,6 +1,7 @@
 """EmbeddingStore: one SQLite file that keeps every vector ever encoded, for every process."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -46,11 +47,17 @@ class EmbeddingStore:
     path : str, path or None, default=None
         The file; by default the one that the environment variable ``SKLEMBED_STORE`` names, else
         ``embeddings.sqlite`` in the user's cache directory for sklembed. It is made on first use,
-        and must lie on a local disk.
+        and must lie on a local disk. A relative path is made absolute at once, and links are
+        followed, so that every process means the same file.
 
     max_bytes : int or None, default=None
         The most bytes of vectors to keep, all models together. When encoding exceeds it, the
         least recently used ones go until a tenth is free; see `prune`.
+
+    read_only : bool, default=False
+        Whether to serve vectors without ever writing: no vectors, counts or recency, and no
+        files beside the store. Encoders return the vectors of new cells without storing them;
+        `clear` and `prune` raise an error, and so does a path without a store.
 
     Examples
     --------
@@ -63,18 +70,32 @@ class EmbeddingStore:
     Index: []
     """
 
-    def __init__(self, path=None, *, max_bytes=None):
+    def __init__(self, path=None, *, max_bytes=None, read_only=False):
         if max_bytes is not None and max_bytes <= 0:
             raise ValueError(
                 f"max_bytes must be above 0, or None for no cap; got {max_bytes!r}. To keep "
                 "nothing, give the encoder store=None."
             )
+        if path is not None:
+            # Now, since a worker process, or this one later, may have another working directory.
+            absolute = database.absolute(path)
+            path = absolute if isinstance(path, str) else Path(absolute)
         self.path = path
         self.max_bytes = max_bytes
+        self.read_only = read_only
+
+    def __setstate__(self, state):
+        self.__dict__ = {"read_only": False} | state  # pickles of before there was a choice
 
     def __repr__(self):
-        cap = "" if self.max_bytes is None else f", max_bytes={self.max_bytes}"
-        return f"EmbeddingStore({os.fspath(self._path())!r}{cap})"
+        arguments = []
+        with contextlib.suppress(OSError):  # a user without a home directory
+            arguments.append(repr(os.fspath(self._path())))
+        if self.max_bytes is not None:
+            arguments.append(f"max_bytes={self.max_bytes}")
+        if self.read_only:
+            arguments.append("read_only=True")
+        return f"EmbeddingStore({', '.join(arguments)})"
 
     def read(self, space, digests):
         """Yield what the store has, in pieces of bounded size.
@@ -109,7 +130,8 @@ class EmbeddingStore:
                         served += len(sound)
                         yield sound["position"], values
             finally:
-                database.note_use(db, model, digests, cells, served)
+                if not self.read_only:
+                    database.note_use(db, model, digests, cells, served)
             if damaged:
                 self._disown(db, model, digests, damaged)
 
@@ -172,6 +194,9 @@ class EmbeddingStore:
         """
         if len(set(digests)) < len(digests):
             raise ValueError("digests must be without repeats: each distinct cell is encoded once.")
+        if self.read_only:
+            yield from self._fill_nothing(space, digests, encode, claim_size)
+            return
         session = _Session(self, space, digests)
         try:
             yield from session.run(encode, claim_size)
@@ -215,17 +240,10 @@ class EmbeddingStore:
         Raises
         ------
         ValueError
-            If the store has no such model.
+            If the store has no such model, or is for reading only.
         """
-        with self._connection() as db:
-            spaces = {} if model is None else database.spaces(db, model)
-            with database.transaction(db):
-                if model is None:
-                    for table in ("claims", "cells", "vectors", "models"):
-                        db.execute(f"DELETE FROM {table}")
-                for number in spaces:
-                    database.delete_model(db, number)
-            database.shrink(db)
+        self._refuse_if_read_only("clear()")
+        self._free(lambda db: database.clear(db, model))
 
     def prune(self, max_bytes):
         """Drop the least recently used vectors until at most so many bytes of vectors are left.
@@ -246,8 +264,8 @@ class EmbeddingStore:
         """
         if max_bytes < 0:
             raise ValueError(f"max_bytes must not be negative; got {max_bytes!r}.")
-        with self._connection() as db:
-            return database.prune(db, max_bytes)
+        self._refuse_if_read_only("prune()")
+        return self._free(lambda db: database.prune(db, max_bytes))
 
     def export(self, path, model=None):
         """Write vectors to a file that other programs read, piece by piece.
@@ -289,13 +307,18 @@ class EmbeddingStore:
             return WRITERS[path.suffix](path, contents)
 
     def _path(self):
-        return database.default_path() if self.path is None else Path(self.path).expanduser()
+        """Return the file itself: its lock and its sessions lie beside it, not beside a link."""
+        path = database.default_path() if self.path is None else self.path
+        return Path(os.path.realpath(path))
 
     @contextlib.contextmanager
     def _connection(self):
         """Connect for one piece of work."""
         path = self._ready_path()
-        with database.clear_errors(path), contextlib.closing(database.connect(path)) as db:
+        with (
+            database.clear_errors(path),
+            contextlib.closing(database.connect(path, read_only=self.read_only)) as db,
+        ):
             database.check_is_store(db, path)
             yield db
 
@@ -303,12 +326,53 @@ class EmbeddingStore:
         """Return the path of the store, which is made if there is none."""
         path = self._path()
         database.check_is_local(path)
+        database.check_is_no_directory(path)
         try:
-            if not path.exists():
+            is_made = database.is_made(path)
+            if not is_made and not self.read_only:
                 database.create(path)
         except (OSError, sqlite3.Error) as error:
             raise OSError(database.trouble(path, error)) from error
+        if self.read_only and not is_made:
+            raise FileNotFoundError(
+                f"There is no embedding store at {path}, and read_only=True makes none. Give the "
+                "path of a store, read_only=False, or store=None."
+            )
         return path
+
+    def _refuse_if_read_only(self, action):
+        if self.read_only:
+            raise io.UnsupportedOperation(
+                f"{self!r} is for reading only, so {action} is refused. Use a store without "
+                "read_only=True."
+            )
+
+    def _free(self, work):
+        """Do a piece of work that frees space, if need be without the space for a log."""
+        try:
+            with self._connection() as db:
+                return work(db)
+        except OSError as error:
+            if not database.is_full(self._path(), error):
+                raise
+        path = self._ready_path()
+        with database.clear_errors(path), database.connect_in_place(path) as db:
+            return work(db)
+
+    def _fill_nothing(self, space, digests, encode, claim_size):
+        """Yield the values of all cells as `fill` does, without keeping those that are new."""
+        lacking = np.ones(len(digests), dtype=bool)
+        for positions, values in self.read(space, digests):
+            lacking[positions] = False
+            yield positions, values
+        positions = np.flatnonzero(lacking).tolist()
+        if not positions:
+            return
+        chunks = (positions[i : i + claim_size] for i in range(0, len(positions), claim_size))
+        with contextlib.closing(encode(chunks)) as batches:
+            for _, done, values in batches:
+                if len(done):
+                    yield np.asarray(done), space.pack(values, len(done))[1]
 
     def _disown(self, db, model, digests, damaged):
         """Forget damaged vectors, so that they are encoded anew, and warn of them.
@@ -321,8 +385,9 @@ class EmbeddingStore:
             for cell in damaged
         ]
         lost = len(cells)
-        with contextlib.suppress(sqlite3.OperationalError), database.transaction(db):
-            lost = len(database.drop(db, cells))
+        if not self.read_only:
+            with contextlib.suppress(sqlite3.OperationalError), database.transaction(db):
+                lost = len(database.drop(db, cells))
         if lost:  # none if another process has pruned them since they were looked up
             warnings.warn(
                 f"{lost} vectors in the embedding store {self._path()} are damaged and count as "
@@ -433,6 +498,7 @@ class _Session:
             blobs, values = self._space.pack(values, len(done))
 
         def put(db):
+            database.check_spare_space(db, self._path, sum(map(len, blobs)))
             with database.transaction(db):
                 model = database.enter_model(db, self._space)
                 database.insert(db, model, [self._digests[i] for i in done], blobs)
