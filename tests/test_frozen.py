@@ -185,7 +185,7 @@ def test_a_pickle_carries_no_weights_and_works_after_loading(checkpoints, store)
     encoder = FrozenEncoder(checkpoints["bert"], store=store, dtype="float32").fit(TEXTS)
     vectors = encoder.transform(TEXTS)
     data = pickle.dumps(encoder)
-    assert len(data) < 1000
+    assert len(data) < 2000
     np.testing.assert_array_equal(pickle.loads(data).transform(TEXTS), vectors)
 
 
@@ -245,10 +245,10 @@ def test_bad_columns_are_refused(text_backend, X, error, message):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (np.full((2, 9), 1e300), "returned what is no finite float32"),
+        (np.full((2, 9), 1e300), "Row 0 of the column: the model returned NaN or too large numbers"),
         (np.zeros((2, 3)), r"returned shape \(2, 3\)"),
         (np.zeros(9), r"returned shape \(9,\)"),
-        (np.full((2, 9), np.nan), "returned what is no finite float32"),
+        (np.full((2, 9), np.nan), "Row 0 .* returned NaN or too large numbers: for the cell 'a'"),
     ],
 )
 def test_a_backend_that_breaks_its_promise_is_refused(store, made, message):

@@ -1,14 +1,16 @@
 """Text and image cells: what counts as one, what identifies it, and how it is decoded."""
 
 import os
+import pickle
 import threading
+import warnings
 from contextlib import contextmanager
 from hashlib import blake2b
 from io import BytesIO
 
 import numpy as np
 import pandas as pd
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 # Part of every fingerprint: raise it when a decoding rule below changes, so that vectors made
 # under the old rule are not mistaken for new ones.
@@ -17,8 +19,20 @@ DECODING_VERSION = 2
 _DIGEST_SIZE = 16  # bytes; 2**64 cells before a collision becomes likely
 _MAX_FILE_SIZE = 2**30  # bytes; the pixels that Pillow admits fill less, even uncompressed
 
-_PILLOW = threading.Lock()  # guards _n_decoding, the threads for which Pillow was made strict
-_n_decoding = 0
+# Settings of Pillow that decide which images can be read, with Pillow's own values.
+_LIMITS = {
+    "MAX_IMAGE_PIXELS": (Image, 89_478_485),
+    "MAX_TEXT_CHUNK": (PngImagePlugin, 2**20),
+    "MAX_TEXT_MEMORY": (PngImagePlugin, 2**26),
+}
+_IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg"),
+    *(".png", ".tif", ".tiff", ".webp"),
+)
+_PILLOW = threading.RLock()  # guards Pillow's settings and openers, and the three names below
+_n_decoding = 0  # threads that decode now
+_PROCESS_SETTINGS: dict = {}  # what to restore when the last of them is done
+_OPENERS: dict = {}  # by the pickled opener: why it is not available, or None
 _UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,11 +57,47 @@ def is_missing(cell) -> bool:
         return True
 
 
-def identify(cell, modality: str) -> bytes:
+def image_settings() -> dict:
+    """Return the settings of this process that decide which images can be read.
+
+    Worker processes import Pillow anew and know neither limits that the user has raised nor
+    formats that a plugin has registered. An encoder carries these settings in its pickles.
+
+    Returns
+    -------
+    settings : dict
+        "limits", from the names of Pillow's settings to values other than Pillow's own, and
+        "openers", from the names of formats to the module of the plugin and the pickled opener
+        (None where it cannot be pickled). Empty if the user has changed nothing.
+    """
+    limits = {}
+    for name, (module, default) in _LIMITS.items():
+        value = _PROCESS_SETTINGS.get(name, getattr(module, name))
+        if value != default:
+            limits[name] = value
+    openers = {}
+    for image_format, opener in list(Image.OPEN.items()):
+        plugin = _module_name(opener[0])
+        if not plugin.startswith("PIL."):
+            openers[image_format] = (plugin, _pickled(opener))
+    settings = {"limits": limits, "openers": openers}
+    return {name: values for name, values in settings.items() if values}
+
+
+def identify(cell, modality: str, settings: dict | None = None) -> bytes:
     """Digest what a cell shows, so that equal content has one digest wherever it lies.
 
     Text and encoded image bytes are digested as they are, files by their content, pictures in
     memory by their pixels.
+
+    Parameters
+    ----------
+    cell : object
+        The cell, which is not missing.
+    modality : {"text", "image"}
+        What it should be.
+    settings : dict or None
+        The `image_settings` of the process that an encoder comes from.
 
     Raises
     ------
@@ -61,33 +111,44 @@ def identify(cell, modality: str) -> bytes:
     if modality == "text":
         if not isinstance(cell, str):
             raise TypeError(
-                f"expected a str, got {_type_name(cell)} ({_shorten(cell)}). The model encodes "
-                "text: select a column of str, or mark the cell as missing by None"
+                f"expected a str, got {_type_name(cell)} ({shorten(cell)}). The model encodes "
+                "text: select a column of str, convert the column by astype('string'), or mark "
+                "the cell as missing by None"
             )
         # A subclass, such as an enum's member, may have an encode or __str__ of its own.
         return _digest(_TEXT, str.encode(cell, "utf-8", "surrogatepass"))
-    return _digest_image(_image_source(cell))
+    return _digest_image(_image_source(cell, settings))
 
 
-def decode(cell, modality: str, digest: bytes | None = None):
+def names_image_file(cell: str) -> bool:
+    """Tell whether a text is the path of an image file on this machine."""
+    return os.path.splitext(cell)[1].lower() in _IMAGE_SUFFIXES and os.path.isfile(cell)
+
+
+def decode(cell, modality: str, digest: bytes | None = None, settings: dict | None = None):
     """Turn a cell into what backends take: a str that UTF-8 can carry, or an RGB picture.
 
     Pictures are turned upright by their EXIF orientation; transparent ones are laid on white;
     16-bit ones keep their upper 8 bits; of an animation the first frame counts, or in memory the
     frame that it stands at; colour profiles are left alone. What is handed out is pixels only.
+    `settings` are the `image_settings` of the process that an encoder comes from; limits that
+    the user has changed in this process take precedence.
 
     Raises
     ------
     ValueError
-        If the picture cannot be decoded, is larger than ``PIL.Image.MAX_IMAGE_PIXELS``, or no
+        If the image cannot be decoded, is larger than ``PIL.Image.MAX_IMAGE_PIXELS``, or no
         longer has the given digest.
+    ImportError
+        If no opener of this process reads the image, and a plugin that `settings` names cannot be
+        imported. The image may be sound, so it must not count as missing.
     """
     if modality == "text":
         return str.encode(cell, "utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
-    source = _image_source(cell)
+    source = _image_source(cell, settings)
     if digest is not None and _digest_image(source) != digest:
         raise ValueError("the image was changed while it was being encoded. Run again")
-    return _to_rgb(source, cell) if isinstance(source, bytes) else source
+    return _to_rgb(source, cell, settings) if isinstance(source, bytes) else source
 
 
 def _start(kind: bytes):
@@ -113,7 +174,7 @@ def _digest_image(source) -> bytes:
     return _digest(_RGB, repr(source.size).encode(), source.tobytes())
 
 
-def _image_source(cell):
+def _image_source(cell, settings):
     """Reduce an image cell to encoded bytes, or to an RGB picture if it is one in memory."""
     content = _unwrap(cell) if isinstance(cell, dict) else cell
     if isinstance(content, bytes | bytearray | memoryview):
@@ -121,11 +182,11 @@ def _image_source(cell):
     if isinstance(content, str | os.PathLike):
         return _read(content)
     if isinstance(content, Image.Image):
-        return _to_rgb(content, cell)
+        return _to_rgb(content, cell, settings)
     if isinstance(content, np.ndarray):
-        return _to_rgb(_from_array(content), cell)
+        return _to_rgb(_from_array(content), cell, settings)
     raise TypeError(
-        f"expected an image, got {_type_name(cell)} ({_shorten(cell)}). An image cell is a path, "
+        f"expected an image, got {_type_name(cell)} ({shorten(cell)}). An image cell is a path, "
         "bytes, a PIL image, a uint8 array, or a dict with 'bytes' or 'path'"
     )
 
@@ -144,12 +205,28 @@ def _read(path) -> bytes:
     if "://" in path:
         raise ValueError(f"got the URL {_quote(path)}; no URL is ever opened. Download it first")
     if not os.path.isfile(path):  # a pipe or a device would be waited for
-        raise FileNotFoundError(f"there is no file {_quote(path)}. Check the path")
+        advice = "Check the path"
+        if os.path.isdir(path):
+            advice = "It is a directory: give the path of an image in it"
+        elif _looks_like_text(path):
+            advice = (
+                "The model encodes images, and this looks like a text: choose a text model, or "
+                "modality='text' if the model encodes both"
+            )
+        raise FileNotFoundError(f"there is no file {_quote(path)}. {advice}")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > _MAX_FILE_SIZE:
             raise ValueError(f"the file {_quote(path)} has {size} bytes, too many for a picture")
         return file.read()
+
+
+def _looks_like_text(path: str) -> bool:
+    """Tell words from the path of an image: no suffix, and spaces or no folder."""
+    suffix = os.path.splitext(path)[1]
+    if len(suffix) > 1 and not any(map(str.isspace, suffix)):
+        return False
+    return any(map(str.isspace, path)) or os.path.basename(path) == path
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
@@ -164,27 +241,46 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _to_rgb(source, cell) -> Image.Image:
+def _to_rgb(source, cell, settings) -> Image.Image:
     """Decode encoded bytes or a picture in memory into 8-bit RGB; the cell is for the message."""
+    settings = settings or {}
     try:
-        with _no_half_pictures():
-            picture = source
-            if isinstance(source, bytes):
-                picture = Image.open(BytesIO(source))
-                _refuse_bomb(picture)
-            if picture is not source and picture.format == "EPS":
-                raise ValueError("it is PostScript, a program that Ghostscript would have to run")
-            _load(picture)
-            rgb = _turn_upright(_flatten(picture), picture)
-            rgb.info = {}  # an orientation left here would be applied again further on
-            return rgb
+        with _pillow_settings(settings.get("limits", {})):
+            unavailable = _register_openers(settings.get("openers", {}))
+            try:
+                return _upright_rgb(source)
+            except Warning:
+                # The process turns warnings into errors, and its workers do not: in neither is a
+                # warning of Pillow's a reason to refuse an image.
+                with _PILLOW, warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    return _upright_rgb(source)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise what they like at broken files
+        if isinstance(error, UnidentifiedImageError) and unavailable:
+            raise ImportError(
+                f"cannot decode the image {_name(cell, source)}: no known image format. The "
+                f"encoder comes from a process in which {unavailable}. Install the plugin, or "
+                "register an opener in an importable module"
+            ) from error
         raise ValueError(
             f"cannot decode the image {_name(cell, source)}: {_reason(error)}. Repair or "
             "drop it, mark it as missing by None, or pass errors='missing'"
         ) from error
+
+
+def _upright_rgb(source) -> Image.Image:
+    picture = source
+    if isinstance(source, bytes):
+        picture = Image.open(BytesIO(source))
+        _refuse_bomb(picture)
+    if picture is not source and picture.format == "EPS":
+        raise ValueError("it is PostScript, a program that Ghostscript would have to run")
+    _load(picture)
+    rgb = _turn_upright(_flatten(picture), picture)
+    rgb.info = {}  # an orientation left here would be applied again further on
+    return rgb
 
 
 def _refuse_bomb(picture: Image.Image) -> None:
@@ -199,23 +295,78 @@ def _refuse_bomb(picture: Image.Image) -> None:
 
 
 @contextmanager
-def _no_half_pictures():
-    """Have truncated files refused, also in a process that has told Pillow to put up with them.
+def _pillow_settings(limits: dict):
+    """Decode under the limits of the process that an encoder comes from, and refuse half images.
 
-    The setting is the process's: it comes back when the last of the threads that decode is done.
+    A limit that was changed in this process stays, and truncated files are refused even if the
+    process has told Pillow to put up with them. The settings are the process's: they come back
+    when the last of the threads that decode is done.
     """
     global _n_decoding
     with _PILLOW:
-        lenient = ImageFile.LOAD_TRUNCATED_IMAGES or _n_decoding > 0
-        _n_decoding += lenient
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            _PROCESS_SETTINGS.setdefault("LOAD_TRUNCATED_IMAGES", True)
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        for name, value in limits.items():
+            module, default = _LIMITS[name]
+            if getattr(module, name) == default:
+                _PROCESS_SETTINGS.setdefault(name, default)
+                setattr(module, name, value)
+        _n_decoding += 1
     try:
         yield
     finally:
-        if lenient:
-            with _PILLOW:
-                _n_decoding -= 1
-                ImageFile.LOAD_TRUNCATED_IMAGES = _n_decoding == 0
+        with _PILLOW:
+            _n_decoding -= 1
+            if _n_decoding == 0:
+                for name, value in _PROCESS_SETTINGS.items():
+                    module = _LIMITS[name][0] if name in _LIMITS else ImageFile
+                    setattr(module, name, value)
+                _PROCESS_SETTINGS.clear()
+
+
+def _register_openers(openers: dict) -> str:
+    """Register openers of the process that an encoder comes from; name those that are absent."""
+    unavailable = []
+    for image_format, (plugin, pickled) in openers.items():
+        with _PILLOW:
+            if pickled not in _OPENERS:
+                _OPENERS[pickled] = _register_opener(image_format, pickled)
+            reason = _OPENERS[pickled]
+        if reason is not None:
+            unavailable.append(f"{plugin} opens {image_format} files, which fails here ({reason})")
+    return ", and ".join(unavailable)
+
+
+def _register_opener(image_format: str, pickled: bytes | None) -> str | None:
+    """Register one opener, unless a plugin has; return why that fails."""
+    Image.preinit()  # Pillow's own openers come first, as in the other process
+    if image_format in Image.OPEN and not _module_name(Image.OPEN[image_format][0]).startswith(
+        "PIL."
+    ):
+        return None
+    if pickled is None:
+        return "it cannot be pickled"
+    try:
+        opener = pickle.loads(pickled)
+    except Exception as error:  # whatever importing a module may raise
+        return f"{type(error).__name__}: {error}"
+    Image.register_open(image_format, *opener)
+    return None
+
+
+def _module_name(function) -> str:
+    return getattr(function, "__module__", None) or type(function).__module__
+
+
+def _pickled(opener) -> bytes | None:
+    """Pickle an opener by its name if its module can be imported, else by its code."""
+    from joblib.externals import cloudpickle
+
+    try:
+        return cloudpickle.dumps(opener)
+    except Exception:  # an extension's object; named when it is needed
+        return None
 
 
 def _load(picture: Image.Image) -> None:
@@ -274,6 +425,8 @@ def _turn_upright(rgb: Image.Image, picture: Image.Image) -> Image.Image:
     """Turn pixels as the EXIF data of their picture say, if those can be read."""
     try:
         turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except Warning:
+        raise
     except Exception:  # as viewers do: broken metadata does not make a broken picture
         return rgb
     return rgb if turn is None else rgb.transpose(turn)
@@ -305,7 +458,8 @@ def _quote(path: str, width: int = 200) -> str:
     return str.__repr__(path if len(path) <= width else "…" + path[1 - width :])
 
 
-def _shorten(cell, width: int = 40) -> str:
+def shorten(cell, width: int = 40) -> str:
+    """Represent a cell for a message, whatever its class and size."""
     try:
         text = repr(cell[:width] if isinstance(cell, str | bytes | bytearray) else cell)
     except Exception:  # a class of the user's, or an int of too many digits

@@ -2,13 +2,18 @@
 
 import contextlib
 import inspect
+import itertools
 import json
 import os
+import re
 import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from numbers import Integral
 
 import numpy as np
+import pandas as pd
 from sklearn.base import (
     BaseEstimator,
     TransformerMixin,
@@ -20,16 +25,44 @@ from tqdm import tqdm
 
 from sklembed._tables import is_frame, output_container
 from sklembed.encoders.backends import MODALITIES
-from sklembed.encoders.cells import DECODING_VERSION, decode, identify, is_missing
+from sklembed.encoders.cells import (
+    DECODING_VERSION,
+    decode,
+    identify,
+    image_settings,
+    is_missing,
+    names_image_file,
+    shorten,
+)
 from sklembed.encoders.checkpoints import Checkpoint
-from sklembed.encoders.database import Space
+from sklembed.encoders.database import Space, absolute, default_path
 from sklembed.encoders.huggingface import POOLINGS, TOLERANCES, HuggingFaceBackend
-from sklembed.encoders.inference import encode
+from sklembed.encoders.inference import encode, without_frames
 from sklembed.encoders.store import EmbeddingStore
 
 # Cells claimed at once: enough to keep claims rare, few enough to share work between processes.
 _CLAIM_SIZE = {"text": 128, "image": 64}
 _COPIED_ROWS = 65536  # at once, from a row to those that repeat it
+# Parameters that decide what a vector is, beside the content of the checkpoint.
+_DECIDING = (
+    "model",
+    "modality",
+    "output",
+    "pooling",
+    "layer",
+    "layer_aggregation",
+    "special_tokens",
+    "stride",
+    "normalize",
+    "max_length",
+    "dtype",
+    "store_dtype",
+    "revision",
+    "trust_remote_code",
+)
+_LOOKED_AT = 20  # cells of a text column, for the names of image files
+_ANNOUNCED: set[bytes] = set()  # what this process has warned of: cells and columns
+_ANNOUNCED_LIMIT = 100_000
 # What a backend object decides for itself; given beside one, these would silently do nothing.
 _HUB_ONLY = (
     "pooling",
@@ -54,9 +87,10 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     candidates, clones, worker processes and later runs find it there (arXiv 2502.02048 and
     2406.02601 rest on the same economy: one inference a sample).
 
-    The encoder is stateless. `transform` works without `fit`, `fit` never runs the model, and
-    neither pickles nor clones carry weights; a model is loaded once a process, when there is
-    something to encode.
+    `transform` works without `fit`, `fit` never runs the model, and neither pickles nor clones
+    carry weights; a model is loaded once a process, when there is something to encode. A fitted
+    encoder remembers the key of its vectors. As long as no parameter that changes a vector is
+    set, it returns stored vectors without the checkpoint and without transformers.
 
     Parameters
     ----------
@@ -112,12 +146,15 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
 
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
         Precision of the model: "auto" is bfloat16 where the hardware gains by it (CUDA, CPUs with
-        AMX), else float32. The precision is part of what a vector is stored under.
+        AMX), else float32. The precision is part of the key of a vector. Without its
+        checkpoint, a fitted encoder returns vectors in the precision of `fit`.
         Vectors are float32 either way. A vector depends on its batch only by rounding: the
         relative error is below 1e-5 in float32 and 3e-2 in bfloat16.
 
     store : "default", path, EmbeddingStore or None, default="default"
-        Where vectors are kept. ``None`` keeps none.
+        Where vectors are stored, those of `transform` included. ``None`` stores none, and
+        ``EmbeddingStore(path, read_only=True)`` only reads. A relative path is made absolute when
+        it is first used, and in pickles, so that worker processes use the same file.
 
     store_dtype : {"float32", "float16"}, default="float32"
         Precision in which vectors are kept; "float16" halves the store. Vectors are rounded to it
@@ -127,9 +164,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         What becomes of None and NaN cells: a row of NaN, or an error.
 
     errors : {"raise", "missing"}, default="raise"
-        What to do about a file that is absent or an image that cannot be decoded: raise, naming
-        the row, or warn once a call and treat the cell as missing. The row of NaN then reaches
-        whatever comes next in the pipeline, which has to take it.
+        What to do about a file that is absent, an image that cannot be decoded or a cell for
+        which the model returns NaN: raise an error that names the row, or treat the cell as
+        missing. A warning then counts such cells by reason and names the first; each cell is
+        reported once per process, so that a search does not repeat it for every fold. The
+        downstream estimator has to accept the row of NaN.
 
     revision : str or None, default=None
         Branch, tag or commit of a hub model.
@@ -150,6 +189,10 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
 
     feature_names_in_ : ndarray of shape (1,)
         The column's name, where `X` has one.
+
+    space_ : dict
+        Key and shape of the vectors: "fingerprint", "description", "n_features", "dtype",
+        "ragged", "modality", and the "parameters" that decided them.
 
     See Also
     --------
@@ -263,8 +306,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             If a cell is not of the modality, all cells are missing, there is more or less than one
             column, or the model cannot be found.
         """
-        column, _, _, _, missing = self._check(X)
-        return self._fit(column, missing)
+        column, backend, space, _, missing = self._check(X, fitting=True)
+        return self._fit(column, backend, space, missing)
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit_transform(self, X, y=None):
@@ -285,9 +328,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             dtype object: arrays of shape (n_tokens, n_features), dtype float32; None for missing
             cells.
         """
-        checked = self._check(X)
-        column, *_, missing = checked
-        self._fit(column, missing)
+        checked = self._check(X, fitting=True)
+        column, backend, space, _, missing = checked
+        self._fit(column, backend, space, missing)
         return self._transform(*checked)
 
     def transform(self, X):
@@ -308,8 +351,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         Raises
         ------
         TypeError, ValueError, OSError
-            For what `fit` raises them, and if a cell cannot be decoded. What was encoded before
-            such a cell is in the store.
+            For what `fit` raises them, if a cell cannot be decoded, if the model returns NaN for
+            a cell, and if a cell is not in the store and the checkpoint cannot be read. What was
+            encoded before such a cell is in the store.
         """
         self._validate_params()
         checked = self._check(X)
@@ -334,7 +378,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         names : ndarray of shape (n_features_out,), dtype object
             "frozenencoder0", "frozenencoder1", and so on; for tokens one name.
         """
-        n_columns = 1 if self.output == "tokens" else self._backend().n_features
+        n_columns = 1 if self.output == "tokens" else self._model_and_space()[1].n_features
         return np.asarray([f"frozenencoder{i}" for i in range(n_columns)], dtype=object)
 
     def fingerprint(self):
@@ -346,7 +390,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             A digest of everything that changes a vector, for :meth:`EmbeddingStore.clear` and
             :meth:`EmbeddingStore.export`.
         """
-        return self._space(self._backend()).fingerprint
+        return self._model_and_space()[1].fingerprint
 
     def digests(self, X):
         """Return what the store knows cells by, to match what it exports with a table.
@@ -382,7 +426,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         """
         self._validate_params()
         counts = self._required_store().stats().drop(columns=["model", "n_features", "description"])
-        fingerprint = self._space(self._backend()).fingerprint
+        fingerprint = self._model_and_space()[1].fingerprint
         if fingerprint not in counts.index:
             return dict.fromkeys(counts.columns, 0) | {"hit_rate": np.nan}
         return counts.astype(object).loc[fingerprint].to_dict()
@@ -461,21 +505,32 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             raise ValueError(f"{self.model!r} is a backend object, of whose grid nothing is known.")
         return backend.grid_shape
 
-    def _check(self, X):
+    def _check(self, X, *, fitting=False):
         """Check the parameters against the model, then the cells; digest them. Run nothing."""
         self._check_container()
-        column, backend = _Column(X), self._backend()
-        space = self._space(backend)  # asks the checkpoint for all that it must offer
+        column = _Column(X)
+        if fitting:
+            backend = self._backend()
+            space = self._space(backend)  # asks the checkpoint for all that it must offer
+        else:
+            backend, space = self._model_and_space()
         digests, missing = self._identify(column, backend.modality)
+        if backend.modality == "text":
+            self._warn_of_image_files(column)
         return column, backend, space, digests, missing
 
-    def _fit(self, column, missing):
-        """Refuse an empty column, and note what scikit-learn asks for."""
+    def _fit(self, column, backend, space, missing):
+        """Refuse an empty column; remember the space, and what scikit-learn asks for."""
         if missing.all():
             raise ValueError(
                 f"All {len(missing)} cells of {column} are missing: there is nothing to encode. "
                 "Leave the branch out, or check the column."
             )
+        self.space_ = asdict(space) | {
+            "modality": backend.modality,
+            "parameters": self._deciding_parameters(),
+        }
+        self._store()  # resolves a relative path
         self.n_features_in_ = 1
         if isinstance(column.name, str):
             self.feature_names_in_ = np.asarray([column.name], dtype=object)
@@ -488,7 +543,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if self.output == "tokens":
             vectors = np.full((len(digests), 1), None, dtype=object)
         else:
-            vectors = np.full((len(digests), backend.n_features), np.nan, dtype=np.float32)
+            vectors = np.full((len(digests), space.n_features), np.nan, dtype=np.float32)
         for positions, values in self._vectors(column, backend, space, first_row):
             if self.output == "tokens":
                 for row, value in zip(rows[positions], values, strict=True):
@@ -500,13 +555,15 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             repeats = np.flatnonzero(source != np.arange(len(source)))
             for some in np.array_split(repeats, len(repeats) // _COPIED_ROWS + 1):
                 vectors[some] = vectors[source[some]]
-        self._warn_of_unreadable(column, vectors)
+        self._warn_of_unreadable(column, vectors, digests, first_row)
         return vectors
 
     def _encode_lacking(self, X):
         """Encode the cells that the store lacks, and say how many; `prefetch` calls this."""
         self._validate_params()
         store = self._required_store()
+        if store.read_only:
+            raise ValueError(f"{store!r} is for reading only, so nothing can be encoded into it.")
         column, backend, space, digests, _ = self._check(X)
         first_row = _first_rows(digests)
         lacking = np.flatnonzero(store.lacks(space, list(first_row))).tolist()
@@ -537,6 +594,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         """Encode the distinct cells at the positions `lacking`; yield positions and vectors."""
         digests, rows = list(first_row), list(first_row.values())
         n_known = len(rows) - len(lacking)
+        if len(lacking):
+            self._check_can_encode(backend, space, column.place(rows[lacking[0]]), len(lacking))
+        settings = getattr(self, "_image_settings", None)
         if backend.modality == "text":  # longest first: texts of like length pad each other little
             lacking = sorted(lacking, key=lambda i: -len(column.cells[rows[i]]))
         digests, rows = [digests[i] for i in lacking], [rows[i] for i in lacking]
@@ -552,12 +612,24 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             for batch, done, values in encode(
                 backend,
                 chunks,
-                lambda i: decode(column.cells[rows[i]], backend.modality, digests[i]),
+                lambda i: decode(column.cells[rows[i]], backend.modality, digests[i], settings),
                 batch_size=None if self.batch_size == "auto" else self.batch_size,
                 on_error=lambda error, i: self._raise_unless_tolerated(error, column, rows[i]),
             ):
-                yield batch, done, self._checked(values, len(done), space)
+                values, finite = self._checked(values, len(done), space)
+                sound = [i for i, is_finite in zip(done, finite, strict=True) if is_finite]
+                unsound = [i for i, is_finite in zip(done, finite, strict=True) if not is_finite]
+                yield [i for i in batch if i not in unsound], sound, values
                 progress.update(len(batch))
+                for i in unsound:
+                    error = ValueError(
+                        "the model returned NaN or too large numbers: for the cell "
+                        f"{shorten(column.cells[rows[i]])}, in {space.dtype}. Drop the cell, "
+                        "mark it as missing by None, or pass errors='missing'"
+                    )
+                    self._raise_unless_tolerated(error, column, rows[i])
+                if unsound:
+                    yield unsound, [], self._checked([], 0, space)[0]
 
         if store is None:
             results = (result[1:] for result in encode_chunks([range(len(rows))]))
@@ -570,6 +642,76 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             for positions, values in results:
                 yield order[positions], values
             progress.update(len(rows) - progress.n)  # what other processes have encoded
+
+    def _check_can_encode(self, backend, space, place, n_cells):
+        """Refuse to encode cells without a checkpoint, or under a key that is not its own."""
+        if isinstance(backend, _AbsentCheckpoint):
+            others = f" (and {n_cells - 1} more cells)" if n_cells > 1 else ""
+            raise OSError(
+                f"{place}{others} cannot be encoded, as its vector is not in the store and "
+                f"the checkpoint cannot be read: {backend.reason} An encoder carries no weights: "
+                "copy the checkpoint there, or name another place by set_params(model=...)."
+            )
+        if isinstance(self.model, str | os.PathLike):
+            fingerprint = self._space(backend).fingerprint
+            if fingerprint != space.fingerprint:
+                raise OSError(
+                    f"{self.model!r} had another fingerprint in fit, under other releases of the "
+                    "libraries, so that new vectors would not match the stored ones. Fit the "
+                    "encoder again."
+                )
+
+    def _model_and_space(self):
+        """Return what offers the model, and the space of its vectors.
+
+        A fitted encoder needs only the identity of its checkpoint. If the checkpoint cannot be
+        read any more, the space of `fit` still tells which stored vectors belong to it.
+        """
+        backend, space = self._backend(), self._fitted_space()
+        if space is None:
+            return backend, self._space(backend)
+        checkpoint = backend.checkpoint
+        identity = space.description["checkpoint"]
+        if "@" in identity:  # a model of the hub, at a commit
+            try:
+                return backend, self._space(backend)
+            except (OSError, ImportError) as error:
+                return _AbsentCheckpoint(self.space_["modality"], str(error)), space
+        if not checkpoint.is_directory or checkpoint.file("config.json") is None:
+            reason = f"There is no directory {checkpoint.model!r} on this machine."
+            return _AbsentCheckpoint(self.space_["modality"], reason), space
+        if checkpoint.identity() == identity and self._computes_in(backend, space):
+            return backend, space
+        return backend, self._space(backend)
+
+    def _computes_in(self, backend, space):
+        """Tell whether the model would run in the precision of a space."""
+        if self.dtype != "auto":
+            return True
+        try:
+            return backend._dtype_name == space.description["dtype"]
+        except ImportError:  # without its libraries it does not run, but the store can be read
+            return True
+
+    def _fitted_space(self):
+        """Return the space of `fit` if it still holds; None for backend objects, as a rule."""
+        fitted = getattr(self, "space_", None)
+        if fitted is None or not isinstance(self.model, str | os.PathLike):
+            return None
+        space = Space(**{name: fitted[name] for name in Space.__dataclass_fields__})
+        is_known = "checkpoint" in space.description  # else `model` was a backend object in fit
+        if not is_known or space.description["decoding"] != DECODING_VERSION:
+            return None
+        return space if fitted["parameters"] == self._deciding_parameters() else None
+
+    def _deciding_parameters(self):
+        """Return the parameters that change a vector, in plain types."""
+        parameters = {name: getattr(self, name) for name in _DECIDING}
+        if isinstance(self.model, str | os.PathLike):
+            parameters["model"] = os.fspath(self.model)
+        else:
+            del parameters["model"]  # a backend object describes itself
+        return parameters | {"layer": _as_ints(self.layer)}
 
     def _backend(self):
         """Return what offers the model, without loading it."""
@@ -641,7 +783,14 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     def _store(self):
         if self.store is None or isinstance(self.store, EmbeddingStore):
             return self.store
-        return EmbeddingStore(None if self.store == "default" else self.store)
+        if self.store == "default":
+            return EmbeddingStore()
+        # Relative to the working directory of the first use, also if that changes afterwards.
+        given, path = getattr(self, "_resolved_store", (None, None))
+        if given != self.store:
+            path = absolute(self.store)
+            self._resolved_store = self.store, path
+        return EmbeddingStore(path)
 
     def _required_store(self):
         store = self._store()
@@ -660,6 +809,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     def _identify(self, column, modality):
         """Digest each cell, with None where it is missing; return digests and missing rows."""
         digests = [None] * len(column.cells)
+        settings = getattr(self, "_image_settings", None)
         for row, cell in enumerate(column.cells):
             if is_missing(cell):
                 if self.missing == "error":
@@ -669,39 +819,43 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                     )
                 continue
             try:
-                digests[row] = identify(cell, modality)
+                digests[row] = identify(cell, modality, settings)
             except (TypeError, ValueError, OSError) as error:
                 self._raise_unless_tolerated(error, column, row)
         return digests, np.asarray([digest is None for digest in digests])
 
     def _checked(self, values, n_cells, space):
-        """Check that the model returned what it promised; bring it to the store's precision."""
+        """Check the shape of what the model returned; bring it to the store's precision.
+
+        Returns the values that are finite, and for each cell whether its value is.
+        """
         if n_cells == 0:
-            return [] if space.ragged else np.empty((0, space.n_features), dtype=np.float32)
+            return ([] if space.ragged else np.empty((0, space.n_features), np.float32)), []
+        values = _without_none(values, space)
         if space.ragged:
             shape = f"{n_cells} arrays of shape (n_tokens, {space.n_features})"
             arrays = [_as_array(value) for value in values]
+            shapes = [array.shape for array in arrays]
             fits = len(arrays) == n_cells and all(
                 a.ndim == 2 and a.shape[1] == space.n_features for a in arrays
             )
         else:
             shape = f"shape {(n_cells, space.n_features)}"
-            arrays = [_as_array(values)]
-            fits = arrays[0].shape == (n_cells, space.n_features)
-        if fits:
-            arrays = [self._finished(array) for array in arrays]
-        if not fits or not all(np.isfinite(array).all() for array in arrays):
-            shapes = [array.shape for array in arrays]
-            got = (
-                f"what is no finite {space.dtype}"
-                if fits
-                else f"shape {shapes if space.ragged else shapes[0]}"
-            )
+            arrays = _as_array(values)
+            shapes = arrays.shape
+            fits = shapes == (n_cells, space.n_features)
+        if not fits:
             raise ValueError(
-                f"{self.model!r} returned {got} for a batch of {n_cells} cells; "
+                f"{self.model!r} returned shape {shapes} for a batch of {n_cells} cells; "
                 f"numbers of {shape} were expected. Nothing of the batch was stored."
             )
-        return arrays if space.ragged else arrays[0]
+        if not space.ragged:
+            vectors = self._finished(arrays)
+            finite = np.isfinite(vectors).all(axis=1)
+            return (vectors if finite.all() else vectors[finite]), finite
+        arrays = [self._finished(array) for array in arrays]
+        finite = [bool(np.isfinite(array).all()) for array in arrays]
+        return list(itertools.compress(arrays, finite)), finite
 
     def _finished(self, vectors):
         """Scale to unit length if asked to, and round as the store does."""
@@ -715,23 +869,79 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     def _raise_unless_tolerated(self, error, column, row):
         """Raise an error that names the cell, unless the cell is to count as missing."""
         if self.errors == "missing" and not isinstance(error, TypeError):
+            column.unreadable[row] = without_frames(error)
             return
         kinds = (TypeError, FileNotFoundError, OSError, ValueError)
         kind = next(kind for kind in kinds if isinstance(error, kind))
         raise kind(f"{column.place(row)}: {error}.") from error
 
-    def _warn_of_unreadable(self, column, vectors):
-        """Warn once of cells that hold something, but have no vector."""
+    def _warn_of_unreadable(self, column, vectors, digests, first_row):
+        """Warn of cells that have content but no vector, of each once a process."""
         first = vectors[:, 0]
         empty = [v is None for v in first] if first.dtype == object else np.isnan(first)
         lost = [row for row in np.flatnonzero(empty) if not is_missing(column.cells[row])]
-        if lost:
-            warnings.warn(
-                f"{len(lost)} cells of {column} could not be read and count as missing, first: "
-                f"{column.place(lost[0])}.",
-                UserWarning,
-                stacklevel=3,
-            )
+        errors = {}
+        for row in lost:
+            shown = row if row in column.unreadable else first_row.get(digests[row])
+            errors[row] = column.unreadable.get(shown) or ValueError("there is no vector")
+        keys = {row: _key(str(column), digests[row] or str(errors[row])) for row in lost}
+        unannounced = [row for row in lost if keys[row] not in _ANNOUNCED]
+        if not unannounced:
+            return
+        counts = Counter(_reason(error) for error in errors.values())
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+        row = unannounced[0]
+        warnings.warn(
+            f"{len(lost)} cells of {column} could not be read and count as missing ({reasons}), "
+            f"first: {column.place(row)}: {errors[row]}.",
+            UserWarning,
+            stacklevel=3,
+        )
+        _announce(keys.values())  # not if the warning was made an error
+
+    def _warn_of_image_files(self, column):
+        """Warn if a text model is given the names of image files."""
+        texts = [cell for cell in column.cells[:_LOOKED_AT] if isinstance(cell, str)]
+        key = _key("image files", str(column))
+        if not texts or key in _ANNOUNCED or not all(map(names_image_file, texts)):
+            return
+        warnings.warn(
+            f"The cells of {column} are the names of image files, such as {texts[0]!r}, and "
+            f"{self.model!r} encodes text: it reads the names, not the images. Choose an image "
+            "model, or modality='image' if the model encodes both.",
+            UserWarning,
+            stacklevel=4,
+        )
+        _announce([key])
+
+    def __getstate__(self):
+        """Carry what other processes cannot know: the store's place, how images can be read."""
+        state = dict(super().__getstate__())
+        state.pop("_resolved_store", None)
+        if isinstance(self.store, str | os.PathLike) and self.store != "default":
+            with contextlib.suppress(OSError, ValueError):  # which `transform` raises
+                state["store"] = type(self.store)(self._store().path)
+        if "SKLEMBED_STORE" in os.environ:
+            with contextlib.suppress(OSError, ValueError):
+                default_path()  # makes it absolute for processes that are started from here
+        settings = self._merged_image_settings()
+        if settings:
+            state["_image_settings"] = settings
+        return state
+
+    def _merged_image_settings(self):
+        """Return the settings of this process, and those that the encoder came with."""
+        merged = dict(getattr(self, "_image_settings", {}))
+        for name, values in image_settings().items():
+            merged[name] = merged.get(name, {}) | values
+        return merged
+
+    def __sklearn_clone__(self):
+        copy = super().__sklearn_clone__()
+        for name in ("_resolved_store", "_image_settings"):
+            if hasattr(self, name):
+                setattr(copy, name, getattr(self, name))
+        return copy
 
     def __sklearn_is_fitted__(self):
         return True  # stateless: there is nothing to learn
@@ -747,18 +957,27 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         return tags
 
 
+@dataclass(frozen=True)
+class _AbsentCheckpoint:
+    """Stands for a checkpoint that cannot be read, while stored vectors are served."""
+
+    modality: str
+    reason: str
+
+
 class _Column:
     """One column of cells, and how to name a place in it."""
 
     def __init__(self, X):
         self.name = None
+        self.unreadable = {}  # errors of cells that count as missing, by row
+        if hasattr(X, "column_names"):  # of pyarrow or Hugging Face datasets
+            _check_is_one_column(X, X.column_names)
+            self.name = X.column_names[0]
+            X = X[self.name]
         self.labels = getattr(X, "index", None) if hasattr(X, "iloc") else None
         if is_frame(X):
-            if X.shape[1] != 1:
-                raise ValueError(
-                    f"FrozenEncoder takes one column, but X has {X.shape[1]}: {list(X.columns)}. "
-                    "Select one, or give each its own encoder in a PerModalityUnion."
-                )
+            _check_is_one_column(X, list(X.columns))
             X = X.iloc[:, 0] if hasattr(X, "iloc") else X[:, 0]
         if hasattr(X, "to_list"):  # a pandas or polars Series
             self.name = X.name
@@ -782,8 +1001,25 @@ class _Column:
         return f"Row {row} (index {label!r}) of {self}"
 
 
+def _check_is_one_column(X, names):
+    """Refuse a table of several columns, and a dict of tables."""
+    if not isinstance(names, list):
+        raise TypeError(f"X must be one column of cells; got {X!r}. Choose one of its splits.")
+    if len(names) != 1:
+        raise ValueError(
+            f"FrozenEncoder takes one column, but X has {len(names)}: {names}. "
+            "Select one, or give each its own encoder in a PerModalityUnion."
+        )
+
+
 def _list_cells(X):
     """List the cells of an array or a list, flat or of one column."""
+    if hasattr(X, "to_pylist"):  # a pyarrow array
+        return X.to_pylist()
+    if hasattr(X, "column_name"):  # a column of Hugging Face datasets
+        return list(_undecoded(X)[:])
+    if isinstance(X, pd.api.extensions.ExtensionArray):
+        return X.tolist()
     if not isinstance(X, np.ndarray | list | tuple):
         raise TypeError(
             f"X must be one column of cells: a DataFrame, Series, array or list; got {X!r}."
@@ -799,6 +1035,45 @@ def _list_cells(X):
     if cells and all(isinstance(cell, list | tuple) and len(cell) == 1 for cell in cells):
         cells = [cell for (cell,) in cells]
     return cells
+
+
+def _undecoded(column):
+    """Take images as they are encoded, not as the pixels of the whole column at once."""
+    if getattr(column.features, "decode", False) and hasattr(column.source, "cast_column"):
+        encoded = type(column.features)(decode=False)
+        return column.source.cast_column(column.column_name, encoded)[column.column_name]
+    return column
+
+
+def _without_none(values, space):
+    """Put NaN where a function, such as the client of a service, returns None for a cell."""
+    if not isinstance(values, list | tuple) or not any(value is None for value in values):
+        return values
+    shape = (1, space.n_features) if space.ragged else space.n_features
+    return [np.full(shape, np.nan) if value is None else value for value in values]
+
+
+def _key(*parts):
+    """Digest what identifies a warning, in little space."""
+    return blake2b(repr(parts).encode(errors="replace"), digest_size=8).digest()
+
+
+def _announce(keys):
+    """Note what this process has warned of."""
+    if len(_ANNOUNCED) > _ANNOUNCED_LIMIT:
+        _ANNOUNCED.clear()
+    _ANNOUNCED.update(keys)
+
+
+def _reason(error):
+    """Name the kind of an error, without what differs from cell to cell."""
+    cause = error.__cause__ or error
+    if isinstance(cause, FileNotFoundError):
+        return "no such file"
+    if type(cause).__name__ == "UnidentifiedImageError":
+        return "no known image format"
+    text = re.sub(r"'[^']*'|\([^)]*\)", "", str(cause))
+    return re.sub(r"\d+", "N", re.split(r"[.:;]", text)[0]).strip() or type(cause).__name__
 
 
 def _as_array(vectors):

@@ -13,6 +13,7 @@ from typing import Any
 import joblib
 
 _CELLS_A_JOB = {"text": 128, "image": 8}  # what a thread prepares at once
+_IMAGES_AHEAD = 32  # that threads prepare while the model is busy, by and large
 _LOADED_LIMIT = 4
 
 # What a backend loaded, and the lock of who runs it: one for each model, since a model may call
@@ -125,12 +126,19 @@ def _prepare_ahead(encoding, chunks, decode, modality) -> Iterator[_Cell]:
     """Decode and prepare in threads, a few jobs ahead of whoever consumes the cells."""
 
     def prepare(positions):
+        if modality == "image":  # one by one, so that few wait at their full size
+            groups = [prepare_group([position]) for position in positions]
+        else:
+            groups = [prepare_group(positions)]
+        return sorted(chain.from_iterable(groups), key=lambda cell: -cell.cost)
+
+    def prepare_group(positions):
         cells = []
         for position in positions:
             try:
                 cells.append(_Cell(position, decode(position)))
             except (ValueError, OSError) as error:
-                cells.append(_Cell(position, error=error))
+                cells.append(_Cell(position, error=without_frames(error)))
         decoded = [cell for cell in cells if cell.error is None]
         try:
             prepare_all(decoded)
@@ -139,18 +147,20 @@ def _prepare_ahead(encoding, chunks, decode, modality) -> Iterator[_Cell]:
                 try:
                     prepare_all([cell])
                 except (ValueError, OSError) as error:
-                    cell.error = error
-        return sorted(cells, key=lambda cell: -cell.cost)
+                    cell.decoded, cell.error = None, without_frames(error)
+        return cells
 
     def prepare_all(cells):
         prepared = encoding.prepare([cell.decoded for cell in cells]) if cells else []
         for cell, content in zip(cells, prepared, strict=True):
             cell.decoded, cell.prepared, cell.cost = None, content, encoding.cost(content)
 
-    size = _CELLS_A_JOB[modality]
-    jobs = (chunk[i : i + size] for chunk in chunks for i in range(0, len(chunk), size))
     # Fast tokenizers have threads of their own, and are not to be shared by ours.
     workers = 1 if modality == "text" else joblib.cpu_count()
+    size = _CELLS_A_JOB[modality]
+    if modality == "image":  # a backend that prepares nothing waits with images at full size
+        size = max(1, min(size, _IMAGES_AHEAD // workers))
+    jobs = (chunk[i : i + size] for chunk in chunks for i in range(0, len(chunk), size))
     pool = ThreadPoolExecutor(workers)
     try:
         ahead = deque()
@@ -162,6 +172,15 @@ def _prepare_ahead(encoding, chunks, decode, modality) -> Iterator[_Cell]:
             yield from ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """Cut an error off the frames it passed through, which keep a decoder's pixels alive."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__traceback__ = None
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def _batches(cells: Iterable[_Cell], limit: _Limit) -> Iterator[list[_Cell]]:
@@ -230,6 +249,10 @@ def _start_afresh_after_fork() -> None:
     _LOADED.clear()
     # Else the tokenizers library says at length that it does so itself.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # The threads with which torch has computed are no more, and it would wait for them for ever.
+    torch = sys.modules.get("torch")
+    if hasattr(torch, "set_num_threads"):
+        torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
