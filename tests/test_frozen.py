@@ -245,7 +245,7 @@ def test_bad_columns_are_refused(text_backend, X, error, message):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (np.full((2, 9), 1e300), "Row 0 of the column: the model returned NaN or too large numbers"),
+        (np.full((2, 9), 1e300), "Row 0 of the column: .* NaN or too large numbers"),
         (np.zeros((2, 3)), r"returned shape \(2, 3\)"),
         (np.zeros(9), r"returned shape \(9,\)"),
         (np.full((2, 9), np.nan), "Row 0 .* returned NaN or too large numbers: for the cell 'a'"),

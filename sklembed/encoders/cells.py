@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from io import BytesIO
 
+import joblib
 import numpy as np
 import pandas as pd
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
@@ -361,10 +362,9 @@ def _module_name(function) -> str:
 
 def _pickled(opener) -> bytes | None:
     """Pickle an opener by its name if its module can be imported, else by its code."""
-    from joblib.externals import cloudpickle
-
+    by_value_if_need_be = joblib.wrap_non_picklable_objects(opener, keep_wrapper=False)
     try:
-        return cloudpickle.dumps(opener)
+        return pickle.dumps(by_value_if_need_be)
     except Exception:  # an extension's object; named when it is needed
         return None
 
