@@ -1,7 +1,11 @@
 """FrozenEncoder: cells in, vectors out, each distinct cell once, and clear refusals."""
 
 import pickle
+import shutil
+import subprocess
+import sys
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 
 from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
+from sklembed.encoders import cells
 
 TEXTS = ["a note", "another", "a note", "the end"]
 
@@ -451,3 +456,385 @@ def test_a_cell_that_cannot_be_prepared_is_named(store):
     with pytest.warns(UserWarning, match="1 cells of the column"):
         vectors = encoder.set_params(errors="missing").transform(["good", "bad"])
     assert np.isnan(vectors[:, 0]).tolist() == [False, True]
+
+
+@pytest.fixture(autouse=True)
+def nothing_announced(monkeypatch):
+    """Each test is a process of its own, as far as warnings go."""
+    monkeypatch.setattr("sklembed.encoders.frozen._ANNOUNCED", set())
+
+
+# A fitted encoder that is moved
+
+
+@pytest.fixture
+def moved(checkpoints, store, tmp_path):
+    """A fitted encoder whose checkpoint is gone, unpickled, and its vectors of TEXTS."""
+    directory = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], directory)
+    encoder = FrozenEncoder(str(directory), store=store).fit(TEXTS)
+    vectors = encoder.transform(TEXTS)
+    fingerprint = encoder.fingerprint()
+    shutil.rmtree(directory)
+    encoder = pickle.loads(pickle.dumps(encoder))
+    return encoder, vectors, fingerprint
+
+
+def test_stored_vectors_need_no_checkpoint(moved):
+    encoder, vectors, fingerprint = moved
+    np.testing.assert_array_equal(encoder.transform([*TEXTS, None])[:-1], vectors)
+    assert encoder.fingerprint() == fingerprint
+    assert len(encoder.get_feature_names_out()) == vectors.shape[1]
+    assert encoder.stats()["encoded"] == 3
+    assert encoder.digests(TEXTS)[0] is not None
+
+
+@pytest.mark.parametrize("errors", ["raise", "missing"])
+def test_a_cell_that_is_not_stored_is_named_where_the_checkpoint_is_gone(moved, errors):
+    encoder, _, _ = moved
+    encoder.set_params(errors=errors)
+    message = r"Row 1 of the column \(and 1 more cells\).*no directory.*set_params\(model"
+    with pytest.raises(OSError, match=message):
+        encoder.transform([TEXTS[0], "a new one", "newer"])
+    with pytest.raises(OSError, match="Row 0 of the column cannot be encoded"):
+        encoder.set_params(store=None).transform(TEXTS[:1])
+
+
+def test_stored_vectors_need_neither_transformers_nor_torch(checkpoints, store, tmp_path):
+    encoder = FrozenEncoder(checkpoints["bert"], store=store, dtype="float32")
+    (tmp_path / "encoder.pkl").write_bytes(pickle.dumps((encoder.fit(TEXTS), TEXTS)))
+    encoder.transform(TEXTS)
+    code = """
+import importlib.abc, pickle, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("torch", "transformers"):
+            raise ImportError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Absent())
+encoder, texts = pickle.load(open(sys.argv[1], "rb"))
+assert encoder.transform(texts).shape == (4, 16)
+try:
+    encoder.transform(["new"])
+except ImportError as error:
+    assert "Row 0 of the column" in str(error), error
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "encoder.pkl")], check=True)
+
+
+def test_a_directory_of_the_same_content_elsewhere_has_the_same_fingerprint(moved, checkpoints):
+    encoder, _, fingerprint = moved
+    encoder.set_params(model=checkpoints["bert"])
+    assert encoder.fingerprint() == fingerprint
+    assert np.isfinite(encoder.transform(["a new one"])).all()
+
+
+@pytest.mark.parametrize("changed", [{"pooling": "max"}, {"layer": 0}, {"model": "no/such/place"}])
+def test_what_changes_vectors_forgets_the_space_of_fit(moved, changed):
+    encoder, _, _ = moved
+    with pytest.raises(OSError, match="no directory|neither a local directory"):
+        encoder.set_params(**changed).transform(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"device": "cpu"}, {"batch_size": 2}, {"verbose": 1}, {"local_files_only": True}]
+)
+def test_what_changes_no_vector_can_be_set_after_fit(moved, changed):
+    encoder, vectors, _ = moved
+    np.testing.assert_array_equal(encoder.set_params(**changed).transform(TEXTS), vectors)
+
+
+def test_a_checkpoint_that_changes_after_fit_serves_no_old_vectors(checkpoints, store, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(checkpoints["bert"], directory)
+    encoder = FrozenEncoder(str(directory), store=store).fit(TEXTS)
+    before, fingerprint = encoder.transform(TEXTS), encoder.fingerprint()
+    shutil.rmtree(directory)
+    shutil.copytree(checkpoints["roberta"], directory)
+    assert encoder.fingerprint() != fingerprint
+    assert np.abs(encoder.transform(TEXTS) - before).max() > 0.01
+
+
+def test_fit_needs_the_checkpoint_also_when_it_has_been_fitted(moved):
+    encoder, _, _ = moved
+    with pytest.raises(OSError, match="no directory"):
+        encoder.fit(TEXTS)
+
+
+# Relative stores
+
+
+def test_a_relative_store_stays_where_it_was_first_used(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    backend = CallableBackend(_load_slowly, name="s", version="1", modality="text", n_features=9)
+    encoder = FrozenEncoder(backend, store="emb.sqlite").fit(TEXTS)
+    object_ = EmbeddingStore("object.sqlite")
+    monkeypatch.chdir(tmp_path / "two")
+    for same in (encoder, pickle.loads(pickle.dumps(encoder)), clone(encoder)):
+        same.transform(TEXTS)
+    assert object_.stats().empty
+    assert not list((tmp_path / "two").iterdir())
+    assert EmbeddingStore(tmp_path / "one" / "emb.sqlite").stats()["encoded"].item() == 3
+    assert encoder.store == "emb.sqlite"
+    encoder.set_params(store="other.sqlite").transform(TEXTS)
+    assert (tmp_path / "two" / "other.sqlite").exists()
+
+
+def test_workers_use_the_store_of_the_parent_s_working_directory(tmp_path, monkeypatch):
+    X, y = [f"text {i}" for i in range(12)], [0, 1] * 6
+    for name in ("one", "two"):
+        backend = CallableBackend(
+            _load_slowly, name=name, version="1", modality="text", n_features=9
+        )
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        pipeline = make_pipeline(FrozenEncoder(backend, store="e.sqlite"), LogisticRegression())
+        GridSearchCV(pipeline, {"logisticregression__C": [1, 2]}, cv=2, n_jobs=2).fit(X, y)
+    for name in ("one", "two"):
+        stats = EmbeddingStore(tmp_path / name / "e.sqlite").stats()
+        assert stats[["model", "encoded"]].to_numpy().tolist() == [[name, 12]]
+
+
+# Reading without writing
+
+
+def test_a_read_only_store_serves_and_encodes_without_keeping(counting, store):
+    backend, seen = counting
+    FrozenEncoder(backend, store=store).transform(TEXTS)
+    before = store.stats()
+    reading = EmbeddingStore(store.path, read_only=True)
+    vectors = FrozenEncoder(backend, store=reading).transform([*TEXTS, "new"])
+    np.testing.assert_array_equal(vectors, count_letters([*TEXTS, "new"]))
+    assert sorted(seen) == ["a note", "another", "new", "the end"]
+    pd.testing.assert_frame_equal(store.stats(), before)
+
+
+# What unreadable cells and vectors say
+
+
+def test_a_cell_without_a_vector_is_named_and_costs_no_other(store):
+    def encode(texts):
+        return [None if text == "bad" else [float(len(text))] for text in texts]
+
+    backend = CallableBackend(
+        lambda: encode, name="service", version="1", modality="text", n_features=1
+    )
+    texts = ["bad" if i == 57 else f"text {i}" for i in range(100)]
+    encoder = FrozenEncoder(backend, store=store)
+    with pytest.raises(ValueError, match="Row 57 of the column: .* returned NaN .* cell 'bad'"):
+        encoder.transform(texts)
+    assert encoder.stats()["rows"] > 60  # those of the batch, and of batches before
+    encoder.set_params(errors="missing")
+    with pytest.warns(UserWarning, match="1 cells .*1 x the model returned NaN.*Row 57 .*'bad'"):
+        vectors = encoder.transform(texts)
+    assert np.flatnonzero(np.isnan(vectors[:, 0])).tolist() == [57]
+    assert encoder.stats()["rows"] == 99
+
+
+def test_tokens_without_numbers_are_named(store):
+    backend = CallableBackend(
+        lambda: lambda texts: [np.full((2, 3), np.nan if t == "bad" else 1.0) for t in texts],
+        name="tokens",
+        version="1",
+        modality="text",
+        n_features=3,
+    )
+    encoder = FrozenEncoder(backend, output="tokens", store=store, errors="missing")
+    with pytest.warns(UserWarning, match="1 cells .*Row 1 "):
+        tokens = encoder.transform(["a", "bad", "b"])
+    assert [cell is None for cell in tokens[:, 0]] == [False, True, False]
+
+
+def test_unreadable_cells_are_counted_by_reason_and_the_first_is_named(image_backend):
+    good = np.zeros((2, 2, 3), dtype=np.uint8)
+    encoder = FrozenEncoder(image_backend, store=None, errors="missing")
+    with pytest.warns(UserWarning) as caught:
+        encoder.transform(pd.DataFrame({"scan": ["no/such.png", good, b"broken", b"broken", ""]}))
+    (message,) = (str(warning.message) for warning in caught)
+    assert message.startswith(
+        "4 cells of column 'scan' could not be read and count as missing (2 x no such file, 2 x no "
+        "known image format), first: Row 0 (index 0) of column 'scan': there is no file "
+        "'no/such.png'. Check the path."
+    )
+
+
+def test_an_unreadable_cell_is_reported_once_a_process_and_a_new_one_again(image_backend):
+    good = np.zeros((2, 2, 3), dtype=np.uint8)
+    encoder = FrozenEncoder(image_backend, store=None, errors="missing")
+    with pytest.warns(UserWarning) as caught:
+        for _ in range(5):
+            clone(encoder).fit_transform([good, b"broken"])
+        clone(encoder).transform([b"another", b"broken"])
+    assert [str(warning.message)[:30] for warning in caught] == [
+        "1 cells of the column could no",
+        "2 cells of the column could no",
+    ]
+    assert "Row 0" in str(caught[1].message)
+
+
+def test_a_warning_that_is_an_error_stays_one(image_backend):
+    encoder = FrozenEncoder(image_backend, store=None, errors="missing")
+    for _ in range(2):
+        with pytest.raises(UserWarning, match="1 cells of the column"):
+            encoder.transform([b"broken"])
+
+
+def test_file_names_given_to_a_text_model_are_warned_of(text_backend, tmp_path):
+    paths = [str(tmp_path / f"{i}.PNG") for i in range(3)]
+    for path in paths:
+        Path(path).write_bytes(b"")
+    encoder = FrozenEncoder(text_backend, store=None)
+    with pytest.warns(UserWarning, match="column 'scan' are the names of image files.*image model"):
+        encoder.fit(pd.DataFrame({"scan": paths}))
+    for texts in (["see cat.png", "a.jpg"], [*paths[:2], "a text"], ["red", paths[0]]):
+        encoder.fit(pd.DataFrame({"other": texts}))
+
+
+@pytest.mark.parametrize("text", ["a red cat", "red", "A cat. It sits on a mat.", "5.5 inch"])
+def test_texts_given_to_an_image_model_are_recognised(image_backend, text):
+    with pytest.raises(FileNotFoundError, match=f"Row 0 .*'{text}'.*looks like a text.*text model"):
+        FrozenEncoder(image_backend, store=None).fit([text])
+
+
+@pytest.mark.parametrize("path", ["cat.jpg", "my images/red cat.jpg", "/data/0001"])
+def test_paths_that_lead_nowhere_are_not_taken_for_texts(image_backend, path):
+    with pytest.raises(FileNotFoundError, match=f"Row 0 .*'{path}'. Check the path"):
+        FrozenEncoder(image_backend, store=None).fit([path])
+
+
+def test_numbers_in_a_text_column_are_named_with_a_remedy(text_backend):
+    with pytest.raises(TypeError, match=r"Row 1 .* float \(3.5\).*astype\('string'\).*None"):
+        FrozenEncoder(text_backend, store=None).fit(pd.DataFrame({"note": ["x", 3.5]}))
+
+
+# Columns of other libraries
+
+
+def column_of_arrow(kind):
+    arrow = pytest.importorskip("pyarrow")
+    texts = [*TEXTS, None]
+    array = arrow.array(texts)
+    forms = {
+        "array": array,
+        "chunked array": arrow.chunked_array([array[:2], array[2:]]),
+        "table": arrow.table({"note": texts}),
+        "dictionary": array.dictionary_encode(),
+        "pandas array": pd.array(texts, dtype="string[pyarrow]"),
+        "categorical": pd.Categorical(texts),
+    }
+    return forms[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["array", "chunked array", "table", "dictionary", "pandas array", "categorical"]
+)
+def test_columns_of_arrow_are_taken(text_backend, kind):
+    vectors = FrozenEncoder(text_backend, store=None).fit_transform(column_of_arrow(kind))
+    np.testing.assert_array_equal(vectors[:-1], count_letters(TEXTS))
+    assert np.isnan(vectors[-1]).all()
+
+
+def test_columns_of_datasets_are_taken(text_backend, image_backend, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"note": TEXTS, "n": [1, 2, 3, 4]})
+    encoder = FrozenEncoder(text_backend, store=None)
+    for column in (table["note"], table.select_columns("note")):
+        np.testing.assert_array_equal(encoder.fit_transform(column), count_letters(TEXTS))
+        assert encoder.feature_names_in_ == ["note"]
+    with pytest.raises(ValueError, match=r"X has 2: \['note', 'n'\]"):
+        encoder.fit(table)
+    with pytest.raises(TypeError, match="one of its splits"):
+        encoder.fit(datasets.DatasetDict({"train": table}))
+    pixels = np.full((4, 4, 3), 200, dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    scans = datasets.Dataset.from_dict({"scan": [str(tmp_path / "a.png"), None]})
+    scans = scans.cast_column("scan", datasets.Image())
+    vectors = FrozenEncoder(image_backend, store=None).transform(scans["scan"])
+    np.testing.assert_allclose(vectors[:1], mean_colours([pixels]))
+    assert np.isnan(vectors[1]).all()
+
+
+# What decides in the parent which images can be read
+
+
+def _load_colours():
+    return mean_colours
+
+
+def test_workers_read_the_images_that_the_parent_reads(monkeypatch):
+    monkeypatch.setitem(cells._LIMITS, "MAX_IMAGE_PIXELS", (Image, 100))  # Pillow's own, say
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    buffer = BytesIO()
+    Image.new("RGB", (20, 20), "red").save(buffer, "PNG")
+    large = [buffer.getvalue()]
+    backend = CallableBackend(
+        _load_colours, name="colours", version="1", modality="image", n_features=6
+    )
+    encoder = FrozenEncoder(backend, store=None)
+    with pytest.raises(ValueError, match="MAX_IMAGE_PIXELS"):
+        encoder.transform(large)
+    Image.MAX_IMAGE_PIXELS = 1000
+    pickled = pickle.dumps(encoder)
+    Image.MAX_IMAGE_PIXELS = 100
+    for worker in (pickle.loads(pickled), clone(pickle.loads(pickled))):
+        assert np.isfinite(worker.transform(large)).all()
+    assert Image.MAX_IMAGE_PIXELS == 100
+    Image.MAX_IMAGE_PIXELS = 50  # what is set in the process itself comes first
+    with pytest.raises(ValueError, match="exceeds limit of 100 pixels"):
+        worker.transform(large)
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_workers_read_formats_of_plugins_that_the_parent_has_registered(n_jobs, tmp_path):
+    """In a process of its own, as plugins stay registered."""
+    pytest.importorskip("pillow_heif")
+    code = """
+import sys
+import numpy as np
+from joblib import Parallel, delayed
+from pillow_heif import register_heif_opener
+from PIL import Image
+from sklembed import CallableBackend, FrozenEncoder
+
+def load():
+    return lambda images: [[image.width, image.height] for image in images]
+
+register_heif_opener()
+path = sys.argv[1] + "/a.heic"
+Image.new("RGB", (16, 24), "red").save(path)
+backend = CallableBackend(load, name="sizes", version="1", modality="image", n_features=2)
+encoder = FrozenEncoder(backend, store=None, errors="missing")
+(vectors,) = Parallel(n_jobs=int(sys.argv[2]))([delayed(encoder.transform)([path])])
+np.testing.assert_array_equal(vectors, [[16, 24]])
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(n_jobs)], check=True)
+
+
+def test_a_plugin_that_is_not_installed_makes_no_image_missing(image_backend):
+    encoder = FrozenEncoder(image_backend, store=None, errors="missing")
+    absent = pickle.dumps(EmbeddingStore).replace(b"sklembed", b"sklembod")
+    encoder._image_settings = {"openers": {"XYZ": ("xyz.plugin", absent)}}
+    with pytest.raises(ImportError, match="xyz.plugin opens XYZ files.*sklembod.*Install"):
+        encoder.transform([b"an image of the format XYZ"])
+    readable = np.zeros((2, 2, 3), dtype=np.uint8)
+    assert np.isfinite(encoder.transform([readable])).all()
+
+
+def test_warnings_that_are_errors_make_no_image_unreadable(image_backend):
+    buffer = BytesIO()
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([200, 0, 0] * 256)
+    palette.save(buffer, "PNG", transparency=bytes([255] * 256))
+    encoder = FrozenEncoder(image_backend, store=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        strict = encoder.transform([buffer.getvalue()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lenient = encoder.transform([buffer.getvalue()])
+    np.testing.assert_array_equal(strict, lenient)

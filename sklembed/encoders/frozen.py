@@ -514,8 +514,12 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             space = self._space(backend)  # asks the checkpoint for all that it must offer
         else:
             backend, space = self._model_and_space()
-        digests, missing = self._identify(column, backend.modality)
-        if backend.modality == "text":
+        if isinstance(self.model, str | os.PathLike):
+            modality = space.description["modality"]  # without reading the configuration
+        else:
+            modality = backend.modality
+        digests, missing = self._identify(column, modality)
+        if modality == "text":
             self._warn_of_image_files(column)
         return column, backend, space, digests, missing
 
@@ -652,14 +656,21 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 f"the checkpoint cannot be read: {backend.reason} An encoder carries no weights: "
                 "copy the checkpoint there, or name another place by set_params(model=...)."
             )
-        if isinstance(self.model, str | os.PathLike):
+        if not isinstance(self.model, str | os.PathLike):
+            return
+        try:
             fingerprint = self._space(backend).fingerprint
-            if fingerprint != space.fingerprint:
-                raise OSError(
-                    f"{self.model!r} had another fingerprint in fit, under other releases of the "
-                    "libraries, so that new vectors would not match the stored ones. Fit the "
-                    "encoder again."
-                )
+        except ImportError as error:
+            raise ImportError(
+                f"{place} cannot be encoded, as its vector is not in the store and the model does "
+                f"not run here: {error}. Install transformers and torch."
+            ) from error
+        if fingerprint != space.fingerprint:
+            raise OSError(
+                f"{self.model!r} had another fingerprint in fit, under other releases of the "
+                "libraries, so that new vectors would not match the stored ones. Fit the encoder "
+                "again."
+            )
 
     def _model_and_space(self):
         """Return what offers the model, and the space of its vectors.
@@ -975,6 +986,7 @@ class _Column:
             _check_is_one_column(X, X.column_names)
             self.name = X.column_names[0]
             X = X[self.name]
+        self.name = getattr(X, "column_name", self.name)  # of a column of datasets
         self.labels = getattr(X, "index", None) if hasattr(X, "iloc") else None
         if is_frame(X):
             _check_is_one_column(X, list(X.columns))
