@@ -403,3 +403,35 @@ def test_no_damage_to_the_file_makes_a_wrong_vector(store, tmp_path):
                     assert use is read or n_found == 600
                     ends["right"] += 1
     assert min(ends.values()) >= 100
+
+
+def test_a_disk_without_any_space_can_be_pruned_and_cleared(store, monkeypatch):
+    """No space for a log or shared memory: writing by them fails, and writing in place works."""
+    fill(store, 200)
+    connect = database.connect
+
+    def connect_without_space(path, **options):
+        db = connect(path, **options)
+        db.execute("PRAGMA query_only = ON")
+        return db
+
+    monkeypatch.setattr(database, "connect", connect_without_space)
+    monkeypatch.setattr(database.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    assert store.prune(50 * 256) == 150
+    monkeypatch.undo()
+    assert len(read(store, 200)) == 50
+    monkeypatch.setattr(database, "connect", connect_without_space)
+    monkeypatch.setattr(database.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    store.clear()
+    monkeypatch.undo()
+    assert store.stats().empty
+    assert_sound(store.path)
+    assert fill(store, 20).keys() == set(range(20))
+
+
+def test_the_disk_is_not_filled_to_the_last_byte(store, monkeypatch):
+    monkeypatch.setattr(database.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.warns(UserWarning, match="the disk is full.*not kept") as caught:
+        assert fill(store, 40).keys() == set(range(40))
+    assert len(caught) == 1
+    assert not read(store, 40)

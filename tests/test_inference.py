@@ -1,7 +1,12 @@
 """Running a model: threads ahead of it, batches by cost, memory that runs out, a few loaded."""
 
+import gc
+import os
+import subprocess
+import sys
 import threading
 import time
+import weakref
 
 import joblib
 import numpy as np
@@ -202,3 +207,76 @@ def test_only_the_last_few_models_stay_loaded():
         )
         FrozenEncoder(backend, store=None).transform(["a"])
     assert len(inference._LOADED) == inference._LOADED_LIMIT
+
+
+def test_errors_of_unreadable_cells_keep_nothing_alive():
+    """What decoding has built up is freed without waiting for the cycle collector."""
+    alive = []
+
+    class Pixels:
+        pass
+
+    def decode(i):
+        pixels = Pixels()
+        alive.append(weakref.ref(pixels))
+        try:
+            raise OSError("cut short")
+        except OSError as error:
+            raise ValueError("cannot decode") from error
+
+    errors = []
+    backend = Backend(Encoding(lengths))
+    backend.modality = "image"
+    gc.disable()
+    try:
+        results = encode(
+            backend,
+            [list(range(20))],
+            decode,
+            batch_size=None,
+            on_error=lambda error, i: errors.append(error),
+        )
+        assert sum(len(batch) for batch, _, _ in results) == 20
+        assert sum(ref() is not None for ref in alive) == 0
+    finally:
+        gc.enable()
+    assert all(str(error.__cause__) == "cut short" for error in errors)
+
+
+def test_images_are_prepared_one_by_one():
+    """At most one decoded image a thread waits for its preparation."""
+    waiting, most = [], []
+
+    def decode(i):
+        waiting.append(i)
+        most.append(len(waiting))
+        return i
+
+    def prepare(images):
+        for image in images:
+            waiting.remove(image)
+        return images
+
+    backend = Backend(Encoding(lambda images: np.zeros((len(images), 1)), prepare))
+    backend.modality = "image"
+    list(encode(backend, [list(range(50))], decode, batch_size=8, on_error=None))
+    assert max(most) <= joblib.cpu_count()
+
+
+def test_a_forked_child_computes_with_torch():
+    """Threads that the parent's torch has computed with are no more in the child."""
+    code = """
+import os, signal, torch
+import sklembed.encoders.inference
+torch.set_num_threads(2)
+torch.randn(400, 400) @ torch.randn(400, 400)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    torch.randn(400, 400) @ torch.randn(400, 400)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.get_num_threads() == 2
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

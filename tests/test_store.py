@@ -537,3 +537,122 @@ def test_the_default_path_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("SKLEMBED_STORE")
     assert default_path().name == "embeddings.sqlite"
     assert "sklembed" in str(default_path())
+
+
+def snapshot(folder):
+    """Map the files of a folder to their content."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_read_only_store_writes_nothing(store, clock):
+    fill(store, [1, 2])
+    for leftover in ("lock", "sessions"):
+        path = store.path.with_name(f"store.sqlite.{leftover}")
+        path.rmdir() if path.is_dir() else path.unlink()
+    before = snapshot(store.path.parent)
+    clock[0] += 1
+    reading = EmbeddingStore(store.path, read_only=True)
+    assert_values(read(reading, [1, 2, 3]), [1, 2])
+    assert_values(fill(reading, [2, 3, 4]), [2, 3, 4])
+    assert reading.lacks(SPACE, [digest(1), digest(3)]).tolist() == [False, True]
+    assert reading.stats().loc["f", "rows"] == 2
+    for refused in (reading.clear, lambda: reading.prune(0)):
+        with pytest.raises(OSError, match="read_only=True.* is for reading only"):
+            refused()
+    assert snapshot(store.path.parent) == before
+
+
+def test_a_read_only_store_sees_what_another_process_is_writing(store):
+    encode = in_batches(lambda batch: (batch, [value(i) for i in batch]))
+    pieces = store.fill(SPACE, [digest(i) for i in range(20)], encode=encode, claim_size=8)
+    positions, _ = next(pieces)
+    reading = EmbeddingStore(store.path, read_only=True)
+    assert_values(read(reading, list(range(20))), positions.tolist())
+    pieces.close()
+
+
+def test_a_read_only_store_must_exist(tmp_path):
+    store = EmbeddingStore(tmp_path / "none.sqlite", read_only=True)
+    for use in (store.stats, lambda: read(store, [1]), lambda: fill(store, [1])):
+        with pytest.raises(FileNotFoundError, match=r"no embedding store at .*none.sqlite"):
+            use()
+    assert not list(tmp_path.iterdir())
+    assert repr(store).endswith("none.sqlite', read_only=True)")
+
+
+def test_links_lead_to_one_store(store, tmp_path):
+    fill(store, [1])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link.sqlite").symlink_to(store.path)
+    (tmp_path / "folder").symlink_to(tmp_path)
+    for path in ("elsewhere/link.sqlite", "folder/store.sqlite"):
+        linked = EmbeddingStore(tmp_path / path)
+        encode = in_batches(lambda batch: (batch, [value(2)]))
+        pieces = linked.fill(SPACE, [digest(hash(path) % 1000 + 5)], encode=encode, claim_size=1)
+        next(pieces)
+        assert len(os.listdir(f"{store.path}.sessions")) == 1
+        pieces.close()
+        assert_values(read(linked, [1]), [1])
+    assert os.listdir(tmp_path / "elsewhere") == ["link.sqlite"]
+
+
+def test_a_link_to_no_file_yet_is_followed(tmp_path):
+    (tmp_path / "link.sqlite").symlink_to(tmp_path / "disk" / "real.sqlite")
+    fill(EmbeddingStore(tmp_path / "link.sqlite"), [1])
+    assert (tmp_path / "link.sqlite").is_symlink()
+    assert_values(read(EmbeddingStore(tmp_path / "disk" / "real.sqlite"), [1]), [1])
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        (":memory:", "':memory:' is not the path of a file.*store=None"),
+        ("file:x?mode=memory", "is not the path of a file"),
+        ("sqlite:///x.sqlite", "is not the path of a file"),
+        ("cache/", "names a directory.*store='cache/embeddings.sqlite'"),
+        ("", "names a directory"),
+    ],
+)
+def test_names_that_are_no_file_are_refused(path, message):
+    with pytest.raises(ValueError, match=message):
+        EmbeddingStore(path)
+
+
+def test_a_directory_is_refused_with_the_name_of_a_file_in_it(tmp_path):
+    with pytest.raises(OSError, match=r"is a directory.*/embeddings.sqlite'"):
+        EmbeddingStore(tmp_path).stats()
+
+
+def test_an_empty_file_becomes_a_store(tmp_path):
+    (tmp_path / "empty.sqlite").touch()
+    store = EmbeddingStore(tmp_path / "empty.sqlite")
+    fill(store, [1])
+    assert_values(read(store, [1]), [1])
+
+
+def test_a_relative_path_is_made_absolute_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SKLEMBED_STORE", "mine.sqlite")
+    store = EmbeddingStore("emb.sqlite")
+    assert default_path() == tmp_path / "mine.sqlite"
+    monkeypatch.chdir("/")
+    assert store.path == str(tmp_path / "emb.sqlite")
+    assert default_path() == tmp_path / "mine.sqlite"
+    assert os.environ["SKLEMBED_STORE"] == str(tmp_path / "mine.sqlite")  # for child processes
+
+
+def test_a_user_without_a_home_directory_is_told_what_to_do(monkeypatch):
+    def no_home(*args, **kwargs):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SKLEMBED_STORE")
+    monkeypatch.setattr(database, "user_cache_path", no_home)
+    with pytest.raises(OSError, match="SKLEMBED_STORE.*store=None"):
+        EmbeddingStore().stats()
+    assert repr(EmbeddingStore(max_bytes=5)) == "EmbeddingStore(max_bytes=5)"
+
+
+def test_stores_of_older_pickles_are_read(store):
+    old = EmbeddingStore.__new__(EmbeddingStore)
+    old.__setstate__({"path": store.path, "max_bytes": None})
+    assert old.stats().empty
