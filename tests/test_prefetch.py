@@ -15,7 +15,7 @@ from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from sklembed import CallableBackend, FrozenEncoder, PerModalityUnion, prefetch
+from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder, PerModalityUnion, prefetch
 
 N_ROWS = 24
 
@@ -205,3 +205,10 @@ def test_what_cannot_be_prefetched_is_said(text_backend, store, table):
     with pytest.raises(TypeError) as caught:
         prefetch(make_pipeline(NeedsLabels(), encoder), X)
     assert "replays the step 'needslabels' on all rows, without labels" in caught.value.__notes__[0]
+
+
+def test_a_store_that_only_reads_is_refused(text_backend, store):
+    FrozenEncoder(text_backend, store=store).transform(["a"])
+    encoder = FrozenEncoder(text_backend, store=EmbeddingStore(store.path, read_only=True))
+    with pytest.raises(ValueError, match="for reading only, so nothing can be encoded into it"):
+        prefetch(encoder, ["a", "b"])
