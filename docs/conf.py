@@ -34,7 +34,9 @@ html_theme_options = {
     "show_toc_level": 2,
     "show_prev_next": False,
     # Not beside examples, whose lines of code need the width.
-    "secondary_sidebar_items": dict.fromkeys(("*", "api/*", "results/*", "user_guide/*"), ["page-toc"]),
+    "secondary_sidebar_items": dict.fromkeys(
+        ("*", "api/*", "results/*", "user_guide/*"), ["page-toc"]
+    ),
 }
 html_show_sourcelink = False
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parents[2] / "sklembed" / "datasets" / "data"
 
 
 class Archive(NamedTuple):

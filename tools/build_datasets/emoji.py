@@ -1,4 +1,4 @@
-"""Build ``data/emoji.zip`` from two npm packages: ``python -m sklembed.datasets._build.emoji``.
+"""Build ``data/emoji.zip`` from two npm packages: ``python -m tools.build_datasets.emoji``.
 
 Without ``--source`` the packages are downloaded, which needs ``npm``.
 """

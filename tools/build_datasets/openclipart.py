@@ -1,6 +1,6 @@
 """Build ``data/openclipart.zip`` from two Debian packages.
 
-Run ``python -m sklembed.datasets._build.openclipart`` on Debian or a relative of it: ``dpkg`` opens
+Run ``python -m tools.build_datasets.openclipart`` on Debian or a derivative: ``dpkg`` opens
 the packages and, without ``--source``, ``apt-get`` downloads them.
 """
 
@@ -110,7 +110,7 @@ def _read_row(root: Path, path: Path) -> dict | None:
 
 
 def _drop_copies(rows: list[dict]) -> list[dict]:
-    """The first by name of pictures whose thumbnails are equal, and none of two classes."""
+    """Keep the first by name of images with equal thumbnails, and none of two classes."""
     classes: dict[bytes, set[str]] = {}
     for row in rows:
         classes.setdefault(row["image"], set()).add(row["target"])
@@ -170,7 +170,7 @@ def _readable(text: str) -> str:
 
 
 def _from_cp1252(control: str) -> str:
-    """The character a Windows editor meant by a control code."""
+    """Return the character that a Windows editor meant by a control code."""
     return control.encode("latin-1").decode("cp1252", errors="ignore")
 
 

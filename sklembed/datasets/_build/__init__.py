@@ -1,1 +1,0 @@
-"""Scripts that make the files in ``data/``: for maintainers, not part of the wheel."""

@@ -1,0 +1,1 @@
+"""Scripts that build the files in ``sklembed/datasets/data``."""
