@@ -482,7 +482,6 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         self.blocks_ = resolve_blocks(self.blocks, names, X.shape[1])
         rows, observed, paired = self._check_pairs(X)
         self.means_ = _centroids(rows)
-        centred = {name: part - self.means_[name] for name, part in rows.items()}
         pairs, whitenings, shrinkages = [], [], []
         for name, part in rows.items():
             centred = _centred(part, self.means_[name])
