@@ -235,68 +235,6 @@ def n_trained(weights: Mapping[str, np.ndarray]) -> int:
     return sum(v.size for name, v in weights.items() if not name.startswith(("mean_", "scale_")))
 
 
-def check_no_raw_cell(X: Any, cause: Exception) -> None:
-    """Refuse a table in which a cell holds tokens, text or an image where a number is expected.
-
-    Parameters
-    ----------
-    X : DataFrame or array-like
-        A table that could not be converted to numbers.
-    cause : Exception
-        The error of the conversion.
-
-    Raises
-    ------
-    ValueError
-        If there is such a cell; it names column and row, and what to do.
-    """
-    if not isinstance(X, pd.DataFrame):
-        try:
-            X = np.asarray(X)
-        except ValueError:  # rows of different lengths
-            return
-        if X.ndim != 2 or X.dtype.kind not in "OUS":
-            return
-        X = pd.DataFrame(X)
-    for position, name in enumerate(X.columns):
-        column = X.iloc[:, position]
-        if pd.api.types.is_numeric_dtype(column.dtype):
-            continue
-        for row, cell in enumerate(column):
-            remedy = _remedy_for_raw_cell(cell)
-            if remedy:
-                raise ValueError(
-                    f"Column {name!r} should hold numbers, but row {row} holds {remedy}"
-                ) from cause
-
-
-def _remedy_for_raw_cell(cell: Any) -> str:
-    """Say what a cell holds instead of a number, and what to do; empty if it is none of these."""
-    if isinstance(cell, str | bytes):
-        try:
-            float(cell)
-            return ""
-        except ValueError:
-            return (
-                f"the text {cell[:30]!r}. Encode texts and paths of images by a FrozenEncoder, and "
-                "categories by a OneHotEncoder, each in a branch of a PerModalityUnion."
-            )
-    if hasattr(cell, "getbands"):
-        return "an image. Encode images by a FrozenEncoder in a branch of a PerModalityUnion."
-    shape = np.shape(cell) if isinstance(cell, np.ndarray | list | tuple) else ()
-    if len(shape) == 2:
-        return (
-            f"tokens, an array of shape {shape}. Encode them by FrozenEncoder(output='pooled'), or "
-            "pool them by a SharedFusionEncoder or a CrossAttentionAdaptor beforehand."
-        )
-    if shape:
-        return (
-            f"an array of shape {shape}. Give every number a column of its own, for example by "
-            "np.vstack(column)."
-        )
-    return ""
-
-
 def token_columns(X: Any) -> np.ndarray:
     """Tell which columns of a table hold a sequence of vectors in each cell.
 

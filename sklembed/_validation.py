@@ -1,7 +1,7 @@
 """Checks shared by estimators, with messages that say what was got and what to do."""
 
 import warnings
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
@@ -65,19 +65,19 @@ def _cells_of_objects(y):
 
 
 def check_vectors(X, estimator) -> None:
-    """Refuse tokens and texts where each row is a vector of numbers.
+    """Refuse tokens, texts and images where each row is a vector of numbers.
 
     Parameters
     ----------
     X : array-like
-        A table. Of its columns of objects, the first cell that is not missing is checked.
+        A table.
     estimator : estimator
         Named in the message.
 
     Raises
     ------
     ValueError
-        If the cell is an array, a list or a text.
+        If a cell is an array, a list, a text or an image.
     """
     name = type(estimator).__name__
     if getattr(X, "ndim", 2) == 3:
@@ -86,26 +86,29 @@ def check_vectors(X, estimator) -> None:
             "each row. Set output='pooled' in the FrozenEncoder, or reduce X to two dimensions."
         )
     for column, cells in _columns_of_objects(X):
-        observed = np.flatnonzero([not _is_missing(cell) for cell in cells])
-        if not len(observed):
-            continue
-        row = observed[0]
-        cell = cells[row]
-        if isinstance(cell, _COLLECTIONS):
-            shape = np.shape(cell) if isinstance(cell, np.ndarray) else (len(cell),)
-            remedy = "Stack the vectors to a table with a column for each number: np.stack(cells)."
-            if len(shape) > 1:
-                remedy = "Set output='pooled' in the FrozenEncoder that makes the column."
-            raise ValueError(
-                f"Row {row} of column {column!r} of X is an array of shape {shape}, but {name} "
-                f"takes pooled vectors, with one number in each cell. {remedy}"
-            )
-        if isinstance(cell, str) and not _is_number(cell):
-            raise ValueError(
-                f"Row {row} of column {column!r} of X is the text {cell[:40]!r}, but {name} takes "
-                "vectors, with one number in each cell. Encode texts first, for example with "
-                "FrozenEncoder."
-            )
+        for row, cell in enumerate(cells):
+            what, remedy = _what_is_no_number(cell)
+            if what:
+                raise ValueError(
+                    f"Row {row} of column {column!r} of X is {what}, but {name} takes vectors, "
+                    f"with one number in each cell. {remedy}"
+                )
+
+
+def _what_is_no_number(cell) -> tuple[str, str]:
+    """Say what a cell is instead of a number, and what to do; empty if it may be a number."""
+    if isinstance(cell, Real):  # the usual case
+        return "", ""
+    if isinstance(cell, _COLLECTIONS):
+        shape = np.shape(cell) if isinstance(cell, np.ndarray) else (len(cell),)
+        remedy = "Stack the vectors to a table with a column for each number: np.stack(cells)."
+        if len(shape) > 1:
+            remedy = "Set output='pooled' in the FrozenEncoder that makes the column."
+        return f"an array of shape {shape}", remedy
+    remedy = "Encode texts and images first, for example with FrozenEncoder."
+    if isinstance(cell, str | bytes) and not _is_number(cell):
+        return f"the text {cell[:40]!r}", remedy
+    return ("an image", remedy) if hasattr(cell, "getbands") else ("", "")
 
 
 def _columns_of_objects(X):
@@ -120,11 +123,7 @@ def _columns_of_objects(X):
     return list(enumerate(X.reshape(len(X), -1).T))
 
 
-def _is_missing(cell) -> bool:
-    return bool(pd.api.types.is_scalar(cell) and pd.isna(cell))
-
-
-def _is_number(text: str) -> bool:
+def _is_number(text: str | bytes) -> bool:
     try:
         float(text)
     except ValueError:

@@ -25,13 +25,15 @@ from sklearn.utils.validation import (
 )
 
 from sklembed import _callbacks
-from sklembed._blocks import check_no_raw_cell, moments, observed_in_block, resolve_blocks
+from sklembed._blocks import moments, observed_in_block, resolve_blocks
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
 from sklembed._targets import encode_target, hold_back
 from sklembed._validation import (
+    check_class_weight,
     check_layer_sizes,
     check_no_missing_label,
     check_routing_enabled,
+    check_vectors,
     draw_seed,
 )
 
@@ -130,7 +132,8 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
             of the classes' shares in training.
         """
         check_is_fitted(self)
-        X = _validate(self, X, dtype=np.float32, ensure_all_finite=False, reset=False)
+        check_vectors(X, self)
+        X = validate_data(self, X, dtype=np.float32, ensure_all_finite=False, reset=False)
         X, there = _by_modality(X, self.blocks_)
         ignored = np.isin(list(self.blocks_), self.ignored_blocks_)
         if ignored.any():
@@ -176,12 +179,16 @@ class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         """Return the weight of each row in the loss."""
         weight = _check_sample_weight(sample_weight, X, dtype=np.float32, ensure_non_negative=True)
         if self.class_weight is not None and target.kind == "multiclass":
+            check_class_weight(self.class_weight, self.classes_)
             # of the rows that count, so that a row of weight 0 is as good as absent
             codes, counted = target.values, weight > 0
             present = np.unique(codes[counted])
+            by_label = self.class_weight
+            if isinstance(by_label, dict):
+                by_label = {c: by_label.get(c, 1.0) for c in self.classes_[present].tolist()}
             by_class = np.zeros(len(self.classes_), dtype=np.float32)
             by_class[present] = compute_class_weight(
-                self.class_weight, classes=self.classes_[present], y=self.classes_[codes[counted]]
+                by_label, classes=self.classes_[present], y=self.classes_[codes[counted]]
             )
             weight = weight * by_class[codes]
         return weight
@@ -985,7 +992,8 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
             One number per row for two classes.
         """
         check_is_fitted(self)
-        X = _validate(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False)
+        check_vectors(X, self)
+        X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False)
         logs = self._pool(X, _observed(X, self.blocks_))
         return logs if self.target_type_ == "multiclass" else logs[..., 1] - logs[..., 0]
 
@@ -1173,7 +1181,8 @@ def _check_table(estimator, X, y, *, dtype, reset):
     """Check a table of blocks and its labels; set what is learnt of both."""
     if y is not None:
         check_no_missing_label(y)
-    X, y = _validate(
+    check_vectors(X, estimator)
+    X, y = validate_data(
         estimator,
         X,
         y,
@@ -1199,15 +1208,6 @@ def _check_table(estimator, X, y, *, dtype, reset):
     two = target.kind == "multiclass" and len(target.classes) == 2
     estimator.target_type_ = "binary" if two else target.kind
     return X, target
-
-
-def _validate(estimator, X, *y, **options):
-    """Validate a table; the error names a cell of tokens, text or an image."""
-    try:
-        return validate_data(estimator, X, *y, **options)
-    except (TypeError, ValueError) as error:
-        check_no_raw_cell(X, error)
-        raise
 
 
 def _warn_ignored(name, reason):
@@ -1419,14 +1419,13 @@ def _class_weights(estimator):
 
 
 def _check_class_weights(estimator, name, classes):
-    """Refuse class weights for labels that `y` does not hold."""
+    """Check class weights among the parameters of a classifier, as `check_class_weight` does."""
     for key, weights in _class_weights(estimator).items():
-        unknown = [label for label in weights if label not in classes.tolist()]
-        if unknown:
-            raise ValueError(
-                f"{key} of the classifier of block {name!r} has weights for {unknown}, but the "
-                f"classes are {classes.tolist()}."
-            )
+        try:
+            check_class_weight(weights, classes)
+        except ValueError as error:
+            error.add_note(f"This was {key} of the classifier of block {name!r}.")
+            raise
 
 
 def _check_weights(weights, names):

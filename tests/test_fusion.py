@@ -6,6 +6,7 @@ import pytest
 import sklearn
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import make_classification
 from sklearn.ensemble import RandomForestClassifier
@@ -452,6 +453,21 @@ def test_class_weights_of_unknown_labels_are_refused_by_name(Head):
         small(Head, class_weight={0: 2.0}).fit(X, labels.set_axis([7, 8], axis=1))
 
 
+@pytest.mark.parametrize("Head", [*HEADS, DecisionFusionClassifier])
+def test_class_weights_of_unknown_classes_are_refused_or_warned_of(Head):
+    def classifier(weights):
+        if Head is DecisionFusionClassifier:
+            return decisions(LogisticRegression(class_weight=weights))
+        return small(Head, max_epochs=1, class_weight=weights)
+
+    X, y = world()
+    with pytest.raises(ValueError, match="'no such class', which is none of the 3 classes"):
+        classifier({0: 2.0, "no such class": 9.0}).fit(X, y)
+    with pytest.warns(UserWarning, match="weight for 3.*no effect"):  # a fold may lack a class
+        classifier({0: 2.0, 1: 1.0, 2: 1.0, 3: 9.0}).fit(X, y)
+    classifier({0: 2.0, 2: 1.0}).fit(X, y, sample_weight=(y < 2).astype(float))
+
+
 def test_balanced_weights_of_rare_labels_are_exact():
     X, y = world(4000)
     labels = np.stack([np.arange(4000) == 5, y == 0, np.ones(4000)], axis=1).astype(int)
@@ -473,9 +489,10 @@ def test_cells_that_are_not_numbers_are_refused_by_column_and_row(Classifier):
     frame = pd.DataFrame({"text__0": [1.0, 2.0, 3.0], "image__0": [1.0, 2.0, 3.0]})
     arguments = (LogisticRegression(),) if Classifier is DecisionFusionClassifier else ()
     for cell, message in (
-        ("a dog", "Column 'image__0' .* row 1 holds the text 'a dog'.*FrozenEncoder"),
-        (np.ones((4, 3)), r"row 1 holds tokens, an array of shape \(4, 3\).*output='pooled'"),
-        (np.ones(3), r"row 1 holds an array of shape \(3,\)"),
+        ("a dog", "Row 1 of column 'image__0' .* is the text 'a dog'.*FrozenEncoder"),
+        (np.ones((4, 3)), r"Row 1 .* is an array of shape \(4, 3\).*output='pooled'"),
+        (np.ones(3), r"Row 1 .* is an array of shape \(3,\)"),
+        (Image.new("RGB", (2, 2)), "Row 1 .* is an image.*FrozenEncoder"),
     ):
         column = frame["image__0"].astype(object)
         column[1] = cell
@@ -651,7 +668,7 @@ def test_what_decisions_cannot_be_made_of_is_refused():
         decisions(weights={"text": 1.0, "image": -1.0}).fit(X, y)
     with pytest.raises(ValueError, match="must give each of the blocks"):
         decisions(weights={"text": 1.0, "image": np.inf}).fit(X, y)
-    with pytest.raises(ValueError, match=r"weights for \['no'\], but the classes are \[0, 1, 2\]"):
+    with pytest.raises(ValueError, match=r"weight for 'no', .* none of the 3 classes"):
         decisions(LogisticRegression(class_weight={"no": 2.0})).fit(X, y)
     with pytest.raises(ValueError, match=r"None of the blocks \['text', 'image'\] is observed"):
         decisions().fit(X * np.nan, y)
