@@ -212,6 +212,47 @@ def _hides_missing(dtype):
     return pd.api.types.is_string_dtype(dtype) and dtype.na_value is pd.NA
 
 
+def holds_objects(X):
+    """Tell which columns of a table hold objects, texts or categories; none of polars does."""
+    dtypes = list(X.dtypes) if is_frame(X) else [X.dtype]
+    return np.array([_is_of_objects(dtype) for dtype in dtypes])
+
+
+def _is_of_objects(dtype):
+    if isinstance(dtype, pd.CategoricalDtype):
+        return True
+    return pd.api.types.is_object_dtype(dtype) or pd.api.types.is_string_dtype(dtype)
+
+
+def empty_as_objects(X, expected):
+    """Return X with NaN of dtype object in columns without a value of which objects are expected.
+
+    Readers take a column without any value for one of numbers, and encoders of categories cannot
+    compare numbers with texts.
+
+    Parameters
+    ----------
+    X : DataFrame, Series or ndarray
+        The table or column.
+    expected : ndarray of bool
+        What `holds_objects` returned of the training rows.
+    """
+    if not (isinstance(X, pd.DataFrame | pd.Series | np.ndarray) and len(X)):
+        return X
+    empty = missing_cells(X).all(axis=0)
+    changed = expected & ~holds_objects(X) & empty
+    if not changed.any():
+        return X
+    if isinstance(X, np.ndarray):
+        return X.astype(object)
+    if isinstance(X, pd.Series):
+        return pd.Series(np.nan, index=X.index, name=X.name, dtype=object)
+    X = X.copy(deep=False)
+    for position in np.flatnonzero(changed):
+        X.isetitem(position, pd.Series(np.nan, index=X.index, dtype=object))
+    return X
+
+
 def output_container(estimator):
     """Return what `set_output`, or else the global configuration, says that transform returns."""
     config = getattr(estimator, "_sklearn_output_config", {})

@@ -34,6 +34,8 @@ from sklembed._tables import (
     as_pandas,
     as_table,
     column_positions,
+    empty_as_objects,
+    holds_objects,
     is_frame,
     missing_as_nan,
     missing_cells,
@@ -354,7 +356,10 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         X = as_table(X)
         if not (is_frame(X) and hasattr(self, "feature_names_in_")):
             validate_data(self, X, reset=False, skip_check_array=True)
-        parts = self._parts(X, self.transformers_)
+        parts = [
+            part._replace(cells=empty_as_objects(part.cells, self._objects[part.name]))
+            for part in self._parts(X, self.transformers_)
+        ]
         self._warn_of_unobserved(parts)
         outputs = self._run(
             {
@@ -519,6 +524,10 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         self.blocks_ = _side_by_side(widths)
         self.holds_tokens_ = dict.fromkeys(self.blocks_, False) | {
             part.name: results[part.name].holds_tokens for part in parts
+        }
+        self._objects = {
+            part.name: holds_objects(part.cells) if _selects(part.columns) else None
+            for part in parts
         }
         self._replaced = []
         _callbacks.end(self, context, X, y)

@@ -227,6 +227,31 @@ def test_a_row_without_numbers_and_category_is_predicted_as_by_column_transforme
 
 
 @pytest.mark.parametrize("dtype", [object, "string", "category"])
+@pytest.mark.parametrize(
+    "encoder", [ONE_HOT, ColumnTransformer([("sex", ONE_HOT, ["sex"])], remainder="passthrough")]
+)
+def test_a_category_without_any_value_in_a_request_is_a_missing_category(encoder, dtype):
+    X = pd.DataFrame({"sex": ["f", "m", None] * 4, "ward": ["a", None, "b"] * 4}, dtype=dtype)
+    if isinstance(encoder, ColumnTransformer):
+        X["ward"] = np.arange(12.0)
+    union = PerModalityUnion([("category", encoder, ["sex", "ward"])]).fit(X)
+    row = X.iloc[[2]]
+    csv = row.assign(sex=np.nan)  # as a reader of files understands an empty column
+    assert csv["sex"].dtype == float
+    np.testing.assert_array_equal(union.transform(csv), union.transform(row))
+    assert csv["sex"].dtype == float
+
+
+def test_a_category_without_any_value_in_an_array_or_polars_table_is_a_missing_category():
+    cells = [["f"], ["m"], [None]]
+    union = PerModalityUnion([("category", ONE_HOT, [0])]).fit(np.array(cells, dtype=object))
+    assert union.transform(np.array([[np.nan]])).tolist() == [[0, 0, 1]]
+    union = PerModalityUnion([("category", ONE_HOT, ["sex"])])
+    union.fit(pl.DataFrame({"sex": ["f", "m", None]}))
+    assert union.transform(pl.DataFrame({"sex": [None]})).tolist() == [[0, 0, 1]]
+
+
+@pytest.mark.parametrize("dtype", [object, "string", "category"])
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA], ids=repr)
 def test_imputers_of_texts_recognise_every_kind_of_missing_cell(dtype, missing):
     cells = pd.Series(["a", missing, "b", "a"], dtype=object).astype(dtype)
