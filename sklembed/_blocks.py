@@ -177,7 +177,7 @@ def _as_slice(positions: list[int]) -> Block:
     return np.array(positions)
 
 
-def observed_rows(X: np.ndarray, where: str = "") -> np.ndarray:
+def observed_rows(X: np.ndarray, where: str = "", names: Sequence[str] | None = None) -> np.ndarray:
     """Tell which rows of a numeric block hold values, and refuse infinities and torn rows.
 
     Parameters
@@ -186,6 +186,8 @@ def observed_rows(X: np.ndarray, where: str = "") -> np.ndarray:
         One modality's columns; a missing modality is a row of NaN.
     where : str
         Added to the row in the error message.
+    names : sequence of str or None
+        Names of the columns, for the error message.
 
     Returns
     -------
@@ -206,10 +208,13 @@ def observed_rows(X: np.ndarray, where: str = "") -> np.ndarray:
     torn = np.flatnonzero(nan.any(axis=1) & ~missing)
     if len(torn):
         row = torn[0]
+        column = int(nan[row].argmax())
+        first = "" if names is None else f", first in {names[column]!r}"
         raise ValueError(
-            f"Input X contains NaN in {nan[row].sum()} of {X.shape[1]} columns of row {row}{where} "
-            f"({len(torn)} such rows in all). A row of NaN throughout is a missing modality; "
-            "single missing numbers have to be imputed first, for example by SimpleImputer."
+            f"Input X contains NaN in {nan[row].sum()} of {X.shape[1]} columns of row {row}{where}"
+            f"{first} ({len(torn)} such rows in all). A row of NaN throughout is a missing "
+            "modality; single missing numbers have to be imputed first, for example by "
+            "SimpleImputer."
         )
     return ~missing
 

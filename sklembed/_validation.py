@@ -283,6 +283,26 @@ def check_routing_enabled(params, estimator) -> None:
         )
 
 
+def split_rows(splitter, X, y, params) -> list:
+    """Return the folds of a splitter; an error about groups says how they are passed.
+
+    Raises
+    ------
+    ValueError
+        If the splitter refuses the rows, or needs groups and `params` has none.
+    """
+    try:
+        return list(splitter.split(X, y, **params))
+    except ValueError as error:
+        if "groups" not in str(error) or "groups" in params:
+            raise
+        raise ValueError(
+            f"cv={splitter!r} needs groups, and none were passed. Call "
+            "sklearn.set_config(enable_metadata_routing=True), then pass groups to fit, of this "
+            "estimator or of the pipeline."
+        ) from error
+
+
 def check_layer_sizes(sizes) -> None:
     """Refuse hidden layers that are not a sequence of positive integers.
 

@@ -35,6 +35,7 @@ from sklembed._validation import (
     check_routing_enabled,
     check_vectors,
     draw_seed,
+    split_rows,
 )
 
 _CHUNK_ROWS = 1024  # of a forward pass: a chunk stays in the processor's caches
@@ -1096,7 +1097,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
             observed = np.stack(list(data.observed.values()), axis=1)
             return _spread_folds(_strata(target), observed, cv)
         y = data.codes if target.kind == "multilabel" else target.classes[data.codes]
-        return list(check_cv(cv).split(data.X, y, **metadata))
+        return split_rows(check_cv(cv), data.X, y, metadata)
 
     def _fit_each(self, estimators, data, row_sets):
         """Fit every modality's classifier on each of several sets of rows."""

@@ -38,6 +38,7 @@ from sklembed._validation import (
     check_routing_enabled,
     check_vectors,
     draw_seed,
+    split_rows,
 )
 
 _LOSSES = ("supcon", "pairwise_bce")  # of nn.losses, which imports torch
@@ -347,7 +348,8 @@ class ContrastiveProjector(
         -----
         UserWarning
             If whole numbers in `y` are taken for classes but look like measurements, see
-            `target_type`; or a weight in `class_weight` has no effect.
+            `target_type`; two columns of `y` have the same text for a label, as lists of tags do;
+            or a weight in `class_weight` has no effect.
         """
         self._fit(X, y, sample_weight, params, "fit", cross_fit=self.passthrough == "auto")
         return self
@@ -436,7 +438,8 @@ class ContrastiveProjector(
         check_is_fitted(self)
         check_vectors(X, self)
         X = validate_data(self, X, dtype=np.float32, ensure_all_finite=False, reset=False)
-        observed = observed_rows(X)  # looks for infinities too
+        names = getattr(self, "feature_names_in_", None)
+        observed = observed_rows(X, names=names)  # looks for infinities too
         X = X[observed] if not observed.all() else X
         Z = _project(self.weights_, X, self.similarity) if self.gate_ != "passthrough" else None
         return self._output(Z, X, observed)
@@ -543,7 +546,8 @@ class ContrastiveProjector(
             multi_output=True,
             reset=reset,
         )
-        observed = observed_rows(X)
+        names = getattr(self, "feature_names_in_", None)
+        observed = observed_rows(X, names=names)
         if not observed.any():
             raise ValueError(
                 f"All {len(X)} rows of X are NaN: the modality is missing everywhere, and there is "
@@ -635,19 +639,9 @@ class ContrastiveProjector(
         observed = data.observed
         splitter = check_cv(self.cv, data.labels, classifier=data.target.strata is not None)
         everyone = np.arange(len(observed))
-        try:
-            parts = list(splitter.split(data.table, data.labels, **routed))
-        except ValueError as error:
-            if "groups" not in str(error) or "groups" in routed:
-                raise
-            raise ValueError(
-                f"cv={self.cv!r} needs groups, and none were passed. Call "
-                "sklearn.set_config(enable_metadata_routing=True), then pass groups to fit or "
-                "fit_transform, of this estimator or of the pipeline."
-            ) from error
         folds = [
             (everyone[np.asarray(train)], everyone[np.asarray(held_out)])
-            for train, held_out in parts
+            for train, held_out in split_rows(splitter, data.table, data.labels, routed)
         ]
         _check_each_row_held_out_once(folds, len(observed))
         position = np.cumsum(observed) - 1

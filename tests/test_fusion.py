@@ -656,6 +656,8 @@ def test_groups_reach_the_splitter():
     assert sum(fusion.weights_.values()) == pytest.approx(1)
     with pytest.raises(ValueError, match="enable_metadata_routing"):
         decisions(cv=GroupKFold(3)).fit(X, y, groups=groups)
+    with pytest.raises(ValueError, match=r"needs groups.*set_config\(enable_metadata_routing=True"):
+        decisions(cv=GroupKFold(3)).fit(X, y)
 
 
 def test_what_decisions_cannot_be_made_of_is_refused():

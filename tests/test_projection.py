@@ -321,6 +321,9 @@ def test_a_row_that_is_half_there_is_refused(clusters):
     for method in (projector.transform, lambda X: small().fit(X, y)):
         with pytest.raises(ValueError, match="contains NaN in 1 of 20 columns of row 5"):
             method(X)
+    frame = pd.DataFrame(X).add_prefix("text__")
+    with pytest.raises(ValueError, match="of row 5, first in 'text__3'"):
+        small().fit(frame, y)
 
 
 # Seeds and threads
