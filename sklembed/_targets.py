@@ -1,6 +1,7 @@
 """Targets of every kind, turned into arrays from which the affinity of two rows can be told."""
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal
@@ -239,6 +240,29 @@ def warn_if_measured(target: Target, y) -> None:
         UserWarning,
         stacklevel=3,
     )
+
+
+def warn_if_tags(target: Target) -> None:
+    """Warn of a target that was taken for levels of a tree, but looks like lists of tags.
+
+    Warns
+    -----
+    UserWarning
+        If a text is a label of two columns, as where lists of tags are equally long.
+    """
+    if target.kind != "hierarchical":
+        return
+    labels = [label for level in target.classes for label in level.tolist()]
+    shared = [label for label, n in Counter(labels).items() if n > 1 and isinstance(label, str)]
+    if shared:
+        warnings.warn(
+            f"y was taken for the levels of a tree, but {shared[0]!r} is a label of two columns. "
+            "If y holds lists of tags, give a column of 0 and 1 for each tag: "
+            "sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y). If it holds levels, set "
+            "target_type='hierarchical', which silences this warning.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def hold_back(

@@ -30,6 +30,7 @@ from sklembed._targets import (
     encode_target,
     hold_back,
     warn_if_measured,
+    warn_if_tags,
 )
 from sklembed._validation import (
     check_class_weight,
@@ -580,6 +581,7 @@ class ContrastiveProjector(
             check_class_weight(self.class_weight, top)
         if self.target_type == "auto":
             warn_if_measured(target, y)
+            warn_if_tags(target)
 
     def _row_weights(self, X, target, sample_weight):
         """Return the weights of rows in the loss, None if all are 1."""

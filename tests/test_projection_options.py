@@ -278,6 +278,15 @@ def test_whole_numbers_that_look_measured_are_warned_of(clusters):
     small().partial_fit(X, y)
 
 
+def test_lists_of_tags_of_equal_length_are_warned_of(clusters):
+    X, _ = clusters
+    tags = [["red", "round"], ["round", "old"], ["red", "old"]] * 30
+    with pytest.warns(UserWarning, match="'round' is a label of two columns.*MultiLabelBinarizer"):
+        projector = small(cv=None, max_epochs=1).fit(X, tags)
+    assert projector.target_type_ == "hierarchical"
+    small(cv=None, max_epochs=1, target_type="hierarchical").fit(X, tags)  # without a warning
+
+
 def test_balanced_means_the_coarsest_level(clusters):
     X, y = clusters
     levels = np.column_stack([y > 0, 3 * y + (X[:, 0] > 0)])
