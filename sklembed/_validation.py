@@ -1,6 +1,7 @@
 """Checks shared by estimators, with messages that say what was got and what to do."""
 
 import warnings
+from datetime import date
 from numbers import Integral, Real
 
 import numpy as np
@@ -77,7 +78,7 @@ def check_vectors(X, estimator) -> None:
     Raises
     ------
     ValueError
-        If a cell is an array, a list, a text or an image.
+        If a cell is an array, a list, a text, a date or an image.
     """
     name = type(estimator).__name__
     if getattr(X, "ndim", 2) == 3:
@@ -105,6 +106,8 @@ def _what_is_no_number(cell) -> tuple[str, str]:
         if len(shape) > 1:
             remedy = "Set output='pooled' in the FrozenEncoder that makes the column."
         return f"an array of shape {shape}", remedy
+    if isinstance(cell, date | np.datetime64) and not pd.isna(cell):
+        return f"the date {cell}", "Turn dates into numbers first."
     remedy = "Encode texts and images first, for example with FrozenEncoder."
     if isinstance(cell, str | bytes) and not _is_number(cell):
         return f"the text {cell[:40]!r}", remedy

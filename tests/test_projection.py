@@ -408,6 +408,10 @@ def tokens_of(n_rows):
 @pytest.mark.parametrize(
     ("X", "message"),
     [
+        (
+            pd.DataFrame({"day": [None, *["2020-01-01"] * 89]}, dtype="datetime64[us]"),
+            "Row 1 of column 'day' of X is the date 2020-01-01",
+        ),
         (tokens_of(90), r"Row 0 of column 'text__0' .* shape \(3, 2\).*output='pooled'"),
         (np.ones((90, 3, 2)), r"dim 3, of shape \(90, 3, 2\).*output='pooled'"),
         (pd.DataFrame({"v": [None, *[np.ones(4)] * 89]}), r"Row 1 .*shape \(4,\).*np.stack"),
@@ -417,7 +421,14 @@ def tokens_of(n_rows):
         ),
         (np.array([["a red cat"]] * 90), "Row 0 of column 0 of X is the text 'a red cat'"),
     ],
-    ids=["tokens", "padded tokens", "a column of vectors", "a column of texts", "texts"],
+    ids=[
+        "a column of dates",
+        "tokens",
+        "padded tokens",
+        "a column of vectors",
+        "a column of texts",
+        "texts",
+    ],
 )
 def test_what_are_no_vectors_is_refused(clusters, X, message):
     with pytest.raises(ValueError, match=message):
