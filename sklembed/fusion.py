@@ -959,7 +959,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         self.estimators_, self.estimator_classes_, self.floors_ = {}, {}, {}
         for name, fitted in all_rows.items():
             self.estimators_[name] = fitted.estimator
-            self.estimator_classes_[name] = self.classes_[fitted.shown]
+            self.estimator_classes_[name] = self.classes_[fitted.present]
             self.floors_[name] = fitted.floors
         self.weights_ = self._find_weights(data, folds, by_fold)
         return self
@@ -1150,8 +1150,8 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
 
     def _fitted(self, name):
         """Return what `fit` has learned of one modality."""
-        shown = np.flatnonzero(np.isin(self.classes_, self.estimator_classes_[name]))
-        return _Fitted(self.estimators_[name], shown, self.floors_[name])
+        present = np.flatnonzero(np.isin(self.classes_, self.estimator_classes_[name]))
+        return _Fitted(self.estimators_[name], present, self.floors_[name])
 
     def _find_weights(self, data, folds, by_fold):
         """Return the weight of each modality: given, equal, or learned out of fold."""
@@ -1348,21 +1348,21 @@ class _BlockRows(NamedTuple):
 
 
 class _Fitted(NamedTuple):
-    """A modality's classifier, or a list for labels; the classes it was shown; its floors."""
+    """A modality's classifier, or a list for labels; the classes in its rows; its floors."""
 
     estimator: object
-    shown: np.ndarray
+    present: np.ndarray
     floors: np.ndarray | None
 
     def log_proba(self, X, log_prior):
-        """Return log-probabilities of all classes; those not shown keep their prior."""
+        """Return log-probabilities of all classes; absent ones keep their prior."""
         logs = _log_proba(self.estimator, X)
         result = np.tile(log_prior, (len(X), *[1] * log_prior.ndim))
         if log_prior.ndim == 2:
-            result[:, self.shown] = _pairs(logs, len(self.shown))
+            result[:, self.present] = _pairs(logs, len(self.present))
         else:
-            share = logsumexp(log_prior[self.shown]) - logsumexp(log_prior)
-            result[:, self.shown] = logs + share
+            share = logsumexp(log_prior[self.present]) - logsumexp(log_prior)
+            result[:, self.present] = logs + share
         return result
 
 
@@ -1511,22 +1511,22 @@ def _spread_folds(strata, observed, n_folds):
 
 def _fit_modality(estimator, part, name, classes, log_prior):
     """Fit one modality's classifier; None if its rows are all of one class."""
-    shown = _classes_in(part.codes)
-    if not len(shown):
+    present = _classes_in(part.codes)
+    if not len(present):
         return None
     try:
         if log_prior.ndim == 2:
-            estimator = _fit_labels(estimator, part, part.codes[:, shown])
+            estimator = _fit_labels(estimator, part, part.codes[:, present])
         else:
-            estimator = _clone_for_codes(estimator, classes[shown])
-            y = np.searchsorted(shown, part.codes)
+            estimator = _clone_for_codes(estimator, classes[present])
+            y = np.searchsorted(present, part.codes)
             estimator.fit(part.X, y, **part.metadata)
     except Exception as error:
         error.add_note(f"This was the classifier of block {name!r}, given {len(part.X)} rows.")
         raise
     for one in estimator if isinstance(estimator, list) else [estimator]:
         _check_predict_proba(one, name)
-    fitted = _Fitted(estimator, shown, None)
+    fitted = _Fitted(estimator, present, None)
     return fitted._replace(floors=_find_floors(fitted, part, log_prior))
 
 
