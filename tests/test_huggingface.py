@@ -117,6 +117,13 @@ def test_a_checkpoint_without_tokenizer_files_is_refused(checkpoints, tmp_path):
         encode(str(path), TEXTS)
 
 
+def test_a_tokenizer_without_its_vocabulary_is_a_clear_error(checkpoints, tmp_path):
+    path = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], path, ignore=shutil.ignore_patterns("tokenizer.json"))
+    with pytest.raises(OSError, match="tokenizer of .* cannot be loaded. Save it beside"):
+        encode(str(path), TEXTS)
+
+
 def test_weights_that_would_be_made_up_are_refused(checkpoints, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -655,6 +662,36 @@ def test_a_file_that_modules_json_names_must_not_be_lost(checkpoints, tmp_path, 
         FrozenEncoder(path).fit(TEXTS)
 
 
+@pytest.mark.parametrize("remains", ["1_Pooling", "sentence_bert_config.json"])
+def test_a_directory_that_has_lost_modules_json_is_refused(checkpoints, tmp_path, remains):
+    path = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], path)
+    (path / "1_Pooling").mkdir()
+    (path / "sentence_bert_config.json").write_text("{}")
+    for name in {"1_Pooling", "sentence_bert_config.json"} - {remains}:
+        (path / name).rmdir() if name == "1_Pooling" else (path / name).unlink()
+    with pytest.raises(OSError, match=f"has '{remains}' .* but no modules.json"):
+        FrozenEncoder(str(path)).fit(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("modules.json", "null"),
+        ("modules.json", '{"0": "Transformer"}'),
+        ("modules.json", '[{"idx": 0, "name": "0", "path": ""}]'),
+        ("1_Pooling/config.json", "[]"),
+        ("config.json", "null"),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_json_of_another_form_is_an_error(checkpoints, tmp_path, name, content):
+    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {})
+    (tmp_path / path / name).write_text(content)
+    with pytest.raises(OSError, match=f"{name}' does not have the entries"):
+        encode(path, TEXTS)
+
+
 def test_a_pooling_without_content_is_an_error(checkpoints, tmp_path):
     path = as_sentence_transformer(checkpoints["bert"], tmp_path, {})
     (tmp_path / path / "1_Pooling" / "config.json").write_text("{}")
@@ -738,6 +775,15 @@ def test_a_dense_module_without_weights_is_a_clear_error(checkpoints, tmp_path):
     path, _ = saved_by_sentence_transformers(checkpoints["bert"], tmp_path, extra=[dense()])
     os.remove(f"{path}/2_Dense/model.safetensors")
     with pytest.raises(OSError, match="'2_Dense' of .* holds neither model.safetensors nor"):
+        encode(path, TEXTS)
+
+
+def test_a_dense_module_of_other_weights_is_a_clear_error(checkpoints, tmp_path):
+    from safetensors.torch import save_file
+
+    path, _ = saved_by_sentence_transformers(checkpoints["bert"], tmp_path, extra=[dense()])
+    save_file({"weight": torch.zeros(8, 16)}, f"{path}/2_Dense/model.safetensors")
+    with pytest.raises(OSError, match="'2_Dense' of .* lack 'linear.weight'"):
         encode(path, TEXTS)
 
 

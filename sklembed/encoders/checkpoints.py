@@ -460,6 +460,7 @@ def _digest_files(root, signature) -> str:
 def _read_sentence_transformer(checkpoint, identity) -> dict[str, Any]:
     modules = _read_json(checkpoint, "modules.json")
     if modules is None:
+        _check_is_not_lost(checkpoint)
         return {}
     settings = _read_transformer_settings(checkpoint) | _read_prompt(checkpoint)
     head = []  # what is done to pooled vectors
@@ -486,6 +487,20 @@ def _read_sentence_transformer(checkpoint, identity) -> dict[str, Any]:
     if not settings.pop("has_towers") and "pooling" not in settings:
         raise _not_understood(checkpoint, "no Pooling module")
     return settings | {"head": head}
+
+
+def _check_is_not_lost(checkpoint) -> None:
+    """Refuse a directory in which other files of sentence-transformers lack their modules.json."""
+    if not checkpoint.is_directory:  # a commit of the hub is complete
+        return
+    names = ("*_Pooling", "config_sentence_transformers.json", "sentence_*_config.json")
+    remains = [path.name for name in names for path in Path(checkpoint.place).glob(name)]
+    if remains:
+        raise OSError(
+            f"{checkpoint.model!r} has {remains[0]!r} of a sentence-transformers model, but no "
+            "modules.json, which names its pooling. Download the whole model again, or, to use "
+            f"the transformer alone, remove {', '.join(remains)}."
+        )
 
 
 def _read_transformer_settings(checkpoint) -> dict[str, Any]:
@@ -626,12 +641,27 @@ def _read_json(checkpoint, name, *, optional=False):
 def _parse_json(path):
     check_file(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise OSError(
             f"The file {str(path)!r} is no valid JSON ({error}): it is damaged or cut short. "
             "Download it again."
         ) from error
+    if path.name == "modules.json":
+        is_sound = isinstance(content, list) and all(map(_is_module, content))
+    else:
+        is_sound = isinstance(content, dict)
+    if not is_sound:
+        raise OSError(
+            f"The file {str(path)!r} does not have the entries of a {path.name}: it is damaged. "
+            "Download it again."
+        )
+    return content
+
+
+def _is_module(entry) -> bool:
+    """Tell an entry of modules.json, which names a class and a folder."""
+    return isinstance(entry, dict) and all(isinstance(entry.get(k), str) for k in ("type", "path"))
 
 
 def check_file(path) -> None:

@@ -692,8 +692,15 @@ def _load_tokenizer(checkpoint):
     from transformers import AutoTokenizer
 
     checkpoint.check_tokenizer()
-    with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(**checkpoint.source())
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(**checkpoint.source())
+    except (KeyError, TypeError, ValueError) as error:  # of a tokenizer class without its files
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"The tokenizer of {checkpoint.model!r} cannot be loaded. Save it beside the model: "
+            f"tokenizer.save_pretrained(directory). (transformers says: {reason})"
+        ) from error
     # Where the files are absent, transformers makes one that knows no word and says nothing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise OSError(
@@ -758,6 +765,11 @@ def _head_step(step, checkpoint, device):
     if step["kind"] == "truncate":
         return lambda vectors: vectors[:, : step["n_features"]]
     weights = checkpoint.tensors(step["path"])
+    if "linear.weight" not in weights:
+        raise OSError(
+            f"The weights in the folder {step['path']!r} of {checkpoint.model!r} lack "
+            f"'linear.weight'; they are {list(weights)}. Download the whole model again."
+        )
     weights = {name: tensor.to(device).float() for name, tensor in weights.items()}
     activation = getattr(torch.nn, step["activation"])()
     return lambda vectors: activation(
