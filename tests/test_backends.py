@@ -35,6 +35,23 @@ def test_a_backend_is_loaded_once_a_process_and_not_cloned():
     assert clone(encoder).model is backend
 
 
+def scaled(factor):
+    def load():
+        return lambda texts: np.full((len(texts), 3), factor)
+
+    return load
+
+
+def test_another_function_of_the_same_name_and_version_is_warned_of():
+    encoder_of(scaled(1.0), "scaled").transform(["a"])
+    encoder_of(scaled(1.0), "scaled").transform(["a"])
+    with pytest.warns(UserWarning, match="Another function load .* Change the version"):
+        vectors = encoder_of(scaled(2.0), "scaled").transform(["a"])
+    np.testing.assert_array_equal(vectors, [[1, 1, 1]])
+    with pytest.warns(UserWarning, match="Another function load"):
+        encoder_of(lambda: scaled(1.0)(), "scaled").transform(["a"])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -3,6 +3,7 @@
 import inspect
 import json
 import pickle
+import types
 import warnings
 from numbers import Integral
 from typing import Any, Literal, Protocol
@@ -16,6 +17,7 @@ Modality = Literal["text", "image"]
 MODALITIES = ("text", "image")
 
 _LARGE_PICKLE = 1_000_000  # bytes; code takes some kilobytes, a model some hundred megabytes
+_LOADED_CODE: dict[str, Any] = {}  # the code of the function that loaded a model, by its key
 
 
 class Backend(Protocol):
@@ -183,6 +185,7 @@ class CallableBackend:
                 "for arguments. If it is the encoding function itself, pass: lambda: encode."
             )
         loaded = self._load()
+        _LOADED_CODE[self.weights()] = _code(self._load)
         functions = loaded if isinstance(loaded, tuple) and len(loaded) == 2 else (loaded,)
         if not all(callable(function) for function in functions):
             raise TypeError(
@@ -203,11 +206,49 @@ class CallableBackend:
         -------
         encoding : Encoding
             The steps.
+
+        Warns
+        -----
+        UserWarning
+            If the function that loaded the model is another one of the same name and version.
         """
+        if _LOADED_CODE.get(self.weights(), _code(self._load)) != _code(self._load):
+            warnings.warn(
+                f"Another function load has loaded the model of {self!r} in this process, and its "
+                "vectors are returned. Change the version whenever you edit load.",
+                UserWarning,
+                stacklevel=2,
+            )
         if not isinstance(loaded, tuple):
             return Encoding(loaded)
         prepare, encode = loaded
         return Encoding(encode, lambda cells: [prepare(cell) for cell in cells])
+
+
+def _code(value):
+    """Return what tells functions apart: their code, its constants and the values they capture.
+
+    Of values only numbers and texts count; the place of a function in its file does not.
+    """
+    if isinstance(value, types.CodeType):
+        return value.co_code, value.co_names, tuple(map(_code, value.co_consts))
+    if isinstance(value, types.FunctionType):
+        captured = [_captured(cell) for cell in value.__closure__ or ()]
+        return _code(value.__code__), tuple(captured), _code(value.__defaults__)
+    if isinstance(value, tuple):
+        return tuple(map(_code, value))
+    if isinstance(value, str | bytes | int | float | None):
+        return repr(value)
+    return type(value).__qualname__
+
+
+def _captured(cell):
+    """Return what tells a captured value from others; a function may capture itself."""
+    try:
+        value = cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+    return _code(getattr(value, "__code__", value))
 
 
 def _needs_arguments(function) -> bool:
