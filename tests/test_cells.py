@@ -465,6 +465,8 @@ def test_threads_leave_the_settings_of_the_process_as_they_were(picture, lenient
         ("/dev/zero", FileNotFoundError, "there is no file '/dev/zero'"),
         (b"", ValueError, r"cannot decode the image \(0 bytes\): no known image format"),
         (b"<svg></svg>", ValueError, "no known image format"),
+        (b"version https://git-lfs.github.com/spec/v1\n", ValueError, "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", ValueError, "it is a web page"),
         ({"bytes": "picture.png"}, TypeError, "expected an image, got dict"),
         ({"path": b"encoded"}, TypeError, "expected an image, got dict"),
         ({"bytes": {"bytes": b""}}, TypeError, "expected an image, got dict"),

@@ -266,7 +266,7 @@ def _to_rgb(source, cell, settings) -> Image.Image:
                 "register an opener in an importable module"
             ) from error
         raise ValueError(
-            f"cannot decode the image {_name(cell, source)}: {_reason(error)}. Repair or "
+            f"cannot decode the image {_name(cell, source)}: {_reason(error, source)}. Repair or "
             "drop it, mark it as missing by None, or pass errors='missing'"
         ) from error
 
@@ -441,12 +441,24 @@ def _name(cell, source) -> str:
     return f"{named}({len(source)} bytes)"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, source) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "no known image format"
+        return f"no known image format{_resemblance(source)}"
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return f"{error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
     return str(error).rstrip(". ") or type(error).__name__
+
+
+def _resemblance(source: bytes) -> str:
+    """Name the content of a file that is often saved in place of an image."""
+    start = source[:64].lstrip().lower()
+    if not start:
+        return ", it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return ", it is a pointer of git-lfs: run `git lfs pull`"
+    if start.startswith((b"<!doctype", b"<html")):
+        return ", it is a web page"
+    return ""
 
 
 def _type_name(cell) -> str:
