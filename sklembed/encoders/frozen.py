@@ -685,7 +685,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         identity = space.description["checkpoint"]
         if "@" in identity:  # a model of the hub, at a commit
             try:
-                return backend, self._space(backend)
+                return backend, self._space_now(backend, identity)
             except (OSError, ImportError) as error:
                 return _AbsentCheckpoint(self.space_["modality"], str(error)), space
         if not checkpoint.is_directory or checkpoint.file("config.json") is None:
@@ -693,7 +693,20 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             return _AbsentCheckpoint(self.space_["modality"], reason), space
         if checkpoint.identity() == identity and self._computes_in(backend, space):
             return backend, space
-        return backend, self._space(backend)
+        return backend, self._space_now(backend, identity)
+
+    def _space_now(self, backend, fitted_identity):
+        """Return the space of a checkpoint, and warn if it is not the one of `fit` any more."""
+        space = self._space(backend)
+        if space.description["checkpoint"] != fitted_identity:
+            warnings.warn(
+                f"The checkpoint {self.model!r} has changed since fit, so its vectors differ from "
+                "those that downstream estimators were fitted on. Fit again, or restore the "
+                "checkpoint (of a hub model, by revision=).",
+                UserWarning,
+                stacklevel=5,
+            )
+        return space
 
     def _computes_in(self, backend, space):
         """Tell whether the model would run in the precision of a space."""
@@ -1028,7 +1041,7 @@ def _list_cells(X):
     """List the cells of an array or a list, flat or of one column."""
     if hasattr(X, "to_pylist"):  # a pyarrow array
         return X.to_pylist()
-    if hasattr(X, "column_name"):  # a column of Hugging Face datasets
+    if hasattr(X, "column_name") and hasattr(X, "features"):  # of Hugging Face datasets
         return list(_undecoded(X)[:])
     if isinstance(X, pd.api.extensions.ExtensionArray):
         return X.tolist()
