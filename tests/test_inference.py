@@ -156,6 +156,18 @@ def test_a_consumer_that_stops_leaves_no_thread_behind():
     assert threading.active_count() == before
 
 
+def test_an_error_of_the_model_leaves_no_thread_behind():
+    def fail(cells):
+        raise KeyboardInterrupt
+
+    before = threading.active_count()
+    chunks = ([i] for i in range(1000))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        list(encode(Backend(Encoding(fail)), chunks, str, batch_size=1, on_error=None))
+    assert threading.active_count() == before
+    assert caught.tb is not None  # whose frames keep what they refer to alive
+
+
 def letters(load, name, **options):
     backend = CallableBackend(load, name=name, version="1", modality="text", n_features=1)
     return FrozenEncoder(backend, **options)

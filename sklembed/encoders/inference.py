@@ -1,5 +1,6 @@
 """Run a model over cells: loaded once a process, fed by threads, in batches that memory holds."""
 
+import contextlib
 import os
 import sys
 import threading
@@ -114,12 +115,13 @@ def encode(
         encoding = replace(encoding, cost=_one, budget=batch_size)
     limit = _Limit(encoding.budget)
     cells = _prepare_ahead(encoding, chain([first], chunks), decode, backend.modality)
-    for batch in _batches(cells, limit):
-        if batch[0].error is not None:
-            on_error(batch[0].error, batch[0].position)
-            yield [batch[0].position], [], []
-        else:
-            yield from _forward(encoding, lock, batch, limit)
+    with contextlib.closing(cells):  # else an error's frames would keep the threads alive
+        for batch in _batches(cells, limit):
+            if batch[0].error is not None:
+                on_error(batch[0].error, batch[0].position)
+                yield [batch[0].position], [], []
+            else:
+                yield from _forward(encoding, lock, batch, limit)
 
 
 def _prepare_ahead(encoding, chunks, decode, modality) -> Iterator[_Cell]:
