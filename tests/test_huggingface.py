@@ -888,6 +888,31 @@ def test_a_checkpoint_s_own_code_is_not_mistaken_for_transformers(remote, monkey
     np.testing.assert_allclose(encode(remote, TEXTS, trust_remote_code=True), plain + 1, atol=1e-5)
 
 
+def test_code_in_another_repository_is_part_of_the_fingerprint(
+    remote, monkeypatch, tmp_path, hub_cache
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    config = json.loads((tmp_path / "remote" / "config.json").read_text())
+    plain = encode(remote, TEXTS)
+    config["auto_map"] = {"AutoModel": "someone/code--modeling_plus.PlusModel"}
+    (tmp_path / "remote" / "config.json").write_text(json.dumps(config))
+    code = (tmp_path / "remote" / "modeling_plus.py").read_text()
+    (tmp_path / "remote" / "modeling_plus.py").unlink()
+    repository = tmp_path / "hub" / "models--someone--code"
+    (repository / "refs").mkdir(parents=True)
+    fingerprints = set()
+    for added, commit in ((1, "c" * 40), (2, "d" * 40)):
+        (repository / "refs" / "main").write_text(commit)
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "modeling_plus.py").write_text(code.replace("+ 1", f"+ {added}"))
+        checkpoints_module._resolve_code.cache_clear()
+        vectors = encode(remote, TEXTS, trust_remote_code=True)
+        np.testing.assert_allclose(vectors, plain + added, atol=1e-5)
+        fingerprints.add(fingerprint(remote, trust_remote_code=True))
+    assert len(fingerprints) == 2
+
+
 def test_what_prepares_cells_is_read_where_the_encoder_points(checkpoints, tmp_path):
     """Two equal checkpoints share a model; one goes after it was loaded for its other tower."""
     paths = [tmp_path / "one", tmp_path / "other"]

@@ -157,6 +157,24 @@ class Checkpoint:
         """Whether the checkpoint brings modelling code, and may run it."""
         return self.trust_remote_code and bool(getattr(self.config(), "auto_map", None))
 
+    def other_code(self) -> dict[str, str]:
+        """Map the other hub repositories that its modelling code comes from to their commits."""
+        if not self.trust_remote_code:
+            return {}
+        config = _read_json(self, "config.json") or {}
+        commits = {}
+        for reference in (config.get("auto_map") or {}).values():
+            repository, _, name = str(reference).partition("--")
+            if name and repository != self.model:  # its own code is that of its own commit
+                module = name.partition(".")[0]
+                commits[repository] = _resolve_code(repository, module, self.local_files_only)
+        return dict(sorted(commits.items()))
+
+    def model_source(self) -> dict[str, Any]:
+        """Return `source` for the model and its configuration, whose code may lie elsewhere."""
+        commits = list(self.other_code().values())
+        return self.source() | ({"code_revision": commits[0]} if len(commits) == 1 else {})
+
     def source(self) -> dict[str, Any]:
         """Return the arguments by which `from_pretrained` finds what `identity` names."""
         return {
@@ -363,6 +381,15 @@ def _resolve_commit(model, revision, local_files_only) -> str:
     return Path(path).parent.name  # …/snapshots/<commit>/config.json
 
 
+@functools.lru_cache(maxsize=64)
+def _resolve_code(repository, module, local_files_only) -> str:
+    """Resolve the commit of a repository of code, as `_resolve_commit` does of a model."""
+    from transformers.utils import cached_file
+
+    path = cached_file(repository, f"{module}.py", local_files_only=local_files_only)
+    return Path(path).parent.name
+
+
 def _suggestion(model: str) -> str:
     """Suggest the full id where a model is named without its owner."""
     if "/" in model:
@@ -426,7 +453,7 @@ def _read_config(checkpoint, identity):
 
     _read_json(checkpoint, "config.json")  # names the file where it is damaged
 
-    return AutoConfig.from_pretrained(**checkpoint.source())
+    return AutoConfig.from_pretrained(**checkpoint.model_source())
 
 
 def _digest_directory(directory: Path) -> str:

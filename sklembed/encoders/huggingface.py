@@ -186,7 +186,7 @@ class HuggingFaceBackend:
             "backend": "huggingface",
             "label": self.checkpoint.name,  # for people; no part of the fingerprint
             "checkpoint": self.checkpoint.identity(),
-            "remote_code": self.checkpoint.runs_remote_code,
+            "remote_code": self.checkpoint.other_code() or self.checkpoint.runs_remote_code,
             "modality": self.modality,
             "layers": self.layers,
             "dtype": self._dtype_name,
@@ -210,6 +210,7 @@ class HuggingFaceBackend:
     def weights(self) -> str:
         """Name the weights, their precision and where they lie; all else is done with them."""
         code = " by its own code" if self.checkpoint.runs_remote_code else ""
+        code += "".join(f" of {repo}@{sha}" for repo, sha in self.checkpoint.other_code().items())
         return f"{self.checkpoint.identity()}{code} in {self._dtype_name} on {self._device}"
 
     def load(self) -> "_Loaded":
@@ -221,7 +222,7 @@ class HuggingFaceBackend:
             model, report = AutoModel.from_pretrained(
                 dtype=getattr(_torch(), self._dtype_name),
                 output_loading_info=True,
-                **self.checkpoint.source(),
+                **self.checkpoint.model_source(),
             )
         unused = ["lm_head"]
         if hasattr(model, "encoder") and hasattr(model, "decoder"):  # T5 and its like
