@@ -1,5 +1,6 @@
 """Backends of users' own: what CallableBackend asks for, accepts and refuses."""
 
+import functools
 import pickle
 import warnings
 
@@ -42,6 +43,10 @@ def scaled(factor):
     return load
 
 
+def fill(factor):
+    return scaled(factor)()
+
+
 def test_another_function_of_the_same_name_and_version_is_warned_of():
     encoder_of(scaled(1.0), "scaled").transform(["a"])
     encoder_of(scaled(1.0), "scaled").transform(["a"])
@@ -50,6 +55,9 @@ def test_another_function_of_the_same_name_and_version_is_warned_of():
     np.testing.assert_array_equal(vectors, [[1, 1, 1]])
     with pytest.warns(UserWarning, match="Another function load"):
         encoder_of(lambda: scaled(1.0)(), "scaled").transform(["a"])
+    encoder_of(functools.partial(fill, 1.0), "filled").transform(["a"])
+    with pytest.warns(UserWarning, match="Another function load"):
+        encoder_of(functools.partial(fill, 2.0), "filled").transform(["a"])
 
 
 @pytest.mark.parametrize(

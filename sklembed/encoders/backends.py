@@ -1,5 +1,6 @@
 """What a model must offer: describe itself, load, and say how it encodes. CallableBackend."""
 
+import functools
 import inspect
 import json
 import pickle
@@ -235,6 +236,8 @@ def _code(value):
     if isinstance(value, types.FunctionType):
         captured = [_captured(cell) for cell in value.__closure__ or ()]
         return _code(value.__code__), tuple(captured), _code(value.__defaults__)
+    if isinstance(value, functools.partial):
+        return _code((value.func, *value.args, *sorted(value.keywords.items())))
     if isinstance(value, tuple):
         return tuple(map(_code, value))
     if isinstance(value, str | bytes | int | float | None):
