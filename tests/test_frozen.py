@@ -1,5 +1,6 @@
 """FrozenEncoder: cells in, vectors out, each distinct cell once, and clear refusals."""
 
+import os
 import pickle
 import shutil
 import subprocess
@@ -515,6 +516,8 @@ class Absent(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 encoder, texts = pickle.load(open(sys.argv[1], "rb"))
 assert encoder.transform(texts).shape == (4, 16)
+encoder.set_params(model=sys.argv[2])  # a copy of the checkpoint
+assert encoder.transform(texts).shape == (4, 16)
 try:
     encoder.transform(["new"])
 except ImportError as error:
@@ -522,7 +525,9 @@ except ImportError as error:
 else:
     raise AssertionError
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "encoder.pkl")], check=True)
+    shutil.copytree(checkpoints["bert"], tmp_path / "copy")
+    arguments = [str(tmp_path / "encoder.pkl"), str(tmp_path / "copy")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
 
 
 def test_a_directory_of_the_same_content_elsewhere_has_the_same_fingerprint(moved, checkpoints):
@@ -568,6 +573,21 @@ def test_fit_needs_the_checkpoint_also_when_it_has_been_fitted(moved):
 
 
 # Relative stores
+
+
+class OtherPath(os.PathLike):
+    """A path of a class of its own, that two arguments make."""
+
+    def __init__(self, folder, name):
+        self.parts = str(folder), name
+
+    def __fspath__(self):
+        return os.path.join(*self.parts)
+
+
+def test_a_store_may_be_any_path(tmp_path):
+    encoder = FrozenEncoder("model", store=OtherPath(tmp_path, "s.sqlite"))
+    assert pickle.loads(pickle.dumps(encoder)).store == tmp_path / "s.sqlite"
 
 
 def test_a_relative_store_stays_where_it_was_first_used(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -678,7 +679,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         A fitted encoder needs only the identity of its checkpoint. If the checkpoint cannot be
         read any more, the space of `fit` still tells which stored vectors belong to it.
         """
-        backend, space = self._backend(), self._fitted_space()
+        backend = self._backend()
+        space = self._fitted_space(backend)
         if space is None:
             return backend, self._space(backend)
         checkpoint = backend.checkpoint
@@ -717,7 +719,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         except ImportError:  # without its libraries it does not run, but the store can be read
             return True
 
-    def _fitted_space(self):
+    def _fitted_space(self, backend):
         """Return the space of `fit` if it still holds; None for backend objects, as a rule."""
         fitted = getattr(self, "space_", None)
         if fitted is None or not isinstance(self.model, str | os.PathLike):
@@ -726,7 +728,16 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         is_known = "checkpoint" in space.description  # else `model` was a backend object in fit
         if not is_known or space.description["decoding"] != DECODING_VERSION:
             return None
-        return space if fitted["parameters"] == self._deciding_parameters() else None
+        parameters, fitted_model = self._deciding_parameters(), fitted["parameters"].get("model")
+        if parameters | {"model": fitted_model} != fitted["parameters"]:
+            return None
+        if parameters["model"] == fitted_model:
+            return space
+        checkpoint = backend.checkpoint  # in another place, perhaps with the same content
+        is_copy = (
+            checkpoint.is_directory and checkpoint.identity() == space.description["checkpoint"]
+        )
+        return space if is_copy else None
 
     def _deciding_parameters(self):
         """Return the parameters that change a vector, in plain types."""
@@ -944,7 +955,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         state.pop("_resolved_store", None)
         if isinstance(self.store, str | os.PathLike) and self.store != "default":
             with contextlib.suppress(OSError, ValueError):  # which `transform` raises
-                state["store"] = type(self.store)(self._store().path)
+                path = self._store().path
+                state["store"] = path if isinstance(self.store, str) else Path(path)
         if "SKLEMBED_STORE" in os.environ:
             with contextlib.suppress(OSError, ValueError):
                 default_path()  # makes it absolute for processes that are started from here
