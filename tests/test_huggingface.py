@@ -352,7 +352,14 @@ class PlusModel(BertModel):
 """
 
 
-@pytest.mark.parametrize("added", ["output.last_hidden_state.mean(0)", "torch.randn(16)"])
+@pytest.mark.parametrize(
+    "added",
+    [
+        "output.last_hidden_state.mean(0)",
+        "torch.arange(len(args[0] if args else kwargs['input_ids']))[:, None, None]",
+        "torch.randn(16)",
+    ],
+)
 def test_remote_code_that_mixes_a_batch_or_draws_at_random(remote, monkeypatch, tmp_path, added):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
     with open(f"{remote}/modeling_plus.py", "w") as file:

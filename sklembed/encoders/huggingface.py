@@ -287,17 +287,17 @@ class HuggingFaceBackend:
             (first,) = prepare([""])
         alone = encode([first])[0]
 
-        def is_unchanged(batch):
-            beside = encode(batch)[0]
+        def is_unchanged(batch):  # its last cell, as some models read the first cell's mask for all
+            beside = encode(batch)[-1]
             error = np.linalg.norm(beside - alone) if beside.shape == alone.shape else np.inf
             return error <= TOLERANCES[self._dtype_name] * max(np.linalg.norm(alone), 1e-12)
 
-        if is_unchanged([first, longer]):
+        if is_unchanged([longer, first]):
             return "any"
         if self.modality == "text":
             n_tokens = _length(first)
             cut = {name: values[:n_tokens] for name, values in longer.items()}
-            if is_unchanged([first, cut]):
+            if is_unchanged([cut, first]):
                 return "one length"
         if is_unchanged([first]):
             return "none"
