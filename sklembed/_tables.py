@@ -83,7 +83,7 @@ def _article(name):
 def _way_to_a_table(X):
     """Say how a value that is not two-dimensional becomes a table."""
     if hasattr(X, "to_frame"):
-        return "Pass X.to_frame()."
+        return "Pass X.to_frame() if it is a column, or X.to_frame().T if it is a row."
     if isinstance(X, list | tuple) and X and isinstance(X[0], Mapping):
         return "Pass pd.DataFrame(X)."
     if not np.ndim(X):

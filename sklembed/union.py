@@ -1179,7 +1179,7 @@ def _note(part, message):
     all_rows = len(part.rows) == part.n_rows
     rows = "all rows" if all_rows else f"the {len(part.rows)} of {part.n_rows} rows that it has"
     note = f"This was in branch {part.name!r} of PerModalityUnion, which was given {rows}."
-    if all_rows and n_lacking and _mentions(message, "nan", "none", "missing", "unknown"):
+    if all_rows and n_lacking and _mentions(message, "nan", "none", "missing"):
         note += (
             f" {n_lacking} of these lack its modality; missing_rows={{{part.name!r}: 'skip'}} "
             "leaves them out."
@@ -1212,7 +1212,7 @@ def _as_array(output, part, block, holds_tokens):
     output = np.asarray(output)
     if holds_tokens or output.dtype.kind != "f":
         try:
-            output = _checked_tokens(output) if holds_tokens else _as_floats(output)
+            output = _checked_tokens(output) if holds_tokens else _as_floats(output, part)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"Branch {name!r} returned {output.dtype} columns that are not numbers ({error}). "
@@ -1234,7 +1234,16 @@ def _as_array(output, part, block, holds_tokens):
     return output
 
 
-def _as_floats(output):
+def _as_floats(output, part):
+    """Turn objects into floats; text is refused, also a postal code that could be read as one."""
+    if output.dtype.kind in "OUS":
+        names = part.columns if isinstance(part.columns, list) else [part.columns]
+        if len(names) != np.shape(output)[-1]:  # the branch does not hand columns on as they are
+            names = range(np.shape(output)[-1])
+        for name, cells in zip(names, np.atleast_2d(output.T), strict=True):
+            text = next((cell for cell in cells if isinstance(cell, str | bytes)), None)
+            if text is not None:
+                raise TypeError(f"column {name!r} has text, such as {text!r:.60}")
     return np.where(pd.isna(output), np.nan, output).astype(np.float64)
 
 

@@ -566,6 +566,27 @@ def test_a_checkpoint_that_changes_after_fit_serves_no_old_vectors(checkpoints, 
     encoder.fit(TEXTS).transform(TEXTS)
 
 
+def test_settings_of_other_vectors_after_fit_are_warned_of(checkpoints, tmp_path):
+    encoder = FrozenEncoder(checkpoints["bert"], store=tmp_path / "s.sqlite").fit(TEXTS)
+    encoder.set_params(batch_size=1, verbose=0, store=None, store_dtype="float16").transform(TEXTS)
+    with pytest.warns(UserWarning, match="fitted with other settings .pooling"):
+        encoder.set_params(pooling="cls").transform(TEXTS)
+    encoder.fit(TEXTS).transform(TEXTS)
+
+
+def test_a_column_of_which_no_cell_can_be_read_is_an_error_with_the_reason(image_backend):
+    encoder = FrozenEncoder(image_backend, store=None, errors="missing")
+    message = r"No cell of column 'scan' could be read \(2 of 3 .*first: Row 1 .*looks like a text"
+    with pytest.raises(ValueError, match=message):
+        encoder.fit(pd.DataFrame({"scan": [None, "a red cat", "a dog"]}))
+
+
+@pytest.mark.parametrize("cell", ["", " ", "nan"])
+def test_an_image_path_that_stands_for_nothing_is_said_to_be_missing(cell, image_backend):
+    with pytest.raises(FileNotFoundError, match="mark the cell as missing by None"):
+        FrozenEncoder(image_backend, store=None).transform([cell])
+
+
 def test_fit_needs_the_checkpoint_also_when_it_has_been_fitted(moved):
     encoder, _, _ = moved
     with pytest.raises(OSError, match="no directory"):
@@ -682,7 +703,7 @@ def test_unreadable_cells_are_counted_by_reason_and_the_first_is_named(image_bac
     assert message.startswith(
         "4 cells of column 'scan' could not be read and count as missing (2 x no such file, 2 x no "
         "known image format), first: Row 0 (index 0) of column 'scan': there is no file "
-        "'no/such.png'. Check the path."
+        "'no/such.png'. Check the path, or mark the cell as missing by None."
     )
 
 

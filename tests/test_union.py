@@ -326,7 +326,11 @@ def test_branches_that_could_not_be_told_apart_are_refused(transformers, message
         (pd.DataFrame({"note": [], "height": [], "width": []}), ValueError, "the table is empty"),
         (np.zeros((3, 0)), ValueError, "the table has no columns"),
         (np.zeros(3), ValueError, "Expected 2D array, got 1D array"),
-        (pd.Series([1.0]), ValueError, r"it is a Series. Pass X.to_frame\(\)"),
+        (
+            pd.Series([1.0]),
+            ValueError,
+            r"it is a Series. Pass X.to_frame\(\) if it is a column, or X.to_frame\(\).T",
+        ),
         ([{"note": "a"}], ValueError, r"it is a list. Pass pd.DataFrame\(X\)"),
         (3, ValueError, "it is an int. Pass a DataFrame"),
         ({"note": ["a"]}, TypeError, r"got a dict. Pass pd.DataFrame\(X\)"),

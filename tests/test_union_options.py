@@ -877,7 +877,8 @@ def test_polars_has_no_column_of_tokens(table, words):
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        (["a", "b"], "could not convert string to float"),
+        (["a", "b"], "column 'a' has text, such as 'a'"),
+        ([1.0, "01234"], "column 'a' has text, such as '01234'"),
         ([[1, 2], [3]], "setting an array element with a sequence"),
         ([[[1, 2], [3]], [3]], "setting an array element with a sequence"),
         ([np.ones(2), np.ones(3)], "setting an array element with a sequence"),

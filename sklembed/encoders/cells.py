@@ -206,8 +206,10 @@ def _read(path) -> bytes:
     if "://" in path:
         raise ValueError(f"got the URL {_quote(path)}; no URL is ever opened. Download it first")
     if not os.path.isfile(path):  # a pipe or a device would be waited for
-        advice = "Check the path"
-        if os.path.isdir(path):
+        advice = "Check the path, or mark the cell as missing by None"
+        if not path.strip() or path.lower() in ("nan", "none", "null"):
+            advice = "If there is no image, mark the cell as missing by None"
+        elif os.path.isdir(path):
             advice = "It is a directory: give the path of an image in it"
         elif _looks_like_text(path):
             advice = (

@@ -354,8 +354,9 @@ def _resolve_commit(model, revision, local_files_only) -> str:
         )
     except (OSError, ValueError) as error:
         if model.count("/") > 1 or model.startswith((".", "~", "/")):  # a path, and no owner/name
+            place = os.path.abspath(os.path.expanduser(model))
             raise OSError(
-                f"There is no directory {model!r} on this machine. An encoder carries no weights: "
+                f"There is no directory {place!r} on this machine. An encoder carries no weights: "
                 "copy the checkpoint there, or name another place by set_params(model=...)."
             ) from error
         where = "the local cache" if local_files_only else "the hub or the local cache"

@@ -61,6 +61,8 @@ _DECIDING = (
     "revision",
     "trust_remote_code",
 )
+# Parts of a description that change a vector by rounding, or not at all.
+_PRECISION_ONLY = ("dtype", "store_dtype", "label")
 _LOOKED_AT = 20  # cells of a text column, for the names of image files
 _ANNOUNCED: set[bytes] = set()  # what this process has warned of: cells and columns
 _ANNOUNCED_LIMIT = 100_000
@@ -526,6 +528,12 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
 
     def _fit(self, column, backend, space, missing):
         """Refuse an empty column; remember the space, and what scikit-learn asks for."""
+        if missing.all() and column.unreadable:
+            row, error = min(column.unreadable.items(), key=lambda item: item[0])
+            raise ValueError(
+                f"No cell of {column} could be read ({len(column.unreadable)} of {len(missing)} "
+                f"failed, the others are missing), first: {column.place(row)}: {error}."
+            ) from error
         if missing.all():
             raise ValueError(
                 f"All {len(missing)} cells of {column} are missing: there is nothing to encode. "
@@ -682,7 +690,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         backend = self._backend()
         space = self._fitted_space(backend)
         if space is None:
-            return backend, self._space(backend)
+            space = self._space(backend)
+            self._warn_of_other_vectors(space)
+            return backend, space
         checkpoint = backend.checkpoint
         identity = space.description["checkpoint"]
         if "@" in identity:  # a model of the hub, at a commit
@@ -691,7 +701,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             except (OSError, ImportError) as error:
                 return _AbsentCheckpoint(self.space_["modality"], str(error)), space
         if not checkpoint.is_directory or checkpoint.file("config.json") is None:
-            reason = f"There is no directory {checkpoint.model!r} on this machine."
+            place = os.path.abspath(checkpoint.model)
+            reason = f"There is no directory {place!r} on this machine."
             return _AbsentCheckpoint(self.space_["modality"], reason), space
         if checkpoint.identity() == identity and self._computes_in(backend, space):
             return backend, space
@@ -709,6 +720,24 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 stacklevel=5,
             )
         return space
+
+    def _warn_of_other_vectors(self, space):
+        """Warn if parameters set after fit change the vectors by more than their precision."""
+        if not hasattr(self, "space_"):
+            return
+        fitted, now = (
+            {name: value for name, value in description.items() if name not in _PRECISION_ONLY}
+            for description in (self.space_["description"], space.description)
+        )
+        changed = [name for name in fitted | now if fitted.get(name) != now.get(name)]
+        if changed:
+            warnings.warn(
+                f"This encoder was fitted with other settings ({', '.join(changed)}), so its "
+                "vectors differ from those that downstream estimators were fitted on. Fit again, "
+                "or set the parameters back.",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _computes_in(self, backend, space):
         """Tell whether the model would run in the precision of a space."""
