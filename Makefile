@@ -8,11 +8,15 @@ BIN = .venv/bin
 demo: .venv/.demo
 	$(BIN)/python examples/plot_quickstart.py
 
-test: .venv/.dev
-	$(BIN)/python -m pytest $(ARGS)
+# Two processes of one thread each: networks in the tests are too small for two threads.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
+test: .venv/.dev
+	$(PYTEST)
+
+test-oldest: BIN = .venv-oldest/bin
 test-oldest: .venv-oldest/.dev
-	.venv-oldest/bin/python -m pytest $(ARGS)
+	$(PYTEST)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -146,7 +146,7 @@ def test_fit_learns_the_blocks_without_transforming_everything(union, table):
         make_column_selector(dtype_include=float),
         [-2, -1],
     ],
-    ids=repr,
+    ids=lambda columns: type(columns).__name__,
 )
 def test_columns_are_selected_as_in_column_transformer(table, columns):
     union = PerModalityUnion([("size", MinMaxScaler(), columns)]).fit(table)
