@@ -80,7 +80,7 @@ def known_to_fail(estimator):
         DecisionFusionClassifier(DecisionTreeClassifier(random_state=0), blocks=TWO, weights=None),
         DecisionFusionClassifier(LogisticRegression(), blocks=TWO, weights=None),
         SharedFusionEncoder(**SHARED, blocks=TWO),
-        SharedFusionEncoder(**SHARED, blocks=TWO, share_layer=False, mixup=True, chunk_size=2),
+        SharedFusionEncoder(**SHARED, blocks=TWO, share_layer=False, mixup=True, chunk_size=16),
         CrossAttentionAdaptor(**SHARED, blocks=TWO),
     ],
     expected_failed_checks=known_to_fail,

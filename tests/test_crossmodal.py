@@ -1015,7 +1015,7 @@ def test_a_modality_that_is_in_few_batches_trains_in_those(Encoder, chunk_size):
 
 def test_tokens_are_trained_where_tokens_are_asked_for():
     X = in_tokens(world(200))
-    options = {"blocks": COLUMNS, "max_epochs": 60, "dropout": 0.0, "lr": 0.005, "n_components": 16}
+    options = {"blocks": COLUMNS, "max_epochs": 30, "dropout": 0.0, "lr": 0.005, "n_components": 16}
     adaptor = small(CrossAttentionAdaptor, output="tokens", **options).fit(X[:150])
     z = [
         np.stack([cell.mean(axis=0) for cell in column]) for column in adaptor.transform(X[150:]).T

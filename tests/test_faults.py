@@ -143,7 +143,7 @@ def test_kill_9_loses_at_most_a_batch_and_nothing_is_encoded_again(nursery, stor
     n = 20_000
     kept = set()
     n_interrupted = 0
-    while n_interrupted < 20:
+    while n_interrupted < 10:
         log = tmp_path / f"encoded-{n_interrupted}"
         (process,) = start(nursery, (str(store.path), str(log), list(range(n))))
         time.sleep(rng.uniform(0.05, 0.4))

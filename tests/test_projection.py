@@ -144,17 +144,17 @@ def test_cross_fitting_keeps_what_comes_next_from_being_overconfident():
     losses = {
         cv: -cross_val_score(
             make_pipeline(
-                small(cv=cv, hidden_layer_sizes=(64,), max_epochs=30, dropout=0.0),
+                small(cv=cv, hidden_layer_sizes=(64,), max_epochs=20, dropout=0.0),
                 LogisticRegression(C=100),
             ),
             X,
             y,
-            cv=StratifiedKFold(3, shuffle=True, random_state=0),
+            cv=StratifiedKFold(2, shuffle=True, random_state=0),
             scoring="neg_log_loss",
         ).mean()
-        for cv in (None, 5)
+        for cv in (None, 3)
     }
-    assert losses[5] < 0.8 * losses[None]
+    assert losses[3] < 0.8 * losses[None]
 
 
 def test_held_out_rows_come_from_their_fold_s_network_mapped_onto_the_full_one(clusters):
