@@ -1045,7 +1045,7 @@ class _Column:
         if is_frame(X):
             _check_is_one_column(X, list(X.columns))
             X = X.iloc[:, 0] if hasattr(X, "iloc") else X[:, 0]
-        if hasattr(X, "to_list"):  # a pandas or polars Series
+        if hasattr(X, "to_list") and hasattr(X, "name"):  # a pandas or polars Series
             self.name = X.name
             self.cells = X.to_list()
         else:
