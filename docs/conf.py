@@ -44,7 +44,16 @@ autosummary_generate = True
 # Inherited members are scikit-learn's own; their references lead into its documentation.
 autodoc_default_options = {"members": True, "inherited-members": False}
 numpydoc_show_class_members = False
-numpydoc_validation_checks = {"GL01", "GL03", "GL08", "PR01", "PR02", "PR03", "RT01", "SS03"}
+numpydoc_validation_checks = {
+    "GL01",
+    "GL03",
+    "GL08",
+    "PR01",
+    "PR02",
+    "PR03",
+    "RT01",
+    "SS03",
+}
 numpydoc_validation_exclude = {
     # written by scikit-learn
     r"\.set_\w+_request$",
@@ -91,7 +100,9 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 def read_benchmark(name, measure=None):
     """Read what a benchmark wrote as a table: its records or verdicts, or a measure by runs."""
-    result = json.loads(Path(__file__).with_name("benchmarks").joinpath(f"{name}.json").read_text())
+    result = json.loads(
+        Path(__file__).with_name("benchmarks").joinpath(f"{name}.json").read_text()
+    )
     if measure in result:
         return pd.DataFrame(result[measure])
     if measure is not None:

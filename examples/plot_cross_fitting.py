@@ -42,14 +42,20 @@ def load_efficientnet():
     @torch.inference_mode()
     def encode(pictures):
         pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(
+            0, 3, 1, 2
+        )
         return network.extract_features(pixels).mean((2, 3)).numpy()
 
     return encode
 
 
 efficientnet = CallableBackend(
-    load_efficientnet, name="efficientnet-lite0", version="1", modality="image", n_features=1280
+    load_efficientnet,
+    name="efficientnet-lite0",
+    version="1",
+    modality="image",
+    n_features=1280,
 )
 emoji = load_emoji()
 y = emoji.target.to_numpy()
@@ -87,13 +93,22 @@ for (train, new), (leaky, cross_fitted, Z_new) in zip(folds, projections, strict
         for way, Z in (("fit and transform", leaky), ("fit_transform", cross_fitted)):
             odds = classifier.fit(Z, y[train]).predict_proba(Z_new)
             found = odds.argmax(axis=1)
-            confidence, accuracy = odds.max(axis=1).mean(), accuracy_score(y[new], found)
+            confidence, accuracy = (
+                odds.max(axis=1).mean(),
+                accuracy_score(y[new], found),
+            )
             f1 = f1_score(y[new], found, average="macro")
             rows.append((name, way, confidence, accuracy, f1))
-scores = pd.DataFrame(rows, columns=["classifier", "way", "confidence", "accuracy", "macro-F1"])
+scores = pd.DataFrame(
+    rows, columns=["classifier", "way", "confidence", "accuracy", "macro-F1"]
+)
 by_way = scores.groupby(["classifier", "way"], sort=False)
 results = by_way.mean()
-print((results.map("{:.3f}".format) + " ± " + by_way.std(ddof=0).map("{:.3f}".format)).to_string())
+print(
+    (
+        results.map("{:.3f}".format) + " ± " + by_way.std(ddof=0).map("{:.3f}".format)
+    ).to_string()
+)
 
 # %%
 # The leak and the cure in one figure
@@ -128,7 +143,9 @@ for offset, way in ((-0.2, "fit and transform"), (0.2, "fit_transform")):
     drawn = bars.bar(positions + offset, scores_of_way, width=0.38, label=way)
     bars.bar_label(drawn, fmt="{:.2f}", fontsize="small")
 bars.set_xticks(positions, [name.replace(" ", "\n") for name in scores_of_way.index])
-bars.set(title="macro-F1 on new rows\nmean of three folds", ylim=(0, 1), yticks=[0, 0.5, 1])
+bars.set(
+    title="macro-F1 on new rows\nmean of three folds", ylim=(0, 1), yticks=[0, 0.5, 1]
+)
 bars.legend(loc="upper left", fontsize="small")
 figure.savefig("cross_fitting.png", dpi=120)
 plt.show()

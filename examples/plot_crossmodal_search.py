@@ -48,18 +48,27 @@ def load_efficientnet():
     @torch.inference_mode()
     def encode(pictures):
         pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(
+            0, 3, 1, 2
+        )
         return network.extract_features(pixels).mean((2, 3)).numpy()
 
     return encode
 
 
 efficientnet = CallableBackend(
-    load_efficientnet, name="efficientnet-lite0", version="1", modality="image", n_features=1280
+    load_efficientnet,
+    name="efficientnet-lite0",
+    version="1",
+    modality="image",
+    n_features=1280,
 )
 minilm = FrozenEncoder(get_model_path())
 union = PerModalityUnion(
-    [("text", minilm, "title"), ("image", FrozenEncoder(efficientnet, normalize=True), "image")]
+    [
+        ("text", minilm, "title"),
+        ("image", FrozenEncoder(efficientnet, normalize=True), "image"),
+    ]
 ).set_output(transform="pandas")
 
 clipart = load_openclipart()
@@ -107,7 +116,14 @@ print(f"by chance: {10 / paired.sum():.3f}")
 # Words take the same way as titles: MiniLM, then the adaptor. Nothing is trained on these queries.
 adaptor = models["adaptor"]
 pictures = adaptor.encode(X.iloc[test].filter(like="image__"), "image")
-queries = ["a cat", "a sailing boat", "red flower", "a house with a garden", "fast car", "music"]
+queries = [
+    "a cat",
+    "a sailing boat",
+    "red flower",
+    "a house with a garden",
+    "fast car",
+    "music",
+]
 words = adaptor.encode(minilm.transform(queries), "text")
 found = np.argsort(-words @ pictures.T, axis=1)[:, :7]
 

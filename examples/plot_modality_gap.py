@@ -24,7 +24,12 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.random_projection import GaussianRandomProjection
 
-from sklembed import CallableBackend, FrozenEncoder, ModalityGapAligner, PerModalityUnion
+from sklembed import (
+    CallableBackend,
+    FrozenEncoder,
+    ModalityGapAligner,
+    PerModalityUnion,
+)
 from sklembed.datasets import load_emoji
 from sklembed.plots import ModalityGapDisplay
 
@@ -43,14 +48,20 @@ def load_efficientnet():
     @torch.inference_mode()
     def encode(pictures):
         pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(
+            0, 3, 1, 2
+        )
         return network.extract_features(pixels).mean((2, 3)).numpy()
 
     return encode
 
 
 efficientnet = CallableBackend(
-    load_efficientnet, name="efficientnet-lite0", version="1", modality="image", n_features=1280
+    load_efficientnet,
+    name="efficientnet-lite0",
+    version="1",
+    modality="image",
+    n_features=1280,
 )
 emoji = load_emoji()
 X, y = emoji.data[["name", "image"]], emoji.target
@@ -58,7 +69,11 @@ project = GaussianRandomProjection(256, random_state=0)
 union = PerModalityUnion(
     [
         ("text", make_pipeline(FrozenEncoder(get_model_path()), project), "name"),
-        ("image", make_pipeline(FrozenEncoder(efficientnet, normalize=True), project), "image"),
+        (
+            "image",
+            make_pipeline(FrozenEncoder(efficientnet, normalize=True), project),
+            "image",
+        ),
     ]
 )
 
@@ -79,7 +94,9 @@ search = GridSearchCV(pipeline, grid, cv=folds, scoring="f1_macro", n_jobs=2).fi
 results = pd.DataFrame(search.cv_results_)
 results["macro-F1"] = [
     f"{mean:.3f} ± {sd:.3f}"
-    for mean, sd in zip(results["mean_test_score"], results["std_test_score"], strict=True)
+    for mean, sd in zip(
+        results["mean_test_score"], results["std_test_score"], strict=True
+    )
 ]
 print(
     results.pivot(

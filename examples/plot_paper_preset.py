@@ -27,7 +27,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.tree import DecisionTreeClassifier
 from xgboost import XGBClassifier
 
-from sklembed import CallableBackend, ContrastiveProjector, FrozenEncoder, PerModalityUnion
+from sklembed import (
+    CallableBackend,
+    ContrastiveProjector,
+    FrozenEncoder,
+    PerModalityUnion,
+)
 from sklembed.datasets import load_emoji
 
 
@@ -45,14 +50,20 @@ def load_efficientnet():
     @torch.inference_mode()
     def encode(pictures):
         pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(
+            0, 3, 1, 2
+        )
         return network.extract_features(pixels).mean((2, 3)).numpy()
 
     return encode
 
 
 efficientnet = CallableBackend(
-    load_efficientnet, name="efficientnet-lite0", version="1", modality="image", n_features=1280
+    load_efficientnet,
+    name="efficientnet-lite0",
+    version="1",
+    modality="image",
+    n_features=1280,
 )
 emoji = load_emoji()
 X, y = emoji.data[["name", "image"]], emoji.target.to_numpy()
@@ -89,7 +100,10 @@ PAPER = {
 def per_modality(*steps):
     """Encode each column and send it through its own copy of the steps."""
     return PerModalityUnion(
-        [(name, make_pipeline(encoder, *steps), name) for name, encoder in encoders.items()]
+        [
+            (name, make_pipeline(encoder, *steps), name)
+            for name, encoder in encoders.items()
+        ]
     )
 
 

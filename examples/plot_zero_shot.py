@@ -44,18 +44,27 @@ def load_efficientnet():
     @torch.inference_mode()
     def encode(pictures):
         pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(
+            0, 3, 1, 2
+        )
         return network.extract_features(pixels).mean((2, 3)).numpy()
 
     return encode
 
 
 efficientnet = CallableBackend(
-    load_efficientnet, name="efficientnet-lite0", version="1", modality="image", n_features=1280
+    load_efficientnet,
+    name="efficientnet-lite0",
+    version="1",
+    modality="image",
+    n_features=1280,
 )
 minilm = FrozenEncoder(get_model_path())
 union = PerModalityUnion(
-    [("text", minilm, "name"), ("image", FrozenEncoder(efficientnet, normalize=True), "image")]
+    [
+        ("text", minilm, "name"),
+        ("image", FrozenEncoder(efficientnet, normalize=True), "image"),
+    ]
 ).set_output(transform="pandas")
 emoji = load_emoji()
 X, y = union.fit_transform(emoji.data), emoji.target.to_numpy()
@@ -86,7 +95,9 @@ prompts = {
     "four templates": ["{}", "a picture of {}", "a drawing of {}", "a symbol for {}"],
     "words of its own": own_words,
 }
-pictures = X.iloc[test].assign(**dict.fromkeys(X.filter(like="text__"), np.nan))  # no names
+pictures = X.iloc[test].assign(
+    **dict.fromkeys(X.filter(like="text__"), np.nan)
+)  # no names
 found = {}
 for name, texts in prompts.items():
     classifier = ZeroShotClassifier(
@@ -100,7 +111,9 @@ for name, texts in prompts.items():
 # Beside it what labels are worth: a logistic regression on the pictures' own vectors, with the
 # labels of all training rows.
 images = X.filter(like="image__")
-labelled = LogisticRegression(C=10, max_iter=2000).fit(images.iloc[train], classes[y[train]])
+labelled = LogisticRegression(C=10, max_iter=2000).fit(
+    images.iloc[train], classes[y[train]]
+)
 found["logistic regression, all labels"] = labelled.predict(images.iloc[test])
 found["largest class"] = np.full(len(test), classes[np.bincount(y[train]).argmax()])
 for name, labels in found.items():

@@ -20,7 +20,7 @@ _HOMES = {
     "PatchSegmenter": "sklembed.segmentation",
     "PerModalityUnion": "sklembed.union",
     "SharedFusionEncoder": "sklembed.crossmodal",
-    "ZeroShotClassifier": "sklembed.heads",
+    "ZeroShotClassifier": "sklembed.zero_shot",
     "datasets": "sklembed",
     "evaluation": "sklembed",
     "metrics": "sklembed",

@@ -1,4 +1,4 @@
-"""How a fitted estimator leaves Python and comes back: safetensors and JSON, and ONNX."""
+"""How a fitted estimator leaves Python and comes back: safetensors and JSON."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,8 @@ def save(estimator, directory) -> None:
         "class": type(estimator).__name__,
         "sklembed": sklembed.__version__,
         "params": {
-            name: _to_json(value, name) for name, value in estimator.get_params(deep=False).items()
+            name: _to_json(value, name)
+            for name, value in estimator.get_params(deep=False).items()
         },
         "fitted": plain,
     }
@@ -45,7 +46,8 @@ def save(estimator, directory) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, directory / _WEIGHTS
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+        directory / _WEIGHTS,
     )
     (directory / _CONFIG).write_text(text, encoding="utf-8")
 
@@ -68,7 +70,9 @@ def load(cls, directory):
             f"a {cls.__name__} in format {_FORMAT}."
         )
     arrays = load_file(directory / _WEIGHTS)
-    estimator = cls(**{name: _from_json(value) for name, value in config["params"].items()})
+    estimator = cls(
+        **{name: _from_json(value) for name, value in config["params"].items()}
+    )
     for name, entry in config["fitted"].items():
         if "arrays" in entry:
             value = {key: arrays[f"{name}/{key}"] for key in entry["arrays"]}
@@ -78,86 +82,20 @@ def load(cls, directory):
     return estimator
 
 
-def to_onnx(projector, path) -> None:
-    """Write what a projector's `transform` computes as an ONNX graph.
-
-    Raises
-    ------
-    ImportError
-        If onnx is not installed.
-    """
-    try:
-        import onnx
-        from onnx import TensorProto, helper, numpy_helper
-    except ImportError as error:
-        raise ImportError(
-            "to_onnx needs the package onnx: pip install 'sklembed[onnx]'."
-        ) from error
-
-    nodes, constants = [], {}
-
-    def constant(name, value):
-        constants[name] = np.ascontiguousarray(value)
-        return name
-
-    def node(kind, inputs, **attributes):
-        name = f"{kind}_{len(nodes)}"
-        nodes.append(helper.make_node(kind, inputs, [name], **attributes))
-        return name
-
-    weights, parts = projector.weights_, []
-    if projector.gate_ != "passthrough":
-        x = node("Sub", ["X", constant("mean", weights["mean"])])
-        x = node("Div", [x, constant("scale", weights["scale"])])
-        for layer in range(sum(name.endswith(".weight") for name in weights)):
-            names = [f"layers.{layer}.weight", f"layers.{layer}.bias"]
-            x = node("Relu", [x]) if layer else x
-            x = node("Gemm", [x, *(constant(n, weights[n]) for n in names)], transB=1)
-        if projector.similarity == "cosine":
-            axes = constant("columns", np.array([1], dtype=np.int64))
-            norm = node("ReduceL2", [x, axes])
-            tiny = constant("tiny", np.finfo(np.float32).tiny)
-            x = node("Div", [x, node("Max", [norm, tiny])])
-        parts.append(x)
-    if projector.gate_ != "projection":
-        x = node("Sub", ["X", constant("input.mean", projector.components_["mean"])])
-        parts.append(node("MatMul", [x, constant("input.axes", projector.components_["axes"].T)]))
-    joined = node("Concat", parts, axis=1) if len(parts) > 1 else parts[0]
-    # Runtimes differ in what Relu and Max make of NaN: a missing row is marked by its own input.
-    nothing = node("Mul", ["X", constant("zero", np.float32(0))])
-    missing = node("ReduceSum", [nothing, constant("axis", np.array([1], dtype=np.int64))])
-    nodes.append(helper.make_node("Add", [joined, missing], ["Z"]))
-    graph = helper.make_graph(
-        nodes,
-        type(projector).__name__,
-        [
-            helper.make_tensor_value_info(
-                "X", TensorProto.FLOAT, ["n_samples", projector.n_features_in_]
-            )
-        ],
-        [
-            helper.make_tensor_value_info(
-                "Z", TensorProto.FLOAT, ["n_samples", projector._n_features_out]
-            )
-        ],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9, producer_name="sklembed"
-    )
-    onnx.checker.check_model(model)
-    onnx.save(model, str(path))
-
-
 def _is_arrays(value) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, np.ndarray) for v in value.values())
+    return isinstance(value, dict) and all(
+        isinstance(v, np.ndarray) for v in value.values()
+    )
 
 
 def _to_json(value, name):
     """Turn a value into what JSON knows, arrays and tuples marked so that they come back."""
     if isinstance(value, np.ndarray):
         values = [_to_json(item, name) for item in value.tolist()]
-        return {"array": values, "dtype": "object" if value.dtype.kind == "O" else str(value.dtype)}
+        return {
+            "array": values,
+            "dtype": "object" if value.dtype.kind == "O" else str(value.dtype),
+        }
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, tuple):
@@ -165,7 +103,9 @@ def _to_json(value, name):
     if isinstance(value, list):
         return [_to_json(item, name) for item in value]
     if isinstance(value, dict):
-        return {"dict": [[_to_json(k, name), _to_json(v, name)] for k, v in value.items()]}
+        return {
+            "dict": [[_to_json(k, name), _to_json(v, name)] for k, v in value.items()]
+        }
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise TypeError(
@@ -180,7 +120,9 @@ def _from_json(value):
     if not isinstance(value, dict):
         return value
     if "array" in value:
-        return np.array([_from_json(item) for item in value["array"]], dtype=value["dtype"])
+        return np.array(
+            [_from_json(item) for item in value["array"]], dtype=value["dtype"]
+        )
     if "tuple" in value:
         return tuple(_from_json(value["tuple"]))
     return {_from_json(k): _from_json(v) for k, v in value["dict"]}

@@ -181,7 +181,9 @@ def _continuous(y: np.ndarray) -> Target:
         numbers = pd.DataFrame(y).apply(pd.to_numeric).to_numpy(np.float64)
     numbers = numbers.reshape(len(y), -1)
     if not np.isfinite(numbers).all():
-        raise ValueError("Input y contains infinity. Continuous targets must be finite.")
+        raise ValueError(
+            "Input y contains infinity. Continuous targets must be finite."
+        )
     if (numbers == numbers[0]).all():
         raise ValueError(
             f"y is {numbers[0].tolist()} in all {len(numbers)} rows; contrasting needs at least "
@@ -229,9 +231,14 @@ def warn_if_measured(target: Target, y) -> None:
         If `y` holds more than 20 whole numbers, of which half have fewer than 10 rows, or more
         than 10, of which half have one row. A pandas column of categories is one of classes.
     """
-    if isinstance(getattr(y, "dtype", None), pd.CategoricalDtype) or not target.looks_measured():
+    if (
+        isinstance(getattr(y, "dtype", None), pd.CategoricalDtype)
+        or not target.looks_measured()
+    ):
         return
-    n_values = len(np.unique(target.values[:, -1] if target.values.ndim > 1 else target.values))
+    n_values = len(
+        np.unique(target.values[:, -1] if target.values.ndim > 1 else target.values)
+    )
     warnings.warn(
         f"y holds {n_values} distinct whole numbers or dates in {len(target.values)} rows and "
         f"was taken for {target.kind} labels, of which near ones are as different as far ones. If "
@@ -253,7 +260,11 @@ def warn_if_tags(target: Target) -> None:
     if target.kind != "hierarchical":
         return
     labels = [label for level in target.classes for label in level.tolist()]
-    shared = [label for label, n in Counter(labels).items() if n > 1 and isinstance(label, str)]
+    shared = [
+        label
+        for label, n in Counter(labels).items()
+        if n > 1 and isinstance(label, str)
+    ]
     if shared:
         warnings.warn(
             f"y was taken for the levels of a tree, but {shared[0]!r} is a label of two columns. "
@@ -294,5 +305,7 @@ def hold_back(
         sizes = np.bincount(stratify)
         if sizes[sizes > 0].min() < 2 or n_valid < np.count_nonzero(sizes):
             stratify = None
-    train, valid = train_test_split(rows, test_size=n_valid, stratify=stratify, random_state=seed)
+    train, valid = train_test_split(
+        rows, test_size=n_valid, stratify=stratify, random_state=seed
+    )
     return train, valid

@@ -36,7 +36,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Turn "auto" into bfloat16 where the hardware gains by it, else float32."""
     if dtype == "auto":
         return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[dtype]
 
 
 def _computes_in_bfloat16(device: torch.device) -> bool:
@@ -65,7 +69,9 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def rebuilt(network: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> torch.nn.Module:
+def rebuilt(
+    network: torch.nn.Module, weights: Mapping[str, np.ndarray]
+) -> torch.nn.Module:
     """Give a network that was made on the meta device copies of its weights, and put it to use."""
     state = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
     network.load_state_dict(state, assign=True)

@@ -39,7 +39,9 @@ class TrainingOptions:
     @classmethod
     def of(cls, estimator: Any, seed: int, **changes: Any) -> "TrainingOptions":
         """Read what an estimator has parameters for; `changes` are set otherwise."""
-        names = {option.name for option in fields(cls)} & estimator.get_params(deep=False).keys()
+        names = {option.name for option in fields(cls)} & estimator.get_params(
+            deep=False
+        ).keys()
         given = {name: getattr(estimator, name) for name in names}
         return cls(**(given | {"seed": seed} | changes))
 
@@ -180,7 +182,9 @@ def train(
     if callbacks != "disable":
         settings["callbacks"] = [*before, *_as_list(callbacks), *after]
     net = NeuralNet(make_module(generator), Criterion(loss), **settings).initialize()
-    if callbacks == "disable":  # those of skorch and of the user; training itself needs ours
+    if (
+        callbacks == "disable"
+    ):  # those of skorch and of the user; training itself needs ours
         net.callbacks_ = [*before, *after]
     if start is not None:
         _restore(net, start)
@@ -237,11 +241,15 @@ class Batches:
         sample_weight: Tensor | None = None,
         seed: int | None = None,
     ) -> None:
-        subset = getattr(dataset, "indices", None)  # skorch's train_split hands on a Subset
+        subset = getattr(
+            dataset, "indices", None
+        )  # skorch's train_split hands on a Subset
         dataset = getattr(dataset, "dataset", dataset)
         self.X, self.y = dataset.X, dataset.y
         self.rows = [torch.from_numpy(part.train) for part in rows]
-        self.odds = [part.odds if part.odds is None else torch.tensor(part.odds) for part in rows]
+        self.odds = [
+            part.odds if part.odds is None else torch.tensor(part.odds) for part in rows
+        ]
         if subset is not None:
             chosen = torch.as_tensor(np.asarray(subset))
             kept = [torch.isin(part, chosen) for part in self.rows]
@@ -262,25 +270,34 @@ class Batches:
         for group in zip(*parts, strict=True):
             padded = len({len(part) for part in group}) > 1
             if padded:
-                filled = nn.utils.rnn.pad_sequence(list(group), batch_first=True, padding_value=-1)
+                filled = nn.utils.rnn.pad_sequence(
+                    list(group), batch_first=True, padding_value=-1
+                )
             else:
                 filled = torch.stack(group)
             index = filled.clamp(min=0).to(device) if padded else filled.to(device)
             yield (
                 _take(self.X, index),  # (n_networks, batch, ...)
-                (_take(self.y, index), self._weight(filled >= 0 if padded else None, index)),
+                (
+                    _take(self.y, index),
+                    self._weight(filled >= 0 if padded else None, index),
+                ),
             )
 
     def _orders(self) -> list[Tensor]:
         """Draw the order of each network's rows."""
         orders = []
-        for rows, odds, generator in zip(self.rows, self.odds, self.generators, strict=True):
+        for rows, odds, generator in zip(
+            self.rows, self.odds, self.generators, strict=True
+        ):
             if generator is None:
                 orders.append(rows)
             elif odds is None:
                 orders.append(rows[torch.randperm(len(rows), generator=generator)])
             else:
-                drawn = torch.multinomial(odds, len(rows), replacement=True, generator=generator)
+                drawn = torch.multinomial(
+                    odds, len(rows), replacement=True, generator=generator
+                )
                 orders.append(rows[drawn])
         return orders
 
@@ -315,7 +332,10 @@ class BestOfEach(Callback):  # type: ignore[misc]
         net.history.record("valid_loss", float(losses.mean()))
         state = _module(net).state_dict()
         if self.best is None:
-            self.best, self.epochs = np.full(len(losses), np.inf), np.zeros(len(losses), dtype=int)
+            self.best, self.epochs = (
+                np.full(len(losses), np.inf),
+                np.zeros(len(losses), dtype=int),
+            )
             self.state = {name: value.clone() for name, value in state.items()}
         going = self.epochs < self.patience
         better = going & (losses < self.best)
@@ -326,7 +346,9 @@ class BestOfEach(Callback):  # type: ignore[misc]
         elif len(losses) > 1:
             for network in np.flatnonzero(better):
                 for name, value in state.items():
-                    if len(value) == len(losses):  # of each; what all share does not change
+                    if len(value) == len(
+                        losses
+                    ):  # of each; what all share does not change
                         self.state[name][network] = value[network]
         net.history.record("valid_loss_best", bool(better.any()))
         self.finished = bool((self.epochs >= self.patience).all())
@@ -404,7 +426,10 @@ def _module(net: NeuralNet) -> nn.Module:
 
 def _weights(net: NeuralNet) -> Arrays:
     """Copy the module's parameters and buffers out."""
-    return {name: to_numpy(value).copy() for name, value in _module(net).state_dict().items()}
+    return {
+        name: to_numpy(value).copy()
+        for name, value in _module(net).state_dict().items()
+    }
 
 
 def _optimizer_state(net: NeuralNet) -> Arrays:
@@ -419,7 +444,9 @@ def _optimizer_state(net: NeuralNet) -> Arrays:
 
 def _restore(net: NeuralNet, start: Trained) -> None:
     """Put weights, and the optimiser's state if there is one, where they were."""
-    _module(net).load_state_dict({k: torch.from_numpy(v.copy()) for k, v in start.weights.items()})
+    _module(net).load_state_dict(
+        {k: torch.from_numpy(v.copy()) for k, v in start.weights.items()}
+    )
     if start.optimizer_state:
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in start.optimizer_state.items():

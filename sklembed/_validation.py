@@ -9,6 +9,7 @@ import pandas as pd
 import sklearn
 from pandas.api.types import is_numeric_dtype
 from scipy.sparse import issparse
+from sklearn.base import is_classifier
 from sklearn.utils import check_random_state, column_or_1d
 
 _MOST_LABELS = 2**16 - 1  # of a pixel
@@ -119,9 +120,15 @@ def _columns_of_objects(X):
     if isinstance(X, pd.Series):
         X = X.to_frame()
     if isinstance(X, pd.DataFrame):
-        positions = [i for i, dtype in enumerate(X.dtypes) if not is_numeric_dtype(dtype)]
+        positions = [
+            i for i, dtype in enumerate(X.dtypes) if not is_numeric_dtype(dtype)
+        ]
         return [(X.columns[i], X.iloc[:, i].to_numpy()) for i in positions]
-    if not isinstance(X, np.ndarray) or X.dtype.kind not in "OUT" or X.ndim not in (1, 2):
+    if (
+        not isinstance(X, np.ndarray)
+        or X.dtype.kind not in "OUT"
+        or X.ndim not in (1, 2)
+    ):
         return []
     return list(enumerate(X.reshape(len(X), -1).T))
 
@@ -247,7 +254,9 @@ def _as_mask(raw, what: str) -> np.ndarray:
     if mask.dtype.kind == "b":
         return mask
     if mask.dtype.kind not in "iuf":
-        raise ValueError(f"{what} should be a mask of whole numbers; got dtype {mask.dtype}.")
+        raise ValueError(
+            f"{what} should be a mask of whole numbers; got dtype {mask.dtype}."
+        )
     check_labels_of_pixels(mask, what)
     return mask if mask.dtype.kind in "iu" else mask.astype(np.uint16)
 
@@ -315,7 +324,8 @@ def check_layer_sizes(sizes) -> None:
         If they are not.
     """
     if not all(
-        isinstance(size, Integral) and not isinstance(size, bool) and size > 0 for size in sizes
+        isinstance(size, Integral) and not isinstance(size, bool) and size > 0
+        for size in sizes
     ):
         raise ValueError(
             f"hidden_layer_sizes must hold positive integers, such as (256,), or be empty; got "
@@ -326,3 +336,14 @@ def check_layer_sizes(sizes) -> None:
 def draw_seed(random_state) -> int:
     """Draw one seed for everything random in a fit."""
     return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
+
+
+def is_a_classifier(step):
+    return hasattr(step, "__sklearn_tags__") and is_classifier(step)
+
+
+def check_at_least_one(name, number):
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise TypeError(f"{name} must be an integer; got {number!r}.")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1; got {number}.")

@@ -5,14 +5,19 @@ from numbers import Integral, Real
 
 import numpy as np
 from scipy import linalg
-from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, _fit_context
+from sklearn.base import (
+    BaseEstimator,
+    OneToOneFeatureMixin,
+    TransformerMixin,
+    _fit_context,
+)
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.preprocessing import normalize
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_data
 
-from sklembed._blocks import check_one_block, observed_in_block, resolve_blocks
+from sklembed._table.blocks import check_one_block, observed_in_block, resolve_blocks
 from sklembed._validation import check_vectors
 
 # Methods that compare modalities coordinate by coordinate.
@@ -131,7 +136,9 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     _keeps_missing_rows = True  # missing in, missing out: PerModalityUnion reads this
     _parameter_constraints: dict = {
         "blocks": [dict, None],
-        "method": [StrOptions({"shift", "unit_shift", "center", "procrustes", "whiten"})],
+        "method": [
+            StrOptions({"shift", "unit_shift", "center", "procrustes", "whiten"})
+        ],
         "shift": [Interval(Real, None, None, closed="neither")],
         "noise_std": [Interval(Real, 0, None, closed="left")],
         "widths": [StrOptions({"error", "resample"})],
@@ -220,7 +227,9 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         check_vectors(X, self)
-        X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False)
+        X = validate_data(
+            self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False
+        )
         rows, observed = self._all_unit_rows(X)
         aligned = {name: self._aligned(name, rows[name]) for name in rows}
         return self._join(aligned, observed).astype(X.dtype, copy=False)
@@ -250,7 +259,9 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         check_vectors(X, self)
         X = check_one_block(self, X, modality, FLOAT_DTYPES)
         rows, observed = self._unit_rows(X, modality, slice(None))
-        return _scattered(self._aligned(modality, rows).astype(X.dtype, copy=False), observed)
+        return _scattered(
+            self._aligned(modality, rows).astype(X.dtype, copy=False), observed
+        )
 
     def get_feature_names_out(self, input_features=None):
         """Name the output columns as those of the input, or ``<block>__<number>`` if resampled.
@@ -284,7 +295,9 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 )
         self.centroids_ = _centroids(rows)
         equal = len({len(centroid) for centroid in self.centroids_.values()}) == 1
-        self.grand_centroid_ = np.mean(list(self.centroids_.values()), axis=0) if equal else None
+        self.grand_centroid_ = (
+            np.mean(list(self.centroids_.values()), axis=0) if equal else None
+        )
         self.gap_before_ = _gap(self.centroids_) if equal else np.nan
         self.maps_, self.offsets_ = self._find_maps(rows, observed)
         aligned = {name: self._aligned(name, rows[name]) for name in rows}
@@ -293,7 +306,9 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _common_width(self, X):
         """Return the width that all modalities are stretched to, None if they are left alone."""
-        widths = {name: X[:1, columns].shape[1] for name, columns in self.blocks_.items()}
+        widths = {
+            name: X[:1, columns].shape[1] for name, columns in self.blocks_.items()
+        }
         if len(widths) < 2:
             raise ValueError(
                 f"A gap needs at least two modalities, but the n_features={X.shape[1]} columns "
@@ -312,7 +327,10 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _all_unit_rows(self, X):
         """Return `_unit_rows` of every modality."""
-        found = {name: self._unit_rows(X, name, columns) for name, columns in self.blocks_.items()}
+        found = {
+            name: self._unit_rows(X, name, columns)
+            for name, columns in self.blocks_.items()
+        }
         return ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
 
     def _unit_rows(self, X, name, columns):
@@ -330,18 +348,25 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         maps, centroids = {}, self.centroids_
         if self.method in ("shift", "unit_shift"):
             # For two modalities, twice the distance to the grand centroid is that of the two.
-            distances = [np.linalg.norm(self.grand_centroid_ - c) for c in centroids.values()]
+            distances = [
+                np.linalg.norm(self.grand_centroid_ - c) for c in centroids.values()
+            ]
             size = 2 * np.mean(distances) if self.method == "unit_shift" else 1.0
             size = max(size, np.finfo(np.float64).tiny)
-            offsets = {name: (self.grand_centroid_ - c) / size for name, c in centroids.items()}
+            offsets = {
+                name: (self.grand_centroid_ - c) / size for name, c in centroids.items()
+            }
         elif self.method == "center":
             offsets = {name: -centroid for name, centroid in centroids.items()}
         elif self.method == "procrustes":
             maps = _rotations(rows, observed)
-            offsets = {name: np.zeros_like(centroid) for name, centroid in centroids.items()}
+            offsets = {
+                name: np.zeros_like(centroid) for name, centroid in centroids.items()
+            }
         else:
             maps = {
-                name: _whitening_matrix(_centred(part, centroids[name])) / np.sqrt(part.shape[1])
+                name: _whitening_matrix(_centred(part, centroids[name]))
+                / np.sqrt(part.shape[1])
                 for name, part in rows.items()
             }
             offsets = {name: -centroids[name] @ maps[name] for name in rows}
@@ -447,7 +472,9 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         "weighted": ["boolean"],
     }
 
-    def __init__(self, n_components=None, *, blocks=None, shrinkage="auto", weighted=True):
+    def __init__(
+        self, n_components=None, *, blocks=None, shrinkage="auto", weighted=True
+    ):
         self.n_components = n_components
         self.blocks = blocks
         self.shrinkage = shrinkage
@@ -485,20 +512,28 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         pairs, whitenings, shrinkages = [], [], []
         for name, part in rows.items():
             centred = _centred(part, self.means_[name])
-            shrinkage = _noise_share(centred) if self.shrinkage == "auto" else self.shrinkage
+            shrinkage = (
+                _noise_share(centred) if self.shrinkage == "auto" else self.shrinkage
+            )
             axes, roots, _ = _whitening(centred, shrinkage)
             pairs.append(centred[paired[observed[name]]])
             whitenings.append(axes * roots)
             shrinkages.append(shrinkage)
-        a, b = (part @ whitening for part, whitening in zip(pairs, whitenings, strict=True))
+        a, b = (
+            part @ whitening for part, whitening in zip(pairs, whitenings, strict=True)
+        )
         # The cross-covariance shrinks too, else correlations could be more than 1.
         remaining = np.sqrt((1 - shrinkages[0]) * (1 - shrinkages[1]))
-        left, correlations, right = linalg.svd(remaining * a.T @ b / len(a), full_matrices=False)
+        left, correlations, right = linalg.svd(
+            remaining * a.T @ b / len(a), full_matrices=False
+        )
         n_components = self.n_components or min(part.shape[1] for part in pairs)
         self.correlations_ = _padded(correlations.clip(0, 1), n_components)
         self.maps_ = {
             name: _padded(whitening @ directions, n_components)
-            for name, whitening, directions in zip(rows, whitenings, (left, right.T), strict=True)
+            for name, whitening, directions in zip(
+                rows, whitenings, (left, right.T), strict=True
+            )
         }
         return self
 
@@ -517,8 +552,12 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         check_vectors(X, self)
-        X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False)
-        return np.hstack([self._project(X[:, part], name) for name, part in self.blocks_.items()])
+        X = validate_data(
+            self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False
+        )
+        return np.hstack(
+            [self._project(X[:, part], name) for name, part in self.blocks_.items()]
+        )
 
     def encode(self, X, modality):
         """Project rows of one modality.
@@ -699,7 +738,9 @@ def _whitening(centred, shrinkage):
 def _whitening_matrix(centred):
     """Return the symmetric matrix that whitens, with Ledoit and Wolf's shrinkage."""
     shrinkage = (
-        ledoit_wolf_shrinkage(centred, assume_centered=True) if centred.shape[1] > 1 else 0.0
+        ledoit_wolf_shrinkage(centred, assume_centered=True)
+        if centred.shape[1] > 1
+        else 0.0
     )
     axes, roots, rest = _whitening(centred, shrinkage)
     return (axes * (roots - rest)) @ axes.T + rest * np.eye(len(axes))
@@ -734,4 +775,6 @@ def _scattered(rows, observed):
 
 def _numbered(blocks, width):
     """Name columns by block and number."""
-    return np.array([f"{name}__{i}" for name in blocks for i in range(width)], dtype=object)
+    return np.array(
+        [f"{name}__{i}" for name in blocks for i in range(width)], dtype=object
+    )

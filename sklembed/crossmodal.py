@@ -16,20 +16,18 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sklembed import _callbacks
-from sklembed._blocks import (
+from sklembed._callbacks import CallbackSupportMixin, with_callbacks
+from sklembed._table.blocks import (
     check_names,
     check_one_block,
     known_block,
     moments,
     n_trained,
     observed_in_block,
-    pad_tokens,
-    read_tokens,
     resolve_blocks,
-    token_columns,
 )
-from sklembed._callbacks import CallbackSupportMixin, with_callbacks
-from sklembed._tables import as_table, output_container, take_columns
+from sklembed._table.columns import as_table, output_container, take_columns
+from sklembed._table.tokens import pad_tokens, read_tokens, token_columns
 from sklembed._targets import hold_back
 from sklembed._validation import check_vectors, draw_seed
 from sklembed.metrics import retrieval_recall
@@ -38,7 +36,9 @@ FUSIONS = ("add", "multiply", "concat")  # of a context with any vectors
 ATTENTION_FUSIONS = ("additive", "general", "scaled_dot")  # with several tokens
 _CHUNK_TOKENS = 4096  # of a forward pass without training
 _COLLAPSED = 0.99  # rows that are no pair, and more alike than this, are not told apart
-_SAME_CONTEXT = 1 - 1e-9  # nor are contexts; good encoders, too, bring them as near as 1 - 1e-6
+_SAME_CONTEXT = (
+    1 - 1e-9
+)  # nor are contexts; good encoders, too, bring them as near as 1 - 1e-6
 
 
 class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
@@ -202,7 +202,9 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                     for one, other in ((a, b), (b, a))
                 ]
         if not recalls:
-            raise ValueError(f"None of the {len(next(iter(z.values())))} rows has two modalities.")
+            raise ValueError(
+                f"None of the {len(next(iter(z.values())))} rows has two modalities."
+            )
         return float(np.mean(recalls))
 
     def get_feature_names_out(self, input_features=None):
@@ -237,7 +239,9 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             columns = [take_columns(X, [i], scalar=True) for i in range(X.shape[1])]
         else:
             check_vectors(X, self)
-            X = validate_data(self, X, dtype=np.float32, ensure_all_finite="allow-nan", reset=reset)
+            X = validate_data(
+                self, X, dtype=np.float32, ensure_all_finite="allow-nan", reset=reset
+            )
             columns = None
         if reset:
             self._find_blocks(X, tokens, columns)
@@ -267,9 +271,12 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 f"A shared space needs at least two modalities, but the n_features={X.shape[1]} "
                 f"columns hold the blocks {list(self.blocks_)} only."
             )
-        positions = {name: np.arange(X.shape[1])[part] for name, part in self.blocks_.items()}
+        positions = {
+            name: np.arange(X.shape[1])[part] for name, part in self.blocks_.items()
+        }
         self.holds_tokens_ = {
-            name: bool(len(tokens) and tokens[part].any()) for name, part in positions.items()
+            name: bool(len(tokens) and tokens[part].any())
+            for name, part in positions.items()
         }
         for name, part in positions.items():
             if self.holds_tokens_[name] and len(part) > 1:
@@ -286,14 +293,18 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         for name in self.widths_:
             if self.holds_tokens_[name]:
                 cells = read_tokens(columns[positions[name][0]], name)
-                self.widths_[name] = next(cell.shape[1] for cell in cells if cell is not None)
+                self.widths_[name] = next(
+                    cell.shape[1] for cell in cells if cell is not None
+                )
 
     def _read_columns(self, name, columns):
         """Return the rows of one modality of a table that has columns of tokens."""
         positions = np.arange(len(columns))[self.blocks_[name]]
         if self.holds_tokens_[name]:
             return read_tokens(columns[positions[0]], name, self.widths_[name])
-        part = np.stack([np.asarray(columns[i], dtype=np.float32) for i in positions], axis=1)
+        part = np.stack(
+            [np.asarray(columns[i], dtype=np.float32) for i in positions], axis=1
+        )
         observed_in_block(part, name, slice(None))
         return part[:, None]
 
@@ -380,7 +391,10 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         def make_module(generator):
             network = self._make_network(self.structure_, shapes, generator)
             network.initialize(
-                [tuple(to_tensor(m, generator.device) for m in both) for both in scaling]
+                [
+                    tuple(to_tensor(m, generator.device) for m in both)
+                    for both in scaling
+                ]
             )
             return network
 
@@ -394,7 +408,9 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                     "to be told from. Change it, or switch early stopping off."
                 )
         objective = _Objective(
-            self.direction_weight, self.structure_weight, self.mask_duplicates and not self.mixup
+            self.direction_weight,
+            self.structure_weight,
+            self.mask_duplicates and not self.mixup,
         )
         trained = train(
             make_module,
@@ -438,7 +454,9 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     def _warn_of_collapse(self):
         """Warn if pairs and other rows have become the same."""
-        last = [entry for entry in self.history_ if entry.get("valid_loss_best", True)][-1]
+        last = [entry for entry in self.history_ if entry.get("valid_loss_best", True)][
+            -1
+        ]
         if last["negative_similarity"] > _COLLAPSED:
             warnings.warn(
                 f"{type(self).__name__} has collapsed: rows that are no pair have a similarity of "
@@ -466,7 +484,9 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 tokens = network.standardized(tokens, modality)
                 if output == "tokens":
                     adapted = network.adapt(tokens, there, modality).numpy()
-                    for row, vectors, keep in zip(rows, adapted, there.numpy(), strict=True):
+                    for row, vectors, keep in zip(
+                        rows, adapted, there.numpy(), strict=True
+                    ):
                         found[row, 0] = vectors[keep]
                 else:
                     found[rows] = network.unit(tokens, there, modality).numpy()
@@ -495,7 +515,9 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         import torch
 
         if shapes is None:
-            shapes = [(1, width) for width in self.widths_.values()]  # no weight depends on tokens
+            shapes = [
+                (1, width) for width in self.widths_.values()
+            ]  # no weight depends on tokens
         with torch.device("meta"):
             network = self._network_class()(
                 shapes,
@@ -507,7 +529,9 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 chunk_size=self.chunk_size,
                 generator=generator,
             )
-        return network if generator is None else network.to_empty(device=generator.device)
+        return (
+            network if generator is None else network.to_empty(device=generator.device)
+        )
 
     @property
     def n_parameters_(self):
@@ -758,7 +782,10 @@ class SharedFusionEncoder(_CrossModalEncoder):
         return SharedFusionNetwork
 
     def _structure(self):
-        return super()._structure() | {"fusion": self.fusion, "share_layer": self.share_layer}
+        return super()._structure() | {
+            "fusion": self.fusion,
+            "share_layer": self.share_layer,
+        }
 
     def _check_network(self, parts):
         super()._check_network(parts)
@@ -1072,7 +1099,9 @@ class _Objective:
         codes, losses = codes[0], []
         for a, b in combinations(range(codes.shape[1]), 2):
             there = embedded.there[:, a] & embedded.there[:, b]
-            alike = (codes[:, None, a] == codes[:, a]) | (codes[:, None, b] == codes[:, b])
+            alike = (codes[:, None, a] == codes[:, a]) | (
+                codes[:, None, b] == codes[:, b]
+            )
             za, zb = embedded.z[:, a], embedded.z[:, b]
             losses.append(
                 info_nce(
@@ -1085,13 +1114,18 @@ class _Objective:
                 )
             )
             if embedded.z.requires_grad:
-                self._note(za.detach()[there], zb.detach()[there], alike[there][:, there])
+                self._note(
+                    za.detach()[there], zb.detach()[there], alike[there][:, there]
+                )
         loss = sum(losses) / len(losses)
         if self.structure_weight:
             kept = [
                 structure_loss(inputs[seen], z[seen])
                 for inputs, z, seen in zip(
-                    embedded.inputs, embedded.z.unbind(1), embedded.there.unbind(1), strict=True
+                    embedded.inputs,
+                    embedded.z.unbind(1),
+                    embedded.there.unbind(1),
+                    strict=True,
                 )
                 if seen.sum() > 1
             ]
@@ -1108,7 +1142,9 @@ class _Objective:
             )
         )
         self._batches.clear()
-        self.similarities.append({"positive_similarity": positive, "negative_similarity": negative})
+        self.similarities.append(
+            {"positive_similarity": positive, "negative_similarity": negative}
+        )
 
     def noted(self, history):
         """Return a history whose new epochs, as far as they have ended, say how alike rows were."""
@@ -1121,19 +1157,25 @@ class _Objective:
         if len(a):
             cosines = a @ b.T
             others = cosines[~alike]
-            self._batches.append((cosines.diag().mean(), others.mean() if len(others) else None))
+            self._batches.append(
+                (cosines.diag().mean(), others.mean() if len(others) else None)
+            )
 
 
 def _lengths(part):
     """Count the tokens of each row of a modality; a vector is one."""
     if part.dtype == object:
-        return np.array([0 if cell is None else len(cell) for cell in part], dtype=np.int64)
+        return np.array(
+            [0 if cell is None else len(cell) for cell in part], dtype=np.int64
+        )
     return (~np.isnan(part[:, 0, 0])).astype(np.int64)
 
 
 def _dense(part, width):
     """Return rows of a modality as (n_samples, n_tokens, width), NaN where there is none."""
-    return pad_tokens(part, width) if part.dtype == object else np.ascontiguousarray(part)
+    return (
+        pad_tokens(part, width) if part.dtype == object else np.ascontiguousarray(part)
+    )
 
 
 def _batches(lengths):

@@ -17,7 +17,7 @@ from sklearn.utils import check_array, check_scalar, column_or_1d, gen_batches
 from sklearn.utils.extmath import row_norms
 from sklearn.utils.random import sample_without_replacement
 
-from sklembed._blocks import observed_rows
+from sklembed._table.blocks import observed_rows
 from sklembed._validation import check_masks, check_no_missing_label, sorted_labels
 
 _CHUNK = 2**21  # numbers held at once, where all pairs of rows are met
@@ -81,7 +81,9 @@ def dice_score(y_true, y_pred, *, empty="count", adjusted=False) -> float:
     >>> dice_score(y_true, np.zeros_like(y_true)), dice_score(y_true, 0 * y_true, adjusted=True)
     (0.5, 0.0)
     """
-    return _mask_score(y_true, y_pred, empty, adjusted, lambda both, t, p: 2 * both / (t + p))
+    return _mask_score(
+        y_true, y_pred, empty, adjusted, lambda both, t, p: 2 * both / (t + p)
+    )
 
 
 def iou_score(y_true, y_pred, *, empty="count", adjusted=False) -> float:
@@ -119,7 +121,9 @@ def iou_score(y_true, y_pred, *, empty="count", adjusted=False) -> float:
     >>> iou_score([[[1, 1], [0, 0]]], [[[1, 0], [0, 0]]])
     0.5
     """
-    return _mask_score(y_true, y_pred, empty, adjusted, lambda both, t, p: both / (t + p - both))
+    return _mask_score(
+        y_true, y_pred, empty, adjusted, lambda both, t, p: both / (t + p - both)
+    )
 
 
 def modality_gap(A, B) -> float:
@@ -198,7 +202,9 @@ def distributional_gap(A, B) -> float:
     (0.0, 0.828)
     """
     A, B = (_unit(part.astype(np.float64)) for part in _two_samples(A, B))
-    return float(max(2 * _mean_distance(A, B) - _mean_distance(A, A) - _mean_distance(B, B), 0))
+    return float(
+        max(2 * _mean_distance(A, B) - _mean_distance(A, A) - _mean_distance(B, B), 0)
+    )
 
 
 def cone_concentration(A) -> float:
@@ -308,8 +314,12 @@ def uniformity(A, *, t=2) -> float:
     A = _unit(_sample(A, at_least=2).astype(np.float64))
     parts = []
     for rows, squares in _squared_distances(A, A):
-        squares[np.arange(len(squares)), np.arange(rows.start, rows.stop)] = np.inf  # itself
-        nearest = squares.min()  # its part is taken out, for the others may underflow with it
+        squares[np.arange(len(squares)), np.arange(rows.start, rows.stop)] = (
+            np.inf
+        )  # itself
+        nearest = (
+            squares.min()
+        )  # its part is taken out, for the others may underflow with it
         parts.append(np.log(np.exp(t * (nearest - squares)).sum()) - t * nearest)
     return float(logsumexp(parts) - np.log(len(A) * (len(A) - 1)))
 
@@ -455,7 +465,10 @@ def effective_rank(A) -> float:
 def _checked(A, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return embeddings as floats, and which of their rows are not missing."""
     A = check_array(
-        A, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan", input_name=name
+        A,
+        dtype=[np.float64, np.float32],
+        ensure_all_finite="allow-nan",
+        input_name=name,
     )
     try:
         return A, observed_rows(A)
@@ -513,7 +526,9 @@ def _label_codes(labels, n_rows: int) -> np.ndarray:
     """Return each row's position among the distinct labels."""
     labels = column_or_1d(labels)
     if len(labels) != n_rows:
-        raise ValueError(f"There are {len(labels)} labels for {n_rows} rows; give one for each.")
+        raise ValueError(
+            f"There are {len(labels)} labels for {n_rows} rows; give one for each."
+        )
     try:
         check_no_missing_label(labels)
         return sorted_labels(labels)[1]
@@ -557,7 +572,9 @@ def _mask_score(y_true, y_pred, empty: str, adjusted: bool, measure) -> float:
             for labels in (t[t == p], t, p)
         )
         seen = true + pred > 0
-        scores.append(measure(both[seen], true[seen], pred[seen]).mean() if seen.any() else 1.0)
+        scores.append(
+            measure(both[seen], true[seen], pred[seen]).mean() if seen.any() else 1.0
+        )
         shows.append(true.any())
     share = np.mean(np.logical_not(shows))
     if share == 1 and (empty == "skip" or adjusted):
@@ -579,7 +596,9 @@ def _chunk_rows(width: int) -> int:
     return max(1, _CHUNK // width)
 
 
-def _squared_distances(A: np.ndarray, B: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+def _squared_distances(
+    A: np.ndarray, B: np.ndarray
+) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield some rows of A at a time, and their squared distances to all of B."""
     for rows in gen_batches(len(A), _chunk_rows(len(B))):
         squares = row_norms(A[rows], squared=True)[:, None] + row_norms(B, squared=True)

@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from sklembed._tables import take_columns
+from sklembed._table.columns import take_columns
 from sklembed._validation import check_masks
 from sklembed.encoders.cells import decode
 from sklembed.metrics import dice_score, modality_gap
@@ -74,7 +74,9 @@ class ModalityGapDisplay:
         self.sd_scores = sd_scores
 
     @classmethod
-    def from_estimator(cls, aligner, X, *, search=None, max_rows=500, random_state=None):
+    def from_estimator(
+        cls, aligner, X, *, search=None, max_rows=500, random_state=None
+    ):
         """Show rows before and after a fitted aligner, and a search over its shift.
 
         Parameters
@@ -116,13 +118,18 @@ class ModalityGapDisplay:
         gaps = [_gap(part) for part in parts]
         plane = PCA(2).fit(np.vstack(list(parts[0].values())))
         rng = check_random_state(random_state)
-        drawn = {name: rng.permutation(len(rows))[:max_rows] for name, rows in parts[0].items()}
+        drawn = {
+            name: rng.permutation(len(rows))[:max_rows]
+            for name, rows in parts[0].items()
+        }
         before, after = (
             {name: plane.transform(rows[drawn[name]]) for name, rows in part.items()}
             for part in parts
         )
         sweep = {} if search is None else _sweep(search, "shift")
-        return cls(before=before, after=after, gap_before=gaps[0], gap_after=gaps[1], **sweep)
+        return cls(
+            before=before, after=after, gap_before=gaps[0], gap_after=gaps[1], **sweep
+        )
 
     @classmethod
     def from_search(cls, search, *, param="shift"):
@@ -165,15 +172,25 @@ class ModalityGapDisplay:
         n_panels = 2 * (self.before is not None) + (self.shifts is not None)
         if axes is None:
             _, axes = plt.subplots(
-                1, n_panels, figsize=(4.6 * n_panels, 4.2), layout="constrained", squeeze=False
+                1,
+                n_panels,
+                figsize=(4.6 * n_panels, 4.2),
+                layout="constrained",
+                squeeze=False,
             )
         self.axes_ = np.ravel(axes)
         if len(self.axes_) != n_panels:
-            raise ValueError(f"There are {n_panels} panels to draw; got {len(self.axes_)} axes.")
+            raise ValueError(
+                f"There are {n_panels} panels to draw; got {len(self.axes_)} axes."
+            )
         self.figure_ = self.axes_[0].figure
         if self.before is not None:
-            self._draw_rows(self.axes_[0], self.before, f"before: gap {self.gap_before:.2f}")
-            self._draw_rows(self.axes_[1], self.after, f"after: gap {self.gap_after:.2f}")
+            self._draw_rows(
+                self.axes_[0], self.before, f"before: gap {self.gap_before:.2f}"
+            )
+            self._draw_rows(
+                self.axes_[1], self.after, f"after: gap {self.gap_after:.2f}"
+            )
             limits = [(ax.get_xlim(), ax.get_ylim()) for ax in self.axes_[:2]]
             low, high = np.min(limits, axis=(0, 2)), np.max(limits, axis=(0, 2))
             for ax in self.axes_[:2]:
@@ -198,7 +215,9 @@ class ModalityGapDisplay:
 
     def _draw_scores(self, ax):
         """Draw the mean score of each shift, and its spread over folds."""
-        ax.errorbar(self.shifts, self.mean_scores, yerr=self.sd_scores, marker="o", capsize=3)
+        ax.errorbar(
+            self.shifts, self.mean_scores, yerr=self.sd_scores, marker="o", capsize=3
+        )
         ax.set(
             title="cross-validated score, mean ± sd of folds",
             xlabel="shift (lambda)",
@@ -310,12 +329,20 @@ class SegmentationDisplay:
         if images is not None:
             images = _as_column(images)
             if len(images) != len(masks):
-                raise ValueError(f"There are {len(images)} images for {len(masks)} masks.")
+                raise ValueError(
+                    f"There are {len(images)} images for {len(masks)} masks."
+                )
         if isinstance(rows, Integral) and not isinstance(rows, bool):
             if rows < 1:
                 raise ValueError(f"rows must be at least 1; got {rows}.")
-            scores = [dice_score([a], [b]) for a, b in zip(masks, predicted, strict=True)]
-            steps = np.linspace(0, len(masks) - 1, min(rows, len(masks))).round().astype(int)
+            scores = [
+                dice_score([a], [b]) for a, b in zip(masks, predicted, strict=True)
+            ]
+            steps = (
+                np.linspace(0, len(masks) - 1, min(rows, len(masks)))
+                .round()
+                .astype(int)
+            )
             rows = np.argsort(scores, kind="stable")[steps]
         rows = np.arange(len(masks))[np.asarray(rows)]
         return cls(
@@ -341,26 +368,40 @@ class SegmentationDisplay:
         shape = len(self.y_true), 2 + (self.images is not None)
         if axes is None:
             size = (2.2 * shape[1], 2.3 * shape[0])
-            _, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+            _, axes = plt.subplots(
+                *shape, figsize=size, layout="constrained", squeeze=False
+            )
         self.axes_ = np.array(axes, dtype=object)
         if self.axes_.size != shape[0] * shape[1]:
-            raise ValueError(f"There are {shape} panels to draw; got {self.axes_.size} axes.")
+            raise ValueError(
+                f"There are {shape} panels to draw; got {self.axes_.size} axes."
+            )
         self.axes_ = self.axes_.reshape(shape)
         self.figure_ = self.axes_[0, 0].figure
-        for row, (truth, found) in enumerate(zip(self.y_true, self.y_pred, strict=True)):
+        for row, (truth, found) in enumerate(
+            zip(self.y_true, self.y_pred, strict=True)
+        ):
             image = None if self.images is None else self.images[row]
             if image is not None:
                 self.axes_[row, 0].imshow(image)
             _draw_mask(self.axes_[row, -2], truth, image)
             _draw_mask(self.axes_[row, -1], found, image)
-            self.axes_[row, -1].set_title(f"Dice {dice_score([truth], [found]):.2f}", fontsize=10)
-        for ax, title in zip(self.axes_[0][::-1], ("predicted", "truth", "picture"), strict=False):
+            self.axes_[row, -1].set_title(
+                f"Dice {dice_score([truth], [found]):.2f}", fontsize=10
+            )
+        for ax, title in zip(
+            self.axes_[0][::-1], ("predicted", "truth", "picture"), strict=False
+        ):
             ax.set_title(f"{title}, {ax.get_title()}".rstrip(", "), fontsize=10)
         for ax in self.axes_.flat:
             ax.set(xticks=[], yticks=[])
-        shown = np.unique(np.concatenate([m.ravel() for m in [*self.y_true, *self.y_pred]]))
+        shown = np.unique(
+            np.concatenate([m.ravel() for m in [*self.y_true, *self.y_pred]])
+        )
         if len(shown[shown > 0]) > 1:
-            handles = [plt.Rectangle((0, 0), 1, 1, color=_colour(n)) for n in shown[shown > 0]]
+            handles = [
+                plt.Rectangle((0, 0), 1, 1, color=_colour(n)) for n in shown[shown > 0]
+            ]
             labels = [str(label) for label in shown[shown > 0]]
             self.figure_.legend(handles, labels, loc="outside lower center", ncols=8)
         return self
@@ -371,7 +412,9 @@ def _pyplot():
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'sklembed[plots]'.") from error
+        raise ImportError(
+            "Plots need matplotlib: pip install 'sklembed[plots]'."
+        ) from error
     return plt
 
 
@@ -393,8 +436,12 @@ def _draw_mask(ax, mask, image):
     colours = np.array([_colour(label) for label in labels])
     height, width = mask.shape if image is None else image.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    ax.imshow(np.full((1, 1, 3), 255) if image is None else image, extent=extent, alpha=0.6)
-    ax.imshow(colours[codes.reshape(mask.shape)], extent=extent, interpolation="nearest")
+    ax.imshow(
+        np.full((1, 1, 3), 255) if image is None else image, extent=extent, alpha=0.6
+    )
+    ax.imshow(
+        colours[codes.reshape(mask.shape)], extent=extent, interpolation="nearest"
+    )
 
 
 def _colour(label):
@@ -413,7 +460,8 @@ def _by_modality(aligner, X):
     columns = aligner.blocks_
     if aligner.width_ is not None:
         columns = {
-            name: slice(i * width, (i + 1) * width) for i, name in enumerate(aligner.blocks_)
+            name: slice(i * width, (i + 1) * width)
+            for i, name in enumerate(aligner.blocks_)
         }
     parts = {name: Z[:, part] for name, part in columns.items()}
     return {name: part[~np.isnan(part[:, 0])] for name, part in parts.items()}
@@ -421,20 +469,28 @@ def _by_modality(aligner, X):
 
 def _gap(parts):
     """Return the modality gap, averaged over pairs of modalities."""
-    return float(np.mean([modality_gap(a, b) for a, b in combinations(parts.values(), 2)]))
+    return float(
+        np.mean([modality_gap(a, b) for a, b in combinations(parts.values(), 2)])
+    )
 
 
 def _sweep(search, param):
     """Read from a search the score of each value of a parameter."""
     results = getattr(search, "cv_results_", None)
     if results is None:
-        raise ValueError(f"{type(search).__name__} is not fitted; fit it before it is shown.")
+        raise ValueError(
+            f"{type(search).__name__} is not fitted; fit it before it is shown."
+        )
     known = [key.removeprefix("param_") for key in results if key.startswith("param_")]
     names = [name for name in known if name == param or name.endswith(f"__{param}")]
     if len(names) != 1:
-        raise ValueError(f"The search tried {known}, of which {len(names)} are called {param!r}.")
+        raise ValueError(
+            f"The search tried {known}, of which {len(names)} are called {param!r}."
+        )
     values = np.asarray(results[f"param_{names[0]}"], dtype=float)
     shifts = np.unique(values)
     means, sds = results["mean_test_score"], results["std_test_score"]
-    best = [max(np.flatnonzero(values == shift), key=lambda i: means[i]) for shift in shifts]
+    best = [
+        max(np.flatnonzero(values == shift), key=lambda i: means[i]) for shift in shifts
+    ]
     return {"shifts": shifts, "mean_scores": means[best], "sd_scores": sds[best]}

@@ -13,9 +13,10 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sklembed import _callbacks
-from sklembed._blocks import moments, n_trained, read_tokens, token_columns
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
-from sklembed._tables import as_table, is_frame, missing_cells, take_columns
+from sklembed._table.blocks import moments, n_trained
+from sklembed._table.columns import as_table, is_frame, missing_cells, take_columns
+from sklembed._table.tokens import read_tokens, token_columns
 from sklembed._targets import hold_back
 from sklembed._validation import (
     check_labels_of_pixels,
@@ -295,7 +296,9 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
                 f"for {classes.tolist()}. Clone the segmenter to start anew."
             )
         if not goes_on:
-            vars(self).pop("weights_", None)  # so that a fit that fails leaves none of before
+            vars(self).pop(
+                "weights_", None
+            )  # so that a fit that fails leaves none of before
         self.order_, self.classes_, self.structure_ = order, classes, structure
         self._find_size(masks, goes_on)
         self._check_patches(maps)
@@ -402,7 +405,9 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         names = list(getattr(self, "feature_names_in_", range(X.shape[1])))
         columns = [take_columns(X, [i], scalar=True) for i in range(X.shape[1])]
         holds = token_columns(X)
-        if not reset and len(holds):  # a column without any image is refused below, by its row
+        if not reset and len(
+            holds
+        ):  # a column without any image is refused below, by its row
             holds |= [missing_cells(column).all() for column in columns]
         if not (len(holds) and holds.all()):
             wrong = names[int(np.argmin(holds))] if len(holds) else names[0]
@@ -439,7 +444,8 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         """Return in which order maps come, and the grid of each."""
         names = getattr(self, "feature_names_in_", range(len(maps)))
         grids = [
-            _grid(cells, self.grid_shape, name) for name, cells in zip(names, maps, strict=True)
+            _grid(cells, self.grid_shape, name)
+            for name, cells in zip(names, maps, strict=True)
         ]
         order = np.argsort([math.prod(grid) for grid in grids], kind="stable")
         if 0 < len(self.hidden_layer_sizes) < len(maps):
@@ -459,11 +465,15 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
                 "Check the step that made them."
             )
         dtype = np.result_type(*{mask.dtype for mask in masks})
-        dtype = dtype if dtype.kind in "biu" else np.dtype(np.int64)  # of uint64 beside int64
+        dtype = (
+            dtype if dtype.kind in "biu" else np.dtype(np.int64)
+        )  # of uint64 beside int64
         if self.classes is not None:
             allowed = np.asarray(column_or_1d(self.classes))
             if allowed.dtype.kind not in "biuf":
-                raise ValueError(f"classes must be whole numbers; got {self.classes!r}.")
+                raise ValueError(
+                    f"classes must be whole numbers; got {self.classes!r}."
+                )
             check_labels_of_pixels(allowed, "classes")
             seen = allowed.astype(np.int64)
         elif known is not None:
@@ -488,7 +498,9 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
             self._check_fits(self.mask_size_, "mask_size")
         elif not goes_on:
             self.mask_size_ = max(sizes, key=lambda size: (sizes[size], size))
-        others = [row for row, mask in enumerate(masks) if mask.shape != self.mask_size_]
+        others = [
+            row for row, mask in enumerate(masks) if mask.shape != self.mask_size_
+        ]
         self.n_resized_ = len(others)
         if others and self.mask_size is None:
             warnings.warn(
@@ -504,7 +516,9 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         """Refuse layers that would work on far finer grids than masks have pixels."""
         n_more = len(self.hidden_layer_sizes) - len(self.grids_)
         grid = [2 ** max(n_more, 0) * side for side in self.grids_[-1]]
-        if n_more > 0 and all(side >= 4 * n for side, n in zip(grid, self.mask_size_, strict=True)):
+        if n_more > 0 and all(
+            side >= 4 * n for side, n in zip(grid, self.mask_size_, strict=True)
+        ):
             raise ValueError(
                 f"The last of the {len(self.hidden_layer_sizes)} hidden layers would work on a "
                 f"grid of {grid[0]} x {grid[1]}, for masks of {self.mask_size_[0]} x "
@@ -578,7 +592,10 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         def make_module(generator):
             network = self._make_network(generator)
             network.initialize(
-                [tuple(to_tensor(m, generator.device) for m in both) for both in scaling]
+                [
+                    tuple(to_tensor(m, generator.device) for m in both)
+                    for both in scaling
+                ]
             )
             return network
 
@@ -619,11 +636,16 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
             sizes = [self.mask_size_] * n_rows
         else:
             found = np.empty(n_rows, dtype=object)
-            sizes = [_check_size(size, f"Row {row} of sizes") for row, size in enumerate(sizes)]
+            sizes = [
+                _check_size(size, f"Row {row} of sizes")
+                for row, size in enumerate(sizes)
+            ]
             check_consistent_length(maps[0], sizes)
         network = rebuilt(self._make_network(), self.weights_)
         with torch.inference_mode():
-            for rows in gen_batches(n_rows, _CHUNK_PICTURES):  # whole, all would be copied
+            for rows in gen_batches(
+                n_rows, _CHUNK_PICTURES
+            ):  # whole, all would be copied
                 patches = self._pack([cells[rows] for cells in maps])
                 logits = network(torch.from_numpy(patches)[None])[0]
                 for row, own in enumerate(logits, start=rows.start):
@@ -641,8 +663,12 @@ class PatchSegmenter(CallbackSupportMixin, BaseEstimator):
         from sklembed.nn.segmentation import PatchDecoder
 
         with torch.device("meta"):
-            network = PatchDecoder(**self.structure_, dropout=self.dropout, generator=generator)
-        return network if generator is None else network.to_empty(device=generator.device)
+            network = PatchDecoder(
+                **self.structure_, dropout=self.dropout, generator=generator
+            )
+        return (
+            network if generator is None else network.to_empty(device=generator.device)
+        )
 
     @property
     def grids_(self):
@@ -668,12 +694,18 @@ def _learnt(history, weights):
 def _grid(cells, grid_shape, name):
     """Return rows and columns of most pictures' patches, of the proportions given."""
     n_patches = Counter(len(cell) for cell in cells).most_common(1)[0][0]
-    rows, columns = (1, 1) if grid_shape is None else _check_size(grid_shape, "grid_shape")
+    rows, columns = (
+        (1, 1) if grid_shape is None else _check_size(grid_shape, "grid_shape")
+    )
     times = math.sqrt(n_patches / (rows * columns))
     grid = round(times * rows), round(times * columns)
     if math.prod(grid) != n_patches:
         row = next(row for row, cell in enumerate(cells) if len(cell) == n_patches)
-        wanted = "a square" if grid_shape is None else f"a grid proportioned {rows} : {columns}"
+        wanted = (
+            "a square"
+            if grid_shape is None
+            else f"a grid proportioned {rows} : {columns}"
+        )
         raise ValueError(
             f"The {n_patches} patches of row {row} of column {name!r} do not make up {wanted}. "
             "Pass the rows and columns as grid_shape; leave class and register tokens out "
@@ -686,7 +718,9 @@ def _check_size(size, what):
     """Return height and width as a tuple of positive integers."""
     numbers = tuple(size) if np.iterable(size) else ()
     if len(numbers) != 2 or not all(isinstance(n, Integral) and n > 0 for n in numbers):
-        raise ValueError(f"{what} should be two positive integers, height and width; got {size}.")
+        raise ValueError(
+            f"{what} should be two positive integers, height and width; got {size}."
+        )
     return int(numbers[0]), int(numbers[1])
 
 

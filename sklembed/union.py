@@ -23,14 +23,21 @@ from sklearn.preprocessing import (
 )
 from sklearn.utils import Bunch, get_tags
 from sklearn.utils._param_validation import HasMethods, StrOptions
-from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
+from sklearn.utils.metadata_routing import (
+    MetadataRouter,
+    MethodMapping,
+    process_routing,
+)
 from sklearn.utils.parallel import Parallel, delayed
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
+from sklearn.utils.validation import (
+    check_consistent_length,
+    check_is_fitted,
+    validate_data,
+)
 
 from sklembed import _callbacks
-from sklembed._blocks import token_columns
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
-from sklembed._tables import (
+from sklembed._table.columns import (
     as_pandas,
     as_table,
     column_positions,
@@ -44,6 +51,7 @@ from sklembed._tables import (
     take_columns,
     take_rows,
 )
+from sklembed._table.tokens import token_columns
 from sklembed._validation import check_routing_enabled
 
 _MISSING_ROWS = ("auto", "skip", "pass", "error")
@@ -176,7 +184,10 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     _parameter_constraints: dict = {
         "transformers": [list],
-        "remainder": [StrOptions({"drop", "passthrough"}), HasMethods(["fit", "transform"])],
+        "remainder": [
+            StrOptions({"drop", "passthrough"}),
+            HasMethods(["fit", "transform"]),
+        ],
         "n_jobs": [Integral, None],
         "transformer_weights": [dict, None],
         "add_indicator": ["boolean"],
@@ -247,7 +258,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         within = _params_within_branches(params, self.get_params(deep=True))
         if "transformers" in params:
             self.transformers = params.pop("transformers")
-        if _are_branches(self.transformers) and any(n in params for n, _, _ in self.transformers):
+        if _are_branches(self.transformers) and any(
+            n in params for n, _, _ in self.transformers
+        ):
             self.transformers = [
                 (name, params.pop(name, transformer), columns)
                 for name, transformer, columns in self.transformers
@@ -319,7 +332,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         TypeError
             If a branch returns neither numbers nor tokens.
         """
-        outputs, parts, X = self._fit_branches(_fit_transform_branch, "fit_transform", X, y, params)
+        outputs, parts, X = self._fit_branches(
+            _fit_transform_branch, "fit_transform", X, y, params
+        )
         return self._join(outputs, parts, X)
 
     def transform(self, X, **params):
@@ -422,7 +437,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         seen = getattr(self, "feature_names_in_", input_features)
         if input_features is not None and (
-            len(input_features) != self.n_features_in_ or list(input_features) != list(seen)
+            len(input_features) != self.n_features_in_
+            or list(input_features) != list(seen)
         ):
             raise ValueError(
                 f"input_features must equal the {self.n_features_in_} columns seen in fit; got "
@@ -437,13 +453,17 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             width = _width_of(self.blocks_[name])
             if not width:
                 continue
-            columns_out = _feature_names(transformer, _names_of(columns, input_features))
+            columns_out = _feature_names(
+                transformer, _names_of(columns, input_features)
+            )
             if columns_out is None or len(columns_out) != width:
                 columns_out = range(width)
             names += [f"{name}__{column}" for column in columns_out]
         if self._has_indicator:
             names += [
-                f"missing__{name}" for name, _, columns in self.transformers_ if _selects(columns)
+                f"missing__{name}"
+                for name, _, columns in self.transformers_
+                if _selects(columns)
             ]
         return np.asarray(names, dtype=object)
 
@@ -479,7 +499,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         check_consistent_length(X, y)
         branches = self._branches(X)
         if not branches:
-            raise ValueError("All branches are 'drop'; keep at least one, or set remainder.")
+            raise ValueError(
+                "All branches are 'drop'; keep at least one, or set remainder."
+            )
         parts = [
             part._replace(transformer=clone(_as_transformer(part.transformer)))
             for part in self._parts(X, branches)
@@ -491,7 +513,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         )
         _callbacks.begin(self, context, X, y)
         tasks = {  # before the loop: it pickles the union, of which they change an attribute
-            part.name: _callbacks.subtask(context, f"fit-{part.name}", 0, task_id=number)
+            part.name: _callbacks.subtask(
+                context, f"fit-{part.name}", 0, task_id=number
+            )
             for number, part in enumerate(fitted_parts)
         }
         results = self._run(
@@ -560,7 +584,11 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         if not _is_dropped(self.remainder) and (left := _columns_left(X, branches)):
             branches.append(("remainder", self.remainder, left))
         return [
-            (name, transformer, _resolve(X, name, columns, flat=not _is_passthrough(transformer)))
+            (
+                name,
+                transformer,
+                _resolve(X, name, columns, flat=not _is_passthrough(transformer)),
+            )
             for name, transformer, columns in branches
             if not _is_dropped(transformer)
         ]
@@ -571,7 +599,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         for name, transformer, columns in branches:
             if not _selects(columns):
                 nothing = np.array([], dtype=np.intp)
-                parts.append(_Part(name, transformer, columns, None, nothing, nothing, len(X)))
+                parts.append(
+                    _Part(name, transformer, columns, None, nothing, nothing, len(X))
+                )
                 continue
             cells = _select(X, name, columns)
             rows = observed = np.flatnonzero(~_missing_rows(cells))
@@ -586,7 +616,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             else:
                 cells = take_rows(cells, rows)
             _check_dates(name, transformer, cells)
-            parts.append(_Part(name, transformer, columns, cells, rows, observed, len(X)))
+            parts.append(
+                _Part(name, transformer, columns, cells, rows, observed, len(X))
+            )
         return parts
 
     def _treatment(self, name, transformer):
@@ -601,7 +633,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     def _check_unobserved(self, parts):
         """Return the branches that no row has; raise an error unless they are to be kept."""
-        unobserved = [part for part in parts if not len(part.observed) and _selects(part.columns)]
+        unobserved = [
+            part for part in parts if not len(part.observed) and _selects(part.columns)
+        ]
         if unobserved and not self.keep_unobserved:
             part = unobserved[0]
             raise ValueError(
@@ -630,7 +664,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     def _all_branches(self):
         """Return the transformer and the columns of each branch by name, with the remainder."""
         branches = self.transformers if _are_branches(self.transformers) else []
-        by_name = {name: (transformer, columns) for name, transformer, columns in branches}
+        by_name = {
+            name: (transformer, columns) for name, transformer, columns in branches
+        }
         return by_name | {"remainder": (self.remainder, None)}
 
     def _set_fitted_params(self, within, before):
@@ -666,7 +702,10 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 f"{self.transformers!r}."
             )
         for name, transformer, _ in self.transformers:
-            if not (_is_dropped(transformer) or hasattr(_as_transformer(transformer), "transform")):
+            if not (
+                _is_dropped(transformer)
+                or hasattr(_as_transformer(transformer), "transform")
+            ):
                 raise TypeError(
                     f"Branch {name!r} needs a transformer, 'passthrough' or 'drop'; got "
                     f"{transformer!r}."
@@ -677,7 +716,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         """Refuse names of branches that could not be told apart later."""
         for name, times in Counter(names).items():
             if times > 1:
-                raise ValueError(f"Branch names must differ, but {name!r} stands {times} times.")
+                raise ValueError(
+                    f"Branch names must differ, but {name!r} stands {times} times."
+                )
             if not isinstance(name, str) or not name or "__" in name:
                 raise ValueError(
                     f"A branch name is a string without '__', which separates the branch from its "
@@ -783,7 +824,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return len(self.blocks_) > len(self.transformers_)
 
     def _sk_visual_block_(self):
-        return ColumnTransformer(self.transformers, remainder=self.remainder)._sk_visual_block_()
+        return ColumnTransformer(
+            self.transformers, remainder=self.remainder
+        )._sk_visual_block_()
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -820,7 +863,9 @@ class _Fitted(NamedTuple):
 class _Reaction(NamedTuple):
     """How a transformer that takes rows of NaN treats them."""
 
-    handles: bool  # it returns something else than a row of NaN, at least in some columns
+    handles: (
+        bool  # it returns something else than a row of NaN, at least in some columns
+    )
     keeps: bool  # it may return NaN, at least in some columns
 
 
@@ -837,7 +882,9 @@ def _reaction_to_nan(transformer):
     if isinstance(transformer, PerModalityUnion):
         return _reaction_of_union(transformer)
     if isinstance(transformer, FeatureUnion):
-        return _reaction_side_by_side([inner for _, inner in transformer.transformer_list])
+        return _reaction_side_by_side(
+            [inner for _, inner in transformer.transformer_list]
+        )
     if isinstance(transformer, ColumnTransformer):
         inner = [inner for _, inner, _ in transformer.transformers]
         return _reaction_side_by_side([*inner, transformer.remainder])
@@ -852,7 +899,9 @@ def _reaction_to_nan(transformer):
         wrapped = _estimators_within(transformer)
         return _reaction_side_by_side(wrapped) if wrapped else None
     if isinstance(transformer, OrdinalEncoder):
-        return _Reaction(handles=True, keeps=bool(pd.isna(transformer.encoded_missing_value)))
+        return _Reaction(
+            handles=True, keeps=bool(pd.isna(transformer.encoded_missing_value))
+        )
     return _KEEPS if isinstance(transformer, _KEEP_MISSING) else _FILLS
 
 
@@ -871,7 +920,9 @@ def _reaction_in_sequence(steps):
 
 def _reaction_side_by_side(transformers):
     """Tell how transformers of which each is given the rows treat rows of NaN."""
-    reactions = [_reaction_to_nan(inner) for inner in transformers if not _is_dropped(inner)]
+    reactions = [
+        _reaction_to_nan(inner) for inner in transformers if not _is_dropped(inner)
+    ]
     if None in reactions:
         return None
     return _Reaction(
@@ -888,7 +939,9 @@ def _reaction_of_union(union):
             treatment = union._treatment(name, transformer)
             if treatment == "error":
                 return None
-            if treatment == "pass":  # also where the parameter says so of any transformer
+            if (
+                treatment == "pass"
+            ):  # also where the parameter says so of any transformer
                 reaction = _reaction_to_nan(transformer)
                 keeps = reaction is None or reaction.keeps
                 reactions.append(_Reaction(handles=True, keeps=keeps))
@@ -907,7 +960,9 @@ def _keeps_missing_rows(transformer):
 
 def _estimators_within(transformer):
     """List the estimators among a transformer's parameters, as those that a wrapper has."""
-    params = transformer.get_params(deep=False) if hasattr(transformer, "get_params") else {}
+    params = (
+        transformer.get_params(deep=False) if hasattr(transformer, "get_params") else {}
+    )
     return [
         value
         for value in params.values()
@@ -990,7 +1045,9 @@ def _select(X, name, columns):
 
 def _names_in_table(columns, X):
     """Name the columns of a table that a branch reads."""
-    return _names_of(columns, X.columns if is_frame(X) else [f"x{i}" for i in range(X.shape[1])])
+    return _names_of(
+        columns, X.columns if is_frame(X) else [f"x{i}" for i in range(X.shape[1])]
+    )
 
 
 def _names_of(columns, input_features):
@@ -1021,7 +1078,9 @@ def _is_of_sklearn(transformer):
     """Tell whether a transformer, or a pipeline's first, is one of scikit-learn's own."""
     if isinstance(transformer, Pipeline) and transformer.steps:
         transformer = transformer.steps[0][1]
-    hands_on = isinstance(transformer, FunctionTransformer | ColumnTransformer | FeatureUnion)
+    hands_on = isinstance(
+        transformer, FunctionTransformer | ColumnTransformer | FeatureUnion
+    )
     return type(transformer).__module__.startswith("sklearn.") and not hands_on
 
 
@@ -1043,7 +1102,11 @@ def _cut_to_rows(metadata, rows, n_rows):
 
 
 def _has_rows(value, n_rows):
-    return hasattr(value, "__len__") and not isinstance(value, str | dict) and len(value) == n_rows
+    return (
+        hasattr(value, "__len__")
+        and not isinstance(value, str | dict)
+        and len(value) == n_rows
+    )
 
 
 def _is_passthrough(transformer):
@@ -1079,7 +1142,9 @@ def _fit_transform_branch(part, y, params):
     if hasattr(transformer, "fit_transform"):
         output = transformer.fit_transform(X, y, **params["fit_transform"])
     else:
-        output = transformer.fit(X, y, **params["fit"]).transform(X, **params["transform"])
+        output = transformer.fit(X, y, **params["fit"]).transform(
+            X, **params["transform"]
+        )
     output = _dense(output, part)
     return _Fitted(transformer, output, _width(output), _holds_tokens(output))
 
@@ -1095,7 +1160,11 @@ def _unfitted_result(part, X):
     names = _feature_names(part.transformer, _names_in_table(part.columns, X))
     width = len(names) if names is not None and len(names) else 1
     holds_tokens = False
-    last = part.transformer[-1] if isinstance(part.transformer, Pipeline) else part.transformer
+    last = (
+        part.transformer[-1]
+        if isinstance(part.transformer, Pipeline)
+        else part.transformer
+    )
     if width == 1 and _keeps_missing_rows(last) and not get_tags(last).requires_fit:
         # An encoder returns None for a missing cell if it returns tokens for others.
         vector = last.transform(np.array([[None]], dtype=object))
@@ -1177,8 +1246,14 @@ def _note(part, message):
     """Say which branch it was, which rows it was given, and what often helps."""
     n_lacking = part.n_rows - len(part.observed)
     all_rows = len(part.rows) == part.n_rows
-    rows = "all rows" if all_rows else f"the {len(part.rows)} of {part.n_rows} rows that it has"
-    note = f"This was in branch {part.name!r} of PerModalityUnion, which was given {rows}."
+    rows = (
+        "all rows"
+        if all_rows
+        else f"the {len(part.rows)} of {part.n_rows} rows that it has"
+    )
+    note = (
+        f"This was in branch {part.name!r} of PerModalityUnion, which was given {rows}."
+    )
     if all_rows and n_lacking and _mentions(message, "nan", "none", "missing"):
         note += (
             f" {n_lacking} of these lack its modality; missing_rows={{{part.name!r}: 'skip'}} "
@@ -1212,7 +1287,9 @@ def _as_array(output, part, block, holds_tokens):
     output = np.asarray(output)
     if holds_tokens or output.dtype.kind != "f":
         try:
-            output = _checked_tokens(output) if holds_tokens else _as_floats(output, part)
+            output = (
+                _checked_tokens(output) if holds_tokens else _as_floats(output, part)
+            )
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"Branch {name!r} returned {output.dtype} columns that are not numbers ({error}). "
@@ -1238,7 +1315,9 @@ def _as_floats(output, part):
     """Turn objects into floats; text is refused, also a postal code that could be read as one."""
     if output.dtype.kind in "OUS":
         names = part.columns if isinstance(part.columns, list) else [part.columns]
-        if len(names) != np.shape(output)[-1]:  # the branch does not hand columns on as they are
+        if (
+            len(names) != np.shape(output)[-1]
+        ):  # the branch does not hand columns on as they are
             names = range(np.shape(output)[-1])
         for name, cells in zip(names, np.atleast_2d(output.T), strict=True):
             text = next((cell for cell in cells if isinstance(cell, str | bytes)), None)
@@ -1253,7 +1332,11 @@ def _checked_tokens(output):
     for cell in output[~missing]:
         if not isinstance(cell, np.ndarray) or cell.ndim != 2 or cell.dtype.kind != "f":
             is_array = isinstance(cell, np.ndarray)
-            got = f"{cell.dtype} of shape {cell.shape}" if is_array else type(cell).__name__
+            got = (
+                f"{cell.dtype} of shape {cell.shape}"
+                if is_array
+                else type(cell).__name__
+            )
             raise TypeError(
                 f"tokens are float arrays of shape (n_tokens, n_features), but a cell is {got}"
             )

@@ -35,7 +35,9 @@ def store(tmp_path):
 
 def count_letters(texts):
     """Encode texts by how often each of eight letters occurs, plus their length."""
-    return np.array([[text.count(letter) for letter in "aeinorst"] + [len(text)] for text in texts])
+    return np.array(
+        [[text.count(letter) for letter in "aeinorst"] + [len(text)] for text in texts]
+    )
 
 
 def mean_colours(pictures):
@@ -47,14 +49,22 @@ def mean_colours(pictures):
 @pytest.fixture
 def text_backend():
     return CallableBackend(
-        lambda: count_letters, name="letters", version="1", modality="text", n_features=9
+        lambda: count_letters,
+        name="letters",
+        version="1",
+        modality="text",
+        n_features=9,
     )
 
 
 @pytest.fixture
 def image_backend():
     return CallableBackend(
-        lambda: mean_colours, name="colours", version="1", modality="image", n_features=6
+        lambda: mean_colours,
+        name="colours",
+        version="1",
+        modality="image",
+        n_features=6,
     )
 
 
@@ -89,26 +99,40 @@ def checkpoints(tmp_path_factory):
             "vit": hf.ViTModel(hf.ViTConfig(**vision), add_pooling_layer=False),
             "dinov2": hf.Dinov2Model(hf.Dinov2Config(**vision, mlp_ratio=2)),
             "resnet": hf.ResNetModel(
-                hf.ResNetConfig(embedding_size=6, hidden_sizes=[8, 10, 12, 16], depths=[1] * 4)
+                hf.ResNetConfig(
+                    embedding_size=6, hidden_sizes=[8, 10, 12, 16], depths=[1] * 4
+                )
             ),
             "dinov2_registers": hf.Dinov2WithRegistersModel(
-                hf.Dinov2WithRegistersConfig(**vision, mlp_ratio=2, num_register_tokens=3)
+                hf.Dinov2WithRegistersConfig(
+                    **vision, mlp_ratio=2, num_register_tokens=3
+                )
             ),
             "convnext": hf.ConvNextModel(
-                hf.ConvNextConfig(hidden_sizes=[8, 10, 12, 16], depths=[1] * 4, image_size=64)
+                hf.ConvNextConfig(
+                    hidden_sizes=[8, 10, 12, 16], depths=[1] * 4, image_size=64
+                )
             ),
             "mpnet": hf.MPNetModel(hf.MPNetConfig(**text, pad_token_id=1)),
             "modernbert": hf.ModernBertModel(hf.ModernBertConfig(**text, **MODERNBERT)),
-            "qwen": hf.Qwen3Model(hf.Qwen3Config(**text, num_key_value_heads=2, head_dim=8)),
+            "qwen": hf.Qwen3Model(
+                hf.Qwen3Config(**text, num_key_value_heads=2, head_dim=8)
+            ),
             "llama": hf.LlamaModel(hf.LlamaConfig(**text, num_key_value_heads=2)),
             "gpt2": hf.GPT2Model(
                 hf.GPT2Config(
-                    vocab_size=len(WORDS) + 5, n_embd=16, n_layer=2, n_head=2, n_positions=24
+                    vocab_size=len(WORDS) + 5,
+                    n_embd=16,
+                    n_layer=2,
+                    n_head=2,
+                    n_positions=24,
                 )
             ),
             "roberta": hf.RobertaModel(hf.RobertaConfig(**text, pad_token_id=1)),
             "t5": hf.T5EncoderModel(
-                hf.T5Config(vocab_size=len(WORDS) + 5, d_model=16, d_ff=24, d_kv=8, num_layers=2)
+                hf.T5Config(
+                    vocab_size=len(WORDS) + 5, d_model=16, d_ff=24, d_kv=8, num_layers=2
+                )
             ),
             "swin": hf.SwinModel(
                 hf.SwinConfig(
@@ -121,11 +145,14 @@ def checkpoints(tmp_path_factory):
                 )
             ),
             "siglip": hf.SiglipModel(
-                hf.SiglipConfig(text_config=text | {"projection_size": 16}, vision_config=vision)
+                hf.SiglipConfig(
+                    text_config=text | {"projection_size": 16}, vision_config=vision
+                )
             ),
             "clip": hf.CLIPModel(
                 hf.CLIPConfig(
-                    text_config=text | {"eos_token_id": 3, "pad_token_id": 0, "bos_token_id": 2},
+                    text_config=text
+                    | {"eos_token_id": 3, "pad_token_id": 0, "bos_token_id": 2},
                     vision_config=vision,
                     projection_dim=12,
                 )

@@ -85,7 +85,10 @@ def test_the_gap_of_training_rows_nearly_closes(seed, method):
 def test_gaps_are_the_distances_of_centroids():
     X = two_cones()
     aligner = ModalityGapAligner(EQUAL).fit(X)
-    for Z, gap in ((X, aligner.gap_before_), (aligner.transform(X), aligner.gap_after_)):
+    for Z, gap in (
+        (X, aligner.gap_before_),
+        (aligner.transform(X), aligner.gap_after_),
+    ):
         text, image = (normalize(part).mean(axis=0) for part in halves(Z))
         assert gap == pytest.approx(np.linalg.norm(text - image))
 
@@ -103,7 +106,9 @@ def test_procrustes_keeps_inner_products_and_brings_pairs_together():
     (text, image), (Z_text, Z_image) = map(normalize, halves(X)), halves(Z)
     np.testing.assert_allclose(Z_text, text)  # the first block stays
     np.testing.assert_allclose(Z_image @ Z_image.T, image @ image.T)
-    assert (Z_text * Z_image).sum(axis=1).mean() > (text * image).sum(axis=1).mean() + 0.1
+    assert (Z_text * Z_image).sum(axis=1).mean() > (text * image).sum(
+        axis=1
+    ).mean() + 0.1
 
 
 def test_whitened_directions_vary_alike():
@@ -120,7 +125,8 @@ def test_the_gap_is_learnt_from_training_rows_alone():
     for table in (X, far_away):
         aligner = ModalityGapAligner(EQUAL).fit(table[:50])
         np.testing.assert_array_equal(
-            aligner.transform(table)[:50], ModalityGapAligner(EQUAL).fit(X[:50]).transform(X[:50])
+            aligner.transform(table)[:50],
+            ModalityGapAligner(EQUAL).fit(X[:50]).transform(X[:50]),
         )
     # and in cross-validation: were the gap that of all rows, a label hidden in the test rows'
     # own centroid would show
@@ -133,7 +139,9 @@ def test_the_gap_is_learnt_from_training_rows_alone():
 
 def test_noise_has_the_requested_deviation_and_is_for_training_rows_alone():
     X = two_cones(2000)
-    quiet, noisy = (ModalityGapAligner(EQUAL, noise_std=s, random_state=0) for s in (0.0, 0.126))
+    quiet, noisy = (
+        ModalityGapAligner(EQUAL, noise_std=s, random_state=0) for s in (0.0, 0.126)
+    )
     noise = noisy.fit_transform(X) - quiet.fit_transform(X)
     assert noise.std() == pytest.approx(0.126, rel=0.02)
     assert abs(noise.mean()) < 0.005
@@ -172,20 +180,31 @@ def test_resampling_interpolates_between_coordinates():
     stretched = interp1d(np.linspace(0, 1, 3), text)(np.linspace(0, 1, 5))
     np.testing.assert_allclose(aligner.transform(X)[:, :5], normalize(stretched))
     names = aligner.get_feature_names_out().tolist()
-    assert names[:6] == ["text__0", "text__1", "text__2", "text__3", "text__4", "image__0"]
+    assert names[:6] == [
+        "text__0",
+        "text__1",
+        "text__2",
+        "text__3",
+        "text__4",
+        "image__0",
+    ]
 
 
 def test_centring_and_whitening_take_unequal_widths_as_they_are():
     X = two_cones()[:, :8]
     for method in ("center", "whiten"):
-        aligner = ModalityGapAligner({"a": slice(0, 3), "b": slice(3, 8)}, method=method)
+        aligner = ModalityGapAligner(
+            {"a": slice(0, 3), "b": slice(3, 8)}, method=method
+        )
         assert aligner.fit_transform(X).shape == X.shape
         assert np.isnan(aligner.gap_before_)
 
 
 def test_blocks_are_read_from_names_and_names_are_kept():
     X = pd.DataFrame({"text": ["a", "b", "c"], "a": [1.0, 2, 4], "b": [4.0, -1, 3]})
-    union = PerModalityUnion([("first", StandardScaler(), ["a"]), ("last", "passthrough", ["b"])])
+    union = PerModalityUnion(
+        [("first", StandardScaler(), ["a"]), ("last", "passthrough", ["b"])]
+    )
     pipeline = make_pipeline(union, ModalityGapAligner()).set_output(transform="pandas")
     Z = pipeline.fit_transform(X)
     assert list(Z.columns) == ["first__a", "last__b"]
@@ -211,7 +230,9 @@ def test_blocks_may_be_masks():
 def test_shift_and_noise_can_be_searched():
     X = two_cones().astype(np.float32)
     y = X[:, 0] > X[:, 0].mean()
-    pipeline = make_pipeline(ModalityGapAligner(EQUAL, random_state=0), LogisticRegression())
+    pipeline = make_pipeline(
+        ModalityGapAligner(EQUAL, random_state=0), LogisticRegression()
+    )
     grid = {
         "modalitygapaligner__shift": [0.0, 0.5, 1.0],
         "modalitygapaligner__noise_std": [0.0, 0.5],
@@ -223,14 +244,29 @@ def test_shift_and_noise_can_be_searched():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"blocks": {"text": slice(0, 10)}}, r"at least two modalities.*\['text'\] only"),
-        ({"blocks": {"a": slice(0, 4), "b": slice(4, 10)}}, r"{'a': 4, 'b': 6}.*resample"),
+        (
+            {"blocks": {"text": slice(0, 10)}},
+            r"at least two modalities.*\['text'\] only",
+        ),
+        (
+            {"blocks": {"a": slice(0, 4), "b": slice(4, 10)}},
+            r"{'a': 4, 'b': 6}.*resample",
+        ),
         ({"blocks": {"a": slice(0, 6), "b": slice(4, 10)}}, "column 4 is in 2 of"),
         ({"blocks": {"a": slice(0, 4), "b": slice(5, 10)}}, "column 4 is in 0 of"),
-        ({"blocks": {"a": slice(0, 10), "b": slice(10, 12)}}, "Block 'b' holds none of the"),
-        ({"blocks": {"a": [0, 11], "b": slice(2, 10)}}, "asks for column 11, but X has"),
+        (
+            {"blocks": {"a": slice(0, 10), "b": slice(10, 12)}},
+            "Block 'b' holds none of the",
+        ),
+        (
+            {"blocks": {"a": [0, 11], "b": slice(2, 10)}},
+            "asks for column 11, but X has",
+        ),
         ({"blocks": {"a": "x", "b": slice(2, 10)}}, "asks for column 'x'.*no names"),
-        ({"blocks": None}, r"X has no names.*set_output\(transform='pandas'\).*or pass blocks"),
+        (
+            {"blocks": None},
+            r"X has no names.*set_output\(transform='pandas'\).*or pass blocks",
+        ),
         ({"blocks": EQUAL, "method": "rotate"}, "'method' parameter"),
         ({"blocks": EQUAL, "noise_std": -1.0}, "'noise_std' parameter"),
     ],
@@ -242,7 +278,9 @@ def test_what_cannot_be_aligned_is_refused(options, message):
 
 def test_names_that_name_no_modality_are_refused():
     X = pd.DataFrame(two_cones()[:, :3], columns=["text__0", "image__0", "text__1"])
-    with pytest.raises(ValueError, match="columns of 'text' do not stand side by side: 'text__1'"):
+    with pytest.raises(
+        ValueError, match="columns of 'text' do not stand side by side: 'text__1'"
+    ):
         ModalityGapAligner().fit(X)
     with pytest.raises(ValueError, match="Column 'size' names no modality"):
         ModalityGapAligner().fit(X.rename(columns={"text__1": "size"}))
@@ -330,7 +368,9 @@ def test_isotropic_modalities_keep_their_correlations(n_rows, width, whiten):
 
 def test_noise_of_more_columns_than_rows_does_not_correlate():
     X = np.random.default_rng(0).normal(size=(50, 1000))
-    aligner = CanonicalAligner(blocks={"a": slice(0, 500), "b": slice(500, 1000)}).fit(X)
+    aligner = CanonicalAligner(blocks={"a": slice(0, 500), "b": slice(500, 1000)}).fit(
+        X
+    )
     assert 0 < aligner.correlations_[0] < 0.8
 
 
@@ -365,7 +405,9 @@ def test_directions_are_those_of_the_covariances(width, n_missing, shrinkage):
     between = (1 - shrinkage) * roots[0] @ a.T @ b @ roots[1] / paired.sum()
     left, correlations, right = np.linalg.svd(between)
     np.testing.assert_allclose(aligner.correlations_, correlations[:3].clip(max=1))
-    for root, directions, part in zip(roots, (left, right.T), aligner.maps_.values(), strict=True):
+    for root, directions, part in zip(
+        roots, (left, right.T), aligner.maps_.values(), strict=True
+    ):
         expected = root @ directions[:, :3]
         signs = np.sign((expected * part).sum(axis=0))
         np.testing.assert_allclose(part * signs, expected, atol=1e-8)
@@ -400,7 +442,10 @@ def test_degenerate_blocks_give_finite_rows(shape, width, n_rows):
     elif shape == "duplicated":
         X = X[:, [0] * width + [width] * width]
     blocks = {"a": slice(0, width), "b": slice(width, 2 * width)}
-    for aligner in (CanonicalAligner(blocks=blocks), ModalityGapAligner(blocks, method="whiten")):
+    for aligner in (
+        CanonicalAligner(blocks=blocks),
+        ModalityGapAligner(blocks, method="whiten"),
+    ):
         Z = aligner.fit(X).transform(X + 1e-6)
         assert np.isfinite(Z).all()
         assert np.abs(Z).max() <= 1 + 1e-12
@@ -431,7 +476,9 @@ def test_far_columns_of_float32_are_aligned_as_in_double_precision(method):
     Z = aligner.fit_transform(far)
     assert Z.dtype == np.float32
     np.testing.assert_allclose(Z, expected, atol=1e-5)
-    np.testing.assert_array_equal(aligner.encode(far[:, :5], "text"), aligner.transform(far)[:, :5])
+    np.testing.assert_array_equal(
+        aligner.encode(far[:, :5], "text"), aligner.transform(far)[:, :5]
+    )
 
 
 def test_shrinkage_leaves_something_of_the_covariance():
@@ -439,7 +486,9 @@ def test_shrinkage_leaves_something_of_the_covariance():
         CanonicalAligner(blocks=EQUAL, shrinkage=1.0).fit(two_cones())
 
 
-@pytest.mark.parametrize("aligner", [CanonicalAligner(3, blocks=EQUAL), ModalityGapAligner(EQUAL)])
+@pytest.mark.parametrize(
+    "aligner", [CanonicalAligner(3, blocks=EQUAL), ModalityGapAligner(EQUAL)]
+)
 def test_a_request_without_any_modality_stays_missing(aligner):
     X = two_cones()
     aligner.fit(X)
@@ -452,7 +501,11 @@ def test_a_request_without_any_modality_stays_missing(aligner):
 def test_unpaired_rows_are_projected_too():
     X = two_cones()
     X[:5, :5] = np.nan
-    Z = CanonicalAligner(3, blocks=EQUAL).set_output(transform="pandas").fit_transform(X)
+    Z = (
+        CanonicalAligner(3, blocks=EQUAL)
+        .set_output(transform="pandas")
+        .fit_transform(X)
+    )
     assert list(Z.columns[:4]) == ["text__0", "text__1", "text__2", "image__0"]
     assert Z.iloc[:5, :3].isna().all(axis=None)
     assert Z.iloc[:, 3:].notna().all(axis=None)
@@ -462,7 +515,9 @@ def test_what_cannot_be_paired_is_refused():
     X = two_cones()
     with pytest.raises(ValueError, match="pairs two modalities"):
         CanonicalAligner(blocks={"all": slice(0, 10)}).fit(X)
-    with pytest.raises(ValueError, match="n_components=6, but the narrower modality has 5"):
+    with pytest.raises(
+        ValueError, match="n_components=6, but the narrower modality has 5"
+    ):
         CanonicalAligner(6, blocks=EQUAL).fit(X)
     X[1:, :5] = np.nan
     with pytest.raises(ValueError, match="Only 1 of n_samples=80 rows have both"):

@@ -12,13 +12,22 @@ import sklembed
 def imported_by(statement):
     """List the modules that a statement brings into a fresh interpreter."""
     code = f"import sys\n{statement}\nprint('\\n'.join(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
     return set(out.stdout.split())
 
 
 def test_importing_the_package_brings_in_nothing_else():
     modules = imported_by("import sklembed")
-    assert not modules & {"torch", "sklearn", "numpy", "pandas", "transformers", "skorch"}
+    assert not modules & {
+        "torch",
+        "sklearn",
+        "numpy",
+        "pandas",
+        "transformers",
+        "skorch",
+    }
 
 
 HEAVY = {"torch", "transformers", "skorch", "xgboost", "matplotlib"}
@@ -41,7 +50,10 @@ for name in sklembed.__all__:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_no_public_name_imports_torch_or_transformers():
     out = subprocess.run(
-        [sys.executable, "-c", IMPORT_EACH_NAME], check=True, capture_output=True, text=True
+        [sys.executable, "-c", IMPORT_EACH_NAME],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert sorted(out.stdout.split("\n")) == sorted(["", *sklembed.__all__])
 

@@ -28,7 +28,9 @@ def test_a_backend_is_loaded_once_a_process_and_not_cloned():
         loads.append(1)
         return lambda texts: np.ones((len(texts), 2))
 
-    backend = CallableBackend(load, name="once", version="1", modality="text", n_features=2)
+    backend = CallableBackend(
+        load, name="once", version="1", modality="text", n_features=2
+    )
     encoder = FrozenEncoder(backend, store=None)
     for text in "abc":
         clone(encoder).transform([text])
@@ -71,7 +73,13 @@ def test_another_function_of_the_same_name_and_version_is_warned_of():
     ],
 )
 def test_a_callable_backend_checks_its_arguments(options, error, message):
-    good = {"load": list, "name": "n", "version": "1", "modality": "text", "n_features": 1}
+    good = {
+        "load": list,
+        "name": "n",
+        "version": "1",
+        "modality": "text",
+        "n_features": 1,
+    }
     with pytest.raises(error, match=message):
         CallableBackend(**(good | options))
 
@@ -80,11 +88,16 @@ def test_a_callable_backend_checks_its_arguments(options, error, message):
     ("load", "message"),
     [
         (lambda texts: None, "load must take nothing.*asks for arguments"),
-        (lambda: "text", "load must return the encoding function, or a pair.*returned 'text'"),
+        (
+            lambda: "text",
+            "load must return the encoding function, or a pair.*returned 'text'",
+        ),
     ],
 )
 def test_a_load_of_the_wrong_form_is_refused(load, message):
-    backend = CallableBackend(load, name=message, version="1", modality="text", n_features=1)
+    backend = CallableBackend(
+        load, name=message, version="1", modality="text", n_features=1
+    )
     with pytest.raises(TypeError, match=message):
         FrozenEncoder(backend, store=None).transform(["a"])
 
@@ -110,7 +123,9 @@ def test_functions_may_return_tensors_and_sparse_matrices():
 
 def test_a_load_may_return_a_step_for_threads_and_the_model():
     def load():
-        return str.split, lambda cells: np.array([[len(words), 0, 0] for words in cells])
+        return str.split, lambda cells: np.array(
+            [[len(words), 0, 0] for words in cells]
+        )
 
     vectors = encoder_of(load, "two steps").transform(["one", "one and two"])
     assert vectors[:, 0].tolist() == [1, 3]
@@ -120,10 +135,16 @@ def test_tokens_of_a_function_are_arrays_of_their_own_length():
     def load():
         return lambda texts: [np.ones((len(text.split()), 3)) for text in texts]
 
-    tokens = encoder_of(load, "tokens", output="tokens").transform(["one", None, "one and two"])
+    tokens = encoder_of(load, "tokens", output="tokens").transform(
+        ["one", None, "one and two"]
+    )
     assert tokens.shape == (3, 1)
     assert tokens.dtype == object
-    assert [None if t is None else t.shape for t in tokens[:, 0]] == [(1, 3), None, (3, 3)]
+    assert [None if t is None else t.shape for t in tokens[:, 0]] == [
+        (1, 3),
+        None,
+        (3, 3),
+    ]
     assert tokens[0, 0].dtype == np.float32
 
 
@@ -131,7 +152,9 @@ def test_tokens_of_the_wrong_shape_are_refused():
     def load():
         return lambda texts: [np.ones(3) for text in texts]
 
-    with pytest.raises(ValueError, match=r"returned shape \[\(3,\)\].*1 arrays of shape"):
+    with pytest.raises(
+        ValueError, match=r"returned shape \[\(3,\)\].*1 arrays of shape"
+    ):
         encoder_of(load, "no tokens", output="tokens").transform(["one"])
 
 
@@ -155,7 +178,9 @@ def test_a_pickle_that_carries_a_model_along_is_warned_of_once():
         return lambda texts: np.zeros(200_000)[: len(texts), None]
 
     encoder = encoder_of(captures, "captures", n_features=1)
-    with pytest.warns(UserWarning, match=r"'captures'.* is a pickle of 2 MB.*inside of load"):
+    with pytest.warns(
+        UserWarning, match=r"'captures'.* is a pickle of 2 MB.*inside of load"
+    ):
         content = pickled(encoder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,14 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sklembed._blocks import (
-    check_one_block,
-    known_block,
-    observed_rows,
-    pad_tokens,
-    read_tokens,
-    token_columns,
-)
+from sklembed._table.blocks import check_one_block, known_block, observed_rows
+from sklembed._table.tokens import pad_tokens, read_tokens, token_columns
 
 
 def test_a_row_of_nan_is_missing():
@@ -23,7 +17,9 @@ def test_a_row_of_nan_is_missing():
 
 def test_a_row_that_is_half_there_is_refused_by_name():
     X = np.array([[1.0, 2.0], [np.nan, 5.0]])
-    with pytest.raises(ValueError, match=r"contains NaN in 1 of 2 columns of row 1 \(1 such rows"):
+    with pytest.raises(
+        ValueError, match=r"contains NaN in 1 of 2 columns of row 1 \(1 such rows"
+    ):
         observed_rows(X)
 
 
@@ -59,20 +55,26 @@ def test_a_block_by_itself_is_checked_as_the_whole_table_is():
 
 def test_columns_of_another_block_or_order_are_refused_by_name():
     fitted = SimpleNamespace(
-        blocks_=BLOCKS, n_features_in_=5, feature_names_in_=np.array(list("abcde"), dtype=object)
+        blocks_=BLOCKS,
+        n_features_in_=5,
+        feature_names_in_=np.array(list("abcde"), dtype=object),
     )
     frame = pd.DataFrame(np.ones((2, 5)), columns=list("abcde"))
     for columns in (list("ced"), list("vwx")):  # other names say nothing of order
         named = frame[["c", "e", "d"]].set_axis(columns, axis=1)
         assert check_one_block(fitted, named, "image", np.float32).shape == (2, 3)
     for columns in (list("cde"), list("abc")):
-        with pytest.raises(ValueError, match=r"those of block 'image' in their order, \['c', 'e'"):
+        with pytest.raises(
+            ValueError, match=r"those of block 'image' in their order, \['c', 'e'"
+        ):
             check_one_block(fitted, frame[columns], "image", np.float32)
 
 
 def test_a_block_is_known_by_its_name():
     assert known_block("text", BLOCKS) == slice(0, 2)
-    with pytest.raises(ValueError, match=r"no modality 'sound'; fit has seen \['text', 'image'\]"):
+    with pytest.raises(
+        ValueError, match=r"no modality 'sound'; fit has seen \['text', 'image'\]"
+    ):
         known_block("sound", BLOCKS)
 
 
@@ -86,7 +88,11 @@ def column(*cells):
 
 def test_columns_of_tokens_are_told_by_their_first_cell_that_is_there():
     tokens = column(None, np.nan, np.ones((2, 3)), None)
-    others = (column(*"abcd"), column(None, None, None, None), column(1.0, 2.0, None, 4.0))
+    others = (
+        column(*"abcd"),
+        column(None, None, None, None),
+        column(1.0, 2.0, None, 4.0),
+    )
     table = np.hstack([others[0], tokens, *others[1:]])
     expected = [False, True, False, False]
     assert token_columns(table).tolist() == expected
@@ -117,12 +123,21 @@ def test_a_column_without_a_token_keeps_the_width_that_is_known():
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        (np.ones((2, 4)), "Row 1 of the token column 'text' has tokens of width 4, but 3 was exp"),
+        (
+            np.ones((2, 4)),
+            "Row 1 of the token column 'text' has tokens of width 4, but 3 was exp",
+        ),
         (np.ones(3), r"Row 1 of the token column 'text' should .* got shape \(3,\)\."),
         (5.0, r"Row 1 of .* got shape \(\)\."),
         (np.ones((0, 3)), r"Row 1 of .* at least one token; got shape \(0, 3\)\."),
-        (np.full((1, 3), np.nan), r"Row 1 of .* got shape \(1, 3\), with NaN or infinity\."),
-        (np.full((1, 3), 1e39), r"Row 1 of .* got shape \(1, 3\), with NaN or infinity\."),
+        (
+            np.full((1, 3), np.nan),
+            r"Row 1 of .* got shape \(1, 3\), with NaN or infinity\.",
+        ),
+        (
+            np.full((1, 3), 1e39),
+            r"Row 1 of .* got shape \(1, 3\), with NaN or infinity\.",
+        ),
     ],
 )
 def test_cells_that_hold_no_tokens_are_refused_by_row(cell, message):

@@ -46,11 +46,16 @@ class Record:
     def on_fit_task_begin(self, estimator, context):
         self.calls.append(f"begin {context.task_name}")
 
-    def on_fit_task_end(self, estimator, context, *, X=None, y=None, fitted_estimator=None):
+    def on_fit_task_end(
+        self, estimator, context, *, X=None, y=None, fitted_estimator=None
+    ):
         parent = context.parent.task_name if context.parent else None
         self.tasks.append((parent, context.task_name))
         if fitted_estimator is not None:
-            says = getattr(fitted_estimator, "transform", None) or fitted_estimator.predict_proba
+            says = (
+                getattr(fitted_estimator, "transform", None)
+                or fitted_estimator.predict_proba
+            )
             self.estimators.append((fitted_estimator, says(X)))
         return context.task_name == "epoch" and len(self.tasks) == self.stop_after
 
@@ -59,7 +64,13 @@ def test_callbacks_are_told_of_every_task(clusters):
     record = Record()
     small(max_epochs=3).set_callbacks(record).fit_transform(*clusters)
     network, folds = [("network", "epoch")] * 3, [("folds", "epoch")] * 3
-    assert record.tasks == [*network, ("fit", "network"), *folds, ("fit", "folds"), (None, "fit")]
+    assert record.tasks == [
+        *network,
+        ("fit", "network"),
+        *folds,
+        ("fit", "folds"),
+        (None, "fit"),
+    ]
     begun = [call.split()[1] for call in record.calls if call.startswith("begin")]
     assert sorted(begun) == sorted(name for _, name in record.tasks)
     assert (record.calls[0], record.calls[-1]) == ("setup", "teardown")
@@ -68,19 +79,26 @@ def test_callbacks_are_told_of_every_task(clusters):
 def test_fit_without_folds_has_no_task_for_them(clusters):
     record = Record()
     small(max_epochs=2).set_callbacks(record).fit(*clusters)
-    assert record.tasks == [("network", "epoch")] * 2 + [("fit", "network"), (None, "fit")]
+    assert record.tasks == [("network", "epoch")] * 2 + [
+        ("fit", "network"),
+        (None, "fit"),
+    ]
 
 
 @pytest.mark.parametrize("passthrough", [False, True, "auto"])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_callbacks_get_an_estimator_as_if_fit_had_stopped_here(clusters, similarity, passthrough):
+def test_callbacks_get_an_estimator_as_if_fit_had_stopped_here(
+    clusters, similarity, passthrough
+):
     X, y = clusters
     record = Record()
     options = {"similarity": similarity, "passthrough": passthrough, "cv": 3}
     projector = small(**options).set_callbacks(record).fit(X, y)
     assert len(record.estimators) == 5
     for number, (estimator, Z) in enumerate(record.estimators, start=1):
-        stopped = small(**(options | {"passthrough": bool(passthrough)}), max_epochs=number)
+        stopped = small(
+            **(options | {"passthrough": bool(passthrough)}), max_epochs=number
+        )
         np.testing.assert_allclose(Z, stopped.fit(X, y).transform(X), atol=1e-5)
         assert len(estimator.history_) == number
     assert projector.n_iter_ == 5
@@ -96,7 +114,13 @@ def test_callbacks_of_a_warm_start_see_all_epochs_so_far(clusters):
     record = Record()
     projector = small(warm_start=True).fit(*clusters)
     projector.set_callbacks(record).fit(*clusters)
-    assert [len(estimator.history_) for estimator, _ in record.estimators] == [6, 7, 8, 9, 10]
+    assert [len(estimator.history_) for estimator, _ in record.estimators] == [
+        6,
+        7,
+        8,
+        9,
+        10,
+    ]
     assert [epoch["epoch"] for epoch in projector.history_] == list(range(1, 11))
 
 
@@ -156,7 +180,9 @@ class PropagatedRecord(Record):
 
 def union(**branches):
     columns = dict(zip(branches, (slice(0, 12), slice(12, 20)), strict=False))
-    return PerModalityUnion([(name, step, columns[name]) for name, step in branches.items()])
+    return PerModalityUnion(
+        [(name, step, columns[name]) for name, step in branches.items()]
+    )
 
 
 @pytest.mark.parametrize("method", ["fit", "fit_transform"])
@@ -179,12 +205,17 @@ def test_a_union_hands_callbacks_on_to_its_branches(clusters):
     branch = [*network, *folds, ("fit", "fit")]
     assert record.tasks == [*branch, *branch, (None, "fit")]
     assert record.calls.count("setup") == record.calls.count("teardown") == 1
-    assert not any(fitted.__dict__.get("_skl_callbacks") for _, fitted, _ in two.transformers_)
+    assert not any(
+        fitted.__dict__.get("_skl_callbacks") for _, fitted, _ in two.transformers_
+    )
 
 
 def test_callbacks_reach_a_projector_in_a_pipeline_in_a_union_in_a_pipeline(clusters):
     record = PropagatedRecord()
-    two = union(left=make_pipeline(small(max_epochs=3)), right=make_pipeline(small(max_epochs=3)))
+    two = union(
+        left=make_pipeline(small(max_epochs=3)),
+        right=make_pipeline(small(max_epochs=3)),
+    )
     make_pipeline(two).set_callbacks(record).fit(*clusters)
     assert record.tasks.count(("network", "epoch")) == 6
 

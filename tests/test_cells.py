@@ -48,7 +48,10 @@ def png(size, depth, colour, rows, *chunks):
 
     def chunk(kind, data):
         return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            struct.pack(">I", len(data))
+            + kind
+            + data
+            + struct.pack(">I", zlib.crc32(kind + data))
         )
 
     header = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
@@ -74,7 +77,9 @@ def test_missing(cell):
     assert is_missing(cell)
 
 
-@pytest.mark.parametrize("cell", ["", "nan", b"", 0, np.zeros((2, 2)), {"bytes": b""}, {}, []])
+@pytest.mark.parametrize(
+    "cell", ["", "nan", b"", 0, np.zeros((2, 2)), {"bytes": b""}, {}, []]
+)
 def test_not_missing(cell):
     assert not is_missing(cell)
 
@@ -86,7 +91,9 @@ def test_equal_texts_have_one_digest_and_others_another():
 
 # Half of them of surrogates, NUL and such, which cannot be encoded as UTF-8 or end a string in
 # other languages.
-texts = st.text(st.characters(exclude_categories=())) | st.text("\ud83d\ude00\0?🙂a", max_size=6)
+texts = st.text(st.characters(exclude_categories=())) | st.text(
+    "\ud83d\ude00\0?🙂a", max_size=6
+)
 
 
 @under_fire
@@ -102,7 +109,9 @@ def test_distinct_texts_have_distinct_digests_and_none_is_that_of_a_file(texts):
 
 @under_fire
 @given(texts)
-def test_a_decoded_text_is_a_plain_str_that_utf_8_carries_and_that_decodes_to_itself(text):
+def test_a_decoded_text_is_a_plain_str_that_utf_8_carries_and_that_decodes_to_itself(
+    text,
+):
     decoded = decode(text, "text")
     decoded.encode("utf-8")
     assert type(decoded) is str
@@ -142,7 +151,14 @@ def test_one_file_has_one_digest_however_it_comes(picture, tmp_path):
     data = encoded(picture)
     path = tmp_path / "picture.png"
     path.write_bytes(data)
-    cells = [data, bytearray(data), path, str(path), {"bytes": data}, {"bytes": None, "path": path}]
+    cells = [
+        data,
+        bytearray(data),
+        path,
+        str(path),
+        {"bytes": data},
+        {"bytes": None, "path": path},
+    ]
     assert len({identify(cell, "image") for cell in cells}) == 1
 
 
@@ -171,7 +187,9 @@ def test_pixels_have_one_digest_as_array_or_picture(pixels, picture):
     assert identify(pixels, "image") != identify(pixels.reshape(4, 6, 3), "image")
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
+@pytest.mark.parametrize(
+    "mode", ["L", "1", "P", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"]
+)
 def test_every_opaque_mode_becomes_the_rgb_that_pillow_makes_of_it(picture, mode):
     converted = picture.convert(mode)
     np.testing.assert_array_equal(decode(converted, "image"), converted.convert("RGB"))
@@ -180,8 +198,12 @@ def test_every_opaque_mode_becomes_the_rgb_that_pillow_makes_of_it(picture, mode
 def test_the_a_of_lab_is_no_alpha():
     """Merged bands leave a fourth byte at 0, which as an alpha would hide the whole picture."""
     grey = Image.merge("LAB", [Image.new("L", (1, 1), 128)] * 3)
-    assert decode(grey, "image").getpixel((0, 0)) == pytest.approx((119, 119, 119), abs=1)
-    np.testing.assert_array_equal(decode(encoded(grey, "TIFF"), "image"), decode(grey, "image"))
+    assert decode(grey, "image").getpixel((0, 0)) == pytest.approx(
+        (119, 119, 119), abs=1
+    )
+    np.testing.assert_array_equal(
+        decode(encoded(grey, "TIFF"), "image"), decode(grey, "image")
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,7 +236,10 @@ def test_pictures_that_look_alike_have_one_digest_in_memory(picture):
     palette = picture.quantize(16)
     turned = palette.remap_palette(list(range(16))[::-1])
     assert palette.tobytes() != turned.tobytes()
-    assert len({identify(p, "image") for p in (palette, turned, palette.convert("RGB"))}) == 1
+    assert (
+        len({identify(p, "image") for p in (palette, turned, palette.convert("RGB"))})
+        == 1
+    )
 
 
 def test_decoding_a_file_keeps_its_pixels(picture, pixels):
@@ -232,14 +257,20 @@ def test_transparent_parts_are_laid_on_white():
 def test_a_palette_with_a_transparent_colour_is_laid_on_white():
     palette = Image.new("P", (1, 1), 0)
     palette.putpalette([10, 20, 30] + [0] * 765)
-    assert decode(encoded(palette, transparency=0), "image").getpixel((0, 0)) == (255, 255, 255)
+    assert decode(encoded(palette, transparency=0), "image").getpixel((0, 0)) == (
+        255,
+        255,
+        255,
+    )
 
 
 def test_a_palette_may_hold_several_transparencies_or_an_alpha_of_its_own():
     palette = Image.new("P", (2, 1), 0)
     palette.putpixel((1, 0), 1)
     palette.putpalette([0, 0, 0, 20, 20, 20])
-    seen = np.asarray(decode(encoded(palette, transparency=b"\x80\x00"), "image"))[0, :, 0]
+    seen = np.asarray(decode(encoded(palette, transparency=b"\x80\x00"), "image"))[
+        0, :, 0
+    ]
     assert seen.tolist() == pytest.approx([127, 255], abs=1)
     palette.putpalette([0, 0, 0, 128, 20, 20, 20, 0], "RGBA")
     seen = np.asarray(decode(palette, "image"))[0, :, 0]
@@ -263,7 +294,11 @@ sixteen_bits = np.array([[0, 256 * 128, 65535]], dtype=">u2")
     ],
 )
 def test_sixteen_bits_keep_their_upper_eight(cell):
-    assert np.asarray(decode(cell, "image"))[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+    assert np.asarray(decode(cell, "image"))[0].tolist() == [
+        [0] * 3,
+        [128] * 3,
+        [255] * 3,
+    ]
 
 
 @pytest.mark.parametrize("colour", [0, 2])
@@ -280,7 +315,11 @@ def test_the_transparent_colour_of_sixteen_bits_is_laid_on_white(colour):
 
 
 def test_thirty_two_bits_that_hold_eight_are_kept():
-    assert decode(Image.new("I", (1, 1), 200), "image").getpixel((0, 0)) == (200, 200, 200)
+    assert decode(Image.new("I", (1, 1), 200), "image").getpixel((0, 0)) == (
+        200,
+        200,
+        200,
+    )
 
 
 @pytest.mark.parametrize("orientation", range(10))
@@ -290,8 +329,12 @@ def test_exif_orientation_is_applied_once(picture, orientation, format):
     exif[0x0112] = orientation
     cell = encoded(picture, format, exif=exif)
     decoded = decode(cell, "image")
-    np.testing.assert_array_equal(decoded, ImageOps.exif_transpose(Image.open(BytesIO(cell))))
-    assert decoded.size == (picture.size[::-1] if 5 <= orientation <= 8 else picture.size)
+    np.testing.assert_array_equal(
+        decoded, ImageOps.exif_transpose(Image.open(BytesIO(cell)))
+    )
+    assert decoded.size == (
+        picture.size[::-1] if 5 <= orientation <= 8 else picture.size
+    )
     np.testing.assert_array_equal(decode(decoded, "image"), decoded)
     np.testing.assert_array_equal(ImageOps.exif_transpose(decoded), decoded)
 
@@ -310,7 +353,9 @@ def test_broken_metadata_do_not_break_a_picture(picture, exif, format):
     plain = decode(encoded(picture, format), "image")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own words about the metadata
-        np.testing.assert_array_equal(decode(encoded(picture, format, exif=exif), "image"), plain)
+        np.testing.assert_array_equal(
+            decode(encoded(picture, format, exif=exif), "image"), plain
+        )
 
 
 @pytest.mark.parametrize(
@@ -328,7 +373,9 @@ def test_an_animation_shows_its_first_frame(format, options):
     frames = [Image.new("P", (3, 2), index) for index in range(3)]
     for frame in frames:
         frame.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200] + [0] * 759)
-    animation = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    animation = encoded(
+        frames[0], format, save_all=True, append_images=frames[1:], **options
+    )
     assert Image.open(BytesIO(animation)).n_frames >= 2
     first = (255, 255, 255) if "transparency" in options else (200, 0, 0)
     assert decode(animation, "image").getcolors() == [(6, first)]
@@ -347,7 +394,9 @@ def test_an_animation_in_memory_shows_the_frame_that_it_stands_at():
 
 
 def test_one_pixel_is_a_picture():
-    assert decode(encoded(Image.new("RGB", (1, 1), "red")), "image").getpixel((0, 0)) == (255, 0, 0)
+    assert decode(encoded(Image.new("RGB", (1, 1), "red")), "image").getpixel(
+        (0, 0)
+    ) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("lenient", [False, True])
@@ -364,19 +413,25 @@ def test_one_pixel_is_a_picture():
         ("WEBP", {}),
     ],
 )
-def test_a_truncated_file_is_refused_wherever_it_is_cut(format, options, lenient, monkeypatch):
+def test_a_truncated_file_is_refused_wherever_it_is_cut(
+    format, options, lenient, monkeypatch
+):
     """Also where the process has told Pillow to show half pictures."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), format, **options)
     for cut in range(0, len(data) - 20, max(1, len(data) // 50)):
-        with pytest.raises(ValueError, match=rf"cannot decode the image \({cut} bytes\).*Repair"):
+        with pytest.raises(
+            ValueError, match=rf"cannot decode the image \({cut} bytes\).*Repair"
+        ):
             decode(data[:cut], "image")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "JPEG2000"])
-def test_a_truncated_picture_that_pillow_holds_is_refused_as_often_as_it_is_asked_for(format):
+def test_a_truncated_picture_that_pillow_holds_is_refused_as_often_as_it_is_asked_for(
+    format,
+):
     """Pillow raises at the first attempt, and may show what it has got at the second."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), format)
@@ -425,7 +480,9 @@ def test_postscript_is_not_run(picture):
 
 
 @pytest.mark.parametrize("lenient", [False, True])
-def test_threads_leave_the_settings_of_the_process_as_they_were(picture, lenient, monkeypatch):
+def test_threads_leave_the_settings_of_the_process_as_they_were(
+    picture, lenient, monkeypatch
+):
     """Settings are the process's: threads that put them back in turn would mix them up."""
     good, bad = encoded(picture), encoded(picture)[:60]
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
@@ -463,7 +520,11 @@ def test_threads_leave_the_settings_of_the_process_as_they_were(picture, lenient
         ("", FileNotFoundError, "there is no file ''"),
         (Path(), FileNotFoundError, "there is no file '.'"),
         ("/dev/zero", FileNotFoundError, "there is no file '/dev/zero'"),
-        (b"", ValueError, r"cannot decode the image \(0 bytes\): no known image format"),
+        (
+            b"",
+            ValueError,
+            r"cannot decode the image \(0 bytes\): no known image format",
+        ),
         (b"<svg></svg>", ValueError, "no known image format"),
         (b"version https://git-lfs.github.com/spec/v1\n", ValueError, "git lfs pull"),
         (b"<!DOCTYPE html><html></html>", ValueError, "it is a web page"),
@@ -482,7 +543,9 @@ def test_what_is_not_an_image_is_refused(cell, error, message):
         decode(cell, "image", identify(cell, "image"))
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are a matter of POSIX")
+@pytest.mark.skipif(
+    not hasattr(os, "mkfifo"), reason="named pipes are a matter of POSIX"
+)
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(FileNotFoundError, match="pipe.png"):
@@ -537,7 +600,9 @@ def change_picture(path, picture, other):
     yield held
 
 
-@pytest.mark.parametrize("change", [change_file, change_bytes, change_array, change_picture])
+@pytest.mark.parametrize(
+    "change", [change_file, change_bytes, change_array, change_picture]
+)
 def test_what_was_changed_since_it_was_digested_is_refused(change, picture, tmp_path):
     other = picture.transpose(Image.Transpose.ROTATE_180)
     states = change(tmp_path / "picture.png", picture, other)
@@ -587,7 +652,11 @@ def test_a_picture_is_one_picture_however_it_comes(drawn, tmp_path_factory):
     path = tmp_path_factory.mktemp("drawn") / f"picture.{format.lower()}"
     path.write_bytes(data)
     encodings = [data, bytearray(data), memoryview(data), path, str(path)]
-    encodings += [{"bytes": data}, {"path": path}, {"bytes": data, "path": "elsewhere.png"}]
+    encodings += [
+        {"bytes": data},
+        {"path": path},
+        {"bytes": data, "path": "elsewhere.png"},
+    ]
     with Image.open(path) as lazy:
         shown = [lazy, picture, decode(data, "image")]
         shown += [np.asarray(p) for p in shown if p.mode in ("L", "RGB", "RGBA")]
@@ -604,12 +673,18 @@ def test_a_picture_is_one_picture_however_it_comes(drawn, tmp_path_factory):
 @given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=9)), st.data())
 def test_an_array_is_what_it_shows_whatever_its_layout(grey, data):
     channels = data.draw(st.sampled_from([None, 1, 3, 4]))
-    pixels = grey if channels is None else np.stack([grey ^ i for i in range(channels)], axis=-1)
+    pixels = (
+        grey
+        if channels is None
+        else np.stack([grey ^ i for i in range(channels)], axis=-1)
+    )
     frozen = pixels.copy()
     frozen.flags.writeable = False
     layouts = [np.asfortranarray(pixels), pixels[::-1, ::-1].copy()[::-1, ::-1], frozen]
     layouts += [np.repeat(pixels, 2, axis=1)[:, ::2], pixels.astype(">u1")]
-    assert {identify(layout, "image") for layout in layouts} == {identify(pixels, "image")}
+    assert {identify(layout, "image") for layout in layouts} == {
+        identify(pixels, "image")
+    }
     if channels != 4:
         expected = np.broadcast_to(pixels.reshape(*grey.shape, -1), (*grey.shape, 3))
         np.testing.assert_array_equal(decode(pixels, "image"), expected)
@@ -625,16 +700,24 @@ def some_files():
     picture = Image.fromarray(noise)
     exif = Image.Exif()
     exif[0x0112] = 6
-    yield from (encoded(picture, format, exif=exif) for format in ("PNG", "JPEG", "WEBP", "TIFF"))
-    yield from (encoded(picture.convert(mode)) for mode in ("1", "L", "P", "LA", "RGBA"))
     yield from (
-        encoded(picture, format) for format in ("BMP", "GIF", "PPM", "TGA", "ICO", "JPEG2000")
+        encoded(picture, format, exif=exif)
+        for format in ("PNG", "JPEG", "WEBP", "TIFF")
+    )
+    yield from (
+        encoded(picture.convert(mode)) for mode in ("1", "L", "P", "LA", "RGBA")
+    )
+    yield from (
+        encoded(picture, format)
+        for format in ("BMP", "GIF", "PPM", "TGA", "ICO", "JPEG2000")
     )
     yield from (encoded(picture.convert("CMYK"), format) for format in ("JPEG", "TIFF"))
     yield encoded(picture, "TIFF", compression="tiff_lzw")
     yield encoded(picture, "JPEG", progressive=True)
     for format in ("GIF", "PNG", "WEBP", "TIFF"):
-        yield encoded(picture, format, save_all=True, append_images=[ImageOps.invert(picture)])
+        yield encoded(
+            picture, format, save_all=True, append_images=[ImageOps.invert(picture)]
+        )
     yield png((3, 1), 16, 0, b"\0" + sixteen_bits.tobytes(), (b"tRNS", b"\x80\x00"))
 
 
@@ -644,7 +727,9 @@ files = list(some_files())
 @settings(under_fire, max_examples=600)
 @given(
     file=st.sampled_from(files),
-    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+    flips=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8
+    ),
     kept=st.just(1.0) | st.floats(0, 1),
 )
 def test_a_corrupt_file_is_a_picture_or_a_value_error(file, flips, kept):
@@ -689,7 +774,16 @@ scalars = st.one_of(
     st.builds(Unprintable),
     st.builds(lambda: 10**5000),  # too many digits for a str
     st.sampled_from(
-        [pd.NA, pd.NaT, pd.Interval(0, 1), pd.Period("2020"), np.ma.masked, int, len, ...]
+        [
+            pd.NA,
+            pd.NaT,
+            pd.Interval(0, 1),
+            pd.Period("2020"),
+            np.ma.masked,
+            int,
+            len,
+            ...,
+        ]
     ),
 )
 keys = st.sampled_from(["bytes", "path", "url"]) | st.integers()
@@ -697,7 +791,9 @@ objects = st.one_of(
     scalars,
     st.recursive(
         scalars,
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3)
+        ),
         max_leaves=5,
     ),
     st.builds(Path, st.text("abc/. ")),
@@ -711,7 +807,9 @@ objects = st.one_of(
 @settings(under_fire, max_examples=400)
 @given(cell=objects, modality=st.sampled_from(["text", "image"]))
 @example(date(2020, 1, 1), "image")
-def test_any_object_is_missing_or_encoded_or_refused_by_the_name_of_its_type(cell, modality):
+def test_any_object_is_missing_or_encoded_or_refused_by_the_name_of_its_type(
+    cell, modality
+):
     if is_missing(cell):
         return
     try:

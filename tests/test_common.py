@@ -59,9 +59,13 @@ def known_to_fail(estimator):
     [
         ContrastiveProjector(**CHEAP, cv=None),
         ContrastiveProjector(**CHEAP, cv=None, loss="pairwise_bce", similarity="dot"),
-        ContrastiveProjector(**CHEAP, cv=None, early_stopping=True, validation_fraction=0.5),
+        ContrastiveProjector(
+            **CHEAP, cv=None, early_stopping=True, validation_fraction=0.5
+        ),
         PerModalityUnion([("all", StandardScaler(), slice(None))]),
-        PerModalityUnion([("first", StandardScaler(), [0]), ("all", PCA(1), slice(None))]),
+        PerModalityUnion(
+            [("first", StandardScaler(), [0]), ("all", PCA(1), slice(None))]
+        ),
         PerModalityUnion(
             [("last", StandardScaler(), [-1])],
             remainder=PCA(1),
@@ -69,7 +73,9 @@ def known_to_fail(estimator):
             add_indicator=True,
         ),
         PerModalityUnion(
-            [("first", StandardScaler(), [0])], remainder=StandardScaler(), add_indicator=True
+            [("first", StandardScaler(), [0])],
+            remainder=StandardScaler(),
+            add_indicator=True,
         ),
         ModalityGapAligner(TWO, widths="resample"),
         ModalityGapAligner(TWO, method="whiten"),
@@ -77,10 +83,14 @@ def known_to_fail(estimator):
         EarlyFusionClassifier(**HEAD, blocks=ONE),
         LateFusionClassifier(**HEAD, blocks=TWO),
         DecisionFusionClassifier(LogisticRegression(), blocks=TWO),
-        DecisionFusionClassifier(DecisionTreeClassifier(random_state=0), blocks=TWO, weights=None),
+        DecisionFusionClassifier(
+            DecisionTreeClassifier(random_state=0), blocks=TWO, weights=None
+        ),
         DecisionFusionClassifier(LogisticRegression(), blocks=TWO, weights=None),
         SharedFusionEncoder(**SHARED, blocks=TWO),
-        SharedFusionEncoder(**SHARED, blocks=TWO, share_layer=False, mixup=True, chunk_size=16),
+        SharedFusionEncoder(
+            **SHARED, blocks=TWO, share_layer=False, mixup=True, chunk_size=16
+        ),
         CrossAttentionAdaptor(**SHARED, blocks=TWO),
     ],
     expected_failed_checks=known_to_fail,
@@ -95,12 +105,16 @@ CROSS_FITTED = {"check_transformer_general", "check_transformer_data_not_an_arra
 
 def test_the_cross_fitted_default_fails_exactly_what_it_must():
     results = check_estimator(ContrastiveProjector(**CHEAP), on_skip=None, on_fail=None)
-    failed = {result["check_name"] for result in results if result["status"] == "failed"}
+    failed = {
+        result["check_name"] for result in results if result["status"] == "failed"
+    }
     assert failed == CROSS_FITTED | DRAWN
     assert "skipped" not in {result["status"] for result in results}
     for result in results:
         if result["check_name"] in CROSS_FITTED:
-            assert "fit_transform and transform outcomes not consistent" in str(result["exception"])
+            assert "fit_transform and transform outcomes not consistent" in str(
+                result["exception"]
+            )
 
 
 # Our own contract. A case is an estimator, a table, and labels for those that want them.
@@ -110,7 +124,9 @@ def _load():
     return count_letters
 
 
-BACKEND = CallableBackend(_load, name="letters", version="1", modality="text", n_features=9)
+BACKEND = CallableBackend(
+    _load, name="letters", version="1", modality="text", n_features=9
+)
 
 
 def numeric(n_rows=60):
@@ -130,7 +146,9 @@ def _load_vowels():
     return lambda texts: count_letters(texts)[:, :3]
 
 
-VOWELS = CallableBackend(_load_vowels, name="vowels", version="1", modality="text", n_features=3)
+VOWELS = CallableBackend(
+    _load_vowels, name="vowels", version="1", modality="text", n_features=3
+)
 
 
 def words(n_rows=60):
@@ -167,7 +185,10 @@ CASES = {
         numeric,
     ),
     "ModalityGapAligner": (ModalityGapAligner(HALVES), numeric),
-    "ModalityGapAligner, procrustes": (ModalityGapAligner(HALVES, method="procrustes"), numeric),
+    "ModalityGapAligner, procrustes": (
+        ModalityGapAligner(HALVES, method="procrustes"),
+        numeric,
+    ),
     "CanonicalAligner": (CanonicalAligner(blocks=HALVES), numeric),
     "EarlyFusionClassifier": (
         EarlyFusionClassifier((8,), blocks=HALVES, max_epochs=2, random_state=0),
@@ -181,7 +202,10 @@ CASES = {
         DecisionFusionClassifier(GaussianNB(var_smoothing=0.1), blocks=HALVES),
         one_sided,
     ),
-    "SharedFusionEncoder": (SharedFusionEncoder(**SHARED, blocks=HALVES, random_state=0), numeric),
+    "SharedFusionEncoder": (
+        SharedFusionEncoder(**SHARED, blocks=HALVES, random_state=0),
+        numeric,
+    ),
     "CrossAttentionAdaptor": (
         CrossAttentionAdaptor(**SHARED, blocks=HALVES, random_state=0),
         numeric,
@@ -202,7 +226,11 @@ each = pytest.mark.parametrize("name", CASES)
 
 def output(estimator, X):
     """Return what a fitted estimator makes of rows."""
-    return estimator.transform(X) if hasattr(estimator, "transform") else estimator.predict_proba(X)
+    return (
+        estimator.transform(X)
+        if hasattr(estimator, "transform")
+        else estimator.predict_proba(X)
+    )
 
 
 def fit_output(estimator, X, y):
@@ -243,7 +271,9 @@ def test_clones_pickles_and_skops_files_do_the_same(case):
     estimator, X, y = case
     expected = output(estimator.fit(X, y), X)
     np.testing.assert_array_equal(output(clone(estimator).fit(X, y), X), expected)
-    np.testing.assert_array_equal(output(pickle.loads(pickle.dumps(estimator)), X), expected)
+    np.testing.assert_array_equal(
+        output(pickle.loads(pickle.dumps(estimator)), X), expected
+    )
     file = skops.io.dumps(estimator)
     unknown = skops.io.get_untrusted_types(data=file)
     own = {
@@ -259,9 +289,16 @@ def test_clones_pickles_and_skops_files_do_the_same(case):
             "segmentation",
         )
     }
-    users = {"test_common._load", "test_common._load_vowels"}  # what the user passed as a parameter
-    assert all(t in users or any(t.startswith(o) for o in own) for t in unknown), unknown
-    np.testing.assert_array_equal(output(skops.io.loads(file, trusted=unknown), X), expected)
+    users = {
+        "test_common._load",
+        "test_common._load_vowels",
+    }  # what the user passed as a parameter
+    assert all(t in users or any(t.startswith(o) for o in own) for t in unknown), (
+        unknown
+    )
+    np.testing.assert_array_equal(
+        output(skops.io.loads(file, trusted=unknown), X), expected
+    )
 
 
 @each
@@ -290,7 +327,11 @@ def test_every_form_of_numeric_input_gives_the_same_numbers(case):
     }
     for form, table in forms.items():
         np.testing.assert_allclose(
-            fit_output(clone(estimator), table, y), expected, rtol=1e-5, atol=1e-6, err_msg=form
+            fit_output(clone(estimator), table, y),
+            expected,
+            rtol=1e-5,
+            atol=1e-6,
+            err_msg=form,
         )
 
 
@@ -298,7 +339,13 @@ def test_every_form_of_numeric_input_gives_the_same_numbers(case):
 def test_every_kind_of_label_gives_the_same_numbers(case):
     estimator, X, y = case
     expected = fit_output(clone(estimator), X, y)
-    for labels in (y + 1, np.array(["ant", "bee", "cow"])[y], pd.Series(y), y.tolist(), y * 1.0):
+    for labels in (
+        y + 1,
+        np.array(["ant", "bee", "cow"])[y],
+        pd.Series(y),
+        y.tolist(),
+        y * 1.0,
+    ):
         np.testing.assert_array_equal(fit_output(clone(estimator), X, labels), expected)
 
 
@@ -406,12 +453,15 @@ EFFECTIVE = {
         "encoder__shrinkage": 0.9,
         "prompts": {0: "a", 1: "rain", 2: "e"},
         "classes": [0, 2],
-        "text_encoder": FrozenEncoder(VOWELS, store=None, normalize=True, max_length=None),
+        "text_encoder": FrozenEncoder(
+            VOWELS, store=None, normalize=True, max_length=None
+        ),
         "modality": "text",
         "text_modality": "image",
         "temperature": 0.5,
     },
-    "SharedFusionEncoder": EFFECTIVE_OF_SHARED | {"fusion": "multiply", "share_layer": False},
+    "SharedFusionEncoder": EFFECTIVE_OF_SHARED
+    | {"fusion": "multiply", "share_layer": False},
     "CrossAttentionAdaptor": EFFECTIVE_OF_SHARED
     | {"n_queries": 0, "n_layers": 2, "output": "tokens"},
     "PatchSegmenter": {
@@ -432,7 +482,13 @@ EFFECTIVE = {
     },
 }
 # How the result is come by, not what it is; each has a test of its own.
-SILENT_IN_HEADS = {"device", "verbose", "validation_fraction", "n_iter_no_change", "warm_start"}
+SILENT_IN_HEADS = {
+    "device",
+    "verbose",
+    "validation_fraction",
+    "n_iter_no_change",
+    "warm_start",
+}
 SILENT_IN_SHARED = SILENT_IN_HEADS | {"mask_duplicates"}  # numeric() has none
 SILENT = {
     "FrozenEncoder": {
@@ -467,7 +523,10 @@ SILENT = {
         "keep_optimizer",
     },
     "PerModalityUnion": {"n_jobs", "missing_rows", "keep_unobserved"},
-    "ModalityGapAligner": {"widths", "random_state"},  # of unequal widths, and of the noise
+    "ModalityGapAligner": {
+        "widths",
+        "random_state",
+    },  # of unequal widths, and of the noise
     "CanonicalAligner": set(),
     "EarlyFusionClassifier": SILENT_IN_HEADS,
     "LateFusionClassifier": SILENT_IN_HEADS,
@@ -483,10 +542,14 @@ SILENT = {
 def test_every_parameter_that_set_params_sets_changes_the_result(case, name):
     estimator, X, y = case
     base = fit_output(clone(estimator), X, y)
-    assert set(estimator.get_params(deep=False)) <= EFFECTIVE[name].keys() | SILENT[name]
+    assert (
+        set(estimator.get_params(deep=False)) <= EFFECTIVE[name].keys() | SILENT[name]
+    )
     for parameter, value in EFFECTIVE[name].items():
         changed = fit_output(clone(estimator).set_params(**{parameter: value}), X, y)
-        same = changed.shape == base.shape and np.array_equal(changed, base, equal_nan=True)
+        same = changed.shape == base.shape and np.array_equal(
+            changed, base, equal_nan=True
+        )
         assert not same, f"{parameter}={value!r} changed nothing"
 
 
@@ -499,7 +562,9 @@ def test_every_parameter_that_set_params_sets_changes_the_result(case, name):
         (segmentation, "PatchSegmenter"),
     ],
 )
-def test_training_that_goes_on_is_stopped_by_the_same_rows(module, case, name, monkeypatch):
+def test_training_that_goes_on_is_stopped_by_the_same_rows(
+    module, case, name, monkeypatch
+):
     estimator, X, y = case
     held_back, split = [], module.hold_back
 

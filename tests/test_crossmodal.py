@@ -18,7 +18,12 @@ from sklearn.preprocessing import StandardScaler
 from skorch.callbacks import Callback
 from torch import nn
 
-from sklembed import CrossAttentionAdaptor, PerModalityUnion, SharedFusionEncoder, crossmodal
+from sklembed import (
+    CrossAttentionAdaptor,
+    PerModalityUnion,
+    SharedFusionEncoder,
+    crossmodal,
+)
 from sklembed.crossmodal import ATTENTION_FUSIONS, FUSIONS
 from sklembed.metrics import retrieval_recall
 from sklembed.nn import crossmodal as networks
@@ -30,8 +35,8 @@ from sklembed.nn.crossmodal import (
     SharedFusionNetwork,
     masked_mean,
 )
+from sklembed.nn.layers import SeededDropout
 from sklembed.nn.losses import info_nce, structure_loss
-from sklembed.nn.modules import SeededDropout
 
 BLOCKS = {"text": slice(0, 5), "image": slice(5, 12)}
 THREE = BLOCKS | {"sound": slice(12, 16)}
@@ -104,7 +109,9 @@ def shake(encoder):
 def same_weights(one, other, **tolerance):
     assert one.weights_.keys() == other.weights_.keys()
     for name, value in one.weights_.items():
-        np.testing.assert_allclose(value, other.weights_[name], err_msg=name, **tolerance)
+        np.testing.assert_allclose(
+            value, other.weights_[name], err_msg=name, **tolerance
+        )
 
 
 # A row by itself
@@ -117,14 +124,18 @@ KINDS = {
     "adaptor, self-attention": small(CrossAttentionAdaptor, n_queries=0, n_layers=2),
     "adaptor, no layers": small(CrossAttentionAdaptor, n_layers=0),
 }
-OF_TOKENS = {name: clone(encoder).set_params(blocks=COLUMNS) for name, encoder in KINDS.items()} | {
+OF_TOKENS = {
+    name: clone(encoder).set_params(blocks=COLUMNS) for name, encoder in KINDS.items()
+} | {
     fusion: small(SharedFusionEncoder, fusion=fusion, blocks=COLUMNS)
     for fusion in (*FUSIONS, *ATTENTION_FUSIONS)
 }
 
 
 @pytest.mark.parametrize(
-    "encoder", [*KINDS.values(), *OF_TOKENS.values()], ids=[*KINDS, *(f"{n}, t" for n in OF_TOKENS)]
+    "encoder",
+    [*KINDS.values(), *OF_TOKENS.values()],
+    ids=[*KINDS, *(f"{n}, t" for n in OF_TOKENS)],
 )
 def test_a_row_s_vector_knows_neither_batch_nor_padding_nor_partner(encoder):
     X = in_tokens(world()) if encoder.blocks == COLUMNS else world()
@@ -134,7 +145,9 @@ def test_a_row_s_vector_knows_neither_batch_nor_padding_nor_partner(encoder):
     alone = np.vstack([encoder.transform(row[None]) for row in X[:9]])
     np.testing.assert_allclose(together[:9], alone, atol=1e-5)
     for modality in BLOCKS:
-        np.testing.assert_allclose(np.linalg.norm(own(together, modality), axis=1), 1, rtol=1e-5)
+        np.testing.assert_allclose(
+            np.linalg.norm(own(together, modality), axis=1), 1, rtol=1e-5
+        )
         columns = encoder.blocks_[modality]
         found = encoder.encode(X[:, columns], modality)
         np.testing.assert_array_equal(found, own(together, modality))
@@ -147,7 +160,9 @@ def test_a_row_s_vector_knows_neither_batch_nor_padding_nor_partner(encoder):
 @pytest.mark.parametrize("n_queries", [0, 3])
 def test_adapted_tokens_know_neither_batch_nor_padding_nor_partner(n_queries):
     X = without(in_tokens(world()), "image", [3], COLUMNS)
-    adaptor = small(CrossAttentionAdaptor, n_queries=n_queries, n_layers=2, blocks=COLUMNS)
+    adaptor = small(
+        CrossAttentionAdaptor, n_queries=n_queries, n_layers=2, blocks=COLUMNS
+    )
     shake(adaptor.fit(X)).set_params(output="tokens")
     together = adaptor.transform(X)
     assert together.shape == (60, 2)
@@ -190,7 +205,9 @@ def test_rows_without_a_partner_train_nothing_but_are_embedded(Encoder):
     X = world()
     lone = without(world(20, seed=1), "image")
     lone[:5] = np.nan  # nothing at all
-    encoder = small(Encoder, structure_weight=1.0).fit(np.vstack([X[:30], 100 * lone, X[30:]]))
+    encoder = small(Encoder, structure_weight=1.0).fit(
+        np.vstack([X[:30], 100 * lone, X[30:]])
+    )
     same_weights(encoder, small(Encoder, structure_weight=1.0).fit(X), rtol=0)
     Z = encoder.transform(lone)
     assert np.isfinite(own(Z, "text")[5:]).all()
@@ -239,13 +256,18 @@ def seeded(seed=0):
 
 def paper_s(fusion, **options):
     options = {"dim_feedforward": 2048} | options
-    return network(SharedFusionNetwork, [(1, 768), (1, 768)], 256, fusion=fusion, **options)
+    return network(
+        SharedFusionNetwork, [(1, 768), (1, 768)], 256, fusion=fusion, **options
+    )
 
 
 def test_the_shared_encoder_has_as_many_parameters_as_the_paper_s():
     shared = paper_s("add")
     assert count(shared) == 1_884_039
-    assert [count(projection) for projection in shared.projections] == [263_168, 263_168]
+    assert [count(projection) for projection in shared.projections] == [
+        263_168,
+        263_168,
+    ]
     assert count(shared.context_network) + shared.contexts.numel() == 42_118
     assert count(paper_s("add", share_layer=False)) == 1_884_039 + 1_315_584
 
@@ -263,7 +285,10 @@ def test_the_shared_encoder_has_as_many_parameters_as_the_paper_s():
 )
 def test_every_fusion_has_as_many_parameters_as_the_paper_s(fusion, n_parameters):
     shared = paper_s(fusion)
-    assert count(shared.fusions) + count(shared.norms) + count(shared.layers) == n_parameters
+    assert (
+        count(shared.fusions) + count(shared.norms) + count(shared.layers)
+        == n_parameters
+    )
     contexts = count(shared.context_network) + shared.contexts.numel()
     assert contexts == (66 if fusion == "concat" else 42_118)
 
@@ -281,7 +306,10 @@ def test_the_default_is_no_larger_than_the_paper_s_abstract_says():
     encoder = SharedFusionEncoder()
     options = {name: getattr(encoder, name) for name in ("n_heads", "dim_feedforward")}
     shapes = [(1, 768), (1, 768)]
-    assert count(network(SharedFusionNetwork, shapes, encoder.n_components, **options)) <= 1.5e6
+    assert (
+        count(network(SharedFusionNetwork, shapes, encoder.n_components, **options))
+        <= 1.5e6
+    )
 
 
 @each_encoder
@@ -293,7 +321,9 @@ def test_parameters_are_counted_without_moments(Encoder):
 def torch_s_layer(layer, n_heads):
     """Build torch's own transformer layer of the weights of ours."""
     width, hidden = layer.query.in_features, layer.feedforward_in.out_features
-    theirs = nn.TransformerEncoderLayer(width, n_heads, hidden, dropout=0.0, batch_first=True)
+    theirs = nn.TransformerEncoderLayer(
+        width, n_heads, hidden, dropout=0.0, batch_first=True
+    )
     pairs = [
         (theirs.self_attn.out_proj, layer.out),
         (theirs.linear1, layer.feedforward_in),
@@ -303,7 +333,9 @@ def torch_s_layer(layer, n_heads):
     ]
     parts = (layer.query, layer.key, layer.value)
     with torch.no_grad():
-        theirs.self_attn.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+        theirs.self_attn.in_proj_weight.copy_(
+            torch.cat([part.weight for part in parts])
+        )
         theirs.self_attn.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
         for target, source in pairs:
             target.weight.copy_(source.weight)
@@ -337,18 +369,27 @@ def tokens():
 def test_the_attention_layer_is_torch_s_own(layer, tokens, training):
     x, there = tokens
     theirs = torch_s_layer(layer, 2).train(training)
-    with torch.set_grad_enabled(training):  # without gradients torch takes its fast path
+    with torch.set_grad_enabled(
+        training
+    ):  # without gradients torch takes its fast path
         expected = theirs(x, src_key_padding_mask=~there)
-    torch.testing.assert_close(layer(x, x, there)[there], expected[there], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        layer(x, x, there)[there], expected[there], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_attention_over_one_vector_does_not_depend_on_the_query(layer):
-    one, there = torch.randn(5, 1, 8, generator=seeded()), torch.ones(5, 1, dtype=torch.bool)
+    one, there = (
+        torch.randn(5, 1, 8, generator=seeded()),
+        torch.ones(5, 1, dtype=torch.bool),
+    )
     queries = torch.randn(2, 5, 3, 8, generator=seeded(1))
     first, second = (layer._attend(query, one, there) for query in queries)
     torch.testing.assert_close(first, second)
     # so what tells the queries apart is the residual alone
-    assert (layer(queries[0], one, there) - layer(queries[1], one, there)).abs().max() > 0.1
+    assert (
+        layer(queries[0], one, there) - layer(queries[1], one, there)
+    ).abs().max() > 0.1
     two, both = one.repeat(1, 2, 1) * torch.tensor([[1.0], [-1.0]]), there.repeat(1, 2)
     first, second = (layer._attend(query, two, both) for query in queries)
     assert (first - second).abs().max() > 1e-3
@@ -374,7 +415,9 @@ def test_the_released_adaptor_s_cross_attention_is_self_attention_over_one_vecto
         a = released(a, b)
     for modality, (x, expected) in enumerate(((text, a), (image, b))):
         found = adaptor.unit(x, there, modality)
-        torch.testing.assert_close(found, F.normalize(expected[:, 0], dim=-1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            found, F.normalize(expected[:, 0], dim=-1), atol=1e-5, rtol=1e-4
+        )
 
 
 def naive_fusion(fusion, x, c):
@@ -386,7 +429,10 @@ def naive_fusion(fusion, x, c):
     if fusion.kind == "concat":
         return x + torch.stack([fusion.join(torch.cat([token, c])) for token in x])
     if fusion.kind == "additive":
-        scores = [fusion.score(torch.tanh(fusion.of_context(c) + fusion.of_tokens(t))) for t in x]
+        scores = [
+            fusion.score(torch.tanh(fusion.of_context(c) + fusion.of_tokens(t)))
+            for t in x
+        ]
     elif fusion.kind == "general":
         scores = [(fusion.of_tokens(token) @ c)[None] for token in x]
     else:
@@ -400,7 +446,9 @@ def naive_fusion(fusion, x, c):
 @pytest.mark.parametrize("fusion", FUSIONS + ATTENTION_FUSIONS)
 def test_the_shared_encoder_is_the_paper_s(fusion, tokens):
     """arXiv 2403.04650, row by row and without padding: u = fuse(x, c); mean of u + T(LN(u))."""
-    shared = network(SharedFusionNetwork, [(4, 8), (4, 8)], 8, seeded(), fusion=fusion, n_heads=2)
+    shared = network(
+        SharedFusionNetwork, [(4, 8), (4, 8)], 8, seeded(), fusion=fusion, n_heads=2
+    )
     shaken(shared)
     theirs = torch_s_layer(shared.layers[0], 2)
     x, there = tokens
@@ -420,22 +468,37 @@ def test_a_context_s_attention_over_one_vector_is_blind(kind):
     """Which is why these fusions are refused for pooled blocks."""
     with torch.random.fork_rng():
         fusion = ContextFusion(kind, 8)
-    one, there = torch.randn(5, 1, 8, generator=seeded()), torch.ones(5, 1, dtype=torch.bool)
+    one, there = (
+        torch.randn(5, 1, 8, generator=seeded()),
+        torch.ones(5, 1, dtype=torch.bool),
+    )
     contexts = torch.randn(2, 8, generator=seeded(1))
-    torch.testing.assert_close(fusion(one, contexts[0], there), fusion(one, contexts[1], there))
+    torch.testing.assert_close(
+        fusion(one, contexts[0], there), fusion(one, contexts[1], there)
+    )
 
 
 def test_a_context_tells_modalities_apart():
     shared = network(SharedFusionNetwork, [(1, 8), (1, 8)], 8, seeded())
     assert not torch.equal(*shared.embedded_contexts())
     shared.projections[1].load_state_dict(shared.projections[0].state_dict())
-    x, there = torch.randn(5, 1, 8, generator=seeded()), torch.ones(5, 1, dtype=torch.bool)
-    assert not torch.allclose(shared.unit(x, there, 0), shared.unit(x, there, 1), atol=1e-3)
+    x, there = (
+        torch.randn(5, 1, 8, generator=seeded()),
+        torch.ones(5, 1, dtype=torch.bool),
+    )
+    assert not torch.allclose(
+        shared.unit(x, there, 0), shared.unit(x, there, 1), atol=1e-3
+    )
 
 
 def test_modalities_may_have_layers_of_their_own():
-    shared = network(SharedFusionNetwork, [(1, 8), (1, 8)], 8, seeded(), share_layer=False)
-    x, there = torch.randn(5, 1, 8, generator=seeded()), torch.ones(5, 1, dtype=torch.bool)
+    shared = network(
+        SharedFusionNetwork, [(1, 8), (1, 8)], 8, seeded(), share_layer=False
+    )
+    x, there = (
+        torch.randn(5, 1, 8, generator=seeded()),
+        torch.ones(5, 1, dtype=torch.bool),
+    )
     before = [shared.unit(x, there, modality) for modality in (0, 1)]
     for part in (shared.fusions, shared.norms, shared.layers):
         shaken(part[1])
@@ -446,7 +509,9 @@ def test_modalities_may_have_layers_of_their_own():
 def test_without_layers_the_adaptor_is_a_projection(tokens):
     x, there = tokens
     for n_queries in (0, 3):
-        adaptor = network(AdaptorNetwork, [(4, 8)], 8, seeded(), n_layers=0, n_queries=n_queries)
+        adaptor = network(
+            AdaptorNetwork, [(4, 8)], 8, seeded(), n_layers=0, n_queries=n_queries
+        )
         expected = masked_mean(F.normalize(adaptor.projections[0](x), dim=-1), there)
         if n_queries:
             expected = expected + adaptor.queries.mean(dim=0)
@@ -462,7 +527,9 @@ def test_the_scale_of_similarities_stays_in_its_bounds_and_can_come_back():
                 made.log_scale.fill_(scale)
             out = made.train(training)(X)
             assert out.log_scale.item() == pytest.approx(bound)
-            (gradient,) = torch.autograd.grad(info_nce(*out.z.unbind(1), out.log_scale), out[2])
+            (gradient,) = torch.autograd.grad(
+                info_nce(*out.z.unbind(1), out.log_scale), out[2]
+            )
             assert gradient != 0
 
 
@@ -498,13 +565,19 @@ def test_tokens_find_their_partners_too(Encoder):
 @each_encoder
 def test_history_says_how_alike_rows_were(Encoder):
     X = world(30)
-    encoder = small(Encoder, max_epochs=1, batch_size=30, lr=1e-12, dropout=0.0, weight_decay=0.0)
+    encoder = small(
+        Encoder, max_epochs=1, batch_size=30, lr=1e-12, dropout=0.0, weight_decay=0.0
+    )
     Z = encoder.fit(X).transform(X)
     cosines = own(Z, "text") @ own(Z, "image").T
     (epoch,) = encoder.history_
     others = ~np.eye(30, dtype=bool)
-    assert epoch["positive_similarity"] == pytest.approx(np.diag(cosines).mean(), abs=1e-5)
-    assert epoch["negative_similarity"] == pytest.approx(cosines[others].mean(), abs=1e-5)
+    assert epoch["positive_similarity"] == pytest.approx(
+        np.diag(cosines).mean(), abs=1e-5
+    )
+    assert epoch["negative_similarity"] == pytest.approx(
+        cosines[others].mean(), abs=1e-5
+    )
     z = torch.from_numpy(np.stack([own(Z, name) for name in BLOCKS]))
     loss = info_nce(*z, torch.tensor(-math.log(0.07)))
     assert epoch["train_loss"] == pytest.approx(float(loss), rel=1e-4)
@@ -548,11 +621,15 @@ def test_rows_that_hold_the_same_are_no_negatives(Encoder):
 def test_score_is_recall_both_ways_and_knows_what_is_the_same():
     X = world(40)
     X[20:30, BLOCKS["text"]] = X[:10, BLOCKS["text"]]
-    X[30:40, BLOCKS["image"]] = X[20:30, BLOCKS["image"]]  # so that row 0 goes with 20, and with 30
+    X[30:40, BLOCKS["image"]] = X[
+        20:30, BLOCKS["image"]
+    ]  # so that row 0 goes with 20, and with 30
     rows = np.r_[np.arange(20), np.arange(10), np.arange(10)]
     encoder = small(SharedFusionEncoder, max_epochs=5).fit(X)
     text, image = (own(encoder.transform(X), name) for name in BLOCKS)
-    both = [retrieval_recall(*pair, labels=rows) for pair in ((text, image), (image, text))]
+    both = [
+        retrieval_recall(*pair, labels=rows) for pair in ((text, image), (image, text))
+    ]
     assert both[0] != both[1]
     assert encoder.score(X) == pytest.approx(np.mean(both))
     lone = np.vstack([without(X, "image"), X, without(X, "text")])
@@ -562,7 +639,9 @@ def test_score_is_recall_both_ways_and_knows_what_is_the_same():
 @pytest.mark.parametrize("chunk_size", [1, 4, 100])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("kind", [SharedFusionNetwork, AdaptorNetwork])
-def test_gradients_of_chunks_are_those_of_the_whole_batch(kind, dropout, chunk_size, monkeypatch):
+def test_gradients_of_chunks_are_those_of_the_whole_batch(
+    kind, dropout, chunk_size, monkeypatch
+):
     """With dropout: of one pass over the same chunks, which is drawn the same way."""
     X = torch.from_numpy(world(10))
     X[2, :5] = torch.nan
@@ -570,12 +649,18 @@ def test_gradients_of_chunks_are_those_of_the_whole_batch(kind, dropout, chunk_s
     def run(chunk_size):
         generator = seeded()
         drops = {"dropout": dropout, "input_dropout": dropout}
-        made = network(kind, [(1, 5), (1, 7)], 8, generator, chunk_size=chunk_size, **drops)
+        made = network(
+            kind, [(1, 5), (1, 7)], 8, generator, chunk_size=chunk_size, **drops
+        )
         out = shaken(made).train()(X[None])
         drawn = generator.get_state()
         info_nce(*out.z.unbind(1), out.log_scale, there=out.there.all(dim=1)).backward()
-        assert torch.equal(generator.get_state(), drawn)  # the second pass draws nothing new
-        return out.z.detach(), {name: value.grad for name, value in made.named_parameters()}
+        assert torch.equal(
+            generator.get_state(), drawn
+        )  # the second pass draws nothing new
+        return out.z.detach(), {
+            name: value.grad for name, value in made.named_parameters()
+        }
 
     found = run(chunk_size)
     if dropout:
@@ -594,7 +679,9 @@ def test_fitting_in_chunks_is_fitting_at_once(Encoder):
 
 def test_mixup_mixes_all_modalities_of_a_row_alike():
     X = torch.from_numpy(world(10))[:, :5]
-    pairs = torch.cat([X, 2 * X - 1], dim=1)  # what holds between modalities holds of a mixture
+    pairs = torch.cat(
+        [X, 2 * X - 1], dim=1
+    )  # what holds between modalities holds of a mixture
     made = network(AdaptorNetwork, [(1, 5), (1, 5)], 8, seeded(), mixup=True)
     a, b = made._mixed(made.unpack(pairs))
     torch.testing.assert_close(b, 2 * a - 1)
@@ -612,7 +699,9 @@ def test_structure_weight_keeps_neighbours(Encoder):
     def changed(weight):
         encoder = small(Encoder, structure_weight=weight, max_epochs=15, lr=0.01).fit(X)
         text = torch.from_numpy(StandardScaler().fit_transform(X[:, BLOCKS["text"]]))
-        return structure_loss(text.float(), torch.from_numpy(own(encoder.transform(X), "text")))
+        return structure_loss(
+            text.float(), torch.from_numpy(own(encoder.transform(X), "text"))
+        )
 
     assert changed(30.0) < 0.8 * changed(0.0)
 
@@ -621,9 +710,13 @@ def test_structure_weight_keeps_neighbours(Encoder):
 def test_numbers_of_the_input_are_dropped_in_training_alone(Encoder):
     X = world()
     options = {"dropout": 0.0, "lr": 1e-12, "max_epochs": 1, "batch_size": 60}
-    plain, dropped = (small(Encoder, input_dropout=p, **options).fit(X) for p in (0.0, 0.5))
+    plain, dropped = (
+        small(Encoder, input_dropout=p, **options).fit(X) for p in (0.0, 0.5)
+    )
     np.testing.assert_allclose(dropped.transform(X), plain.transform(X), atol=1e-6)
-    assert dropped.history_[0]["train_loss"] != pytest.approx(plain.history_[0]["train_loss"])
+    assert dropped.history_[0]["train_loss"] != pytest.approx(
+        plain.history_[0]["train_loss"]
+    )
 
 
 @each_encoder
@@ -663,12 +756,18 @@ def test_the_temperature_is_learnt_within_its_bounds(Encoder, lr):
 def test_early_stopping_goes_back_to_the_best_epoch(Encoder):
     X = world(200)
     X += np.random.default_rng(0).normal(size=X.shape).astype(np.float32)
-    options = {"early_stopping": True, "n_iter_no_change": 3, "validation_fraction": 0.3}
+    options = {
+        "early_stopping": True,
+        "n_iter_no_change": 3,
+        "validation_fraction": 0.3,
+    }
     encoder = small(Encoder, max_epochs=100, lr=0.02, **options).fit(X)
     losses = [epoch["valid_loss"] for epoch in encoder.history_]
     best = int(np.argmin(losses)) + 1
     assert encoder.n_iter_ == best + 3 < 100
-    assert all(math.isfinite(epoch["positive_similarity"]) for epoch in encoder.history_)
+    assert all(
+        math.isfinite(epoch["positive_similarity"]) for epoch in encoder.history_
+    )
     again = small(Encoder, max_epochs=best, lr=0.02, **options).fit(X)
     same_weights(encoder, again, rtol=0)
 
@@ -687,11 +786,15 @@ def test_a_warm_start_goes_on(Encoder):
     still = small(Encoder, warm_start=True, lr=1e-12, max_epochs=1).fit(X).fit(X)
     losses = [epoch["train_loss"] for epoch in still.history_]
     assert losses[0] != pytest.approx(losses[1], rel=1e-6)  # of other batches
-    with pytest.raises(ValueError, match="another structure than the parameters ask for.* Clone"):
+    with pytest.raises(
+        ValueError, match="another structure than the parameters ask for.* Clone"
+    ):
         encoder.set_params(n_components=4).fit(X)
     with pytest.raises(ValueError, match="X has 11 features, but .* is expecting 12"):
         encoder.fit(X[:, :11])
-    assert encoder.set_params(warm_start=False, blocks=COLUMNS).fit(X[:, :2]).n_iter_ == 20
+    assert (
+        encoder.set_params(warm_start=False, blocks=COLUMNS).fit(X[:, :2]).n_iter_ == 20
+    )
 
 
 @each_encoder
@@ -705,7 +808,11 @@ def test_skorch_options_device_and_verbosity_reach_training(Encoder, capsys):
     X = world()
     plain = small(Encoder, device="cpu").fit(X)
     assert not capsys.readouterr().out
-    options = {"skorch_params": {"callbacks": [Counts()]}, "device": "cpu", "verbose": 1}
+    options = {
+        "skorch_params": {"callbacks": [Counts()]},
+        "device": "cpu",
+        "verbose": 1,
+    }
     same_weights(small(Encoder, **options).fit(X), plain, rtol=0)
     assert epochs == [torch.device("cpu")] * 2
     assert "train_loss" in capsys.readouterr().out
@@ -726,7 +833,9 @@ def test_fewer_pairs_than_a_batch_are_one_batch(Encoder):
 @each_encoder
 def test_a_space_that_has_collapsed_is_told_of(Encoder, monkeypatch):
     monkeypatch.setattr(crossmodal, "_COLLAPSED", -1.0)
-    with pytest.warns(UserWarning, match=f"{Encoder.__name__} has collapsed: rows that are no pai"):
+    with pytest.warns(
+        UserWarning, match=f"{Encoder.__name__} has collapsed: rows that are no pai"
+    ):
         small(Encoder).fit(world())
 
 
@@ -738,12 +847,16 @@ def test_contexts_that_have_collapsed_are_told_of(monkeypatch):
     np.testing.assert_allclose(np.diag(similarity), 1)
     np.testing.assert_allclose(similarity, similarity.T)
     contexts = encoder._fitted_network().embedded_contexts().detach()
-    assert similarity[0, 2] == pytest.approx(float(F.cosine_similarity(*contexts[[0, 2]], dim=0)))
+    assert similarity[0, 2] == pytest.approx(
+        float(F.cosine_similarity(*contexts[[0, 2]], dim=0))
+    )
     alike = np.triu(similarity, 1)
     a, b = np.unravel_index(alike.argmax(), alike.shape)
     monkeypatch.setattr(crossmodal, "_SAME_CONTEXT", alike.max() - 1e-6)
     names = list(THREE)
-    with pytest.warns(UserWarning, match=f"contexts of '{names[a]}' and '{names[b]}' have coll"):
+    with pytest.warns(
+        UserWarning, match=f"contexts of '{names[a]}' and '{names[b]}' have coll"
+    ):
         encoder.fit(X)
 
 
@@ -770,7 +883,9 @@ def test_three_modalities_of_which_any_pair_may_miss(Encoder):
 
 @each_encoder
 def test_a_grid_search_needs_no_labels(Encoder):
-    search = GridSearchCV(small(Encoder), {"lr": [1e-9, 0.003], "max_epochs": [20]}, cv=2)
+    search = GridSearchCV(
+        small(Encoder), {"lr": [1e-9, 0.003], "max_epochs": [20]}, cv=2
+    )
     assert search.fit(world(100)).best_params_["lr"] == 0.003
 
 
@@ -780,17 +895,26 @@ def test_a_pickle_holds_arrays_alone_and_does_the_same(Encoder):
     encoder = small(Encoder).fit(X)
     stored = pickle.dumps(encoder)
     assert b"torch" not in stored
-    np.testing.assert_array_equal(pickle.loads(stored).transform(X), encoder.transform(X))
+    np.testing.assert_array_equal(
+        pickle.loads(stored).transform(X), encoder.transform(X)
+    )
     assert not hasattr(clone(encoder), "weights_")
 
 
 @each_encoder
 def test_names_come_from_the_union_and_go_on(Encoder):
-    X = pd.DataFrame(world(), columns=[f"c{i}" for i in range(12)], index=np.arange(60) + 7)
-    union = PerModalityUnion(
-        [("text", StandardScaler(), slice(0, 5)), ("image", StandardScaler(), slice(5, 12))]
+    X = pd.DataFrame(
+        world(), columns=[f"c{i}" for i in range(12)], index=np.arange(60) + 7
     )
-    pipe = make_pipeline(union, small(Encoder, blocks=None)).set_output(transform="pandas")
+    union = PerModalityUnion(
+        [
+            ("text", StandardScaler(), slice(0, 5)),
+            ("image", StandardScaler(), slice(5, 12)),
+        ]
+    )
+    pipe = make_pipeline(union, small(Encoder, blocks=None)).set_output(
+        transform="pandas"
+    )
     Z = pipe.fit_transform(X)
     assert list(Z.columns) == [f"{name}__{i}" for name in BLOCKS for i in range(8)]
     assert Z.index.equals(X.index)
@@ -802,7 +926,9 @@ def test_names_come_from_the_union_and_go_on(Encoder):
 @each_encoder
 def test_tokens_and_numbers_stand_side_by_side_in_a_frame(Encoder):
     X, cells = world(), in_tokens(world())
-    frame = pd.DataFrame({"text": cells[:, 0]})  # a column of tokens is a block by itself
+    frame = pd.DataFrame(
+        {"text": cells[:, 0]}
+    )  # a column of tokens is a block by itself
     frame[[f"image__{i}" for i in range(7)]] = X[:, 5:]
     frame.loc[3, "text"] = None
     frame.iloc[4, 1:] = np.nan
@@ -817,7 +943,9 @@ def test_tokens_and_numbers_stand_side_by_side_in_a_frame(Encoder):
     assert np.isfinite(Z.drop(index=[3, 4])).all(axis=None)
     for cells in (frame[["text"]], frame["text"], list(frame["text"])):
         np.testing.assert_array_equal(encoder.encode(cells, "text"), Z.iloc[:, :8])
-    np.testing.assert_array_equal(encoder.encode(frame.iloc[:, 1:], "image"), Z.iloc[:, 8:])
+    np.testing.assert_array_equal(
+        encoder.encode(frame.iloc[:, 1:], "image"), Z.iloc[:, 8:]
+    )
     # the same in an array of objects, without names
     blocks = {"text": [0], "image": slice(1, None)}
     plain = small(Encoder, blocks=blocks).fit(frame.to_numpy())
@@ -835,7 +963,9 @@ def test_adapted_tokens_are_object_columns_with_the_names_of_the_modalities():
     Z = adaptor.set_output(transform="pandas").fit_transform(frame)
     assert list(Z.columns) == ["text__0", "image__0"]
     assert all(dtype.kind == "O" for dtype in Z.dtypes)
-    again = small(SharedFusionEncoder, blocks=None, fusion="general").fit(Z)  # tokens go in again
+    again = small(SharedFusionEncoder, blocks=None, fusion="general").fit(
+        Z
+    )  # tokens go in again
     assert again.widths_ == {"text": 8, "image": 8}
     assert 0 <= adaptor.score(frame) <= 1  # of pooled vectors, still
     with pytest.raises(ValueError, match="polars does not have"):
@@ -859,13 +989,22 @@ def test_forms_of_a_table_make_no_difference(Encoder):
     X = world()
     expected = small(Encoder).fit(X).transform(X)
     bare = X.astype(object)
-    for form in (pl.DataFrame(X), np.asfortranarray(X, dtype=np.float64), bare, X.tolist()):
-        np.testing.assert_array_equal(small(Encoder).fit(form).transform(form), expected)
+    for form in (
+        pl.DataFrame(X),
+        np.asfortranarray(X, dtype=np.float64),
+        bare,
+        X.tolist(),
+    ):
+        np.testing.assert_array_equal(
+            small(Encoder).fit(form).transform(form), expected
+        )
     cells = in_tokens(X)
     encoder = small(Encoder, blocks=COLUMNS).fit(cells)
     expected, other = encoder.transform(cells), cells.copy()
     for row, column in np.ndindex(other.shape):
-        other[row, column] = np.asfortranarray(cells[row, column], dtype=np.float64)[:, ::1]
+        other[row, column] = np.asfortranarray(cells[row, column], dtype=np.float64)[
+            :, ::1
+        ]
     other[0, 0], other[1, 0] = cells[0, 0].tolist(), torch.from_numpy(cells[1, 0])
     np.testing.assert_allclose(encoder.transform(other), expected, atol=1e-6)
 
@@ -888,11 +1027,15 @@ def test_rows_that_lack_everything_come_out_as_nan(Encoder):
 @each_encoder
 def test_what_no_space_can_be_learnt_from_is_refused(Encoder):
     X = world()
-    with pytest.raises(ValueError, match=r"at least two modalities, but .* blocks \['all'\] only"):
+    with pytest.raises(
+        ValueError, match=r"at least two modalities, but .* blocks \['all'\] only"
+    ):
         small(Encoder, blocks={"all": slice(None)}).fit(X)
     lone = without(without(X, "text", slice(0, 31)), "image", slice(30, 60))
     lone[30, :5] = X[30, :5]
-    with pytest.raises(ValueError, match=r"0 of n_samples=60 rows have two .*'text': 30, 'image'"):
+    with pytest.raises(
+        ValueError, match=r"0 of n_samples=60 rows have two .*'text': 30, 'image'"
+    ):
         small(Encoder).fit(lone)
     one = np.vstack([lone, X[:1]])
     with pytest.raises(ValueError, match="1 of n_samples=61 rows have two modalities"):
@@ -900,7 +1043,9 @@ def test_what_no_space_can_be_learnt_from_is_refused(Encoder):
     three = world(blocks=THREE)
     three[:30, 12:] = np.nan
     three[30:, :12] = np.nan
-    with pytest.raises(ValueError, match="No row has 'sound' together with another modality"):
+    with pytest.raises(
+        ValueError, match="No row has 'sound' together with another modality"
+    ):
         small(Encoder, blocks=THREE).fit(three)
     X[5, 2] = np.nan
     with pytest.raises(ValueError, match="NaN in 1 of 5 columns of row 5") as caught:
@@ -913,7 +1058,9 @@ def test_blocks_that_are_not_there_are_refused(Encoder):
     X = world()
     with pytest.raises(ValueError, match="X has no names"):
         small(Encoder, blocks=None).fit(X)
-    with pytest.raises(ValueError, match="'sound' asks for column 20, but X has n_features=12"):
+    with pytest.raises(
+        ValueError, match="'sound' asks for column 20, but X has n_features=12"
+    ):
         small(Encoder, blocks=BLOCKS | {"sound": [20]}).fit(X)
     with pytest.raises(ValueError, match="column 5 is in 2 of the blocks"):
         small(Encoder, blocks=BLOCKS | {"text": slice(0, 6)}).fit(X)
@@ -922,7 +1069,9 @@ def test_blocks_that_are_not_there_are_refused(Encoder):
     with pytest.raises(NotFittedError):
         small(Encoder).encode(X[:, :5], "text")
     encoder = small(Encoder).fit(X)
-    with pytest.raises(ValueError, match=r"no modality 'sound'; fit has seen \['text', 'image'\]"):
+    with pytest.raises(
+        ValueError, match=r"no modality 'sound'; fit has seen \['text', 'image'\]"
+    ):
         encoder.encode(X[:, :5], "sound")
     with pytest.raises(ValueError, match="Block 'text' has 5 columns; got 7"):
         encoder.encode(X[:, 5:], "text")
@@ -935,19 +1084,29 @@ def test_blocks_that_are_not_there_are_refused(Encoder):
 @each_encoder
 def test_networks_that_cannot_be_made_are_refused(Encoder):
     X = world()
-    with pytest.raises(ValueError, match="n_components=8 cannot be split among n_heads=3"):
+    with pytest.raises(
+        ValueError, match="n_components=8 cannot be split among n_heads=3"
+    ):
         small(Encoder, n_heads=3).fit(X)
-    with pytest.raises(ValueError, match=r"mixup mixes vectors, but \['text', 'image'\] are tok"):
+    with pytest.raises(
+        ValueError, match=r"mixup mixes vectors, but \['text', 'image'\] are tok"
+    ):
         small(Encoder, mixup=True, blocks=COLUMNS).fit(in_tokens(X))
-    with pytest.raises(ValueError, match=r"validation_fraction=0\.1 holds 1 of 10 pairs back"):
+    with pytest.raises(
+        ValueError, match=r"validation_fraction=0\.1 holds 1 of 10 pairs back"
+    ):
         small(Encoder, early_stopping=True).fit(X[:10])
-    with pytest.raises(ValueError, match=r"holds 3 of 4 pairs back"):  # and trains on one
+    with pytest.raises(
+        ValueError, match=r"holds 3 of 4 pairs back"
+    ):  # and trains on one
         small(Encoder, early_stopping=True, validation_fraction=0.7).fit(X[:4])
 
 
 @pytest.mark.parametrize("fusion", ATTENTION_FUSIONS)
 def test_attention_over_pooled_blocks_is_refused(fusion):
-    with pytest.raises(ValueError, match=f"fusion='{fusion}' is an attention .* 'text' holds one"):
+    with pytest.raises(
+        ValueError, match=f"fusion='{fusion}' is an attention .* 'text' holds one"
+    ):
         small(SharedFusionEncoder, fusion=fusion).fit(world())
 
 
@@ -955,11 +1114,20 @@ def test_attention_over_pooled_blocks_is_refused(fusion):
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        (np.ones((2, 4)), "Row 3 of the token column 'text' has tokens of width 4, but 5 was"),
+        (
+            np.ones((2, 4)),
+            "Row 3 of the token column 'text' has tokens of width 4, but 5 was",
+        ),
         (np.zeros((0, 5)), r"Row 3 of .* at least one token; got shape \(0, 5\)\."),
         (np.ones(5), r"Row 3 of .* got shape \(5,\)\."),
-        (np.full((2, 5), np.nan), r"Row 3 of .* got shape \(2, 5\), with NaN or infinity"),
-        (np.full((2, 5), np.inf), r"Row 3 of .* got shape \(2, 5\), with NaN or infinity"),
+        (
+            np.full((2, 5), np.nan),
+            r"Row 3 of .* got shape \(2, 5\), with NaN or infinity",
+        ),
+        (
+            np.full((2, 5), np.inf),
+            r"Row 3 of .* got shape \(2, 5\), with NaN or infinity",
+        ),
         ("words", "could not convert string"),
     ],
 )
@@ -971,24 +1139,36 @@ def test_cells_that_are_no_tokens_are_refused_by_row(Encoder, cell, message):
         with pytest.raises(ValueError, match=message) as caught:
             method(X)
     if isinstance(cell, str):
-        assert caught.value.__notes__ == ["This was in row 3 of the token column 'text'."]
+        assert caught.value.__notes__ == [
+            "This was in row 3 of the token column 'text'."
+        ]
 
 
 @each_encoder
 def test_tokens_and_numbers_do_not_stand_for_each_other(Encoder):
     X, cells = world(), in_tokens(world())
     of_tokens = small(Encoder, blocks=COLUMNS).fit(cells)
-    with pytest.raises(ValueError, match=r"Row 0 of the token column 'text' .* got shape \(\)"):
+    with pytest.raises(
+        ValueError, match=r"Row 0 of the token column 'text' .* got shape \(\)"
+    ):
         of_tokens.transform(X[:, :2])
-    with pytest.raises(ValueError, match="Block 'text' is one column of tokens; got 5 columns"):
+    with pytest.raises(
+        ValueError, match="Block 'text' is one column of tokens; got 5 columns"
+    ):
         of_tokens.encode(X[:, :5], "text")
     with pytest.raises(ValueError, match="inhomogeneous"):
         of_tokens.transform(cells.tolist())
     of_numbers = small(Encoder, blocks=COLUMNS).fit(X[:, :2])
-    with pytest.raises(ValueError, match="'text' holds a column of tokens, but held numbers in"):
+    with pytest.raises(
+        ValueError, match="'text' holds a column of tokens, but held numbers in"
+    ):
         of_numbers.transform(cells)
-    with pytest.raises(ValueError, match="'text' holds a column of tokens among its 2 columns"):
-        small(Encoder, blocks={"text": [0, 1], "image": [2]}).fit(np.hstack([cells, X[:, :1]]))
+    with pytest.raises(
+        ValueError, match="'text' holds a column of tokens among its 2 columns"
+    ):
+        small(Encoder, blocks={"text": [0, 1], "image": [2]}).fit(
+            np.hstack([cells, X[:, :1]])
+        )
 
 
 def test_what_is_changed_after_fit_does_not_change_what_was_fitted():
@@ -1015,10 +1195,17 @@ def test_a_modality_that_is_in_few_batches_trains_in_those(Encoder, chunk_size):
 
 def test_tokens_are_trained_where_tokens_are_asked_for():
     X = in_tokens(world(200))
-    options = {"blocks": COLUMNS, "max_epochs": 30, "dropout": 0.0, "lr": 0.005, "n_components": 16}
+    options = {
+        "blocks": COLUMNS,
+        "max_epochs": 30,
+        "dropout": 0.0,
+        "lr": 0.005,
+        "n_components": 16,
+    }
     adaptor = small(CrossAttentionAdaptor, output="tokens", **options).fit(X[:150])
     z = [
-        np.stack([cell.mean(axis=0) for cell in column]) for column in adaptor.transform(X[150:]).T
+        np.stack([cell.mean(axis=0) for cell in column])
+        for column in adaptor.transform(X[150:]).T
     ]
     assert retrieval_recall(*z) > 0.5
 
@@ -1064,7 +1251,8 @@ def test_the_order_of_modalities_does_not_matter():
     torch.testing.assert_close(one.z, two.z.flip(1))
     codes = torch.arange(60)[None, :, None].expand(1, 60, 2)
     losses = [
-        crossmodal._Objective(w, 0.0, True)(e, codes, None) for w, e in ((0.7, one), (0.3, two))
+        crossmodal._Objective(w, 0.0, True)(e, codes, None)
+        for w, e in ((0.7, one), (0.3, two))
     ]
     torch.testing.assert_close(*losses)
 
@@ -1104,7 +1292,9 @@ def test_the_indicator_of_a_union_is_no_modality(Encoder):
 
 def test_linear_maps_need_no_width_that_heads_share():
     X = world()
-    maps = small(CrossAttentionAdaptor, n_components=5, n_layers=0, n_queries=0, n_heads=4)
+    maps = small(
+        CrossAttentionAdaptor, n_components=5, n_layers=0, n_queries=0, n_heads=4
+    )
     assert maps.fit(X).transform(X).shape == (60, 10)
 
 
@@ -1125,7 +1315,8 @@ def test_training_on_a_gpu_leads_to_a_space_as_good(Encoder, chunk_size):
     X = world(200)
     options = {"max_epochs": 60, "lr": 0.005, "chunk_size": chunk_size}
     scores = [
-        small(Encoder, device=d, **options).fit(X[:150]).score(X[150:]) for d in ("cpu", "cuda")
+        small(Encoder, device=d, **options).fit(X[:150]).score(X[150:])
+        for d in ("cpu", "cuda")
     ]
     assert scores[1] > scores[0] - 0.1
 
@@ -1142,5 +1333,7 @@ def test_a_request_without_any_modality_stays_missing(Encoder):
 @each_encoder
 def test_texts_are_refused(Encoder):
     X = pd.DataFrame({"text__0": ["a red cat"] * 9, "image__0": 1.0})
-    with pytest.raises(ValueError, match="column 'text__0' of X is the text 'a red cat'.*Encode"):
+    with pytest.raises(
+        ValueError, match="column 'text__0' of X is the text 'a red cat'.*Encode"
+    ):
         small(Encoder, blocks=None).fit(X)

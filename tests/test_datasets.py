@@ -40,14 +40,17 @@ def open_images(bunch):
 
 def words(text):
     """Words of a text in the singular, without the "and" of a class name."""
-    return {word.removesuffix("s") for word in re.findall("[a-z]+", text.lower())} - {"and"}
+    return {word.removesuffix("s") for word in re.findall("[a-z]+", text.lower())} - {
+        "and"
+    }
 
 
 def rows_naming_their_class(bunch, column):
     classes = np.array(bunch.target_names)[bunch.target]
     cells = bunch.data[column]
     return sum(
-        bool(words(cell or "") & words(name)) for cell, name in zip(cells, classes, strict=True)
+        bool(words(cell or "") & words(name))
+        for cell, name in zip(cells, classes, strict=True)
     )
 
 
@@ -70,7 +73,8 @@ def test_cells_are_python_objects(loader, bunch):
         assert bunch.data[column].dtype == object
         assert {type(cell) for cell in bunch.data[column]} <= {str, type(None)}
         assert all(
-            cell is None or cell == " ".join(cell.split()) != "" for cell in bunch.data[column]
+            cell is None or cell == " ".join(cell.split()) != ""
+            for cell in bunch.data[column]
         )
 
 
@@ -118,7 +122,9 @@ def test_description_counts_the_classes(bunch):
     for label, name in enumerate(bunch.target_names):
         of_class = bunch.target == label
         n_groups = len(set(bunch.groups[of_class]))
-        assert re.search(rf"^{name} +{of_class.sum()} +{n_groups}$", description, re.MULTILINE)
+        assert re.search(
+            rf"^{name} +{of_class.sum()} +{n_groups}$", description, re.MULTILINE
+        )
     assert f":Number of Instances: {len(bunch.data)}\n" in description
     assert f":Number of Classes: {len(bunch.target_names)}\n" in description
     assert f":Number of Groups: {len(set(bunch.groups))}\n" in description
@@ -130,12 +136,17 @@ def test_description_of_emoji():
     keywords = emoji.data["keywords"]
     assert emoji.data["name"].is_unique
     assert f"{keywords.isna().sum()} cells of keywords are None" in description
-    assert f"{keywords.dropna().str.split(', ').str.len().mean():.0f} on average" in description
+    assert (
+        f"{keywords.dropna().str.split(', ').str.len().mean():.0f} on average"
+        in description
+    )
     assert f"{(emoji.groups == 'country-flag').sum()} of the 270 flags" in description
     assert f"there are {emoji.data['image'].nunique():,} different ones" in description
     n_names = rows_naming_their_class(emoji, "name")
     assert f"{n_names} names do because" in description
-    pairs = pd.DataFrame({"image": emoji.data["image"], "target": emoji.target}).drop_duplicates()
+    pairs = pd.DataFrame(
+        {"image": emoji.data["image"], "target": emoji.target}
+    ).drop_duplicates()
     assert pairs["image"].is_unique  # equal pictures are of one class
 
 
@@ -148,7 +159,11 @@ def test_emoji_keywords_never_name_a_class():
 
 def test_emoji_subgroups_are_of_one_class():
     emoji = load_emoji()
-    assert len(set(zip(emoji.groups, emoji.target, strict=True))) == len(set(emoji.groups)) == 98
+    assert (
+        len(set(zip(emoji.groups, emoji.target, strict=True)))
+        == len(set(emoji.groups))
+        == 98
+    )
 
 
 def test_description_of_openclipart():
@@ -177,7 +192,11 @@ def test_every_class_can_be_split_by_group(bunch, random_state):
 
 def test_licences_are_there():
     emoji, clipart = load_emoji().license, load_openclipart().license
-    apache = Path(load_emoji().filename).with_name("APACHE-2.0.txt").read_text(encoding="utf-8")
+    apache = (
+        Path(load_emoji().filename)
+        .with_name("APACHE-2.0.txt")
+        .read_text(encoding="utf-8")
+    )
     assert "END OF TERMS AND CONDITIONS" in apache
     for phrase in [
         "Apache License, Version 2.0",
@@ -214,7 +233,9 @@ def test_loading_needs_no_torch():
 
 def test_composites_are_what_they_say():
     made = make_composites(40, image_size=48, random_state=0)
-    assert all(p.shape == (48, 48, 3) and p.dtype == np.uint8 for p in made.data["image"])
+    assert all(
+        p.shape == (48, 48, 3) and p.dtype == np.uint8 for p in made.data["image"]
+    )
     assert all(m.shape == (48, 48) and m.dtype == np.uint8 for m in made.target)
     assert made.target_names == ["background", "object"]
     assert {value for mask in made.target for value in np.unique(mask)} == {0, 1}
@@ -226,10 +247,18 @@ def test_composites_are_what_they_say():
 
 
 def test_equal_seeds_make_equal_composites():
-    one, same, other = (make_composites(6, image_size=32, random_state=s) for s in (3, 3, 4))
-    assert all((a == b).all() for a, b in zip(one.data["image"], same.data["image"], strict=True))
+    one, same, other = (
+        make_composites(6, image_size=32, random_state=s) for s in (3, 3, 4)
+    )
+    assert all(
+        (a == b).all()
+        for a, b in zip(one.data["image"], same.data["image"], strict=True)
+    )
     assert all((a == b).all() for a, b in zip(one.target, same.target, strict=True))
-    assert any((a != b).any() for a, b in zip(one.data["image"], other.data["image"], strict=True))
+    assert any(
+        (a != b).any()
+        for a, b in zip(one.data["image"], other.data["image"], strict=True)
+    )
 
 
 def test_masks_hold_classes_where_asked():
@@ -253,7 +282,9 @@ def test_a_drawing_is_used_again_only_when_all_have_been():
     assert Counter(made.groups) == Counter(load_emoji().groups)
 
 
-@pytest.mark.parametrize("options", [{"n_samples": 0}, {"objects": "cats"}, {"empty_fraction": 2}])
+@pytest.mark.parametrize(
+    "options", [{"n_samples": 0}, {"objects": "cats"}, {"empty_fraction": 2}]
+)
 def test_composites_of_nothing_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         make_composites(**options)

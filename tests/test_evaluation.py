@@ -43,22 +43,19 @@ from sklembed import (
     FrozenEncoder,
     PerModalityUnion,
 )
-from sklembed.evaluation import (
-    _auroc,
+from sklembed.evaluation import efficiency_report, few_label_curve
+from sklembed.evaluation.efficiency import (
     _epochs_to_break_even,
     _fits_to_break_even,
-    _Fold,
     _measure,
     _Meter,
     _metering,
     _n_parameters,
     _one_epoch,
-    _order_of_labels,
     _rows_that_show_all,
     _split,
-    efficiency_report,
-    few_label_curve,
 )
+from sklembed.evaluation.few_labels import _auroc, _Fold, _order_of_labels
 
 COLUMNS = [
     "encode s",
@@ -106,12 +103,16 @@ def table():
     """Sixty rows of a text and a picture, of which some repeat and some are missing."""
     rng = np.random.default_rng(0)
     y = np.repeat(["no", "yes"], 30)
-    notes = np.array(["a" * (i % 7 + 1) + "b" * 9 * (label == "yes") for i, label in enumerate(y)])
+    notes = np.array(
+        ["a" * (i % 7 + 1) + "b" * 9 * (label == "yes") for i, label in enumerate(y)]
+    )
     notes = notes.astype(object)
     notes[::6] = None
     pictures = np.empty(60, dtype=object)
     for i in range(60):
-        pictures[i] = None if i % 9 == 4 else np.full((2, 2, 3), rng.integers(12), dtype=np.uint8)
+        pictures[i] = (
+            None if i % 9 == 4 else np.full((2, 2, 3), rng.integers(12), dtype=np.uint8)
+        )
     return pd.DataFrame({"note": notes, "scan": pictures}), y
 
 
@@ -122,7 +123,11 @@ def pipeline(tmp_path_factory):
         PerModalityUnion(
             [
                 ("text", FrozenEncoder(slow_backend("text"), store=own), "note"),
-                ("image", make_pipeline(FrozenEncoder(slow_backend("image"), store=own)), "scan"),
+                (
+                    "image",
+                    make_pipeline(FrozenEncoder(slow_backend("image"), store=own)),
+                    "scan",
+                ),
             ],
             n_jobs=2,
         ),
@@ -150,7 +155,9 @@ def test_the_report_has_a_row_for_each_arm(report):
     assert report.drop(columns=COLUMNS[-2:]).notna().all(axis=None)
 
 
-def test_raw_encodes_in_every_epoch_and_the_store_each_distinct_cell_once(report, table):
+def test_raw_encodes_in_every_epoch_and_the_store_each_distinct_cell_once(
+    report, table
+):
     X, y = table
     train, test = train_test_split(X, stratify=y, random_state=0)
     raw = N_EPOCHS * distinct(train) + 2 * distinct(test)
@@ -201,7 +208,9 @@ def test_an_arm_that_fails_says_which_it_was():
 
         return encode
 
-    backend = CallableBackend(load, name="bad", version="1", modality="text", n_features=1)
+    backend = CallableBackend(
+        load, name="bad", version="1", modality="text", n_features=1
+    )
     pipeline = make_pipeline(FrozenEncoder(backend), LogisticRegression())
     with pytest.raises(RuntimeError, match="bad day") as caught:
         efficiency_report(pipeline, ["a", "b", "c", "d"], [0, 1, 0, 1])
@@ -217,12 +226,16 @@ def measure(arm, pipeline, X, y, folder, n_epochs=2):
 
 @pytest.fixture
 def texts():
-    return [f"{'a' * (i % 5)} {'or' * (i % 4)}" for i in range(40)], [i % 2 for i in range(40)]
+    return [f"{'a' * (i % 5)} {'or' * (i % 4)}" for i in range(40)], [
+        i % 2 for i in range(40)
+    ]
 
 
 @pytest.mark.parametrize("arm", ["raw", "stored"])
 def test_torch_heads_are_trained_by_the_epoch(arm, text_backend, texts, tmp_path):
-    head = EarlyFusionClassifier((8,), blocks={"text": slice(0, 9)}, max_epochs=7, random_state=0)
+    head = EarlyFusionClassifier(
+        (8,), blocks={"text": slice(0, 9)}, max_epochs=7, random_state=0
+    )
     pipeline = make_pipeline(FrozenEncoder(text_backend), head)
     found = measure(arm, pipeline, *texts, tmp_path)
     assert head.n_iter_ == 2
@@ -230,18 +243,24 @@ def test_torch_heads_are_trained_by_the_epoch(arm, text_backend, texts, tmp_path
     assert found["parameters trained"] == linear + normalised + output
 
 
-def test_training_between_encoder_and_head_is_no_encoding(text_backend, texts, tmp_path):
+def test_training_between_encoder_and_head_is_no_encoding(
+    text_backend, texts, tmp_path
+):
     def pause(vectors):
         time.sleep(0.5)
         return vectors
 
     projector = ContrastiveProjector(2, max_epochs=2, cv=2, random_state=0)
     steps = FunctionTransformer(pause), projector, LogisticRegression()
-    found = measure("stored", make_pipeline(FrozenEncoder(text_backend), *steps), *texts, tmp_path)
+    found = measure(
+        "stored", make_pipeline(FrozenEncoder(text_backend), *steps), *texts, tmp_path
+    )
     assert found["encode s"] < 0.5 < found["fit s"]
 
 
-def test_the_head_sees_the_cross_fitted_features_in_both_arms(text_backend, texts, tmp_path):
+def test_the_head_sees_the_cross_fitted_features_in_both_arms(
+    text_backend, texts, tmp_path
+):
     def coefficients(arm):
         projector = ContrastiveProjector(2, max_epochs=2, cv=2, random_state=0)
         head = LogisticRegression()
@@ -307,7 +326,9 @@ def test_parameters_are_counted_where_they_are_known(clusters):
     X, y = clusters
     assert _n_parameters(LogisticRegression().fit(X, y)) == 3 * 20 + 3
     assert math.isnan(_n_parameters(RandomForestClassifier(2).fit(X, y)))
-    head = DecisionFusionClassifier(GaussianNB(), blocks={"all": slice(0, 20)}).fit(X, y)
+    head = DecisionFusionClassifier(GaussianNB(), blocks={"all": slice(0, 20)}).fit(
+        X, y
+    )
     assert math.isnan(_n_parameters(head))  # its weights are those of modalities
 
 
@@ -315,7 +336,9 @@ def test_warming_up_takes_rows_that_show_each_column():
     X = pd.DataFrame({"a": [None, "x", "y"], "b": [None, None, 1.0], "c": [None] * 3})
     assert _rows_that_show_all(X).tolist() == [1, 2]
     assert _rows_that_show_all(X[["c"]]).tolist() == [0]
-    assert _rows_that_show_all([None, np.zeros((2, 2, 3)), np.zeros((4, 4, 3))]).tolist() == [1]
+    assert _rows_that_show_all(
+        [None, np.zeros((2, 2, 3)), np.zeros((4, 4, 3))]
+    ).tolist() == [1]
 
 
 def test_the_split_is_stratified_where_it_can_be():
@@ -330,13 +353,19 @@ def test_what_cannot_be_measured_is_refused_before_any_work(text_backend, store)
     encoder = FrozenEncoder(text_backend, store=store)
     good = make_pipeline(encoder, LogisticRegression())
     X, y = ["a", "b", "c", "d"], [0, 1, 0, 1]
-    with pytest.raises(TypeError, match=r"must be a scikit-learn Pipeline; got FrozenEncoder"):
+    with pytest.raises(
+        TypeError, match=r"must be a scikit-learn Pipeline; got FrozenEncoder"
+    ):
         efficiency_report(encoder, X, y)
     with pytest.raises(TypeError, match=r"must be a classifier; 'ridge' is Ridge"):
         efficiency_report(make_pipeline(encoder, Ridge()), X, y)
-    with pytest.raises(TypeError, match=r"must be a classifier; 'passthrough' is 'passthrough'"):
+    with pytest.raises(
+        TypeError, match=r"must be a classifier; 'passthrough' is 'passthrough'"
+    ):
         efficiency_report(make_pipeline(encoder, "passthrough"), X, y)
-    with pytest.raises(ValueError, match=r"before 'logisticregression' holds a FrozenEncoder"):
+    with pytest.raises(
+        ValueError, match=r"before 'logisticregression' holds a FrozenEncoder"
+    ):
         efficiency_report(make_pipeline(StandardScaler(), LogisticRegression()), X, y)
     with pytest.raises(ValueError, match="n_epochs must be at least 1; got 0"):
         efficiency_report(good, X, y, n_epochs=0)
@@ -359,7 +388,9 @@ def parliament(sizes, n_seats):
     return seats
 
 
-SIZES = np.array([100, 54, 29, 8, 1])  # of different parity, so that no two quotients are equal
+SIZES = np.array(
+    [100, 54, 29, 8, 1]
+)  # of different parity, so that no two quotients are equal
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -375,14 +406,21 @@ def test_labels_are_given_as_seats_in_a_parliament(seed):
 def test_labels_are_given_at_random():
     y = np.repeat([0, 1], [30, 10])
     orders = [_order_of_labels(y, np.random.default_rng(seed)) for seed in range(400)]
-    times = np.bincount(np.ravel([order[:4] for order in orders]), minlength=40)  # 3 + 1 rows
-    assert abs(times - 40).max() < 5 * math.sqrt(400 * 0.1 * 0.9)  # each row one time in ten
+    times = np.bincount(
+        np.ravel([order[:4] for order in orders]), minlength=40
+    )  # 3 + 1 rows
+    assert abs(times - 40).max() < 5 * math.sqrt(
+        400 * 0.1 * 0.9
+    )  # each row one time in ten
     first = [y[order[0]] for order in orders]
-    assert 100 < sum(first)  # no class always leads, which would show where two are equal
+    assert 100 < sum(
+        first
+    )  # no class always leads, which would show where two are equal
 
 
 @pytest.mark.parametrize(
-    ("fraction", "n_labelled"), [(0.01, 3), (0.02, 4), (0.1, 20), (0.333, 67), (1.0, 200), (1, 200)]
+    ("fraction", "n_labelled"),
+    [(0.01, 3), (0.02, 4), (0.1, 20), (0.333, 67), (1.0, 200), (1, 200)],
 )
 def test_the_number_of_labels_is_exact(fraction, n_labelled):
     y = np.repeat([0, 1, 2], [150, 45, 5])
@@ -399,7 +437,12 @@ def test_the_number_of_labels_is_exact(fraction, n_labelled):
 def few():
     """Three classes in five columns, of which the first says which row it is; in 15 groups."""
     X, y = make_classification(
-        n_samples=150, n_features=4, n_informative=3, n_redundant=0, n_classes=3, random_state=0
+        n_samples=150,
+        n_features=4,
+        n_informative=3,
+        n_redundant=0,
+        n_classes=3,
+        random_state=0,
     )
     groups = np.random.default_rng(0).permutation(np.arange(150) % 15)
     return np.column_stack([np.arange(150), X]), np.array(["c", "a", "b"])[y], groups
@@ -468,10 +511,18 @@ def test_a_row_for_each_arm_fraction_seed_and_fold(few):
     )
     keys = ["arm", "fraction", "seed", "fold"]
     arms = ["control", "zeta", "PCA", "best", "bayes"]
-    every = pd.MultiIndex.from_product([arms, (0.5, 0.2), range(2), range(3)], names=keys)
+    every = pd.MultiIndex.from_product(
+        [arms, (0.5, 0.2), range(2), range(3)], names=keys
+    )
     assert pd.MultiIndex.from_frame(curve[keys]).equals(every)
     scores = ["f1_macro", "accuracy", "roc_auc_ovr"]
-    assert curve.columns.tolist() == [*keys[:2], "n_labelled", *keys[2:], *scores, "fit s"]
+    assert curve.columns.tolist() == [
+        *keys[:2],
+        "n_labelled",
+        *keys[2:],
+        *scores,
+        "fit s",
+    ]
     assert curve["n_labelled"].tolist() == ([50] * 6 + [20] * 6) * 5
     assert curve[scores].stack().between(0, 1).all()
     assert (curve["fit s"] > 0).all()
@@ -497,7 +548,9 @@ def test_all_arms_see_the_same_labelled_rows_nested_and_stratified(few, logs):
     assert [call[0] for call in fits] == (["head"] * 9 + ["other"] * 3) * 6
     drawn = set()
     for fold in range(6):
-        shown = [(rows, labels) for _, _, rows, labels in fits[12 * fold : 12 * (fold + 1)]]
+        shown = [
+            (rows, labels) for _, _, rows, labels in fits[12 * fold : 12 * (fold + 1)]
+        ]
         assert shown[:3] == shown[3:6] == shown[6:9] == shown[9:]
         few_rows, more, everything = (set(rows) for rows, _ in shown[:3])
         assert few_rows < more < everything
@@ -526,12 +579,16 @@ def test_pretraining_sees_all_training_rows_once_and_no_label(few, logs):
         scoring="accuracy",
     )
     without = [call for call in Doubling.log if call[0] == "without"]
-    assert [(len(rows), labelled) for _, rows, labelled in without] == [(100, False)] * 6
+    assert [(len(rows), labelled) for _, rows, labelled in without] == [
+        (100, False)
+    ] * 6
     assert all(np.all(np.diff(rows) > 0) for _, rows, _ in without)
     tests = [call[2] for call in Watched.log if call[1] == "predict"][::9]
     for (_, rows, _), test in zip(without, tests, strict=True):
         assert not set(rows) & set(test)
-    labelled = [(len(rows), labelled) for name, rows, labelled in Doubling.log if name == "with"]
+    labelled = [
+        (len(rows), labelled) for name, rows, labelled in Doubling.log if name == "with"
+    ]
     assert labelled == [(10, True), (50, True), (100, True)] * 6
 
 
@@ -585,7 +642,9 @@ def test_with_all_labels_it_is_cross_validation(n_classes, few):
         expected = cross_validate(estimator, X, y, cv=cv, scoring=scoring)
         for name in scoring:
             found = curve.loc[curve["arm"] == arm, name]
-            np.testing.assert_allclose(found, expected[f"test_{name}"], err_msg=f"{arm}, {name}")
+            np.testing.assert_allclose(
+                found, expected[f"test_{name}"], err_msg=f"{arm}, {name}"
+            )
 
 
 def test_what_is_both_is_a_classifier_unless_passed_through(few):
@@ -595,7 +654,10 @@ def test_what_is_both_is_a_classifier_unless_passed_through(few):
         Watched(),  # names one class throughout
         X,
         y,
-        supervised={"classifier": both, "transformer": make_pipeline(both, "passthrough")},
+        supervised={
+            "classifier": both,
+            "transformer": make_pipeline(both, "passthrough"),
+        },
         fractions=(1.0,),
         cv=2,
         n_seeds=1,
@@ -611,9 +673,13 @@ def rows_tested(logs):
 
 def test_folds_of_an_int_are_stratified_and_shuffled_by_the_seed(few, logs):
     X, y, _ = few
-    few_label_curve(Watched(), X, y, fractions=(1,), cv=3, n_seeds=2, scoring="accuracy")
+    few_label_curve(
+        Watched(), X, y, fractions=(1,), cv=3, n_seeds=2, scoring="accuracy"
+    )
     tests = rows_tested(logs)
-    first, second = (sorted(map(tuple, tests[part])) for part in (slice(3), slice(3, 6)))
+    first, second = (
+        sorted(map(tuple, tests[part])) for part in (slice(3), slice(3, 6))
+    )
     assert sorted(np.concatenate(first)) == list(range(150))
     assert first != second
     for test in tests:
@@ -623,7 +689,14 @@ def test_folds_of_an_int_are_stratified_and_shuffled_by_the_seed(few, logs):
 def test_folds_of_an_int_keep_groups_together(few, logs):
     X, y, groups = few
     few_label_curve(
-        Watched(), X, y, groups=groups, fractions=(1,), cv=3, n_seeds=2, scoring="accuracy"
+        Watched(),
+        X,
+        y,
+        groups=groups,
+        fractions=(1,),
+        cv=3,
+        n_seeds=2,
+        scoring="accuracy",
     )
     tests = rows_tested(logs)
     assert len(tests) == 6
@@ -634,7 +707,12 @@ def test_folds_of_an_int_keep_groups_together(few, logs):
 
 def test_a_splitter_splits_alike_for_every_seed_and_gets_the_groups(few, logs):
     X, y, groups = few
-    common = {"groups": groups, "fractions": (0.1,), "n_seeds": 2, "scoring": "accuracy"}
+    common = {
+        "groups": groups,
+        "fractions": (0.1,),
+        "n_seeds": 2,
+        "scoring": "accuracy",
+    }
     few_label_curve(Watched(), X, y, cv=GroupKFold(3), **common)
     expected = [test.tolist() for _, test in GroupKFold(3).split(X, y, groups)]
     assert rows_tested(logs) == 2 * expected
@@ -644,7 +722,10 @@ def test_a_splitter_splits_alike_for_every_seed_and_gets_the_groups(few, logs):
 
 def test_folds_may_be_listed(few, logs):
     X, y, _ = few
-    folds = [(np.arange(100), np.arange(100, 150)), (np.arange(100), np.arange(110, 150))]
+    folds = [
+        (np.arange(100), np.arange(100, 150)),
+        (np.arange(100), np.arange(110, 150)),
+    ]
     few_label_curve(
         Watched(), X, y, cv=iter(folds), fractions=(0.1,), n_seeds=2, scoring="accuracy"
     )
@@ -689,7 +770,11 @@ def test_a_list_of_labels_and_a_column_do(few):
     X, y, _ = few
     common = {"fractions": (0.5,), "cv": 2, "n_seeds": 1, "random_state": 0}
     expected = few_label_curve(GaussianNB(), X, y, **common)
-    for labels in (y.tolist(), pd.Series(y, index=np.arange(150)[::-1]), y.astype(object)):
+    for labels in (
+        y.tolist(),
+        pd.Series(y, index=np.arange(150)[::-1]),
+        y.astype(object),
+    ):
         found = few_label_curve(GaussianNB(), X.tolist(), labels, **common)
         assert without_seconds(found).equals(without_seconds(expected))
 
@@ -702,7 +787,9 @@ def test_the_random_state_decides(few):
     X, y, _ = few
 
     def curve(random_state, **options):
-        found = few_label_curve(GaussianNB(), X, y, random_state=random_state, cv=3, **options)
+        found = few_label_curve(
+            GaussianNB(), X, y, random_state=random_state, cv=3, **options
+        )
         return without_seconds(found)
 
     once = curve(0)
@@ -715,9 +802,14 @@ def test_the_random_state_decides(few):
 
 def test_folds_run_in_processes(few):
     X, y, _ = few
-    options = {"supervised": {"trees": RandomForestClassifier(2, random_state=0)}, "cv": 2}
+    options = {
+        "supervised": {"trees": RandomForestClassifier(2, random_state=0)},
+        "cv": 2,
+    }
     alone, together = (
-        few_label_curve(GaussianNB(), X, y, n_jobs=n_jobs, n_seeds=1, random_state=0, **options)
+        few_label_curve(
+            GaussianNB(), X, y, n_jobs=n_jobs, n_seeds=1, random_state=0, **options
+        )
         for n_jobs in (None, 2)
     )
     assert without_seconds(alone).equals(without_seconds(together))
@@ -729,7 +821,9 @@ def test_what_is_given_is_left_alone(few):
     kept, labels = X.copy(), y.copy()
     arms = {"pretrained": {"PCA": pca}, "supervised": {"best": best}}
     few_label_curve(head, X, y, fractions=(0.5,), cv=2, n_seeds=1, **arms)
-    assert not (hasattr(head, "theta_") or hasattr(pca, "mean_") or hasattr(best, "scores_"))
+    assert not (
+        hasattr(head, "theta_") or hasattr(pca, "mean_") or hasattr(best, "scores_")
+    )
     np.testing.assert_array_equal(X, kept)
     np.testing.assert_array_equal(y, labels)
 
@@ -744,7 +838,9 @@ def test_pretraining_counts_in_each_fraction(few):
     common = {"cv": 2, "n_seeds": 1, "scoring": "accuracy"}
     arms = {"pretrained": {"before": Slow()}, "supervised": {"within": Slow()}}
     start = time.perf_counter()
-    curve = few_label_curve(Watched(), X, y, fractions=(0.1, 0.5, 1.0), **arms, **common)
+    curve = few_label_curve(
+        Watched(), X, y, fractions=(0.1, 0.5, 1.0), **arms, **common
+    )
     spent = time.perf_counter() - start
     seconds = curve.groupby("arm")["fit s"]
     assert seconds.min()[["before", "within"]].min() >= 0.2
@@ -761,7 +857,9 @@ def test_an_arm_that_fails_says_where(few):
     X, y, _ = few
     common = {"cv": 2, "n_seeds": 1, "scoring": "accuracy", "fractions": (0.1, 1.0)}
     with pytest.raises(RuntimeError, match="too many") as caught:
-        few_label_curve(Watched(), X, y, supervised={"bad": Bad()}, error_score="raise", **common)
+        few_label_curve(
+            Watched(), X, y, supervised={"bad": Bad()}, error_score="raise", **common
+        )
     note = "This was in the arm 'bad' of few_label_curve, fraction 1.0, seed 0, fold 0."
     assert caught.value.__notes__ == [note]
     with pytest.raises(RuntimeError, match="too many") as caught:
@@ -769,7 +867,9 @@ def test_an_arm_that_fails_says_where(few):
     assert caught.value.__notes__ == [note.replace(", fraction 1.0", "")]
 
 
-def test_an_arm_that_cannot_be_fitted_on_few_labels_scores_nan_there_with_a_warning(few):
+def test_an_arm_that_cannot_be_fitted_on_few_labels_scores_nan_there_with_a_warning(
+    few,
+):
     X, y, _ = few
     search = GridSearchCV(LogisticRegression(), {"C": [1.0, 10.0]}, cv=3)
     with pytest.warns(Warning) as seen:
@@ -789,7 +889,10 @@ def test_an_arm_that_cannot_be_fitted_on_few_labels_scores_nan_there_with_a_warn
         if w.category is FitFailedWarning and "few_label" in str(w.message)
     ]
     assert len(told) == 2
-    assert "the arm 'search' of few_label_curve, fraction 0.01, seed 0, fold 0, which" in told[0]
+    assert (
+        "the arm 'search' of few_label_curve, fraction 0.01, seed 0, fold 0, which"
+        in told[0]
+    )
     failed = curve["accuracy"].isna()
     assert (failed == ((curve["arm"] == "search") & (curve["fraction"] == 0.01))).all()
     assert (curve["fit s"].isna() == failed).all()
@@ -798,8 +901,12 @@ def test_an_arm_that_cannot_be_fitted_on_few_labels_scores_nan_there_with_a_warn
 def test_scores_of_pairs_are_no_scores_of_classes_where_there_are_as_many(few):
     X, y, _ = few
     assert len(np.unique(y)) == 3
-    with pytest.raises(ValueError, match="needs a score for each of 3 classes.* of pairs"):
-        few_label_curve(SVC(decision_function_shape="ovo"), X, y, fractions=1.0, cv=2, n_seeds=1)
+    with pytest.raises(
+        ValueError, match="needs a score for each of 3 classes.* of pairs"
+    ):
+        few_label_curve(
+            SVC(decision_function_shape="ovo"), X, y, fractions=1.0, cv=2, n_seeds=1
+        )
 
 
 def test_what_is_pretrained_is_run_once_a_fold(few):
@@ -833,22 +940,30 @@ def pairs_in_order(scores, positive):
 
 def test_auroc_is_the_mean_over_classes_that_can_have_one():
     rng = np.random.default_rng(0)
-    y = np.array(list("aabbbccad"))  # d was not among the training labels, e is not here
+    y = np.array(
+        list("aabbbccad")
+    )  # d was not among the training labels, e is not here
     scores = rng.integers(5, size=(9, 4)) / 4
     head = Said(list("abce"), scores)
-    expected = [pairs_in_order(scores[:, i], y == label) for i, label in enumerate("abc")]
+    expected = [
+        pairs_in_order(scores[:, i], y == label) for i, label in enumerate("abc")
+    ]
     assert _auroc(head, None, y) == pytest.approx(np.mean(expected))
-    assert _auroc(Said(list("abce"), scores, "decision_function"), None, y) == pytest.approx(
-        np.mean(expected)
-    )
+    assert _auroc(
+        Said(list("abce"), scores, "decision_function"), None, y
+    ) == pytest.approx(np.mean(expected))
 
 
 def test_auroc_of_two_classes_is_that_of_the_second():
     y = np.array([0, 1, 1, 0, 1])
     p = np.array([0.2, 0.9, 0.1, 0.3, 0.8])
     expected = pairs_in_order(p, y == 1)
-    assert _auroc(Said([0, 1], np.column_stack([1 - p, p])), None, y) == pytest.approx(expected)
-    assert _auroc(Said([0, 1], p, "decision_function"), None, y) == pytest.approx(expected)
+    assert _auroc(Said([0, 1], np.column_stack([1 - p, p])), None, y) == pytest.approx(
+        expected
+    )
+    assert _auroc(Said([0, 1], p, "decision_function"), None, y) == pytest.approx(
+        expected
+    )
     # Tiny probabilities differ where their complements round to 1.
     tiny = np.array([1e-20, 1e-19, 1e-18, 1e-21, 1e-17])
     assert _auroc(Said([0, 1], np.column_stack([1 - tiny, tiny])), None, y) == 1
@@ -860,7 +975,9 @@ def test_auroc_is_nan_where_no_class_can_have_one():
     assert math.isnan(_auroc(Said([0, 1, 2], proba), None, np.array([3, 4, 3])))
 
 
-@pytest.mark.parametrize("head", [LogisticRegression(), GaussianNB(), SVC(), RidgeClassifier()])
+@pytest.mark.parametrize(
+    "head", [LogisticRegression(), GaussianNB(), SVC(), RidgeClassifier()]
+)
 def test_auroc_is_that_of_scikit_learn(few, head):
     X, y, _ = few
     X = StandardScaler().fit_transform(X)
@@ -868,7 +985,9 @@ def test_auroc_is_that_of_scikit_learn(few, head):
         fitted = head.fit(X[rows], y[rows])
         found = _auroc(fitted, X[rows], y[rows])
         if hasattr(fitted, "predict_proba"):
-            assert found == pytest.approx(get_scorer("roc_auc_ovr")(fitted, X[rows], y[rows]))
+            assert found == pytest.approx(
+                get_scorer("roc_auc_ovr")(fitted, X[rows], y[rows])
+            )
         else:
             assert found > 0.8
 
@@ -877,7 +996,9 @@ def test_auroc_refuses_scores_of_pairs_of_classes():
     X = np.random.default_rng(0).normal(size=(40, 3))
     y = np.arange(40) % 4
     head = SVC(decision_function_shape="ovo")
-    with pytest.raises(ValueError, match="a score for each of 4 classes, but SVC.* gives 6"):
+    with pytest.raises(
+        ValueError, match="a score for each of 4 classes, but SVC.* gives 6"
+    ):
         few_label_curve(head, X, y, cv=2, n_seeds=1)
 
 
@@ -885,7 +1006,9 @@ def test_a_class_of_one_row_is_never_learnt_where_it_is_tested(few):
     X, y, _ = few
     y = y.astype(object)
     y[10] = "alone"
-    with pytest.warns(UserWarning, match="The least populated class in y has only 1 member"):
+    with pytest.warns(
+        UserWarning, match="The least populated class in y has only 1 member"
+    ):
         curve = few_label_curve(KNeighborsClassifier(1), X, y, cv=3, n_seeds=1)
     assert curve[["f1_macro", "accuracy", "roc_auc_ovr"]].notna().all(axis=None)
     # It is among the labelled rows of the two folds that train on it.
@@ -897,7 +1020,9 @@ def test_training_rows_of_one_class_are_refused(few):
     rows = np.argsort(y, kind="stable")
     n_first = int((y == "a").sum())
     folds = [(rows[n_first - 5 :], rows[:5]), (rows[:n_first], rows[n_first:])]
-    with pytest.raises(ValueError, match=r"rows of seed 0, fold 1 hold 1 class only \(\['a'\]\)"):
+    with pytest.raises(
+        ValueError, match=r"rows of seed 0, fold 1 hold 1 class only \(\['a'\]\)"
+    ):
         few_label_curve(Never(), X, y, cv=folds)
     with pytest.raises(ValueError, match="fold 0 hold 1 class only"):
         few_label_curve(Never(), X, ["a"] * 150)
@@ -916,10 +1041,26 @@ class Never(Watched):
         ({"head": PCA()}, TypeError, r"head must be a classifier; got PCA"),
         ({"head": Ridge()}, TypeError, r"head must be a classifier; got Ridge"),
         ({"head": "LR"}, TypeError, r"head must be a classifier; got 'LR'"),
-        ({"pretrained": {"a": GaussianNB()}}, TypeError, "need no labels; 'a' is GaussianNB"),
-        ({"supervised": {"a": Ridge()}}, TypeError, "transformers or classifiers; 'a' is Ridge"),
-        ({"supervised": {"control": PCA()}}, ValueError, "The arm 'control' is the head on X"),
-        ({"pretrained": {"control": PCA()}}, ValueError, "The arm 'control' is the head on X"),
+        (
+            {"pretrained": {"a": GaussianNB()}},
+            TypeError,
+            "need no labels; 'a' is GaussianNB",
+        ),
+        (
+            {"supervised": {"a": Ridge()}},
+            TypeError,
+            "transformers or classifiers; 'a' is Ridge",
+        ),
+        (
+            {"supervised": {"control": PCA()}},
+            ValueError,
+            "The arm 'control' is the head on X",
+        ),
+        (
+            {"pretrained": {"control": PCA()}},
+            ValueError,
+            "The arm 'control' is the head on X",
+        ),
         (
             {"pretrained": {"a": PCA(), "b": PCA()}, "supervised": {"b": PCA()}},
             ValueError,
@@ -927,20 +1068,40 @@ class Never(Watched):
         ),
         ({"fractions": ()}, ValueError, r"one number or more, each once; got \[\]"),
         ({"fractions": (0.1, 0.1)}, ValueError, "each once"),
-        ({"fractions": (0.1, 0.0)}, ValueError, r"above 0 and up to 1; got \[0.1, 0.0\]"),
+        (
+            {"fractions": (0.1, 0.0)},
+            ValueError,
+            r"above 0 and up to 1; got \[0.1, 0.0\]",
+        ),
         ({"fractions": (1.01,)}, ValueError, "above 0 and up to 1"),
         ({"fractions": (10, 100)}, ValueError, "above 0 and up to 1"),
         ({"fractions": (math.nan,)}, ValueError, "above 0 and up to 1"),
         ({"fractions": ("1 %",)}, ValueError, "above 0 and up to 1"),
         ({"n_seeds": 0}, ValueError, "n_seeds must be at least 1; got 0"),
         ({"n_seeds": 2.0}, TypeError, "n_seeds must be an integer; got 2.0"),
-        ({"scoring": "f2"}, ValueError, r"one of scikit-learn's scorers or more; got \['f2'\]"),
+        (
+            {"scoring": "f2"},
+            ValueError,
+            r"one of scikit-learn's scorers or more; got \['f2'\]",
+        ),
         ({"scoring": ("accuracy", "f2")}, ValueError, r"got \['f2'\]"),
         ({"scoring": ()}, ValueError, r"scorers or more; got \[\]"),
         ({"y": [0, 1, None] * 50}, ValueError, "NaN or None in 50 of 150 rows"),
-        ({"y": np.linspace(0, 1, 150)}, ValueError, "one class for each row.*'continuous'"),
-        ({"y": np.eye(3)[[0, 1, 2] * 50]}, ValueError, "one class for each row; got shape"),
-        ({"y": np.outer(np.arange(150) % 3, [1, 2])}, ValueError, "'multiclass-multioutput'"),
+        (
+            {"y": np.linspace(0, 1, 150)},
+            ValueError,
+            "one class for each row.*'continuous'",
+        ),
+        (
+            {"y": np.eye(3)[[0, 1, 2] * 50]},
+            ValueError,
+            "one class for each row; got shape",
+        ),
+        (
+            {"y": np.outer(np.arange(150) % 3, [1, 2])},
+            ValueError,
+            "'multiclass-multioutput'",
+        ),
         ({"y": [0, 1, 2]}, ValueError, "inconsistent numbers of samples"),
         ({"groups": [0, 1, 2]}, ValueError, "inconsistent numbers of samples"),
         ({"cv": 1}, ValueError, "at least one train/test split"),

@@ -80,7 +80,10 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def nursery():
     with subprocess.Popen(
-        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", NURSERY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         yield process
         process.stdin.close()
@@ -108,7 +111,9 @@ def vectors(numbers):
 
 
 def digests(n):
-    return [blake2b(bytes([*divmod(i, 256)]), digest_size=16).digest() for i in range(n)]
+    return [
+        blake2b(bytes([*divmod(i, 256)]), digest_size=16).digest() for i in range(n)
+    ]
 
 
 def encode(claims):
@@ -138,7 +143,9 @@ def assert_sound(path):
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
-def test_kill_9_loses_at_most_a_batch_and_nothing_is_encoded_again(nursery, store, tmp_path):
+def test_kill_9_loses_at_most_a_batch_and_nothing_is_encoded_again(
+    nursery, store, tmp_path
+):
     rng = np.random.default_rng(0)
     n = 20_000
     kept = set()
@@ -162,20 +169,31 @@ def test_eight_processes_encode_each_cell_once(nursery, store, tmp_path):
     """They start on no file at all, with overlapping rows in different orders."""
     rng = np.random.default_rng(0)
     lives = [
-        (str(store.path), str(tmp_path / "encoded"), rng.permutation(1600)[:1200].tolist())
+        (
+            str(store.path),
+            str(tmp_path / "encoded"),
+            rng.permutation(1600)[:1200].tolist(),
+        )
         for _ in range(8)
     ]
     start(nursery, *lives)
     assert statuses(nursery) == [0] * 8
     encoded = logged(tmp_path / "encoded")
-    assert len(encoded) == len(set(encoded)) == len(set().union(*(life[2] for life in lives)))
+    assert (
+        len(encoded)
+        == len(set(encoded))
+        == len(set().union(*(life[2] for life in lives)))
+    )
     stats = store.stats().loc["f"]
     assert stats["encoded"] == stats["rows"] == len(encoded)
     assert_sound(store.path)
 
 
 def test_a_process_that_dies_with_claims_blocks_no_other(nursery, store, tmp_path):
-    lives = [(str(store.path), str(tmp_path / f"encoded-{i}"), list(range(2000))) for i in range(3)]
+    lives = [
+        (str(store.path), str(tmp_path / f"encoded-{i}"), list(range(2000)))
+        for i in range(3)
+    ]
     processes = start(nursery, *lives)
     while len(logged(tmp_path / "encoded-0")) < BATCH:
         time.sleep(0.005)
@@ -216,13 +234,17 @@ def write_protected(folder, file_mode=0o600):
 
 
 @pytest.mark.parametrize("file_mode", [0o600, 0o400])
-def test_a_write_protected_store_is_read_and_encoding_goes_on_without_it(folder, file_mode):
+def test_a_write_protected_store_is_read_and_encoding_goes_on_without_it(
+    folder, file_mode
+):
     store = EmbeddingStore(folder / "store.sqlite")
     fill(store, 10)
     with write_protected(folder, file_mode):
         assert read(store, 12).keys() == set(range(10))
         assert store.lacks(SPACE, digests(12)).tolist() == [False] * 10 + [True] * 2
-        with pytest.warns(UserWarning, match=r"store.sqlite cannot be written") as caught:
+        with pytest.warns(
+            UserWarning, match=r"store.sqlite cannot be written"
+        ) as caught:
             assert fill(store, 40).keys() == set(range(40))
         assert len(caught) == 1
         with pytest.raises(OSError, match="readonly database"):
@@ -248,7 +270,9 @@ def test_where_no_store_can_be_made_there_is_a_clear_error(folder):
     for use in (store.stats, lambda: read(store, 1), lambda: fill(store, 1)):
         with (
             write_protected(folder),
-            pytest.raises(OSError, match=r"store.sqlite cannot be used.*Permission.*store=None"),
+            pytest.raises(
+                OSError, match=r"store.sqlite cannot be used.*Permission.*store=None"
+            ),
         ):
             use()
 
@@ -270,7 +294,9 @@ def test_a_full_disk_costs_no_result(store, monkeypatch):
     kept = read(store, 2000).keys()
     assert set(range(10)) <= kept < set(range(2000))
     assert_sound(store.path)
-    assert fill(store, 2000).keys() == set(range(2000))  # once there is space, all are kept
+    assert fill(store, 2000).keys() == set(
+        range(2000)
+    )  # once there is space, all are kept
     assert read(store, 2000).keys() == set(range(2000))
 
 
@@ -278,7 +304,9 @@ def test_an_input_output_error_costs_no_result(store):
     fill(store, 10)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = os.path.getsize(store.path)
-    with pytest.warns(UserWarning, match=r"(I/O error|disk is full).*not kept") as caught:
+    with pytest.warns(
+        UserWarning, match=r"(I/O error|disk is full).*not kept"
+    ) as caught:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
         try:
             assert fill(store, 2000).keys() == set(range(2000))
@@ -305,19 +333,25 @@ def test_a_network_file_system_is_refused(tmp_path, monkeypatch, mounts, kind):
     """The deepest mount point counts, and the last of several there; names may be escaped."""
     mount = tmp_path / "my files"
     table = tmp_path / "mounts"
-    table.write_text("/dev/vda / ext4 rw 0 0\n" + mounts.format(mount=f"{tmp_path}/my\\040files"))
+    table.write_text(
+        "/dev/vda / ext4 rw 0 0\n" + mounts.format(mount=f"{tmp_path}/my\\040files")
+    )
     monkeypatch.setattr(database, "_MOUNTS", table)
     store = EmbeddingStore(mount / "local" / "store.sqlite")
     if kind is None:
         assert store.stats().empty
         return
     for use in (store.stats, lambda: read(store, 1), lambda: fill(store, 1)):
-        with pytest.raises(OSError, match=rf"network file system \({kind}\).*SKLEMBED_STORE"):
+        with pytest.raises(
+            OSError, match=rf"network file system \({kind}\).*SKLEMBED_STORE"
+        ):
             use()
     assert not mount.exists()
 
 
-def test_where_the_system_lists_no_mounts_nothing_is_refused(store, monkeypatch, tmp_path):
+def test_where_the_system_lists_no_mounts_nothing_is_refused(
+    store, monkeypatch, tmp_path
+):
     monkeypatch.setattr(database, "_MOUNTS", tmp_path / "absent")
     assert fill(store, 1).keys() == {0}
 
@@ -337,7 +371,9 @@ def test_a_damaged_vector_is_encoded_anew(store):
             encoded.extend(claimed)
             yield claimed, claimed, vectors(claimed)
 
-    with pytest.warns(UserWarning, match="4 vectors in .*store.sqlite are damaged") as caught:
+    with pytest.warns(
+        UserWarning, match="4 vectors in .*store.sqlite are damaged"
+    ) as caught:
         assert fill(store, 20, note).keys() == set(range(20))
     assert len(caught) == 1
     assert sorted(encoded) == [4, 6, 8, 10]
@@ -365,7 +401,9 @@ def mutate(content, rng):
     page = at // 32768 * 32768
     # Structure is a small part of the file, but the more interesting one.
     small = int(
-        rng.choice([rng.integers(100), rng.integers(len(content)), page + rng.integers(64)])
+        rng.choice(
+            [rng.integers(100), rng.integers(len(content)), page + rng.integers(64)]
+        )
     )
     kind = rng.integers(6)
     if kind <= 1:
@@ -416,12 +454,16 @@ def test_a_disk_without_any_space_can_be_pruned_and_cleared(store, monkeypatch):
         return db
 
     monkeypatch.setattr(database, "connect", connect_without_space)
-    monkeypatch.setattr(database.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    monkeypatch.setattr(
+        database.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0)
+    )
     assert store.prune(50 * 256) == 150
     monkeypatch.undo()
     assert len(read(store, 200)) == 50
     monkeypatch.setattr(database, "connect", connect_without_space)
-    monkeypatch.setattr(database.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    monkeypatch.setattr(
+        database.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0)
+    )
     store.clear()
     monkeypatch.undo()
     assert store.stats().empty
@@ -430,7 +472,9 @@ def test_a_disk_without_any_space_can_be_pruned_and_cleared(store, monkeypatch):
 
 
 def test_the_disk_is_not_filled_to_the_last_byte(store, monkeypatch):
-    monkeypatch.setattr(database.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    monkeypatch.setattr(
+        database.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0)
+    )
     with pytest.warns(UserWarning, match="the disk is full.*not kept") as caught:
         assert fill(store, 40).keys() == set(range(40))
     assert len(caught) == 1

@@ -39,7 +39,9 @@ def counting():
         return encode
 
     version = str(id(seen))  # a loaded backend stays loaded for the whole process
-    return CallableBackend(load, name="c", version=version, modality="text", n_features=9), seen
+    return CallableBackend(
+        load, name="c", version=version, modality="text", n_features=9
+    ), seen
 
 
 def column_forms(texts):
@@ -61,7 +63,9 @@ def column_forms(texts):
 
 @pytest.mark.parametrize("form", column_forms(TEXTS))
 def test_any_form_of_column_gives_the_same_vectors(text_backend, form):
-    vectors = FrozenEncoder(text_backend, store=None).fit_transform(column_forms(TEXTS)[form])
+    vectors = FrozenEncoder(text_backend, store=None).fit_transform(
+        column_forms(TEXTS)[form]
+    )
     assert vectors.dtype == np.float32
     np.testing.assert_array_equal(vectors, count_letters(TEXTS))
 
@@ -77,12 +81,20 @@ def test_distinct_cells_are_encoded_once_ever(counting, store):
     encoder = FrozenEncoder(backend, store=store)
     first = encoder.transform(TEXTS)
     again = clone(encoder).transform(TEXTS[::-1])
-    in_another_run = FrozenEncoder(backend, store=store.path).transform(pd.Series(TEXTS))
+    in_another_run = FrozenEncoder(backend, store=store.path).transform(
+        pd.Series(TEXTS)
+    )
     assert len(seen) == 3
     np.testing.assert_array_equal(first, again[::-1])
     np.testing.assert_array_equal(first, in_another_run)
     stats = encoder.stats()
-    assert stats == {"rows": 3, "bytes": 108, "encoded": 3, "served": 6, "hit_rate": 2 / 3}
+    assert stats == {
+        "rows": 3,
+        "bytes": 108,
+        "encoded": 3,
+        "served": 6,
+        "hit_rate": 2 / 3,
+    }
 
 
 def test_stats_of_an_encoder_that_has_done_nothing(text_backend, store):
@@ -97,10 +109,17 @@ def test_stats_without_a_store(text_backend):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_store_hit_equals_a_miss_within_the_documented_tolerance(checkpoints, store, dtype):
+def test_a_store_hit_equals_a_miss_within_the_documented_tolerance(
+    checkpoints, store, dtype
+):
     """The store's vector was made in another batch than the fresh one."""
     tolerance = {"float32": 1e-5, "bfloat16": 3e-2}[dtype]
-    texts = ["the cat", "a dog sat on the mat and slept", "tree", "the dog ran under a tree then"]
+    texts = [
+        "the cat",
+        "a dog sat on the mat and slept",
+        "tree",
+        "the dog ran under a tree then",
+    ]
     encoder = FrozenEncoder(checkpoints["bert"], dtype=dtype, store=store)
     encoder.transform(texts[::2])
     mixed = encoder.transform(texts)
@@ -113,8 +132,12 @@ def test_a_store_hit_equals_a_miss_within_the_documented_tolerance(checkpoints, 
 def test_a_grid_search_encodes_each_distinct_row_once(store, n_jobs):
     """Cold store, shuffled folds, several candidates; then once more, for nothing."""
     rng = np.random.default_rng(0)
-    X = pd.DataFrame({"note": [f"note {rng.integers(150)} {'xo'[i % 2]}" for i in range(240)]})
-    backend = CallableBackend(_load_slowly, name="s", version="1", modality="text", n_features=9)
+    X = pd.DataFrame(
+        {"note": [f"note {rng.integers(150)} {'xo'[i % 2]}" for i in range(240)]}
+    )
+    backend = CallableBackend(
+        _load_slowly, name="s", version="1", modality="text", n_features=9
+    )
     encoder = FrozenEncoder(backend, store=store, batch_size=4)
     for seed in (0, 1):
         GridSearchCV(
@@ -124,7 +147,9 @@ def test_a_grid_search_encodes_each_distinct_row_once(store, n_jobs):
             n_jobs=n_jobs,
             error_score="raise",
         ).fit(X[["note"]], np.arange(240) % 2)
-        assert encoder.stats()["encoded"] == encoder.stats()["rows"] == X["note"].nunique()
+        assert (
+            encoder.stats()["encoded"] == encoder.stats()["rows"] == X["note"].nunique()
+        )
 
 
 def _load_slowly():
@@ -146,7 +171,9 @@ def test_missing_cells_are_rows_of_nan(text_backend):
 
 def test_missing_cells_can_be_an_error(text_backend):
     encoder = FrozenEncoder(text_backend, missing="error")
-    with pytest.raises(ValueError, match=r"Row 1 \(index 'b'\) of column 'note' is missing"):
+    with pytest.raises(
+        ValueError, match=r"Row 1 \(index 'b'\) of column 'note' is missing"
+    ):
         encoder.fit(pd.DataFrame({"note": ["x", None]}, index=["a", "b"]))
 
 
@@ -165,9 +192,19 @@ def test_images_of_every_form_are_encoded(image_backend, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     path = tmp_path / "picture.png"
     Image.fromarray(pixels).save(path)
-    cells = [path, str(path), path.read_bytes(), {"path": path}, pixels, Image.open(path), None]
+    cells = [
+        path,
+        str(path),
+        path.read_bytes(),
+        {"path": path},
+        pixels,
+        Image.open(path),
+        None,
+    ]
     vectors = FrozenEncoder(image_backend, store=None).transform(cells)
-    np.testing.assert_allclose(vectors[:6], np.repeat(mean_colours([pixels]), 6, 0), rtol=1e-6)
+    np.testing.assert_allclose(
+        vectors[:6], np.repeat(mean_colours([pixels]), 6, 0), rtol=1e-6
+    )
     assert np.isnan(vectors[6]).all()
 
 
@@ -188,18 +225,26 @@ def test_set_output_and_feature_names(text_backend):
 
 
 def test_a_pickle_carries_no_weights_and_works_after_loading(checkpoints, store):
-    encoder = FrozenEncoder(checkpoints["bert"], store=store, dtype="float32").fit(TEXTS)
+    encoder = FrozenEncoder(checkpoints["bert"], store=store, dtype="float32").fit(
+        TEXTS
+    )
     vectors = encoder.transform(TEXTS)
     data = pickle.dumps(encoder)
     assert len(data) < 2000
     np.testing.assert_array_equal(pickle.loads(data).transform(TEXTS), vectors)
 
 
-def test_a_broken_picture_is_refused_by_row_and_what_came_before_is_kept(image_backend, store):
+def test_a_broken_picture_is_refused_by_row_and_what_came_before_is_kept(
+    image_backend, store
+):
     good = [np.full((4, 4, 3), value, dtype=np.uint8) for value in range(5)]
-    X = pd.DataFrame({"scan": [*good, b"\x89PNG\r\n\x1a\n broken"]}, index=range(100, 106))
+    X = pd.DataFrame(
+        {"scan": [*good, b"\x89PNG\r\n\x1a\n broken"]}, index=range(100, 106)
+    )
     encoder = FrozenEncoder(image_backend, store=store, batch_size=2)
-    with pytest.raises(ValueError, match=r"Row 5 \(index 105\) of column 'scan': cannot decode"):
+    with pytest.raises(
+        ValueError, match=r"Row 5 \(index 105\) of column 'scan': cannot decode"
+    ):
         encoder.transform(X)
     assert encoder.stats()["rows"] == 5
 
@@ -208,7 +253,9 @@ def test_unreadable_pictures_can_count_as_missing(image_backend, store):
     good = np.zeros((2, 2, 3), dtype=np.uint8)
     X = pd.DataFrame({"scan": [b"broken", good, "no/such/file.png", b"broken"]})
     encoder = FrozenEncoder(image_backend, store=store, errors="missing")
-    with pytest.warns(UserWarning, match="of column 'scan' could not be read") as caught:
+    with pytest.warns(
+        UserWarning, match="of column 'scan' could not be read"
+    ) as caught:
         vectors = encoder.transform(X)
     assert len(caught) == 1
     assert str(caught[0].message).startswith("3 cells")
@@ -216,7 +263,9 @@ def test_unreadable_pictures_can_count_as_missing(image_backend, store):
 
 
 def test_a_picture_of_the_wrong_type_is_refused_even_so(image_backend):
-    with pytest.raises(TypeError, match="Row 0 of the column: expected an image, got int"):
+    with pytest.raises(
+        TypeError, match="Row 0 of the column: expected an image, got int"
+    ):
         FrozenEncoder(image_backend, errors="missing").transform([5])
 
 
@@ -224,7 +273,9 @@ def test_nothing_is_loaded_before_bad_cells_are_found():
     def load():
         raise AssertionError("loaded")
 
-    backend = CallableBackend(load, name="no", version="1", modality="text", n_features=1)
+    backend = CallableBackend(
+        load, name="no", version="1", modality="text", n_features=1
+    )
     with pytest.raises(TypeError, match="Row 1 of the column: expected a str, got int"):
         FrozenEncoder(backend, store=None).transform(["fine", 3])
 
@@ -239,8 +290,16 @@ def test_nothing_is_loaded_before_bad_cells_are_found():
         ("one text", TypeError, "X must be one column of cells"),
         (Path("one.png"), TypeError, "X must be one column of cells"),
         ({"note": ["x"]}, TypeError, "X must be one column of cells"),
-        (pd.DataFrame({"note": [None, None]}), ValueError, "All 2 cells of column 'note'"),
-        (["fine", b"bytes"], TypeError, "Row 1 of the column: expected a str, got bytes"),
+        (
+            pd.DataFrame({"note": [None, None]}),
+            ValueError,
+            "All 2 cells of column 'note'",
+        ),
+        (
+            ["fine", b"bytes"],
+            TypeError,
+            "Row 1 of the column: expected a str, got bytes",
+        ),
     ],
 )
 def test_bad_columns_are_refused(text_backend, X, error, message):
@@ -254,7 +313,10 @@ def test_bad_columns_are_refused(text_backend, X, error, message):
         (np.full((2, 9), 1e300), "Row 0 of the column: .* NaN or too large numbers"),
         (np.zeros((2, 3)), r"returned shape \(2, 3\)"),
         (np.zeros(9), r"returned shape \(9,\)"),
-        (np.full((2, 9), np.nan), "Row 0 .* returned NaN or too large numbers: for the cell 'a'"),
+        (
+            np.full((2, 9), np.nan),
+            "Row 0 .* returned NaN or too large numbers: for the cell 'a'",
+        ),
     ],
 )
 def test_a_backend_that_breaks_its_promise_is_refused(store, made, message):
@@ -275,7 +337,11 @@ def test_a_backend_that_breaks_its_promise_is_refused(store, made, message):
     ("options", "error", "message"),
     [
         ({"pooling": "cls"}, ValueError, "pooling would have no effect"),
-        ({"max_length": 5, "dtype": "float16"}, ValueError, "max_length, dtype would have no"),
+        (
+            {"max_length": 5, "dtype": "float16"},
+            ValueError,
+            "max_length, dtype would have no",
+        ),
         ({"modality": "image"}, ValueError, "modality='image', but .* takes text"),
         ({"model": 3}, TypeError, "got 3, which lacks"),
         ({"batch_size": 0}, ValueError, "batch_size"),
@@ -284,7 +350,9 @@ def test_a_backend_that_breaks_its_promise_is_refused(store, made, message):
 )
 def test_bad_parameters_are_refused(text_backend, options, error, message):
     with pytest.raises(error, match=message):
-        FrozenEncoder(**({"model": text_backend, "store": None} | options)).transform(["x"])
+        FrozenEncoder(**({"model": text_backend, "store": None} | options)).transform(
+            ["x"]
+        )
 
 
 def test_a_progress_bar_appears_only_when_asked(text_backend, store, capsys):
@@ -305,7 +373,9 @@ def test_without_a_store_nothing_is_written(text_backend, monkeypatch, tmp_path)
 
 
 def test_a_store_that_cannot_be_used_is_a_clear_error(text_backend, tmp_path):
-    (tmp_path / "notes").write_text("not a database, just some notes, long enough " * 50)
+    (tmp_path / "notes").write_text(
+        "not a database, just some notes, long enough " * 50
+    )
     with pytest.raises(OSError, match="pass store=None"):
         FrozenEncoder(text_backend, store=tmp_path / "notes").transform(TEXTS)
 
@@ -325,8 +395,12 @@ def test_forked_children_start_afresh(text_backend):
 
         return encode
 
-    slow = CallableBackend(load, name="slow", version="1", modality="text", n_features=1)
-    thread = threading.Thread(target=FrozenEncoder(slow, store=None).transform, args=(["a"],))
+    slow = CallableBackend(
+        load, name="slow", version="1", modality="text", n_features=1
+    )
+    thread = threading.Thread(
+        target=FrozenEncoder(slow, store=None).transform, args=(["a"],)
+    )
     thread.start()
     inside.wait(timeout=60)
     with warnings.catch_warnings():
@@ -360,7 +434,9 @@ def test_threads_use_a_model_one_at_a_time():
 
         return encode
 
-    backend = CallableBackend(load, name="busy", version="1", modality="text", n_features=1)
+    backend = CallableBackend(
+        load, name="busy", version="1", modality="text", n_features=1
+    )
     failures = []
 
     def work():
@@ -395,9 +471,12 @@ def test_a_backend_s_own_description_is_left_alone():
             return described
 
     described = {"backend": "mine"}
-    backend = Described(lambda: len, name="d", version="1", modality="text", n_features=1)
+    backend = Described(
+        lambda: len, name="d", version="1", modality="text", n_features=1
+    )
     spaces = [
-        FrozenEncoder(backend, normalize=normalize)._space(backend) for normalize in (True, False)
+        FrozenEncoder(backend, normalize=normalize)._space(backend)
+        for normalize in (True, False)
     ]
     assert described == {"backend": "mine"}
     assert spaces[0].fingerprint != spaces[1].fingerprint
@@ -418,12 +497,17 @@ def test_parameters_are_checked_against_the_model_before_cells_are_read(checkpoi
 
 
 def test_looking_at_an_encoder_asks_its_model_nothing(text_backend):
-    for encoder in (FrozenEncoder("no/such/model"), FrozenEncoder(text_backend).fit(TEXTS)):
+    for encoder in (
+        FrozenEncoder("no/such/model"),
+        FrozenEncoder(text_backend).fit(TEXTS),
+    ):
         assert "transform" in dir(encoder)
         assert "FrozenEncoder" in encoder._repr_html_()
 
 
-def test_what_the_store_exports_can_be_matched_with_the_table(text_backend, store, tmp_path):
+def test_what_the_store_exports_can_be_matched_with_the_table(
+    text_backend, store, tmp_path
+):
     encoder = FrozenEncoder(text_backend, store=store)
     texts = [*TEXTS, None]
     vectors = encoder.transform(texts)
@@ -438,7 +522,9 @@ def test_what_the_store_exports_can_be_matched_with_the_table(text_backend, stor
 def test_another_column_than_that_of_fit_is_refused(text_backend):
     encoder = FrozenEncoder(text_backend, store=None).fit(pd.DataFrame({"note": TEXTS}))
     encoder.transform(TEXTS)  # without a name
-    with pytest.raises(ValueError, match="feature names should match.*fitted on 'note', and X is"):
+    with pytest.raises(
+        ValueError, match="feature names should match.*fitted on 'note', and X is"
+    ):
         encoder.transform(pd.DataFrame({"title": TEXTS}))
 
 
@@ -449,7 +535,11 @@ def test_a_cell_that_cannot_be_prepared_is_named(store):
         return text
 
     backend = CallableBackend(
-        lambda: (prepare, count_letters), name="p", version="1", modality="text", n_features=9
+        lambda: (prepare, count_letters),
+        name="p",
+        version="1",
+        modality="text",
+        n_features=9,
     )
     encoder = FrozenEncoder(backend, store=store)
     with pytest.raises(ValueError, match="Row 1 of the column: no such word"):
@@ -494,14 +584,18 @@ def test_stored_vectors_need_no_checkpoint(moved):
 def test_a_cell_that_is_not_stored_is_named_where_the_checkpoint_is_gone(moved, errors):
     encoder, _, _ = moved
     encoder.set_params(errors=errors)
-    message = r"Row 1 of the column \(and 1 more cells\).*no directory.*set_params\(model"
+    message = (
+        r"Row 1 of the column \(and 1 more cells\).*no directory.*set_params\(model"
+    )
     with pytest.raises(OSError, match=message):
         encoder.transform([TEXTS[0], "a new one", "newer"])
     with pytest.raises(OSError, match="Row 0 of the column cannot be encoded"):
         encoder.set_params(store=None).transform(TEXTS[:1])
 
 
-def test_stored_vectors_need_neither_transformers_nor_torch(checkpoints, store, tmp_path):
+def test_stored_vectors_need_neither_transformers_nor_torch(
+    checkpoints, store, tmp_path
+):
     encoder = FrozenEncoder(checkpoints["bert"], store=store, dtype="float32")
     (tmp_path / "encoder.pkl").write_bytes(pickle.dumps((encoder.fit(TEXTS), TEXTS)))
     encoder.transform(TEXTS)
@@ -530,14 +624,18 @@ else:
     subprocess.run([sys.executable, "-c", code, *arguments], check=True)
 
 
-def test_a_directory_of_the_same_content_elsewhere_has_the_same_fingerprint(moved, checkpoints):
+def test_a_directory_of_the_same_content_elsewhere_has_the_same_fingerprint(
+    moved, checkpoints
+):
     encoder, _, fingerprint = moved
     encoder.set_params(model=checkpoints["bert"])
     assert encoder.fingerprint() == fingerprint
     assert np.isfinite(encoder.transform(["a new one"])).all()
 
 
-@pytest.mark.parametrize("changed", [{"pooling": "max"}, {"layer": 0}, {"model": "no/such/place"}])
+@pytest.mark.parametrize(
+    "changed", [{"pooling": "max"}, {"layer": 0}, {"model": "no/such/place"}]
+)
 def test_what_changes_vectors_forgets_the_space_of_fit(moved, changed):
     encoder, _, _ = moved
     with pytest.raises(OSError, match="no directory|neither a local directory"):
@@ -545,14 +643,19 @@ def test_what_changes_vectors_forgets_the_space_of_fit(moved, changed):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"device": "cpu"}, {"batch_size": 2}, {"verbose": 1}, {"local_files_only": True}]
+    "changed",
+    [{"device": "cpu"}, {"batch_size": 2}, {"verbose": 1}, {"local_files_only": True}],
 )
 def test_what_changes_no_vector_can_be_set_after_fit(moved, changed):
     encoder, vectors, _ = moved
-    np.testing.assert_array_equal(encoder.set_params(**changed).transform(TEXTS), vectors)
+    np.testing.assert_array_equal(
+        encoder.set_params(**changed).transform(TEXTS), vectors
+    )
 
 
-def test_a_checkpoint_that_changes_after_fit_serves_no_old_vectors(checkpoints, store, tmp_path):
+def test_a_checkpoint_that_changes_after_fit_serves_no_old_vectors(
+    checkpoints, store, tmp_path
+):
     directory = tmp_path / "model"
     shutil.copytree(checkpoints["bert"], directory)
     encoder = FrozenEncoder(str(directory), store=store).fit(TEXTS)
@@ -568,13 +671,17 @@ def test_a_checkpoint_that_changes_after_fit_serves_no_old_vectors(checkpoints, 
 
 def test_settings_of_other_vectors_after_fit_are_warned_of(checkpoints, tmp_path):
     encoder = FrozenEncoder(checkpoints["bert"], store=tmp_path / "s.sqlite").fit(TEXTS)
-    encoder.set_params(batch_size=1, verbose=0, store=None, store_dtype="float16").transform(TEXTS)
+    encoder.set_params(
+        batch_size=1, verbose=0, store=None, store_dtype="float16"
+    ).transform(TEXTS)
     with pytest.warns(UserWarning, match="fitted with other settings .pooling"):
         encoder.set_params(pooling="cls").transform(TEXTS)
     encoder.fit(TEXTS).transform(TEXTS)
 
 
-def test_a_column_of_which_no_cell_can_be_read_is_an_error_with_the_reason(image_backend):
+def test_a_column_of_which_no_cell_can_be_read_is_an_error_with_the_reason(
+    image_backend,
+):
     encoder = FrozenEncoder(image_backend, store=None, errors="missing")
     message = r"No cell of column 'scan' could be read \(2 of 3 .*first: Row 1 .*looks like a text"
     with pytest.raises(ValueError, match=message):
@@ -582,7 +689,9 @@ def test_a_column_of_which_no_cell_can_be_read_is_an_error_with_the_reason(image
 
 
 @pytest.mark.parametrize("cell", ["", " ", "nan"])
-def test_an_image_path_that_stands_for_nothing_is_said_to_be_missing(cell, image_backend):
+def test_an_image_path_that_stands_for_nothing_is_said_to_be_missing(
+    cell, image_backend
+):
     with pytest.raises(FileNotFoundError, match="mark the cell as missing by None"):
         FrozenEncoder(image_backend, store=None).transform([cell])
 
@@ -615,7 +724,9 @@ def test_a_relative_store_stays_where_it_was_first_used(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "one")
-    backend = CallableBackend(_load_slowly, name="s", version="1", modality="text", n_features=9)
+    backend = CallableBackend(
+        _load_slowly, name="s", version="1", modality="text", n_features=9
+    )
     encoder = FrozenEncoder(backend, store="emb.sqlite").fit(TEXTS)
     object_ = EmbeddingStore("object.sqlite")
     monkeypatch.chdir(tmp_path / "two")
@@ -623,7 +734,9 @@ def test_a_relative_store_stays_where_it_was_first_used(tmp_path, monkeypatch):
         same.transform(TEXTS)
     assert object_.stats().empty
     assert not list((tmp_path / "two").iterdir())
-    assert EmbeddingStore(tmp_path / "one" / "emb.sqlite").stats()["encoded"].item() == 3
+    assert (
+        EmbeddingStore(tmp_path / "one" / "emb.sqlite").stats()["encoded"].item() == 3
+    )
     assert encoder.store == "emb.sqlite"
     encoder.set_params(store="other.sqlite").transform(TEXTS)
     assert (tmp_path / "two" / "other.sqlite").exists()
@@ -637,8 +750,12 @@ def test_workers_use_the_store_of_the_parent_s_working_directory(tmp_path, monke
         )
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        pipeline = make_pipeline(FrozenEncoder(backend, store="e.sqlite"), LogisticRegression())
-        GridSearchCV(pipeline, {"logisticregression__C": [1, 2]}, cv=2, n_jobs=2).fit(X, y)
+        pipeline = make_pipeline(
+            FrozenEncoder(backend, store="e.sqlite"), LogisticRegression()
+        )
+        GridSearchCV(pipeline, {"logisticregression__C": [1, 2]}, cv=2, n_jobs=2).fit(
+            X, y
+        )
     for name in ("one", "two"):
         stats = EmbeddingStore(tmp_path / name / "e.sqlite").stats()
         assert stats[["model", "encoded"]].to_numpy().tolist() == [[name, 12]]
@@ -670,11 +787,15 @@ def test_a_cell_without_a_vector_is_named_and_costs_no_other(store):
     )
     texts = ["bad" if i == 57 else f"text {i}" for i in range(100)]
     encoder = FrozenEncoder(backend, store=store)
-    with pytest.raises(ValueError, match="Row 57 of the column: .* returned NaN .* cell 'bad'"):
+    with pytest.raises(
+        ValueError, match="Row 57 of the column: .* returned NaN .* cell 'bad'"
+    ):
         encoder.transform(texts)
     assert encoder.stats()["rows"] > 60  # those of the batch, and of batches before
     encoder.set_params(errors="missing")
-    with pytest.warns(UserWarning, match="1 cells .*1 x the model returned NaN.*Row 57 .*'bad'"):
+    with pytest.warns(
+        UserWarning, match="1 cells .*1 x the model returned NaN.*Row 57 .*'bad'"
+    ):
         vectors = encoder.transform(texts)
     assert np.flatnonzero(np.isnan(vectors[:, 0])).tolist() == [57]
     assert encoder.stats()["rows"] == 99
@@ -682,7 +803,11 @@ def test_a_cell_without_a_vector_is_named_and_costs_no_other(store):
 
 def test_tokens_without_numbers_are_named(store):
     backend = CallableBackend(
-        lambda: lambda texts: [np.full((2, 3), np.nan if t == "bad" else 1.0) for t in texts],
+        lambda: (
+            lambda texts: [
+                np.full((2, 3), np.nan if t == "bad" else 1.0) for t in texts
+            ]
+        ),
         name="tokens",
         version="1",
         modality="text",
@@ -698,7 +823,9 @@ def test_unreadable_cells_are_counted_by_reason_and_the_first_is_named(image_bac
     good = np.zeros((2, 2, 3), dtype=np.uint8)
     encoder = FrozenEncoder(image_backend, store=None, errors="missing")
     with pytest.warns(UserWarning) as caught:
-        encoder.transform(pd.DataFrame({"scan": ["no/such.png", good, b"broken", b"broken", ""]}))
+        encoder.transform(
+            pd.DataFrame({"scan": ["no/such.png", good, b"broken", b"broken", ""]})
+        )
     (message,) = (str(warning.message) for warning in caught)
     assert message.startswith(
         "4 cells of column 'scan' could not be read and count as missing (2 x no such file, 2 x no "
@@ -707,7 +834,9 @@ def test_unreadable_cells_are_counted_by_reason_and_the_first_is_named(image_bac
     )
 
 
-def test_an_unreadable_cell_is_reported_once_a_process_and_a_new_one_again(image_backend):
+def test_an_unreadable_cell_is_reported_once_a_process_and_a_new_one_again(
+    image_backend,
+):
     good = np.zeros((2, 2, 3), dtype=np.uint8)
     encoder = FrozenEncoder(image_backend, store=None, errors="missing")
     with pytest.warns(UserWarning) as caught:
@@ -733,15 +862,21 @@ def test_file_names_given_to_a_text_model_are_warned_of(text_backend, tmp_path):
     for path in paths:
         Path(path).write_bytes(b"")
     encoder = FrozenEncoder(text_backend, store=None)
-    with pytest.warns(UserWarning, match="column 'scan' are the names of image files.*image model"):
+    with pytest.warns(
+        UserWarning, match="column 'scan' are the names of image files.*image model"
+    ):
         encoder.fit(pd.DataFrame({"scan": paths}))
     for texts in (["see cat.png", "a.jpg"], [*paths[:2], "a text"], ["red", paths[0]]):
         encoder.fit(pd.DataFrame({"other": texts}))
 
 
-@pytest.mark.parametrize("text", ["a red cat", "red", "A cat. It sits on a mat.", "5.5 inch"])
+@pytest.mark.parametrize(
+    "text", ["a red cat", "red", "A cat. It sits on a mat.", "5.5 inch"]
+)
 def test_texts_given_to_an_image_model_are_recognised(image_backend, text):
-    with pytest.raises(FileNotFoundError, match=f"Row 0 .*'{text}'.*looks like a text.*text model"):
+    with pytest.raises(
+        FileNotFoundError, match=f"Row 0 .*'{text}'.*looks like a text.*text model"
+    ):
         FrozenEncoder(image_backend, store=None).fit([text])
 
 
@@ -752,7 +887,9 @@ def test_paths_that_lead_nowhere_are_not_taken_for_texts(image_backend, path):
 
 
 def test_numbers_in_a_text_column_are_named_with_a_remedy(text_backend):
-    with pytest.raises(TypeError, match=r"Row 1 .* float \(3.5\).*astype\('string'\).*None"):
+    with pytest.raises(
+        TypeError, match=r"Row 1 .* float \(3.5\).*astype\('string'\).*None"
+    ):
         FrozenEncoder(text_backend, store=None).fit(pd.DataFrame({"note": ["x", 3.5]}))
 
 
@@ -775,10 +912,13 @@ def column_of_arrow(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["array", "chunked array", "table", "dictionary", "pandas array", "categorical"]
+    "kind",
+    ["array", "chunked array", "table", "dictionary", "pandas array", "categorical"],
 )
 def test_columns_of_arrow_are_taken(text_backend, kind):
-    vectors = FrozenEncoder(text_backend, store=None).fit_transform(column_of_arrow(kind))
+    vectors = FrozenEncoder(text_backend, store=None).fit_transform(
+        column_of_arrow(kind)
+    )
     np.testing.assert_array_equal(vectors[:-1], count_letters(TEXTS))
     assert np.isnan(vectors[-1]).all()
 
@@ -788,7 +928,9 @@ def test_columns_of_datasets_are_taken(text_backend, image_backend, tmp_path):
     table = datasets.Dataset.from_dict({"note": TEXTS, "n": [1, 2, 3, 4]})
     encoder = FrozenEncoder(text_backend, store=None)
     for column in (table["note"], table.select_columns("note")):
-        np.testing.assert_array_equal(encoder.fit_transform(column), count_letters(TEXTS))
+        np.testing.assert_array_equal(
+            encoder.fit_transform(column), count_letters(TEXTS)
+        )
         assert encoder.feature_names_in_ == ["note"]
     with pytest.raises(ValueError, match=r"X has 2: \['note', 'n'\]"):
         encoder.fit(table)
@@ -813,7 +955,9 @@ def _load_colours():
 
 
 def test_workers_read_the_images_that_the_parent_reads(monkeypatch):
-    monkeypatch.setitem(cells._LIMITS, "MAX_IMAGE_PIXELS", (Image, 100))  # Pillow's own, say
+    monkeypatch.setitem(
+        cells._LIMITS, "MAX_IMAGE_PIXELS", (Image, 100)
+    )  # Pillow's own, say
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     buffer = BytesIO()
     Image.new("RGB", (20, 20), "red").save(buffer, "PNG")
@@ -836,7 +980,9 @@ def test_workers_read_the_images_that_the_parent_reads(monkeypatch):
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
-def test_workers_read_formats_of_plugins_that_the_parent_has_registered(n_jobs, tmp_path):
+def test_workers_read_formats_of_plugins_that_the_parent_has_registered(
+    n_jobs, tmp_path
+):
     """In a process of its own, as plugins stay registered."""
     pytest.importorskip("pillow_heif")
     code = """
@@ -865,7 +1011,9 @@ def test_a_plugin_that_is_not_installed_makes_no_image_missing(image_backend):
     encoder = FrozenEncoder(image_backend, store=None, errors="missing")
     absent = pickle.dumps(EmbeddingStore).replace(b"sklembed", b"sklembod")
     encoder._image_settings = {"openers": {"XYZ": ("xyz.plugin", absent)}}
-    with pytest.raises(ImportError, match="xyz.plugin opens XYZ files.*sklembod.*Install"):
+    with pytest.raises(
+        ImportError, match="xyz.plugin opens XYZ files.*sklembod.*Install"
+    ):
         encoder.transform([b"an image of the format XYZ"])
     readable = np.zeros((2, 2, 3), dtype=np.uint8)
     assert np.isfinite(encoder.transform([readable])).all()

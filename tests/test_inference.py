@@ -39,7 +39,11 @@ def run(encoding, cells, *, batch_size=None, chunks=None, on_error=None):
     """Encode a list of cells; return the batches and the values."""
     chunks = [range(len(cells))] if chunks is None else chunks
     results = encode(
-        Backend(encoding), chunks, cells.__getitem__, batch_size=batch_size, on_error=on_error
+        Backend(encoding),
+        chunks,
+        cells.__getitem__,
+        batch_size=batch_size,
+        on_error=on_error,
     )
     return list(results)
 
@@ -50,7 +54,10 @@ def lengths(texts):
 
 def test_batches_are_filled_up_to_the_budget_and_no_further():
     encoding = Encoding(lengths, cost=len, budget=12)
-    batches = [batch for batch, _, _ in run(encoding, ["aaaaa", "bbbb", "cccc", "dd", "e" * 40])]
+    batches = [
+        batch
+        for batch, _, _ in run(encoding, ["aaaaa", "bbbb", "cccc", "dd", "e" * 40])
+    ]
     # The costliest first. They cost 40; twice 5; twice 4.
     assert batches == [[4], [0, 1], [2, 3]]
 
@@ -63,7 +70,9 @@ def test_a_batch_size_of_the_user_s_counts_cells():
 
 def test_batches_reach_over_chunks():
     chunks = [[0, 1], [2], [3, 4]]
-    batches = [batch for batch, _, _ in run(Encoding(lengths), list("abcde"), chunks=chunks)]
+    batches = [
+        batch for batch, _, _ in run(Encoding(lengths), list("abcde"), chunks=chunks)
+    ]
     assert batches == [[0, 1, 2, 3, 4]]
 
 
@@ -79,7 +88,9 @@ def test_nothing_is_loaded_for_no_cells():
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_a_batch_that_memory_does_not_hold_is_halved_and_so_are_those_that_follow(error):
+def test_a_batch_that_memory_does_not_hold_is_halved_and_so_are_those_that_follow(
+    error,
+):
     sizes = []
 
     def forward(texts):
@@ -90,7 +101,9 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_so_are_those_that_follo
 
     cells = ["a" * i for i in range(20)]
     results = run(Encoding(forward, budget=8), cells)
-    values = {i: v for _, done, vs in results for i, v in zip(done, vs[:, 0], strict=True)}
+    values = {
+        i: v for _, done, vs in results for i, v in zip(done, vs[:, 0], strict=True)
+    }
     assert values == {i: i for i in range(20)}
     assert sizes == [8, 4, 2, 2, 4, 2, 2, *[2] * 6]
 
@@ -139,7 +152,11 @@ def test_what_comes_before_a_cell_that_cannot_be_decoded_is_yielded_first():
         raise ValueError(f"{position}: {error}")
 
     results = encode(
-        Backend(Encoding(lengths)), [[0, 1, 2]], decode, batch_size=None, on_error=refuse
+        Backend(Encoding(lengths)),
+        [[0, 1, 2]],
+        decode,
+        batch_size=None,
+        on_error=refuse,
     )
     assert next(results)[0] == [0, 1]
     with pytest.raises(ValueError, match="2: broken"):
@@ -149,7 +166,11 @@ def test_what_comes_before_a_cell_that_cannot_be_decoded_is_yielded_first():
 def test_a_consumer_that_stops_leaves_no_thread_behind():
     before = threading.active_count()
     results = encode(
-        Backend(Encoding(lengths)), ([i] for i in range(1000)), str, batch_size=1, on_error=None
+        Backend(Encoding(lengths)),
+        ([i] for i in range(1000)),
+        str,
+        batch_size=1,
+        on_error=None,
     )
     next(results)
     results.close()
@@ -169,7 +190,9 @@ def test_an_error_of_the_model_leaves_no_thread_behind():
 
 
 def letters(load, name, **options):
-    backend = CallableBackend(load, name=name, version="1", modality="text", n_features=1)
+    backend = CallableBackend(
+        load, name=name, version="1", modality="text", n_features=1
+    )
     return FrozenEncoder(backend, **options)
 
 
@@ -196,7 +219,9 @@ def test_encoders_within_encoders_do_not_wait_for_each_other(store, where):
     texts = ["a" * i for i in range(1, 60)]
     results = {}
     threads = [
-        threading.Thread(target=lambda e=e: results.update({e: e.transform(texts)}), daemon=True)
+        threading.Thread(
+            target=lambda e=e: results.update({e: e.transform(texts)}), daemon=True
+        )
         for e in (inner, outer)
     ]
     for thread in threads:

@@ -33,19 +33,27 @@ def batch():
 
 
 def soft_affinity(n, seed=0):
-    drawn = torch.rand(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.rand(
+        n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     affinity = (drawn + drawn.T) / 2
     affinity[0] = affinity[:, 0] = 0.0  # a row that belongs with no other
     return affinity.fill_diagonal_(1.0)
 
 
 def row_weights(n):
-    return torch.tensor([1.0, 0.0, 2.5, 0.3, 1.0, 0.0, 4.0, 0.7][:n], dtype=torch.float64)
+    return torch.tensor(
+        [1.0, 0.0, 2.5, 0.3, 1.0, 0.0, 4.0, 0.7][:n], dtype=torch.float64
+    )
 
 
 def naive_similarity(z, i, j, similarity):
     product = float(z[i] @ z[j])
-    return product / float(z[i].norm() * z[j].norm()) if similarity == "cosine" else product
+    return (
+        product / float(z[i].norm() * z[j].norm())
+        if similarity == "cosine"
+        else product
+    )
 
 
 def naive_bce(z, affinity, weight, temperature, similarity):
@@ -68,7 +76,9 @@ def naive_supcon(z, affinity, weight, temperature, similarity):
         if weight[i] == 0 or sum(positive.values()) == 0:
             continue
         partition = math.log(sum(float(weight[j]) * math.exp(s[j]) for j in others))
-        loss = sum(positive[j] * (partition - s[j]) for j in others) / sum(positive.values())
+        loss = sum(positive[j] * (partition - s[j]) for j in others) / sum(
+            positive.values()
+        )
         total += float(weight[i]) * loss
         count += float(weight[i])
     return total / count
@@ -95,7 +105,9 @@ def test_equals_the_double_loop(batch, name, similarity, soft, weighted, dtype):
     each = torch.ones(7) if weight is None else weight
     expected = NAIVE[name](z, affinity, each, 0.5, similarity)
     assert loss.dtype == dtype
-    assert loss.item() == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 1e-5)
+    assert loss.item() == pytest.approx(
+        expected, rel=1e-9 if dtype == torch.float64 else 1e-5
+    )
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
@@ -105,7 +117,10 @@ def test_gradients(batch, name, similarity, weighted):
     z, labels = batch
     affinity, weight = label_affinity(labels), row_weights(7) if weighted else None
     assert torch.autograd.gradcheck(
-        lambda z: LOSSES[name](z, affinity, weight, temperature=0.5, similarity=similarity), (z,)
+        lambda z: LOSSES[name](
+            z, affinity, weight, temperature=0.5, similarity=similarity
+        ),
+        (z,),
     )
 
 
@@ -144,7 +159,9 @@ def test_a_row_of_weight_zero_is_not_there_however_long_its_projection(name, dty
 def test_weights_of_one_are_no_weights(batch, name):
     z, labels = batch
     affinity, ones = label_affinity(labels), torch.ones(7, dtype=z.dtype)
-    torch.testing.assert_close(LOSSES[name](z, affinity, ones), LOSSES[name](z, affinity))
+    torch.testing.assert_close(
+        LOSSES[name](z, affinity, ones), LOSSES[name](z, affinity)
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -172,7 +189,9 @@ def test_supcon_counts_a_negative_of_weight_two_twice(batch):
     affinity = label_affinity(torch.arange(8))
     affinity[0, 2] = affinity[2, 0] = 1.0
     doubled = supcon(z[twice], affinity)
-    weighted = supcon(z, affinity[:7, :7], torch.tensor([1.0, 1, 1, 1, 1, 1, 2]).double())
+    weighted = supcon(
+        z, affinity[:7, :7], torch.tensor([1.0, 1, 1, 1, 1, 1, 2]).double()
+    )
     torch.testing.assert_close(doubled, weighted)
 
 
@@ -185,7 +204,9 @@ def test_supcon_counts_a_negative_of_weight_two_twice(batch):
 def test_stacked_batches_give_what_each_alone_gives(name, weighted, similarity):
     z = torch.randn(2, 3, 8, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, 3, (2, 3, 8), generator=torch.Generator().manual_seed(1))
-    weight = torch.rand(2, 3, 8, generator=torch.Generator().manual_seed(2)).round(decimals=1)
+    weight = torch.rand(2, 3, 8, generator=torch.Generator().manual_seed(2)).round(
+        decimals=1
+    )
     losses = LOSSES[name](
         z, label_affinity(labels), weight if weighted else None, similarity=similarity
     )
@@ -215,8 +236,12 @@ def test_one_empty_batch_leaves_the_gradients_of_the_others_alone():
 # Nothing to contrast
 
 
-@pytest.mark.parametrize("weight", [None, 1.0, 0.0], ids=["no weights", "ones", "zeros"])
-@pytest.mark.parametrize("labels", [[0, 1, 2], [0], []], ids=["no positive", "one row", "no row"])
+@pytest.mark.parametrize(
+    "weight", [None, 1.0, 0.0], ids=["no weights", "ones", "zeros"]
+)
+@pytest.mark.parametrize(
+    "labels", [[0, 1, 2], [0], []], ids=["no positive", "one row", "no row"]
+)
 def test_supcon_without_positives_is_zero_with_zero_gradients(labels, weight):
     z = torch.randn(len(labels), 4, requires_grad=True)
     weight = None if weight is None else torch.full((len(labels),), weight)
@@ -353,7 +378,9 @@ def test_equal_names_below_a_parting_say_nothing():
 
 def test_a_narrow_kernel_keeps_only_equal_ranks_together():
     ranks = torch.tensor([[0.0], [0.5], [0.5], [1.0]])
-    torch.testing.assert_close(rank_affinity(ranks, width=1e-3), label_affinity(ranks[:, 0]))
+    torch.testing.assert_close(
+        rank_affinity(ranks, width=1e-3), label_affinity(ranks[:, 0])
+    )
 
 
 # Losses of one's own
@@ -470,7 +497,9 @@ def test_info_nce_equals_the_double_loop(there, same, direction_weight):
     given = (x.detach() for x in (a, b, log_scale))
     expected = naive_info_nce(*given, there, same, direction_weight)
     assert loss.item() == pytest.approx(expected, rel=1e-9)
-    assert torch.autograd.gradcheck(lambda *given: info_nce(*given, **options), (a, b, log_scale))
+    assert torch.autograd.gradcheck(
+        lambda *given: info_nce(*given, **options), (a, b, log_scale)
+    )
     turned = options | {"direction_weight": 1 - direction_weight}
     torch.testing.assert_close(info_nce(b, a, log_scale, **turned), loss)
 
@@ -491,7 +520,9 @@ def test_rows_that_hold_the_same_do_not_push_each_other_away():
     assert info_nce(a, b, log_scale, same=torch.ones(2, 2, dtype=torch.bool)) == 0
     given = torch.eye(2, dtype=torch.bool)
     info_nce(a, b, log_scale, same=given)
-    assert given.equal(torch.eye(2, dtype=torch.bool))  # what was passed is left as it was
+    assert given.equal(
+        torch.eye(2, dtype=torch.bool)
+    )  # what was passed is left as it was
 
 
 @pytest.mark.parametrize("n_pairs", [0, 1])
@@ -510,7 +541,10 @@ def naive_structure(inputs, z, temperature):
         mean = sum(x) / len(x)
         rows = []
         for i in range(len(x)):
-            s = [math.exp(float((x[i] - mean) @ (other - mean)) / temperature) for other in x]
+            s = [
+                math.exp(float((x[i] - mean) @ (other - mean)) / temperature)
+                for other in x
+            ]
             rows.append([value / sum(s) for value in s])
         return rows
 
@@ -518,14 +552,18 @@ def naive_structure(inputs, z, temperature):
     for p, q in zip(shares(inputs), shares(z), strict=True):
         middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
         for own in (p, q):
-            total += sum(a * math.log(a / m) for a, m in zip(own, middle, strict=True)) / 2
+            total += (
+                sum(a * math.log(a / m) for a, m in zip(own, middle, strict=True)) / 2
+            )
     return total / len(inputs)
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
 def test_the_structure_loss_equals_the_double_loop(temperature):
     z, inputs, _ = two_modalities()
-    inputs = torch.cat([inputs, 3 * inputs[:, :2]], dim=1).detach()  # of another width and length
+    inputs = torch.cat(
+        [inputs, 3 * inputs[:, :2]], dim=1
+    ).detach()  # of another width and length
     loss = structure_loss(inputs, z, temperature=temperature)
     expected = naive_structure(inputs, z.detach(), temperature)
     assert loss.item() == pytest.approx(expected, rel=1e-9)
@@ -536,8 +574,12 @@ def test_the_structure_loss_equals_the_double_loop(temperature):
 
 def test_turning_and_scaling_keep_the_structure():
     z, inputs, _ = two_modalities()
-    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double())
-    assert structure_loss(inputs, 5 * inputs @ turn.Q).item() == pytest.approx(0, abs=1e-12)
+    turn = torch.linalg.qr(
+        torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double()
+    )
+    assert structure_loss(inputs, 5 * inputs @ turn.Q).item() == pytest.approx(
+        0, abs=1e-12
+    )
     assert 0 < structure_loss(inputs, z) <= math.log(2)
 
 
@@ -559,7 +601,9 @@ each_mask_loss = pytest.mark.parametrize("name", MASK_LOSSES)
 def pixels(n=5, n_classes=4, lead=(), seed=0):
     """Logits and masks of n pictures of 3 x 2 pixels; the last class is in none of them."""
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(*lead, n, n_classes, 3, 2, generator=generator, dtype=torch.float64)
+    logits = torch.randn(
+        *lead, n, n_classes, 3, 2, generator=generator, dtype=torch.float64
+    )
     masks = torch.randint(0, n_classes - 1, (*lead, n, 3, 2), generator=generator)
     return logits.requires_grad_(), masks
 
@@ -569,7 +613,9 @@ def naive_pixels(logits, masks, weight):
     found = []
     for picture in range(len(masks)):
         for row, column in np.ndindex(masks.shape[1:]):
-            scores = [math.exp(value) for value in logits[picture, :, row, column].tolist()]
+            scores = [
+                math.exp(value) for value in logits[picture, :, row, column].tolist()
+            ]
             p = [score / sum(scores) for score in scores]
             found.append((float(weight[picture]), int(masks[picture, row, column]), p))
     return found
@@ -605,15 +651,21 @@ def test_losses_of_masks_equal_the_loop_over_pixels(name, weighted, n_classes):
     weight = row_weights(5) if weighted else None
     loss = MASK_LOSSES[name](logits, masks, weight)
     each = torch.ones(5) if weight is None else weight
-    assert loss.item() == pytest.approx(NAIVE_OF_MASKS[name](logits, masks, each), rel=1e-9)
-    assert torch.autograd.gradcheck(lambda x: MASK_LOSSES[name](x, masks, weight), (logits,))
+    assert loss.item() == pytest.approx(
+        NAIVE_OF_MASKS[name](logits, masks, each), rel=1e-9
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: MASK_LOSSES[name](x, masks, weight), (logits,)
+    )
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 3.0])
 def test_gamma_is_the_power_of_what_is_wrong(gamma):
     logits, masks = pixels()
     loss = focal_loss(logits, masks, row_weights(5), gamma=gamma)
-    assert loss.item() == pytest.approx(naive_focal(logits, masks, row_weights(5), gamma), rel=1e-9)
+    assert loss.item() == pytest.approx(
+        naive_focal(logits, masks, row_weights(5), gamma), rel=1e-9
+    )
 
 
 def test_the_focal_loss_without_gamma_is_torch_s_cross_entropy():
@@ -621,7 +673,9 @@ def test_the_focal_loss_without_gamma_is_torch_s_cross_entropy():
     loss = focal_loss(logits, masks, gamma=0.0)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, masks))
     (found,) = torch.autograd.grad(loss, logits)
-    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, masks), logits)
+    (expected,) = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(logits, masks), logits
+    )
     torch.testing.assert_close(found, expected)
     picture, codes = logits[0].permute(1, 2, 0).reshape(1, 6, 4), masks[0].reshape(1, 6)
     pixelwise = cross_entropy(picture, codes)[0]  # of one picture's pixels as rows
@@ -634,7 +688,9 @@ def test_a_picture_of_weight_two_is_two_pictures_and_one_of_weight_zero_none(nam
     repeated = torch.tensor([0, 2, 2, 3])
     weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0], dtype=torch.float64)
     weighted = MASK_LOSSES[name](logits, masks, weight)
-    torch.testing.assert_close(weighted, MASK_LOSSES[name](logits[repeated], masks[repeated]))
+    torch.testing.assert_close(
+        weighted, MASK_LOSSES[name](logits[repeated], masks[repeated])
+    )
     (gradient,) = torch.autograd.grad(weighted, logits)
     assert (gradient[[1, 4]] == 0).all()
     assert (gradient[[0, 2, 3]] != 0).any()
@@ -668,7 +724,9 @@ def test_certain_pixels_have_finite_gradients_right_or_wrong(gamma, scale):
 @each_mask_loss
 def test_masks_of_several_networks_give_what_each_alone_gives(name):
     logits, masks = pixels(lead=(3,))
-    weight = torch.stack([row_weights(5), torch.ones(5).double(), row_weights(5).flip(0)])
+    weight = torch.stack(
+        [row_weights(5), torch.ones(5).double(), row_weights(5).flip(0)]
+    )
     for given in (None, weight):
         losses = MASK_LOSSES[name](logits, masks, given)
         assert losses.shape == (3,)
@@ -679,13 +737,17 @@ def test_masks_of_several_networks_give_what_each_alone_gives(name):
 
 
 def certain(masks, n_classes):
-    return torch.nn.functional.one_hot(masks, n_classes).permute(0, 3, 1, 2).double() * 100
+    return (
+        torch.nn.functional.one_hot(masks, n_classes).permute(0, 3, 1, 2).double() * 100
+    )
 
 
 @each_mask_loss
 def test_masks_that_are_right_cost_nothing(name):
     _, masks = pixels()
-    assert MASK_LOSSES[name](certain(masks, 4), masks).item() == pytest.approx(0, abs=1e-9)
+    assert MASK_LOSSES[name](certain(masks, 4), masks).item() == pytest.approx(
+        0, abs=1e-9
+    )
     assert MASK_LOSSES[name](certain((masks + 1) % 3, 4), masks) > 0.5
 
 

@@ -25,7 +25,11 @@ from sklembed.metrics import (
 LABELS = np.array(list("abcaabddeabc"))
 ALONE = [cone_concentration, uniformity, effective_rank]
 UNPAIRED = [modality_gap, distributional_gap]
-PAIRED = [alignment, retrieval_recall, lambda A, B: np.concatenate(pair_similarities(A, B))]
+PAIRED = [
+    alignment,
+    retrieval_recall,
+    lambda A, B: np.concatenate(pair_similarities(A, B)),
+]
 TWO = UNPAIRED + PAIRED
 
 
@@ -50,11 +54,17 @@ def naive(name, A, B):
 
     return {
         "modality_gap": lambda: np.linalg.norm(A.mean(axis=0) - B.mean(axis=0)),
-        "distributional_gap": lambda: 2 * distance(A, B) - distance(A, A) - distance(B, B),
+        "distributional_gap": lambda: (
+            2 * distance(A, B) - distance(A, A) - distance(B, B)
+        ),
         "cone_concentration": lambda: np.mean([A[i] @ A[j] for i, j in distinct]),
-        "alignment": lambda: np.mean([np.linalg.norm(A[i] - B[i]) ** 2 for i in range(n)]),
+        "alignment": lambda: np.mean(
+            [np.linalg.norm(A[i] - B[i]) ** 2 for i in range(n)]
+        ),
         "uniformity": lambda: np.log(
-            np.mean([np.exp(-2 * np.linalg.norm(A[i] - A[j]) ** 2) for i, j in distinct])
+            np.mean(
+                [np.exp(-2 * np.linalg.norm(A[i] - A[j]) ** 2) for i, j in distinct]
+            )
         ),
     }[name]()
 
@@ -73,12 +83,16 @@ def expected_recall(cosines, right, k):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("metric", [*UNPAIRED, cone_concentration, alignment, uniformity])
+@pytest.mark.parametrize(
+    "metric", [*UNPAIRED, cone_concentration, alignment, uniformity]
+)
 def test_equals_the_double_loop(metric, seed, dtype, chunk):
     A, B = two_modalities(seed)
     parts = [A.astype(dtype), B.astype(dtype)][: 1 if metric in ALONE else 2]
     expected = naive(metric.__name__, A, B)
-    assert metric(*parts) == pytest.approx(expected, rel=1e-4 if dtype == np.float32 else 1e-9)
+    assert metric(*parts) == pytest.approx(
+        expected, rel=1e-4 if dtype == np.float32 else 1e-9
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -93,7 +107,9 @@ def test_rotation_changes_nothing(metric, seed):
 def test_the_length_of_rows_changes_nothing_however_large_or_small(metric):
     parts = two_modalities()[: 1 if metric in ALONE else 2]
     lengths = 10.0 ** np.linspace(-300, 300, 12)[:, None]
-    np.testing.assert_allclose(metric(*(part * lengths for part in parts)), metric(*parts))
+    np.testing.assert_allclose(
+        metric(*(part * lengths for part in parts)), metric(*parts)
+    )
 
 
 @pytest.mark.parametrize("metric", ALONE + UNPAIRED + PAIRED[:2])
@@ -117,7 +133,9 @@ def test_missing_rows_are_left_out_and_pairs_that_lack_either(metric):
 def test_a_sample_has_no_gap_to_itself_and_centroids_do_not_see_all():
     A, _ = two_modalities(n_rows=50)
     assert modality_gap(A, A) == distributional_gap(A, A) == 0
-    assert distributional_gap(A, A[::-1].astype(np.float32)) == pytest.approx(0, abs=1e-6)
+    assert distributional_gap(A, A[::-1].astype(np.float32)) == pytest.approx(
+        0, abs=1e-6
+    )
     cross = np.array([[1.0, 0], [-1, 0]]), np.array([[0.0, 1], [0, -1]])
     assert modality_gap(*cross) == 0
     assert distributional_gap(*cross) > 0.8
@@ -170,7 +188,9 @@ def test_negatives_are_all_pairs_of_different_labels_each_once(chunk):
         expected = cosines[names[:, None] != names]
         np.testing.assert_allclose(positive, cosines.diagonal())
         np.testing.assert_allclose(np.sort(negative), np.sort(expected))
-        some = pair_similarities(A, B, labels=labels, max_negatives=50, random_state=0)[1]
+        some = pair_similarities(A, B, labels=labels, max_negatives=50, random_state=0)[
+            1
+        ]
         assert len(np.unique(some.round(12))) == 50
         assert np.isin(some.round(9), expected.round(9)).all()
 
@@ -211,13 +231,17 @@ def test_rows_that_are_no_pairs_are_refused(metric):
 
 @pytest.mark.parametrize("metric", UNPAIRED)
 def test_a_modality_without_rows_is_refused(metric):
-    with pytest.raises(ValueError, match="B needs 1 or more rows with values, but 0 of its 3"):
+    with pytest.raises(
+        ValueError, match="B needs 1 or more rows with values, but 0 of its 3"
+    ):
         metric(np.ones((2, 2)), np.full((3, 2), np.nan))
 
 
 @pytest.mark.parametrize("metric", [cone_concentration, uniformity])
 def test_one_row_has_no_spread(metric):
-    with pytest.raises(ValueError, match="A needs 2 or more rows with values, but 1 of its 2"):
+    with pytest.raises(
+        ValueError, match="A needs 2 or more rows with values, but 1 of its 2"
+    ):
         metric([[1.0, 2.0], [np.nan, np.nan]])
 
 
@@ -268,7 +292,8 @@ def some_masks(seed, labels, n=8):
     sizes = rng.integers(2, 6, size=(n, 2))
     truth = [rng.choice(labels, size=size) for size in sizes]
     found = [
-        np.where(rng.random(t.shape) < 0.6, t, rng.choice(labels, size=t.shape)) for t in truth
+        np.where(rng.random(t.shape) < 0.6, t, rng.choice(labels, size=t.shape))
+        for t in truth
     ]
     for row in range(n):
         truth[row][0, 0] = found[row][0, 0] = labels[-1]
@@ -287,7 +312,11 @@ def naive_mask_score(score, truth, found, *, skip=False):
         for label in {int(m[pixel]) for m in (t, p) for pixel in pixels} - {0}:
             T, P = ({pixel for pixel in pixels if m[pixel] == label} for m in (t, p))
             both = len(T & P)
-            parts.append(2 * both / (len(T) + len(P)) if score is dice_score else both / len(T | P))
+            parts.append(
+                2 * both / (len(T) + len(P))
+                if score is dice_score
+                else both / len(T | P)
+            )
         if not (skip and not t.any()):
             means.append(sum(parts) / len(parts) if parts else 1.0)
     return sum(means) / len(means)
@@ -312,7 +341,9 @@ def test_finding_nothing_scores_the_share_of_empty_masks_or_adjusted_nothing(sco
     truth, found = some_masks(0, [0, 1, 2])
     nothing = [np.zeros_like(t) for t in truth]
     assert score(truth, nothing) == pytest.approx(2 / 8)
-    assert score(truth, nothing, empty="skip") == score(truth, nothing, adjusted=True) == 0
+    assert (
+        score(truth, nothing, empty="skip") == score(truth, nothing, adjusted=True) == 0
+    )
     assert score(truth, truth) == score(truth, truth, adjusted=True) == 1
     assert score(truth, truth, empty="skip") == 1
     everywhere = [np.ones_like(t) for t in truth]
@@ -333,7 +364,9 @@ def test_names_of_labels_sides_and_the_order_of_pictures_change_nothing(score):
     truth, found = some_masks(0, [0, 1, 2])
     expected = score(truth, found)
     names = np.array([0, 9, 4])
-    assert score([names[t] for t in truth], [names[p] for p in found]) == pytest.approx(expected)
+    assert score([names[t] for t in truth], [names[p] for p in found]) == pytest.approx(
+        expected
+    )
     assert score([t.T for t in truth], [p.T for p in found]) == pytest.approx(expected)
     assert score(truth[::-1], found[::-1]) == pytest.approx(expected)
     assert score(found, truth) == pytest.approx(expected)
@@ -351,7 +384,13 @@ def test_masks_of_any_type_and_form_score_the_same(score):
         assert score(truth, found.astype(dtype)) == expected
     objects = np.empty(8, dtype=object)
     objects[:] = list(truth)
-    for form in (truth.tolist(), list(truth), tuple(truth), objects, pd.Series(list(truth))):
+    for form in (
+        truth.tolist(),
+        list(truth),
+        tuple(truth),
+        objects,
+        pd.Series(list(truth)),
+    ):
         assert score(form, found) == score(found, form) == expected
 
 

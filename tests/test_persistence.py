@@ -37,7 +37,9 @@ def target(kind, y):
         "multilabel": (rng.random((90, 3)) < 0.4).astype(int) | np.eye(3, dtype=int)[y],
         "continuous": y + rng.normal(size=90),
         "hierarchical": np.column_stack([y, 3 * y + rng.integers(0, 2, 90)]),
-        "levels of words": np.array([["pet", "cat"], ["pet", "dog"], ["wild", "lion"]])[y],
+        "levels of words": np.array([["pet", "cat"], ["pet", "dog"], ["wild", "lion"]])[
+            y
+        ],
     }[kind]
 
 
@@ -66,7 +68,16 @@ def round_trip(projector, directory):
     return loaded
 
 
-KINDS = ["int", "str", "object", "float", "bool", "multilabel", "continuous", "hierarchical"]
+KINDS = [
+    "int",
+    "str",
+    "object",
+    "float",
+    "bool",
+    "multilabel",
+    "continuous",
+    "hierarchical",
+]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "levels of words"])
@@ -75,12 +86,16 @@ def test_what_is_loaded_is_what_was_saved(clusters, tmp_path, kind):
     projector = small().fit(X, target(kind, y))
     loaded = round_trip(projector, tmp_path / "a" / "b")
     np.testing.assert_array_equal(loaded.transform(X), projector.transform(X))
-    np.testing.assert_array_equal(loaded.get_feature_names_out(), projector.get_feature_names_out())
+    np.testing.assert_array_equal(
+        loaded.get_feature_names_out(), projector.get_feature_names_out()
+    )
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("passthrough", [True, False, "auto"])
-def test_what_the_gate_lets_through_is_saved(clusters, tmp_path, passthrough, similarity):
+def test_what_the_gate_lets_through_is_saved(
+    clusters, tmp_path, passthrough, similarity
+):
     X, y = clusters
     projector = small(passthrough=passthrough, similarity=similarity)
     projector.fit_transform(X, y)
@@ -107,7 +122,8 @@ def test_parameters_come_back(clusters, tmp_path, options):
     loaded = ContrastiveProjector.load(tmp_path)
     assert clone(loaded).get_params() == clone(projector).get_params()
     np.testing.assert_array_equal(
-        clone(loaded).fit(*clusters).transform(clusters[0]), projector.transform(clusters[0])
+        clone(loaded).fit(*clusters).transform(clusters[0]),
+        projector.transform(clusters[0]),
     )
 
 
@@ -125,7 +141,9 @@ def test_a_projector_is_saved_over_another(clusters, tmp_path):
     X, y = clusters
     small().fit(X, y).save(tmp_path)
     second = small(hidden_layer_sizes=()).fit(X, y)
-    np.testing.assert_array_equal(round_trip(second, tmp_path).transform(X), second.transform(X))
+    np.testing.assert_array_equal(
+        round_trip(second, tmp_path).transform(X), second.transform(X)
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
         "weights.safetensors",
@@ -148,7 +166,9 @@ def test_requests_for_metadata_do_not_stand_in_the_way(clusters, tmp_path):
         projector = small().set_fit_request(sample_weight=True).fit(*clusters)
         projector.save(tmp_path)
         loaded = ContrastiveProjector.load(tmp_path)
-    np.testing.assert_array_equal(loaded.transform(clusters[0]), projector.transform(clusters[0]))
+    np.testing.assert_array_equal(
+        loaded.transform(clusters[0]), projector.transform(clusters[0])
+    )
 
 
 def test_loading_needs_no_torch(clusters, tmp_path):
@@ -179,8 +199,14 @@ def any_loss(z, affinity):
     [
         ({"cv": KFold(3)}, "cv holds a KFold"),
         ({"loss": any_loss}, "loss holds a function"),
-        ({"random_state": np.random.RandomState(0)}, "random_state holds a RandomState"),  # noqa: NPY002
-        ({"skorch_params": {"predict_nonlinearity": any_loss}}, "skorch_params holds a function"),
+        (
+            {"random_state": np.random.RandomState(0)},
+            "random_state holds a RandomState",
+        ),  # noqa: NPY002
+        (
+            {"skorch_params": {"predict_nonlinearity": any_loss}},
+            "skorch_params holds a function",
+        ),
     ],
     ids=["cv", "loss", "random_state", "skorch_params"],
 )
@@ -188,16 +214,22 @@ def test_what_json_does_not_know_is_refused_before_anything_is_written(
     clusters, tmp_path, options, kind
 ):
     projector = small(**options).fit(*clusters)
-    with pytest.raises(TypeError, match=f"{kind}, which JSON does not know. Save by pickle"):
+    with pytest.raises(
+        TypeError, match=f"{kind}, which JSON does not know. Save by pickle"
+    ):
         projector.save(tmp_path / "it")
     assert not (tmp_path / "it").exists()
 
 
 def test_labels_that_json_does_not_know_are_refused(clusters, tmp_path):
     X, y = clusters
-    days = np.array(["2020-01-01", "2020-01-02", "2020-01-03"], dtype="datetime64[D]")[y]
+    days = np.array(["2020-01-01", "2020-01-02", "2020-01-03"], dtype="datetime64[D]")[
+        y
+    ]
     projector = small().fit(X, days.astype(object))
-    with pytest.raises(TypeError, match="classes_ holds a date, which JSON does not know"):
+    with pytest.raises(
+        TypeError, match="classes_ holds a date, which JSON does not know"
+    ):
         projector.save(tmp_path / "it")
     assert not (tmp_path / "it").exists()
 
@@ -212,14 +244,22 @@ def test_an_unfitted_projector_is_not_saved(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("class", "FeatureUnion", "holds a FeatureUnion in format 1; expected a ContrastiveProj"),
+        (
+            "class",
+            "FeatureUnion",
+            "holds a FeatureUnion in format 1; expected a ContrastiveProj",
+        ),
         ("format", 99, "in format 99; expected a ContrastiveProjector in format 1"),
     ],
 )
-def test_what_another_class_or_version_wrote_is_refused(clusters, tmp_path, key, value, message):
+def test_what_another_class_or_version_wrote_is_refused(
+    clusters, tmp_path, key, value, message
+):
     small().fit(*clusters).save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}), encoding="utf-8")
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {key: value}), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=message):
         ContrastiveProjector.load(tmp_path)
 
@@ -264,7 +304,7 @@ def test_the_onnx_graph_computes_transform(
 @pytest.mark.parametrize("gate", ["passthrough", "projection", "both"])
 def test_the_onnx_graph_follows_the_gate(clusters, tmp_path, monkeypatch, gate):
     X, y = clusters
-    monkeypatch.setattr("sklembed.projection.choose", lambda *_: (gate, {}))
+    monkeypatch.setattr("sklembed.projection.projector.choose", lambda *_: (gate, {}))
     projector = small(passthrough="auto").fit(X, y)
     assert projector.gate_ == gate
     Z = run_onnx(projector, X, tmp_path / "it.onnx")
@@ -273,7 +313,9 @@ def test_the_onnx_graph_follows_the_gate(clusters, tmp_path, monkeypatch, gate):
 
 @pytest.mark.parametrize("passthrough", [False, True])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_rows_of_nan_stay_nan_in_onnx_and_only_these(clusters, tmp_path, similarity, passthrough):
+def test_rows_of_nan_stay_nan_in_onnx_and_only_these(
+    clusters, tmp_path, similarity, passthrough
+):
     X, y = clusters
     projector = small(similarity=similarity, passthrough=passthrough).fit(X, y)
     X = X.copy()
@@ -284,7 +326,9 @@ def test_rows_of_nan_stay_nan_in_onnx_and_only_these(clusters, tmp_path, similar
     np.testing.assert_allclose(Z, expected, atol=1e-5)
 
 
-def test_a_missing_onnx_names_the_command_that_brings_it(clusters, tmp_path, monkeypatch):
+def test_a_missing_onnx_names_the_command_that_brings_it(
+    clusters, tmp_path, monkeypatch
+):
     projector = small().fit(*clusters)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match=r"pip install 'sklembed\[onnx\]'"):

@@ -25,8 +25,13 @@ def cones():
 
 @pytest.fixture
 def search(cones):
-    grid = {"modalitygapaligner__shift": [0.0, 1.0], "modalitygapaligner__noise_std": [0.0, 0.5]}
-    pipeline = make_pipeline(ModalityGapAligner(BLOCKS, random_state=0), LogisticRegression())
+    grid = {
+        "modalitygapaligner__shift": [0.0, 1.0],
+        "modalitygapaligner__noise_std": [0.0, 0.5],
+    }
+    pipeline = make_pipeline(
+        ModalityGapAligner(BLOCKS, random_state=0), LogisticRegression()
+    )
     return GridSearchCV(pipeline, grid, cv=3).fit(cones[5:], np.arange(55) % 2)
 
 
@@ -40,7 +45,9 @@ def close_figures():
 
 def test_gaps_are_those_of_the_whole_space(cones):
     aligner = ModalityGapAligner(BLOCKS).fit(cones)
-    display = ModalityGapDisplay.from_estimator(aligner, cones, max_rows=20, random_state=0)
+    display = ModalityGapDisplay.from_estimator(
+        aligner, cones, max_rows=20, random_state=0
+    )
     Z = aligner.transform(cones)
     assert display.gap_before == pytest.approx(modality_gap(cones[:, :4], cones[:, 4:]))
     assert display.gap_after == pytest.approx(modality_gap(Z[:, :4], Z[:, 4:]))
@@ -54,7 +61,9 @@ def test_gaps_are_those_of_the_whole_space(cones):
 
 def test_three_modalities_of_unequal_width_are_drawn_resampled(cones):
     X = np.hstack([cones, cones[:, :3]])
-    aligner = ModalityGapAligner(BLOCKS | {"sound": slice(8, 11)}, widths="resample").fit(X)
+    aligner = ModalityGapAligner(
+        BLOCKS | {"sound": slice(8, 11)}, widths="resample"
+    ).fit(X)
     display = ModalityGapDisplay.from_estimator(aligner, X)
     assert display.gap_after == pytest.approx(aligner.gap_after_)
     assert list(display.plot().before) == ["text", "image", "sound"]
@@ -65,7 +74,9 @@ def test_a_search_is_shown_by_its_best_score_of_each_shift(cones, search):
     display = ModalityGapDisplay.from_estimator(aligner, cones, search=search).plot()
     assert len(display.axes_) == 3
     scores = np.asarray(search.cv_results_["mean_test_score"])
-    shifts = np.asarray(search.cv_results_["param_modalitygapaligner__shift"], dtype=float)
+    shifts = np.asarray(
+        search.cv_results_["param_modalitygapaligner__shift"], dtype=float
+    )
     assert display.shifts.tolist() == [0.0, 1.0]
     for shift, score in zip(display.shifts, display.mean_scores, strict=True):
         assert score == scores[shifts == shift].max()
@@ -107,15 +118,22 @@ class Predicting:
     def predict(self, X, sizes=None):
         if sizes is None:
             return self.masks
-        times = [size[0] // mask.shape[0] for mask, size in zip(self.masks, sizes, strict=True)]
+        times = [
+            size[0] // mask.shape[0]
+            for mask, size in zip(self.masks, sizes, strict=True)
+        ]
         return [
-            np.kron(mask, np.ones((n, n), int)) for mask, n in zip(self.masks, times, strict=True)
+            np.kron(mask, np.ones((n, n), int))
+            for mask, n in zip(self.masks, times, strict=True)
         ]
 
 
 def test_pictures_go_from_the_worst_to_the_best(masks):
     display = SegmentationDisplay.from_predictions(*masks, rows=3)
-    scores = [dice_score([t], [p]) for t, p in zip(display.y_true, display.y_pred, strict=True)]
+    scores = [
+        dice_score([t], [p])
+        for t, p in zip(display.y_true, display.y_pred, strict=True)
+    ]
     each = sorted(dice_score([t], [p]) for t, p in zip(*masks, strict=True))
     assert scores == [each[0], each[2], each[5]]
     assert len(SegmentationDisplay.from_predictions(*masks, rows=99).y_true) == 6
@@ -124,8 +142,12 @@ def test_pictures_go_from_the_worst_to_the_best(masks):
 
 
 def test_a_panel_shows_the_mask_over_the_picture(masks):
-    images = np.random.default_rng(0).integers(0, 256, size=(6, 16, 16, 3), dtype=np.uint8)
-    display = SegmentationDisplay.from_predictions(*masks, images=images, rows=[1, 5]).plot()
+    images = np.random.default_rng(0).integers(
+        0, 256, size=(6, 16, 16, 3), dtype=np.uint8
+    )
+    display = SegmentationDisplay.from_predictions(
+        *masks, images=images, rows=[1, 5]
+    ).plot()
     assert display.axes_.shape == (2, 3)
     assert [ax.get_title() for ax in display.axes_[0]] == [
         "picture",
@@ -133,14 +155,18 @@ def test_a_panel_shows_the_mask_over_the_picture(masks):
         "predicted, Dice 0.89",
     ]
     assert display.axes_[1, 2].get_title() == "Dice 1.00"
-    np.testing.assert_array_equal(display.axes_[0, 0].get_images()[0].get_array(), images[1])
+    np.testing.assert_array_equal(
+        display.axes_[0, 0].get_images()[0].get_array(), images[1]
+    )
     behind, layer = display.axes_[0, 2].get_images()
     np.testing.assert_array_equal(behind.get_array(), images[1])
     np.testing.assert_array_equal(layer.get_array()[..., 3] > 0, masks[1][1] == 1)
     assert layer.get_extent() == [-0.5, 15.5, 15.5, -0.5]  # as large as the picture
 
 
-def test_without_pictures_masks_stand_alone_and_classes_have_colours_of_their_own(masks):
+def test_without_pictures_masks_stand_alone_and_classes_have_colours_of_their_own(
+    masks,
+):
     y_true, y_pred = masks
     y_true, y_pred = 3 * y_true, np.where(y_pred, 7, 0)
     display = SegmentationDisplay.from_predictions(y_true, y_pred, rows=[0]).plot()
@@ -158,9 +184,13 @@ def test_without_pictures_masks_stand_alone_and_classes_have_colours_of_their_ow
 def test_masks_of_another_size_are_predicted_in_it(masks):
     y_true, y_pred = masks
     double = [np.kron(mask, np.ones((2, 2), int)) for mask in y_true]
-    display = SegmentationDisplay.from_estimator(Predicting(y_pred), None, double, rows=[1])
+    display = SegmentationDisplay.from_estimator(
+        Predicting(y_pred), None, double, rows=[1]
+    )
     assert display.y_pred[0].shape == (16, 16)
-    same = SegmentationDisplay.from_estimator(Predicting(y_pred), None, y_true, rows=[1])
+    same = SegmentationDisplay.from_estimator(
+        Predicting(y_pred), None, y_true, rows=[1]
+    )
     np.testing.assert_array_equal(same.y_pred[0], y_pred[1])
 
 
@@ -174,7 +204,9 @@ def test_a_frame_of_pictures_is_taken_as_its_column(masks):
 
 def test_masks_that_cannot_be_shown_are_refused(masks):
     with pytest.raises(ValueError, match="There are 2 images for 6 masks"):
-        SegmentationDisplay.from_predictions(*masks, images=[np.zeros((4, 4, 3), np.uint8)] * 2)
+        SegmentationDisplay.from_predictions(
+            *masks, images=[np.zeros((4, 4, 3), np.uint8)] * 2
+        )
     with pytest.raises(ValueError, match="There are 5 predictions for 6 masks"):
         SegmentationDisplay.from_predictions(masks[0], masks[1][:5])
     with pytest.raises(ValueError, match="rows must be at least 1; got 0"):

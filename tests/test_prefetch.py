@@ -15,7 +15,13 @@ from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder, PerModalityUnion, prefetch
+from sklembed import (
+    CallableBackend,
+    EmbeddingStore,
+    FrozenEncoder,
+    PerModalityUnion,
+    prefetch,
+)
 
 N_ROWS = 24
 
@@ -30,7 +36,11 @@ def only_here(monkeypatch):
     """A text backend that loads in this process and in no worker."""
     monkeypatch.setenv("PREFETCHING_PROCESS", str(os.getpid()))
     return CallableBackend(
-        _load_in_the_parent_only, name="here", version="1", modality="text", n_features=9
+        _load_in_the_parent_only,
+        name="here",
+        version="1",
+        modality="text",
+        n_features=9,
     )
 
 
@@ -39,7 +49,9 @@ def table():
     rng = np.random.default_rng(0)
     notes = [f"note {i % 20} {'xo'[i % 2]}" if i % 5 else None for i in range(N_ROWS)]
     pictures = [rng.integers(0, 255, (3, 3, 3), dtype=np.uint8) for _ in range(N_ROWS)]
-    X = pd.DataFrame({"note": notes, "picture": pictures, "size": np.arange(N_ROWS) * 1.0})
+    X = pd.DataFrame(
+        {"note": notes, "picture": pictures, "size": np.arange(N_ROWS) * 1.0}
+    )
     return X, np.arange(N_ROWS) % 2
 
 
@@ -55,9 +67,15 @@ def classifier():
 def test_workers_find_everything_and_load_nothing(only_here, store, table):
     X, y = table
     encoder = FrozenEncoder(only_here, store=store)
-    pipeline = make_pipeline(union_of(encoder), *(step for _, step in classifier().steps))
+    pipeline = make_pipeline(
+        union_of(encoder), *(step for _, step in classifier().steps)
+    )
     search = GridSearchCV(
-        pipeline, {"logisticregression__C": [0.1, 1]}, cv=3, n_jobs=2, error_score="raise"
+        pipeline,
+        {"logisticregression__C": [0.1, 1]},
+        cv=3,
+        n_jobs=2,
+        error_score="raise",
     )
     report = prefetch(search, X)
     assert report.to_dict("records") == [
@@ -86,7 +104,9 @@ def test_every_branch_is_prefetched_with_the_rows_that_it_sees(
     ("join", "columns"),
     [(PerModalityUnion, "picture"), (PerModalityUnion, []), (ColumnTransformer, [])],
 )
-def test_encoders_that_nothing_reaches_are_no_obstacle(text_backend, store, table, join, columns):
+def test_encoders_that_nothing_reaches_are_no_obstacle(
+    text_backend, store, table, join, columns
+):
     """Because their branch selects no column, or no row has its modality."""
     encoder = FrozenEncoder(text_backend, store=store)
     branches = [("text", encoder, "note"), ("image", make_pipeline(encoder), columns)]
@@ -102,7 +122,13 @@ def test_candidates_that_differ_before_or_in_the_encoder_are_all_prefetched(
     lower = FunctionTransformer(lambda notes: notes.fillna("none").str.lower())
     pipeline = make_pipeline(
         ColumnTransformer(
-            [("text", make_pipeline(upper, FrozenEncoder(text_backend, store=store)), "note")]
+            [
+                (
+                    "text",
+                    make_pipeline(upper, FrozenEncoder(text_backend, store=store)),
+                    "note",
+                )
+            ]
         ),
         LogisticRegression(),
     )
@@ -113,7 +139,10 @@ def test_candidates_that_differ_before_or_in_the_encoder_are_all_prefetched(
     }
     search = GridSearchCV(pipeline, grid, cv=2, error_score="raise")
     report = prefetch(search, X)
-    assert report["encoded"].tolist() == [34, 34]  # 17 upper, 17 lower; one row for each setting
+    assert report["encoded"].tolist() == [
+        34,
+        34,
+    ]  # 17 upper, 17 lower; one row for each setting
     encoded = store.stats()["encoded"].sum()
     search.fit(X, y)
     assert store.stats()["encoded"].sum() == encoded
@@ -131,7 +160,9 @@ def test_randomised_searches_need_a_seed(text_backend, store, table):
     options = {"frozenencoder__normalize": [True, False]}
     search = RandomizedSearchCV(pipeline, options, n_iter=2, random_state=0)
     assert len(prefetch(search, table[0][["note"]])) == 2
-    with pytest.raises(ValueError, match="candidates of RandomizedSearchCV cannot be known"):
+    with pytest.raises(
+        ValueError, match="candidates of RandomizedSearchCV cannot be known"
+    ):
         prefetch(search.set_params(random_state=None), table[0][["note"]])
 
 
@@ -139,7 +170,9 @@ def test_randomised_searches_need_a_seed(text_backend, store, table):
     "wrap",
     [
         lambda pipeline: pipeline,
-        lambda pipeline: VotingClassifier([("a", pipeline), ("b", LogisticRegression())]),
+        lambda pipeline: VotingClassifier(
+            [("a", pipeline), ("b", LogisticRegression())]
+        ),
         lambda pipeline: CalibratedClassifierCV(pipeline),
     ],
 )
@@ -150,16 +183,23 @@ def test_encoders_within_other_estimators_are_found(text_backend, store, table, 
 
 
 def test_searches_within_other_estimators_are_walked(text_backend, store, table):
-    encoders = [FrozenEncoder(text_backend, store=store, normalize=n) for n in (True, False)]
+    encoders = [
+        FrozenEncoder(text_backend, store=store, normalize=n) for n in (True, False)
+    ]
     pipeline = make_pipeline(encoders[0], classifier())
     search = GridSearchCV(pipeline, {"frozenencoder": encoders})
     assert len(prefetch(BaggingClassifier(search), table[0][["note"]])) == 2
 
 
-def test_a_candidate_that_brings_an_encoder_and_sets_it_is_found(text_backend, store, table):
+def test_a_candidate_that_brings_an_encoder_and_sets_it_is_found(
+    text_backend, store, table
+):
     pipeline = make_pipeline(FunctionTransformer(), LogisticRegression())
     other = make_pipeline(FrozenEncoder(text_backend, store=store), classifier())
-    grid = {"logisticregression": [other], "logisticregression__frozenencoder__normalize": [True]}
+    grid = {
+        "logisticregression": [other],
+        "logisticregression__frozenencoder__normalize": [True],
+    }
     prefetch(GridSearchCV(pipeline, grid), table[0][["note"]])
     (stats,) = store.stats().to_dict("records")
     assert '"unit_length": true' in stats["description"]
@@ -168,7 +208,9 @@ def test_a_candidate_that_brings_an_encoder_and_sets_it_is_found(text_backend, s
 def test_a_randomised_search_that_leaves_the_encoder_alone_needs_no_seed(
     text_backend, store, table
 ):
-    pipeline = make_pipeline(FrozenEncoder(text_backend, store=store), LogisticRegression())
+    pipeline = make_pipeline(
+        FrozenEncoder(text_backend, store=store), LogisticRegression()
+    )
     search = RandomizedSearchCV(pipeline, {"logisticregression__C": [1, 2]})
     assert prefetch(search, table[0][["note"]])["encoded"].tolist() == [16]
 
@@ -200,15 +242,24 @@ def test_what_cannot_be_prefetched_is_said(text_backend, store, table):
         prefetch(LogisticRegression(), X)
     with pytest.raises(ValueError, match="'frozenencoder' has store=None"):
         prefetch(make_pipeline(FrozenEncoder(text_backend, store=None)), X)
-    with pytest.raises(ValueError, match=r"cannot tell what reaches the encoders \['inside'\]"):
+    with pytest.raises(
+        ValueError, match=r"cannot tell what reaches the encoders \['inside'\]"
+    ):
         prefetch(HiddenEncoder(encoder), X)
     with pytest.raises(TypeError) as caught:
         prefetch(make_pipeline(NeedsLabels(), encoder), X)
-    assert "replays the step 'needslabels' on all rows, without labels" in caught.value.__notes__[0]
+    assert (
+        "replays the step 'needslabels' on all rows, without labels"
+        in caught.value.__notes__[0]
+    )
 
 
 def test_a_store_that_only_reads_is_refused(text_backend, store):
     FrozenEncoder(text_backend, store=store).transform(["a"])
-    encoder = FrozenEncoder(text_backend, store=EmbeddingStore(store.path, read_only=True))
-    with pytest.raises(ValueError, match="for reading only, so nothing can be encoded into it"):
+    encoder = FrozenEncoder(
+        text_backend, store=EmbeddingStore(store.path, read_only=True)
+    )
+    with pytest.raises(
+        ValueError, match="for reading only, so nothing can be encoded into it"
+    ):
         prefetch(encoder, ["a", "b"])

@@ -32,8 +32,8 @@ from sklembed import (
     ModalityGapAligner,
 )
 from sklembed.nn.losses import LOSSES
-from sklembed.nn.modules import Projection
-from sklembed.projection import _product
+from sklembed.nn.projection import Projection
+from sklembed.projection.projector import _product
 
 
 def small(**options):
@@ -60,7 +60,9 @@ def buried_classes(noise):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_training_separates_classes_of_new_rows(loss, similarity):
     X, y = buried_classes(noise=0.7)
-    projector = small(loss=loss, similarity=similarity, max_epochs=20).fit(X[:600], y[:600])
+    projector = small(loss=loss, similarity=similarity, max_epochs=20).fit(
+        X[:600], y[:600]
+    )
     assert silhouette_score(X[600:], y[600:]) < 0.05
     assert silhouette_score(projector.transform(X[600:]), y[600:]) > 0.25
     assert projector.history_[-1]["train_loss"] < projector.history_[0]["train_loss"]
@@ -105,7 +107,9 @@ def test_weights_are_float32_arrays(clusters):
         "layers.1.weight": (4, 16),
         "layers.1.bias": (4,),
     }
-    assert {value.dtype for value in projector.weights_.values()} == {np.dtype(np.float32)}
+    assert {value.dtype for value in projector.weights_.values()} == {
+        np.dtype(np.float32)
+    }
     assert projector.n_iter_ == 5
 
 
@@ -157,7 +161,9 @@ def test_cross_fitting_keeps_what_comes_next_from_being_overconfident():
     assert losses[3] < 0.8 * losses[None]
 
 
-def test_held_out_rows_come_from_their_fold_s_network_mapped_onto_the_full_one(clusters):
+def test_held_out_rows_come_from_their_fold_s_network_mapped_onto_the_full_one(
+    clusters,
+):
     """Columns are scaled by all rows, so the reference is given scaled ones."""
     X, y = clusters
     X = StandardScaler().fit_transform(X)
@@ -170,7 +176,9 @@ def test_held_out_rows_come_from_their_fold_s_network_mapped_onto_the_full_one(c
         alone = small(cv=None, **plain).fit(X[train], y[train])
         source = alone.transform(X[train])
         ridge = Ridge(0.01 * np.trace(source.T @ source) / 4, fit_intercept=False)
-        mapped = ridge.fit(source, everywhere[train]).predict(alone.transform(X[held_out]))
+        mapped = ridge.fit(source, everywhere[train]).predict(
+            alone.transform(X[held_out])
+        )
         np.testing.assert_allclose(Z[held_out], normalize(mapped), atol=1e-3)
 
 
@@ -178,7 +186,9 @@ def test_transform_after_fit_transform_uses_the_network_of_all_rows(clusters):
     X, y = clusters
     projector = small()
     Z = projector.fit_transform(X, y)
-    np.testing.assert_array_equal(projector.transform(X), small().fit(X, y).transform(X))
+    np.testing.assert_array_equal(
+        projector.transform(X), small().fit(X, y).transform(X)
+    )
     assert not np.allclose(Z, projector.transform(X))
 
 
@@ -220,15 +230,22 @@ def test_a_splitter_that_lacks_groups_says_how_to_pass_them(clusters):
 
 
 def test_groups_without_routing_are_refused(clusters):
-    with pytest.raises(ValueError, match=r"given \['groups'\].*enable_metadata_routing=True"):
+    with pytest.raises(
+        ValueError, match=r"given \['groups'\].*enable_metadata_routing=True"
+    ):
         small(cv=LeaveOneGroupOut()).fit_transform(*clusters, groups=np.arange(90) % 3)
 
 
-@pytest.mark.parametrize("as_fold", [list, np.array, lambda rows: np.isin(np.arange(90), rows)])
+@pytest.mark.parametrize(
+    "as_fold", [list, np.array, lambda rows: np.isin(np.arange(90), rows)]
+)
 def test_folds_are_given_as_lists_arrays_or_masks(clusters, as_fold):
     X, y = clusters
     folds = list(StratifiedKFold(3).split(X, y))
-    given = [(as_fold(train.tolist()), as_fold(held_out.tolist())) for train, held_out in folds]
+    given = [
+        (as_fold(train.tolist()), as_fold(held_out.tolist()))
+        for train, held_out in folds
+    ]
     np.testing.assert_array_equal(
         small(cv=given).fit_transform(X, y), small(cv=folds).fit_transform(X, y)
     )
@@ -236,7 +253,9 @@ def test_folds_are_given_as_lists_arrays_or_masks(clusters, as_fold):
 
 def test_folds_that_train_on_what_they_hold_out_are_refused(clusters):
     rows = np.arange(90)
-    with pytest.raises(ValueError, match="Fold 0 of cv trains on row 0, which it holds out"):
+    with pytest.raises(
+        ValueError, match="Fold 0 of cv trains on row 0, which it holds out"
+    ):
         small(cv=[(rows, rows[:45]), (rows, rows[45:])]).fit_transform(*clusters)
 
 
@@ -254,7 +273,9 @@ def test_a_fold_without_an_observed_row_to_train_on_is_refused(clusters):
     X = X.copy()
     X[30:] = np.nan
     folds = [(np.r_[30:90], np.r_[0:30]), (np.r_[0:30], np.r_[30:90])]
-    with pytest.raises(ValueError, match="Fold 0 of cv has 0 observed rows to train on"):
+    with pytest.raises(
+        ValueError, match="Fold 0 of cv has 0 observed rows to train on"
+    ):
         small(cv=folds).fit_transform(X, np.arange(90) % 2)
 
 
@@ -265,7 +286,9 @@ def test_training_that_diverges_is_an_error(clusters):
 
 @pytest.mark.parametrize("cv", [ShuffleSplit(3, random_state=0), [([0, 1, 2, 3], [4])]])
 def test_folds_that_do_not_partition_the_rows_are_refused(clusters, cv):
-    with pytest.raises(ValueError, match="cv must hold out each row exactly once, but row"):
+    with pytest.raises(
+        ValueError, match="cv must hold out each row exactly once, but row"
+    ):
         small(cv=cv).fit_transform(*clusters)
 
 
@@ -300,9 +323,13 @@ def test_a_request_without_any_observed_row_stays_missing(clusters, passthrough)
 
 def test_a_pipeline_answers_for_one_row_without_a_text():
     def load():
-        return lambda texts: np.array([[len(t), t.count("a")] for t in texts], dtype=float)
+        return lambda texts: np.array(
+            [[len(t), t.count("a")] for t in texts], dtype=float
+        )
 
-    backend = CallableBackend(load, name="letters", version="1", modality="text", n_features=2)
+    backend = CallableBackend(
+        load, name="letters", version="1", modality="text", n_features=2
+    )
     pipeline = make_pipeline(
         FrozenEncoder(backend, store=None),
         small(max_epochs=1),
@@ -319,7 +346,9 @@ def test_a_row_that_is_half_there_is_refused(clusters):
     X = X.copy()
     X[5, 3] = np.nan
     for method in (projector.transform, lambda X: small().fit(X, y)):
-        with pytest.raises(ValueError, match="contains NaN in 1 of 20 columns of row 5"):
+        with pytest.raises(
+            ValueError, match="contains NaN in 1 of 20 columns of row 5"
+        ):
             method(X)
     frame = pd.DataFrame(X).add_prefix("text__")
     with pytest.raises(ValueError, match="of row 5, first in 'text__3'"):
@@ -348,16 +377,31 @@ def test_a_random_state_instance_is_drawn_from(clusters):
     ("y", "message"),
     [
         (["a"] * 90, "y holds 1 class only .a in all 90 rows"),
-        (np.arange(90).astype(str), "No two of the 90 observed rows belong together .*90 classes"),
-        ([None] + ["a", "b"] * 44 + ["a"], "contains NaN or None in 1 of 90 rows, first in row 0"),
-        (np.r_[0.0, np.nan, np.ones(88)], "contains NaN or None in 1 of 90 rows, first in row 1"),
+        (
+            np.arange(90).astype(str),
+            "No two of the 90 observed rows belong together .*90 classes",
+        ),
+        (
+            [None] + ["a", "b"] * 44 + ["a"],
+            "contains NaN or None in 1 of 90 rows, first in row 0",
+        ),
+        (
+            np.r_[0.0, np.nan, np.ones(88)],
+            "contains NaN or None in 1 of 90 rows, first in row 1",
+        ),
         (np.full(90, 0.5), "y is .0.5. in all 90 rows"),
         (np.array([1, "a"] * 45, dtype=object), "mixes labels"),
         (np.zeros((90, 2), dtype=int), r"y is \[0, 0\] in all 90 rows"),
         (np.tile([1, 0, 1], (90, 1)), r"y is \[1, 0, 1\] in all 90 rows"),
         (np.arange(90), "No two of the 90 .* set target_type='continuous'"),
-        ([["red", "round"], ["blue"], []] * 30, "Row 0 of y is .'red', .*MultiLabelBinarizer"),
-        (pd.Series([["red"], ["blue"]] * 45), "Row 0 of y is .'red'.*MultiLabelBinarizer"),
+        (
+            [["red", "round"], ["blue"], []] * 30,
+            "Row 0 of y is .'red', .*MultiLabelBinarizer",
+        ),
+        (
+            pd.Series([["red"], ["blue"]] * 45),
+            "Row 0 of y is .'red'.*MultiLabelBinarizer",
+        ),
     ],
     ids=[
         "one class",
@@ -412,14 +456,23 @@ def tokens_of(n_rows):
             pd.DataFrame({"day": [None, *["2020-01-01"] * 89]}, dtype="datetime64[us]"),
             "Row 1 of column 'day' of X is the date 2020-01-01",
         ),
-        (tokens_of(90), r"Row 0 of column 'text__0' .* shape \(3, 2\).*output='pooled'"),
+        (
+            tokens_of(90),
+            r"Row 0 of column 'text__0' .* shape \(3, 2\).*output='pooled'",
+        ),
         (np.ones((90, 3, 2)), r"dim 3, of shape \(90, 3, 2\).*output='pooled'"),
-        (pd.DataFrame({"v": [None, *[np.ones(4)] * 89]}), r"Row 1 .*shape \(4,\).*np.stack"),
+        (
+            pd.DataFrame({"v": [None, *[np.ones(4)] * 89]}),
+            r"Row 1 .*shape \(4,\).*np.stack",
+        ),
         (
             pd.DataFrame({"a": 1.0, "note": ["a red cat"] * 90}),
             "column 'note' .*'a red cat'.*Encode",
         ),
-        (np.array([["a red cat"]] * 90), "Row 0 of column 0 of X is the text 'a red cat'"),
+        (
+            np.array([["a red cat"]] * 90),
+            "Row 0 of column 0 of X is the text 'a red cat'",
+        ),
     ],
     ids=[
         "a column of dates",

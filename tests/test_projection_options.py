@@ -94,7 +94,9 @@ def test_classes_are_those_of_each_kind(clusters):
     top, below = small(target_type="hierarchical").fit(X, levels).classes_
     np.testing.assert_array_equal(top, [0, 1])
     np.testing.assert_array_equal(below, [0, 1, 2])
-    np.testing.assert_array_equal(small().fit(X, np.eye(3, dtype=int)[y]).classes_, [0, 1, 2])
+    np.testing.assert_array_equal(
+        small().fit(X, np.eye(3, dtype=int)[y]).classes_, [0, 1, 2]
+    )
 
 
 def test_one_label_each_and_one_level_are_classes(clusters):
@@ -103,7 +105,9 @@ def test_one_label_each_and_one_level_are_classes(clusters):
     classes = small().fit(X, y)
     assert_same_weights(classes, small().fit(X, np.eye(3, dtype=int)[y]), atol=1e-6)
     levels = np.column_stack([y, y])
-    assert_same_weights(classes, small(target_type="hierarchical").fit(X, levels), atol=1e-6)
+    assert_same_weights(
+        classes, small(target_type="hierarchical").fit(X, levels), atol=1e-6
+    )
 
 
 def test_target_type_overrides_what_the_values_say(clusters):
@@ -113,7 +117,8 @@ def test_target_type_overrides_what_the_values_say(clusters):
     assert grades.target_type_ == "continuous"
     assert small(target_type="multiclass").fit(X, y + 0.5).target_type_ == "multiclass"
     np.testing.assert_array_equal(
-        grades.transform(X), small(target_type="continuous").fit(X, y * 3 + 1).transform(X)
+        grades.transform(X),
+        small(target_type="continuous").fit(X, y * 3 + 1).transform(X),
     )
 
 
@@ -121,7 +126,9 @@ def test_target_type_overrides_what_the_values_say(clusters):
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_passthrough_puts_scaled_principal_components_beside_the_projection(clusters, similarity):
+def test_passthrough_puts_scaled_principal_components_beside_the_projection(
+    clusters, similarity
+):
     X, y = clusters
     projector = small(passthrough=True, similarity=similarity)
     Z = projector.fit_transform(X, y)
@@ -143,8 +150,13 @@ def test_passthrough_puts_scaled_principal_components_beside_the_projection(clus
 
 def test_no_more_components_are_carried_along_than_there_are(clusters):
     X, y = clusters
-    assert small(passthrough=True, n_components=30).fit_transform(X, y).shape == (90, 50)
-    assert small(passthrough=True, n_components=30).fit_transform(X[::9], y[::9]).shape == (10, 40)
+    assert small(passthrough=True, n_components=30).fit_transform(X, y).shape == (
+        90,
+        50,
+    )
+    assert small(passthrough=True, n_components=30).fit_transform(
+        X[::9], y[::9]
+    ).shape == (10, 40)
 
 
 def far_columns(X):
@@ -155,7 +167,9 @@ def far_columns(X):
     }
 
 
-@pytest.mark.parametrize("case", ["one far column", "a constant column", "all columns far"])
+@pytest.mark.parametrize(
+    "case", ["one far column", "a constant column", "all columns far"]
+)
 def test_columns_far_from_zero_change_nothing(case):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 600)
@@ -167,12 +181,20 @@ def test_columns_far_from_zero_change_nothing(case):
     pca = PCA(4).fit(far)
     expected = pca.transform(far) / np.sqrt(pca.explained_variance_.sum())
     signs = np.sign((Z[:, 4:] * expected).sum(axis=0))
-    np.testing.assert_allclose(Z[:, 4:] * signs, expected, atol=1e-2)  # of float32 at 1e5
+    np.testing.assert_allclose(
+        Z[:, 4:] * signs, expected, atol=1e-2
+    )  # of float32 at 1e5
 
-    weights = {name: value.astype(np.float64) for name, value in projector.weights_.items()}
+    weights = {
+        name: value.astype(np.float64) for name, value in projector.weights_.items()
+    }
     hidden = (far.astype(np.float32) - weights["mean"]) / weights["scale"]
-    hidden = np.maximum(hidden @ weights["layers.0.weight"].T + weights["layers.0.bias"], 0)
-    projected = normalize(hidden @ weights["layers.1.weight"].T + weights["layers.1.bias"])
+    hidden = np.maximum(
+        hidden @ weights["layers.0.weight"].T + weights["layers.0.bias"], 0
+    )
+    projected = normalize(
+        hidden @ weights["layers.1.weight"].T + weights["layers.1.bias"]
+    )
     np.testing.assert_allclose(Z[:, :4], projected, atol=1e-5)
 
 
@@ -197,7 +219,9 @@ def test_rows_of_weight_zero_are_not_there(clusters, loss, similarity, passthrou
     options = {"loss": loss, "similarity": similarity, "passthrough": passthrough}
     whole = small(**options).fit(X, y, sample_weight=weight)
     part = small(**options).fit(X[there], y[there])
-    np.testing.assert_allclose(whole.transform(X[there]), part.transform(X[there]), atol=1e-4)
+    np.testing.assert_allclose(
+        whole.transform(X[there]), part.transform(X[there]), atol=1e-4
+    )
 
 
 def test_rows_of_weight_zero_are_not_there_for_the_folds_either(clusters):
@@ -251,17 +275,23 @@ def test_balanced_classes_are_weights_by_hand(clusters):
     balanced = small(class_weight="balanced").fit(X, labels)
     assert_same_weights(balanced, small(class_weight=by_name).fit(X, labels))
     by_row = np.array([by_name[label] for label in labels])
-    assert_same_weights(balanced, small().fit(X, labels, sample_weight=by_row), atol=1e-6)
+    assert_same_weights(
+        balanced, small().fit(X, labels, sample_weight=by_row), atol=1e-6
+    )
     both = small(class_weight="balanced").fit(X, labels, sample_weight=np.full(45, 2.0))
     assert_same_weights(balanced, both, atol=1e-4)
-    assert not np.allclose(balanced.transform(X), small().fit(X, labels).transform(X), atol=0.01)
+    assert not np.allclose(
+        balanced.transform(X), small().fit(X, labels).transform(X), atol=0.01
+    )
 
 
 @pytest.mark.parametrize("levels", [1, 2])
 def test_a_class_weight_of_no_class_is_refused(clusters, levels):
     X, y = clusters
     y = np.column_stack([y, y + 5])[:, :levels].squeeze()
-    with pytest.raises(ValueError, match="class_weight has a weight for 'no such label'"):
+    with pytest.raises(
+        ValueError, match="class_weight has a weight for 'no such label'"
+    ):
         small(class_weight={0: 2.0, "no such label": 50.0}).fit(X, y)
     part = y[y.reshape(90, -1)[:, 0] > 0]
     small(class_weight={0: 2.0}, max_epochs=1).partial_fit(X[: len(part)], part)
@@ -281,10 +311,14 @@ def test_whole_numbers_that_look_measured_are_warned_of(clusters):
 def test_lists_of_tags_of_equal_length_are_warned_of(clusters):
     X, _ = clusters
     tags = [["red", "round"], ["round", "old"], ["red", "old"]] * 30
-    with pytest.warns(UserWarning, match="'round' is a label of two columns.*MultiLabelBinarizer"):
+    with pytest.warns(
+        UserWarning, match="'round' is a label of two columns.*MultiLabelBinarizer"
+    ):
         projector = small(cv=None, max_epochs=1).fit(X, tags)
     assert projector.target_type_ == "hierarchical"
-    small(cv=None, max_epochs=1, target_type="hierarchical").fit(X, tags)  # without a warning
+    small(cv=None, max_epochs=1, target_type="hierarchical").fit(
+        X, tags
+    )  # without a warning
 
 
 def test_balanced_means_the_coarsest_level(clusters):
@@ -327,12 +361,16 @@ def test_a_balanced_sampler_helps_the_rare_class():
     assert recalls["balanced"] > recalls[None] + 0.2
 
 
-@pytest.mark.parametrize("option", [{"class_weight": "balanced"}, {"sampler": "balanced"}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"class_weight": "balanced"}, {"sampler": "balanced"}], ids=str
+)
 @pytest.mark.parametrize("kind", ["continuous", "multilabel"])
 def test_what_needs_classes_refuses_targets_without(clusters, option, kind):
     X, y = clusters
     y = X[:, 0] if kind == "continuous" else np.eye(3, dtype=int)[y]
-    with pytest.raises(ValueError, match=f"{next(iter(option))}='balanced' needs classes.*{kind}"):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(option))}='balanced' needs classes.*{kind}"
+    ):
         small(**option).fit(X, y)
 
 
@@ -356,7 +394,9 @@ def test_a_module_of_pytorch_metric_learning_trains_the_same_network(clusters):
     X, y = clusters
     theirs = small(loss=SupConLoss(temperature=0.1), cv=3)
     ours = small(cv=3)
-    np.testing.assert_allclose(theirs.fit_transform(X, y), ours.fit_transform(X, y), atol=1e-3)
+    np.testing.assert_allclose(
+        theirs.fit_transform(X, y), ours.fit_transform(X, y), atol=1e-3
+    )
 
 
 def test_a_module_that_learns_is_left_as_it_was_given(clusters):
@@ -380,7 +420,9 @@ def test_losses_of_one_s_own_take_no_weights(clusters, loss):
 
 
 def test_a_module_refuses_targets_that_are_no_classes(clusters):
-    with pytest.raises(ValueError, match="given class codes, but y was taken for continuous"):
+    with pytest.raises(
+        ValueError, match="given class codes, but y was taken for continuous"
+    ):
         small(loss=SupConLoss()).fit(clusters[0], clusters[0][:, 0])
 
 
@@ -391,7 +433,12 @@ def test_a_module_refuses_targets_that_are_no_classes(clusters):
 def test_early_stopping_stops_when_there_is_no_more_to_learn(clusters, kind):
     X, y = clusters
     y = y if kind == "classes" else np.random.default_rng(0).normal(size=90)
-    options = {"early_stopping": True, "max_epochs": 300, "n_iter_no_change": 3, "lr": 1e-2}
+    options = {
+        "early_stopping": True,
+        "max_epochs": 300,
+        "n_iter_no_change": 3,
+        "lr": 1e-2,
+    }
     projector = small(**options, validation_fraction=0.2, cv=3)
     assert np.isfinite(projector.fit_transform(X, y)).all()
     assert projector.n_iter_ == len(projector.history_) < 300
@@ -412,7 +459,9 @@ def test_early_stopping_goes_back_to_the_best_epoch(clusters):
 @pytest.mark.parametrize("fraction", [0.1, 0.9])
 def test_early_stopping_refuses_too_few_rows(clusters, fraction):
     X, y = clusters
-    with pytest.raises(ValueError, match="splits 9 rows into . to train on and . to stop by"):
+    with pytest.raises(
+        ValueError, match="splits 9 rows into . to train on and . to stop by"
+    ):
         small(early_stopping=True, validation_fraction=fraction).fit(X[::10], y[::10])
 
 
@@ -434,7 +483,9 @@ def test_partial_fit_goes_on(clusters):
 
 
 def test_the_first_partial_fit_is_a_fit_of_one_epoch(clusters):
-    assert_same_weights(small().partial_fit(*clusters), small(max_epochs=1).fit(*clusters))
+    assert_same_weights(
+        small().partial_fit(*clusters), small(max_epochs=1).fit(*clusters)
+    )
 
 
 def test_partial_fit_learns_of_new_classes(clusters):
@@ -474,8 +525,12 @@ def test_kept_moments_are_arrays_that_training_goes_on_with(clusters):
     assert keeping.optimizer_state_
     assert all(type(value) is np.ndarray for value in keeping.optimizer_state_.values())
     moments = sum(value.size for value in keeping.optimizer_state_.values())
-    weights = sum(value.size for name, value in keeping.weights_.items() if "layers" in name)
-    assert moments == 2 * weights + 4  # two of each number, and a count of steps for each array
+    weights = sum(
+        value.size for name, value in keeping.weights_.items() if "layers" in name
+    )
+    assert (
+        moments == 2 * weights + 4
+    )  # two of each number, and a count of steps for each array
     again = pickle.loads(pickle.dumps(keeping))
     assert_same_weights(again.partial_fit(X, y), keeping.partial_fit(X, y))
     forgetful = small().partial_fit(X, y).partial_fit(X, y)
@@ -505,7 +560,9 @@ def test_without_warm_start_two_fits_are_one(clusters):
     assert projector.n_iter_ == 5
 
 
-@pytest.mark.parametrize("change", [{"n_components": 3}, {"hidden_layer_sizes": (8,)}, "columns"])
+@pytest.mark.parametrize(
+    "change", [{"n_components": 3}, {"hidden_layer_sizes": (8,)}, "columns"]
+)
 def test_warm_start_refuses_another_shape(clusters, change):
     X, y = clusters
     projector = small(warm_start=True).fit(X, y)
@@ -514,7 +571,8 @@ def test_warm_start_refuses_another_shape(clusters, change):
     else:
         projector.set_params(**change)
     with pytest.raises(
-        ValueError, match="layers of the shapes .*training cannot go on|X has 19 features"
+        ValueError,
+        match="layers of the shapes .*training cannot go on|X has 19 features",
     ):
         projector.fit(X, y)
 
@@ -533,7 +591,10 @@ def test_a_refused_fit_leaves_the_last_one_as_it_was(clusters):
 
 class CountEpochs(Callback):
     def initialize(self):
-        self.trainings, self.epochs = getattr(self, "trainings", 0), getattr(self, "epochs", 0)
+        self.trainings, self.epochs = (
+            getattr(self, "trainings", 0),
+            getattr(self, "epochs", 0),
+        )
         return self
 
     def on_train_begin(self, net, **_):
@@ -555,7 +616,8 @@ def test_callbacks_of_skorch_see_both_trainings(clusters):
 def test_early_stopping_of_skorch_stops(clusters):
     stop = EarlyStopping(patience=2, threshold=0.5)
     projector = small(
-        max_epochs=100, skorch_params={"callbacks": [stop], "train_split": ValidSplit(5)}
+        max_epochs=100,
+        skorch_params={"callbacks": [stop], "train_split": ValidSplit(5)},
     )
     assert np.isfinite(projector.fit_transform(*clusters)).all()
     assert projector.n_iter_ < 100
@@ -564,7 +626,11 @@ def test_early_stopping_of_skorch_stops(clusters):
 
 @pytest.mark.parametrize("early_stopping", [False, True])
 def test_disabled_callbacks_leave_the_training_as_it_is(clusters, early_stopping):
-    options = {"early_stopping": early_stopping, "n_iter_no_change": 1, "max_epochs": 30}
+    options = {
+        "early_stopping": early_stopping,
+        "n_iter_no_change": 1,
+        "max_epochs": 30,
+    }
     plain = small(**options).fit(*clusters)
     disabled = small(**options, skorch_params={"callbacks": "disable"}).fit(*clusters)
     assert_same_weights(plain, disabled)
@@ -588,7 +654,9 @@ def test_callbacks_may_watch_the_loss_of_early_stopping(clusters, callback):
 
 
 def test_a_schedule_may_watch_the_loss_of_early_stopping(clusters):
-    schedule = LRScheduler("ReduceLROnPlateau", monitor="valid_loss", patience=0, threshold=1.0)
+    schedule = LRScheduler(
+        "ReduceLROnPlateau", monitor="valid_loss", patience=0, threshold=1.0
+    )
     options = {"early_stopping": True, "max_epochs": 8, "n_iter_no_change": 100}
     projector = small(**options, skorch_params={"callbacks": [schedule]}).fit(*clusters)
     assert projector.history_[-1]["event_lr"] < projector.history_[0]["event_lr"]
@@ -596,7 +664,12 @@ def test_a_schedule_may_watch_the_loss_of_early_stopping(clusters):
 
 def test_callbacks_see_the_last_epoch_of_early_stopping(clusters):
     counter = CountEpochs()
-    options = {"early_stopping": True, "max_epochs": 100, "n_iter_no_change": 1, "lr": 1e-2}
+    options = {
+        "early_stopping": True,
+        "max_epochs": 100,
+        "n_iter_no_change": 1,
+        "lr": 1e-2,
+    }
     projector = small(**options, skorch_params={"callbacks": [counter]}).fit(*clusters)
     assert projector.n_iter_ < 100
     assert counter.epochs == projector.n_iter_
@@ -633,9 +706,13 @@ def test_folds_are_as_many_as_the_smallest_class_of_two_has_rows(clusters):
 @pytest.mark.parametrize(
     "labels", [[0, 0, 1, 1], [0, 0, 1, 1, 2]], ids=["two of each", "and one alone"]
 )
-def test_where_no_fold_is_possible_the_projection_is_plain_with_a_warning(clusters, labels):
+def test_where_no_fold_is_possible_the_projection_is_plain_with_a_warning(
+    clusters, labels
+):
     X = clusters[0][: len(labels)]
-    with pytest.warns(UserWarning, match=f"No folds can be made of {len(labels)} observed rows"):
+    with pytest.warns(
+        UserWarning, match=f"No folds can be made of {len(labels)} observed rows"
+    ):
         Z = small(n_components=2).fit_transform(X, labels)
     plain = small(n_components=2, cv=None)
     np.testing.assert_array_equal(Z, plain.fit_transform(X, labels))
@@ -678,7 +755,9 @@ def test_a_pipeline_routes_groups_and_weights(clusters):
     with sklearn.config_context(enable_metadata_routing=True):
         projector = small(cv=GroupKFold(3)).set_fit_request(sample_weight=True)
         head = LogisticRegression().set_fit_request(sample_weight=False)
-        pipe = make_pipeline(projector, head).fit(X, y, sample_weight=weight, groups=groups)
+        pipe = make_pipeline(projector, head).fit(
+            X, y, sample_weight=weight, groups=groups
+        )
     folds = list(GroupKFold(3).split(X, y, groups))
     by_hand = small(cv=folds)
     Z = by_hand.fit_transform(X, y, sample_weight=weight)
@@ -701,9 +780,13 @@ def test_the_gate_s_folds_are_given_groups_by_fit_too(clusters):
 def test_weights_that_are_not_asked_for_are_refused_by_the_pipeline(clusters):
     with (
         sklearn.config_context(enable_metadata_routing=True),
-        pytest.raises(sklearn.exceptions.UnsetMetadataPassedError, match="sample_weight"),
+        pytest.raises(
+            sklearn.exceptions.UnsetMetadataPassedError, match="sample_weight"
+        ),
     ):
-        make_pipeline(small(), LogisticRegression()).fit(*clusters, sample_weight=np.ones(90))
+        make_pipeline(small(), LogisticRegression()).fit(
+            *clusters, sample_weight=np.ones(90)
+        )
 
 
 def test_moments_of_an_earlier_fit_are_forgotten(clusters):
@@ -718,4 +801,6 @@ def test_the_first_thousands_of_rows_may_weigh_nothing():
     X, y = rng.normal(size=(1300, 5)), np.arange(1300) % 2
     weight = (np.arange(1300) >= 1200).astype(float)
     projector = small(cv=None, max_epochs=1).fit(X, y, sample_weight=weight)
-    np.testing.assert_allclose(projector.weights_["mean"], X[1200:].mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(
+        projector.weights_["mean"], X[1200:].mean(axis=0), atol=1e-5
+    )

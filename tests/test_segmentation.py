@@ -26,7 +26,9 @@ from sklembed._validation import check_masks
 from sklembed.metrics import dice_score
 from sklembed.nn.segmentation import PatchDecoder, resized
 
-LOOKS = np.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [0.0, 1.0, -2.0]])  # patches of each class
+LOOKS = np.array(
+    [[1.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [0.0, 1.0, -2.0]]
+)  # patches of each class
 
 
 def column(pictures):
@@ -44,7 +46,9 @@ def magnified(grids, times):
 def scenes(n_rows=60, grid=(4, 4), n_classes=2, seed=0):
     """Patches that look like what they show, and masks of twice as many pixels each way."""
     rng = np.random.default_rng(seed)
-    shown = rng.integers(0, n_classes, size=(n_rows, *grid)) * rng.integers(0, 2, (n_rows, *grid))
+    shown = rng.integers(0, n_classes, size=(n_rows, *grid)) * rng.integers(
+        0, 2, (n_rows, *grid)
+    )
     noise = 0.5 * rng.normal(size=(*shown.shape, 3))
     return column(LOOKS[shown] + noise), magnified(shown, 2)
 
@@ -52,8 +56,13 @@ def scenes(n_rows=60, grid=(4, 4), n_classes=2, seed=0):
 def two_maps(n_rows=80, seed=0):
     """Maps of 2 x 2 and 4 x 4 patches: the finer tells where an object is, the coarser which."""
     rng = np.random.default_rng(seed)
-    where, which = rng.integers(0, 2, (n_rows, 4, 4)), rng.integers(1, 3, (n_rows, 2, 2))
-    fine, coarse = (LOOKS[m] + 0.3 * rng.normal(size=(*m.shape, 3)) for m in (where, which))
+    where, which = (
+        rng.integers(0, 2, (n_rows, 4, 4)),
+        rng.integers(1, 3, (n_rows, 2, 2)),
+    )
+    fine, coarse = (
+        LOOKS[m] + 0.3 * rng.normal(size=(*m.shape, 3)) for m in (where, which)
+    )
     fine = np.concatenate([fine, rng.normal(size=(*where.shape, 2))], axis=-1)
     X = np.hstack([column(fine), column(coarse)])
     return X, magnified(where * magnified(which, 2), 2)
@@ -66,14 +75,21 @@ def small(**options):
 
 def learner(**options):
     """Return one that is trained to the end."""
-    defaults = {"hidden_layer_sizes": (8, 8), "max_epochs": 40, "lr": 0.03, "dropout": 0.0}
+    defaults = {
+        "hidden_layer_sizes": (8, 8),
+        "max_epochs": 40,
+        "lr": 0.03,
+        "dropout": 0.0,
+    }
     return small(**defaults | options)
 
 
 def same_weights(one, other, **tolerance):
     assert one.weights_.keys() == other.weights_.keys()
     for name, value in one.weights_.items():
-        np.testing.assert_allclose(value, other.weights_[name], err_msg=name, **tolerance)
+        np.testing.assert_allclose(
+            value, other.weights_[name], err_msg=name, **tolerance
+        )
 
 
 def objects(masks):
@@ -95,7 +111,9 @@ def objects(masks):
     ],
     ids=str,
 )
-def test_pictures_that_were_never_seen_get_the_masks_that_their_patches_tell_of(labels, dtype):
+def test_pictures_that_were_never_seen_get_the_masks_that_their_patches_tell_of(
+    labels, dtype
+):
     X, shown = scenes(n_classes=len(labels))
     y = np.array(labels)[shown].astype(dtype)
     segmenter = learner().fit(X[:40], y[:40])
@@ -128,7 +146,9 @@ def test_every_form_of_masks_teaches_the_same():
     }
     for form, masks in forms.items():
         segmenter = small().fit(X, masks)
-        np.testing.assert_array_equal(segmenter.predict(X), expected.predict(X), err_msg=form)
+        np.testing.assert_array_equal(
+            segmenter.predict(X), expected.predict(X), err_msg=form
+        )
         same_weights(segmenter, expected, rtol=0)
         assert segmenter.score(X, masks) == expected.score(X, y)
 
@@ -173,18 +193,27 @@ def test_the_likeliest_class_is_predicted(n_classes):
     np.testing.assert_array_equal(segmenter.predict(X), likeliest)
     for code, label in enumerate(segmenter.classes_):  # in their order
         shows = labels[shown] == label
-        assert probabilities[shows, code].mean() > probabilities[~shows, code].mean() + 0.2
+        assert (
+            probabilities[shows, code].mean() > probabilities[~shows, code].mean() + 0.2
+        )
 
 
 def test_focal_weight_dropout_and_gamma_reach_the_loss():
     X, y = scenes()
     once = {"lr": 1e-12, "max_epochs": 1, "batch_size": 60, "hidden_layer_sizes": ()}
-    options = {"": {}, "no focal": {"focal_weight": 0.0}, "twice": {"focal_weight": 2.0}}
+    options = {
+        "": {},
+        "no focal": {"focal_weight": 0.0},
+        "twice": {"focal_weight": 2.0},
+    }
     options |= {"entropy": {"gamma": 0.0}, "dropped": {"dropout": 0.5}}
     segmenters = {
-        name: small(**{"dropout": 0.0} | once | own).fit(X, y) for name, own in options.items()
+        name: small(**{"dropout": 0.0} | once | own).fit(X, y)
+        for name, own in options.items()
     }
-    losses = {name: fitted.history_[0]["train_loss"] for name, fitted in segmenters.items()}
+    losses = {
+        name: fitted.history_[0]["train_loss"] for name, fitted in segmenters.items()
+    }
     p = segmenters[""].predict_proba(X).astype(np.float64)
     right = np.take_along_axis(p, y[..., None], axis=-1)
     focal = np.mean(-((1 - right) ** 2) * np.log(right))
@@ -239,7 +268,9 @@ def test_maps_of_one_grid_join_one_after_another():
 
 def test_grids_need_not_be_square():
     X, y = scenes(grid=(2, 6))
-    segmenter = learner(grid_shape=(1, 3)).fit(X[:40], y[:40])  # the proportions will do
+    segmenter = learner(grid_shape=(1, 3)).fit(
+        X[:40], y[:40]
+    )  # the proportions will do
     assert segmenter.grids_ == [(2, 6)]
     assert segmenter.predict(X).shape == (60, 4, 12)
     assert segmenter.score(X[40:], y[40:]) > 0.85
@@ -260,10 +291,14 @@ def test_without_hidden_layers_the_decoder_is_a_linear_map():
         grid = patches.reshape(80, side, side, -1).transpose(0, 3, 1, 2)
         standardised.append(bilinear(grid, (4, 4)))
     weight, bias = (segmenter.weights_[f"output.{name}"] for name in ("weight", "bias"))
-    logits = np.einsum("cd,ndhw->nchw", weight[:, :, 0, 0], np.concatenate(standardised, axis=1))
+    logits = np.einsum(
+        "cd,ndhw->nchw", weight[:, :, 0, 0], np.concatenate(standardised, axis=1)
+    )
     logits = bilinear(logits + bias[:, None, None], (8, 8)).transpose(0, 2, 3, 1)
     expected = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-    np.testing.assert_allclose(segmenter.predict_proba(X), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        segmenter.predict_proba(X), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def bilinear(maps, size):
@@ -301,7 +336,9 @@ def test_parameters_are_those_of_projections_layers_norms_and_output(
     hidden_layer_sizes, maps, n_parameters
 ):
     X, y = two_maps()
-    segmenter = small(hidden_layer_sizes=hidden_layer_sizes, max_epochs=1).fit(X[:, maps], y)
+    segmenter = small(hidden_layer_sizes=hidden_layer_sizes, max_epochs=1).fit(
+        X[:, maps], y
+    )
     assert segmenter.n_parameters_ == n_parameters
 
 
@@ -342,7 +379,9 @@ def test_masks_of_other_sizes_are_resized_to_the_most_frequent_with_a_warning():
     meant = small(mask_size=(8, 8)).fit(X, masks)  # and says nothing
     assert meant.n_resized_ == 2
     same_weights(segmenter, meant, rtol=0)
-    same_weights(small().fit(X, y), meant, rtol=0)  # as nearest pixels are those that were repeated
+    same_weights(
+        small().fit(X, y), meant, rtol=0
+    )  # as nearest pixels are those that were repeated
     assert small().fit(X, y).n_resized_ == 0
     other = small(mask_size=[6, 10]).fit(X, masks)
     assert other.n_resized_ == 20
@@ -365,7 +404,9 @@ def test_each_pixel_takes_the_label_of_the_nearest_as_in_pil(seed):
     old, new = (tuple(size) for size in rng.integers(1, 40, size=(2, 2)).tolist())
     mask = rng.integers(0, 256, size=old, dtype=np.uint8)
     found = segmentation._nearest(mask, new)
-    expected = np.asarray(Image.fromarray(mask).resize(new[::-1], Image.Resampling.NEAREST))
+    expected = np.asarray(
+        Image.fromarray(mask).resize(new[::-1], Image.Resampling.NEAREST)
+    )
     # Of a pixel whose middle is on an edge, two are the nearest, and rounding has PIL take either.
     rows, columns = (
         (2 * np.arange(n) + 1) * o % (2 * n) != 0 for o, n in zip(old, new, strict=True)
@@ -382,7 +423,10 @@ def test_masks_are_predicted_in_any_size():
     segmenter = small().fit(X, y)
     expected, certain = segmenter.predict(X), segmenter.predict_proba(X)
     sizes = np.array([[8, 8], [5, 13], [40, 4], [1, 1]] * 5)
-    found, likely = segmenter.predict(X, sizes=sizes), segmenter.predict_proba(X, sizes=sizes)
+    found, likely = (
+        segmenter.predict(X, sizes=sizes),
+        segmenter.predict_proba(X, sizes=sizes),
+    )
     assert found.dtype == likely.dtype == object
     assert [mask.shape for mask in found] == [tuple(size) for size in sizes]
     assert [p.shape for p in likely] == [(*size, 2) for size in sizes]
@@ -442,12 +486,18 @@ def test_who_finds_nothing_scores_0_and_who_finds_all_1():
 def test_early_stopping_goes_back_to_the_best_epoch():
     X, y = scenes(n_rows=40)
     y = np.random.default_rng(0).permutation(y)  # which cannot be learnt, only by heart
-    options = {"early_stopping": True, "n_iter_no_change": 3, "validation_fraction": 0.3}
+    options = {
+        "early_stopping": True,
+        "n_iter_no_change": 3,
+        "validation_fraction": 0.3,
+    }
     segmenter = small(max_epochs=100, lr=0.03, **options).fit(X, y)
     losses = [epoch["valid_loss"] for epoch in segmenter.history_]
     best = int(np.argmin(losses)) + 1
     assert segmenter.n_iter_ == best + 3 < 100
-    same_weights(small(max_epochs=best, lr=0.03, **options).fit(X, y), segmenter, rtol=0)
+    same_weights(
+        small(max_epochs=best, lr=0.03, **options).fit(X, y), segmenter, rtol=0
+    )
 
 
 def test_as_many_empty_masks_stop_as_train(monkeypatch):
@@ -483,7 +533,9 @@ def test_a_warm_start_goes_on():
     with pytest.raises(ValueError, match="another structure than is asked for.* Clone"):
         segmenter.set_params(hidden_layer_sizes=(4,)).fit(X, y)
     segmenter.set_params(hidden_layer_sizes=(4, 4))
-    with pytest.raises(ValueError, match="Row 7 of y holds the label 2, which is none of"):
+    with pytest.raises(
+        ValueError, match="Row 7 of y holds the label 2, which is none of"
+    ):
         segmenter.fit(X, np.where(np.arange(60)[:, None, None] == 7, 2, y))
     with pytest.raises(ValueError, match="X has 2 features, but .* expecting 1"):
         segmenter.fit(np.hstack([X, X]), y)
@@ -496,7 +548,10 @@ def test_a_warm_start_goes_on_from_a_file():
     stored = skops.io.dumps(segmenter)
     trusted = skops.io.get_untrusted_types(data=stored)
     assert trusted == ["sklembed.segmentation.PatchSegmenter"]
-    loaded = [skops.io.loads(stored, trusted=trusted), pickle.loads(pickle.dumps(segmenter))]
+    loaded = [
+        skops.io.loads(stored, trusted=trusted),
+        pickle.loads(pickle.dumps(segmenter)),
+    ]
     segmenter.fit(X, y)
     for other in loaded:
         same_weights(other.fit(X, y), segmenter, rtol=0)
@@ -513,7 +568,11 @@ def test_skorch_options_device_and_verbosity_reach_training(capsys):
     X, y = scenes()
     plain = small(device="cpu").fit(X, y)
     assert not capsys.readouterr().out
-    options = {"skorch_params": {"callbacks": [Counts()]}, "device": "cpu", "verbose": 1}
+    options = {
+        "skorch_params": {"callbacks": [Counts()]},
+        "device": "cpu",
+        "verbose": 1,
+    }
     same_weights(small(**options).fit(X, y), plain, rtol=0)
     assert epochs == [torch.device("cpu")] * 2
     assert "train_loss" in capsys.readouterr().out
@@ -547,7 +606,11 @@ def test_what_is_changed_after_fit_does_not_change_what_was_fitted():
     segmenter = small().fit(X, y)
     before = segmenter.predict_proba(X)
     segmenter.set_params(
-        hidden_layer_sizes=(), grid_shape=(1, 16), classes=[0, 1, 2], mask_size=(3, 3), dropout=0.9
+        hidden_layer_sizes=(),
+        grid_shape=(1, 16),
+        classes=[0, 1, 2],
+        mask_size=(3, 3),
+        dropout=0.9,
     )
     np.testing.assert_array_equal(segmenter.predict_proba(X), before)
 
@@ -575,18 +638,26 @@ def test_training_on_a_gpu_leads_to_masks_as_good():
 # In company
 
 
-@pytest.mark.parametrize("form", [list, objects, np.asarray], ids=["list", "objects", "array"])
+@pytest.mark.parametrize(
+    "form", [list, objects, np.asarray], ids=["list", "objects", "array"]
+)
 def test_searches_and_cross_validation_take_masks_of_any_form(form):
     X, y = scenes(n_rows=40)
     sizes = {"hidden_layer_sizes": [(), (4,)]}
-    search = GridSearchCV(small(max_epochs=10, lr=0.03), sizes, cv=2, error_score="raise")
+    search = GridSearchCV(
+        small(max_epochs=10, lr=0.03), sizes, cv=2, error_score="raise"
+    )
     search.fit(X, form(y))
     best, halves = clone(search.best_estimator_), list(KFold(2).split(X))
-    scores = [best.fit(X[train], y[train]).score(X[test], y[test]) for train, test in halves]
+    scores = [
+        best.fit(X[train], y[train]).score(X[test], y[test]) for train, test in halves
+    ]
     assert search.best_score_ == pytest.approx(np.mean(scores))
     found = cross_val_predict(small(), X, form(y), cv=2)
     for train, test in halves:
-        np.testing.assert_array_equal(found[test], small().fit(X[train], y[train]).predict(X[test]))
+        np.testing.assert_array_equal(
+            found[test], small().fit(X[train], y[train]).predict(X[test])
+        )
 
 
 def photographs(n_rows=40, side=32, seed=0):
@@ -611,7 +682,9 @@ def photographs(n_rows=40, side=32, seed=0):
         ("convnext", {"stride": 8}, (8, 8)),
     ],
 )
-def test_pictures_go_in_and_masks_come_out_of_a_pipeline(checkpoints, kind, options, grid):
+def test_pictures_go_in_and_masks_come_out_of_a_pipeline(
+    checkpoints, kind, options, grid
+):
     images, masks = photographs()
     encoder = FrozenEncoder(checkpoints[kind], output="tokens", store=None, **options)
     segmenter = learner(max_epochs=20)
@@ -642,7 +715,10 @@ def test_a_union_of_two_strides_feeds_a_decoder_with_skips(checkpoints):
     assert pipe[-1].structure_["widths"] == [16, 12]
     assert pipe.score(frame[30:], masks[30:]) > 0.6
     named = clone(pipe).set_output(transform="pandas").fit(frame[:30], masks[:30])
-    assert [name.split("__")[0] for name in named[-1].feature_names_in_] == ["s16", "s32"]
+    assert [name.split("__")[0] for name in named[-1].feature_names_in_] == [
+        "s16",
+        "s32",
+    ]
     np.testing.assert_array_equal(named.predict(frame), pipe.predict(frame))
     depths = {"patchsegmenter__hidden_layer_sizes": [(), (4, 4), (4, 4, 4)]}
     named.set_params(patchsegmenter__max_epochs=2)
@@ -654,7 +730,9 @@ def test_a_union_of_two_strides_feeds_a_decoder_with_skips(checkpoints):
 def test_patches_may_first_be_adapted_to_texts():
     X, y = scenes()
     rng = np.random.default_rng(0)
-    words = [cell[: rng.integers(1, 5)] + 0.1 for cell in X[:, 0]]  # a few of the picture's looks
+    words = [
+        cell[: rng.integers(1, 5)] + 0.1 for cell in X[:, 0]
+    ]  # a few of the picture's looks
     texts = column(words)
     frame = pd.DataFrame({"text": texts[:, 0], "image": X[:, 0]})
     adaptor = CrossAttentionAdaptor(
@@ -666,7 +744,8 @@ def test_patches_may_first_be_adapted_to_texts():
     assert segmenter.score(patches[40:], y[40:]) > 0.6
     by_frame = adaptor.set_output(transform="pandas").transform(frame)[["image__0"]]
     np.testing.assert_array_equal(
-        learner().fit(by_frame[:40], y[:40]).predict(by_frame), segmenter.predict(patches)
+        learner().fit(by_frame[:40], y[:40]).predict(by_frame),
+        segmenter.predict(patches),
     )
 
 
@@ -680,7 +759,9 @@ def decoder(grids, widths, hidden_layer_sizes, *, dropout=0.0, seed=0):
             grids, widths, hidden_layer_sizes, 3, dropout=dropout, generator=generator
         )
     made.to_empty(device="cpu")
-    made.initialize([(torch.full((width,), 0.5), torch.full((width,), 2.0)) for width in widths])
+    made.initialize(
+        [(torch.full((width,), 0.5), torch.full((width,), 2.0)) for width in widths]
+    )
     return made
 
 
@@ -709,7 +790,9 @@ ONE, TWO = ([(4, 4)], [3]), ([(2, 3), (5, 7)], [3, 4])
         (TWO, (6, 9, 8), (10, 14)),
     ],
 )
-def test_the_decoder_is_projections_convolutions_and_upsampling(maps, hidden_layer_sizes, size):
+def test_the_decoder_is_projections_convolutions_and_upsampling(
+    maps, hidden_layer_sizes, size
+):
     grids, widths = maps
     made = decoder(grids, widths, hidden_layer_sizes)
     state = made.state_dict()
@@ -730,7 +813,9 @@ def test_the_decoder_is_projections_convolutions_and_upsampling(maps, hidden_lay
             parts = [interpolated(z, grids[layer])] if layer else []
             parts.append(convolved(maps[layer], f"projections.{layer}"))
         z = convolved(torch.cat(parts, dim=1), f"layers.{layer}.0", padding=1)
-        z = F.group_norm(z, {6: 1, 9: 1, 8: 2}[n_channels]).relu()  # of four channels or more
+        z = F.group_norm(
+            z, {6: 1, 9: 1, 8: 2}[n_channels]
+        ).relu()  # of four channels or more
     expected = convolved(z, "output")
     found = made(x)
     assert found.shape == (1, 5, 3, *size)
@@ -745,7 +830,11 @@ def test_weights_are_drawn_as_torch_draws_them_from_the_generator_alone():
         torch.manual_seed(3)
         for module in made.modules():
             if isinstance(module, torch.nn.Conv2d):
-                n_in, n_out, size = module.in_channels, module.out_channels, module.kernel_size
+                n_in, n_out, size = (
+                    module.in_channels,
+                    module.out_channels,
+                    module.kernel_size,
+                )
                 theirs = torch.nn.Conv2d(n_in, n_out, size)
                 torch.testing.assert_close(module.state_dict(), theirs.state_dict())
             elif isinstance(module, torch.nn.GroupNorm):
@@ -773,7 +862,9 @@ def test_maps_are_resized_bilinearly():
     found = resized(maps, (4, 2))
     expected = torch.tensor([[0.0, 4], [2, 6], [6, 10], [8, 12]])
     torch.testing.assert_close(found[0, 0], expected)
-    torch.testing.assert_close(resized(torch.ones(2, 3, 4, 4), (7, 9)), torch.ones(2, 3, 7, 9))
+    torch.testing.assert_close(
+        resized(torch.ones(2, 3, 4, 4), (7, 9)), torch.ones(2, 3, 7, 9)
+    )
 
 
 # Bad input
@@ -810,14 +901,26 @@ BAD_PATCHES = {
         lambda X: replaced(replaced(X, 3, None), 8, np.nan),
         r"Row 3 has no picture in column 0 \(2 such rows\). Leave them out",
     ),
-    "no picture at all": (lambda X: np.full((60, 1), None), "Column 0 of X holds no patches"),
+    "no picture at all": (
+        lambda X: np.full((60, 1), None),
+        "Column 0 of X holds no patches",
+    ),
     "three dimensions": (
         lambda X: np.stack(list(X[:, 0])),
         r"X is a ndarray of shape \(60, 16, 3\); patches come .* as columns of arrays",
     ),
-    "one dimension": (lambda X: X[:, 0], r"X is a ndarray of shape \(60,\); patches come"),
-    "lists": (lambda X: X.tolist(), "X is a list; patches come in a DataFrame or a 2D array"),
-    "numbers": (lambda X: np.ones((60, 3)), "Column 0 of X holds no patches: its first cell"),
+    "one dimension": (
+        lambda X: X[:, 0],
+        r"X is a ndarray of shape \(60,\); patches come",
+    ),
+    "lists": (
+        lambda X: X.tolist(),
+        "X is a list; patches come in a DataFrame or a 2D array",
+    ),
+    "numbers": (
+        lambda X: np.ones((60, 3)),
+        "Column 0 of X holds no patches: its first cell",
+    ),
     "numbers beside patches": (
         lambda X: pd.DataFrame({"image": X[:, 0], "size": 1.0}),
         "Column 'size' of X holds no patches",
@@ -841,25 +944,38 @@ def test_patches_unlike_those_of_fit_are_refused():
     X, y = two_maps()
     segmenter = small().fit(X, y)
     coarser = np.hstack([column([cell[:4] for cell in X[:, 0]]), X[:, 1:]])
-    for method in (segmenter.predict, segmenter.predict_proba, lambda X: segmenter.score(X, y)):
+    for method in (
+        segmenter.predict,
+        segmenter.predict_proba,
+        lambda X: segmenter.score(X, y),
+    ):
         with pytest.raises(
             ValueError, match="Row 0 has 4 patches in column 0, but .* a grid of 4 x 4"
         ):
             method(coarser)
-        with pytest.raises(ValueError, match="Row 0 of the token column 0 .* width 3, but 5 was"):
+        with pytest.raises(
+            ValueError, match="Row 0 of the token column 0 .* width 3, but 5 was"
+        ):
             method(X[:, ::-1])
         with pytest.raises(ValueError, match="X has 1 features, but .* expecting 2"):
             method(X[:, :1])
         with pytest.raises(ValueError, match="Row 2 has no picture in column 0"):
             method(replaced(X, 2, None))
-    for method in (small().predict, small().predict_proba, lambda X: small().score(X, y)):
+    for method in (
+        small().predict,
+        small().predict_proba,
+        lambda X: small().score(X, y),
+    ):
         with pytest.raises(NotFittedError):
             method(X)
 
 
 BAD_MASKS = {
     "a vector": (np.zeros(8), r"got shape \(8,\)"),
-    "a picture": (np.zeros((8, 8, 3)), r"got shape \(8, 8, 3\) \(a picture\? Take one channel"),
+    "a picture": (
+        np.zeros((8, 8, 3)),
+        r"got shape \(8, 8, 3\) \(a picture\? Take one channel",
+    ),
     "no pixel": (np.zeros((0, 8)), r"got shape \(0, 8\)"),
     "None": (None, "got None"),
     "a path": ("mask.png", "got 'mask.png'"),
@@ -870,11 +986,23 @@ BAD_MASKS = {
     "large": (np.full((8, 8), 65536), "holds the label 65536; .* to 65535"),
     "NaN": (np.where(np.eye(8), np.nan, 1), "holds the label nan"),
     "infinity": (np.where(np.eye(8), np.inf, 1), "holds the label inf"),
-    "words": (np.full((8, 8), "cat"), "should be a mask of whole numbers; got dtype <U3"),
-    "objects": (np.full((8, 8), None), "should be a mask of whole numbers; got dtype object"),
+    "words": (
+        np.full((8, 8), "cat"),
+        "should be a mask of whole numbers; got dtype <U3",
+    ),
+    "objects": (
+        np.full((8, 8), None),
+        "should be a mask of whole numbers; got dtype object",
+    ),
     "few rows": (np.ones((3, 8), int), "has 3 x 8 pixels for a grid of 4 x 4 patches"),
-    "few columns": (np.ones((8, 3), int), "has 8 x 3 pixels for a grid of 4 x 4 patches"),
-    "unknown": (np.full((8, 8), 2), r"holds the label 2, which is none of the classes \[0, 1\]"),
+    "few columns": (
+        np.ones((8, 3), int),
+        "has 8 x 3 pixels for a grid of 4 x 4 patches",
+    ),
+    "unknown": (
+        np.full((8, 8), 2),
+        r"holds the label 2, which is none of the classes \[0, 1\]",
+    ),
 }
 
 
@@ -890,13 +1018,19 @@ def test_masks_that_nothing_can_be_learnt_from_are_refused():
     X, y = scenes()
     with pytest.raises(ValueError, match="All 60 masks are empty"):
         small().fit(X, np.zeros_like(y))
-    with pytest.raises(ValueError, match="requires y to be passed, but the target y is None"):
+    with pytest.raises(
+        ValueError, match="requires y to be passed, but the target y is None"
+    ):
         small().fit(X, None)
     for masks in (y[:59], list(y[:59])):
-        with pytest.raises(ValueError, match=r"inconsistent numbers of samples: \[60, 59\]"):
+        with pytest.raises(
+            ValueError, match=r"inconsistent numbers of samples: \[60, 59\]"
+        ):
             small().fit(X, masks)
     grey = np.arange(60 * 8 * 8).reshape(60, 8, 8) % 257
-    with pytest.raises(ValueError, match="hold 257 labels, and 256 are the most.* grey values"):
+    with pytest.raises(
+        ValueError, match="hold 257 labels, and 256 are the most.* grey values"
+    ):
         small().fit(X, grey)
     assert len(small(max_epochs=1).fit(X, grey.clip(max=255)).classes_) == 256
     with pytest.raises(ValueError, match="leaves nothing to train on of 1 pictures"):
@@ -912,15 +1046,21 @@ def test_a_mask_that_lies_where_the_grid_stands_is_refused(grid, lies):
     segmenter = small(grid_shape=grid).fit(X, masks)
     masks[4] = masks[4].T
     size = "{} x {}".format(*masks[4].shape)
-    with pytest.raises(ValueError, match=f"Row 4 of y is {lies}, {size}, but the grid is not"):
+    with pytest.raises(
+        ValueError, match=f"Row 4 of y is {lies}, {size}, but the grid is not"
+    ):
         segmenter.fit(X, masks)
-    squashed = segmenter.set_params(mask_size=masks[0].shape).fit(X, masks)  # on purpose
+    squashed = segmenter.set_params(mask_size=masks[0].shape).fit(
+        X, masks
+    )  # on purpose
     assert squashed.n_resized_ == 1
 
 
 def test_layers_far_finer_than_the_masks_are_refused():
     X, y = scenes(n_rows=20)
-    message = "of the 5 hidden layers would work on a grid of 64 x 64, for masks of 8 x 8"
+    message = (
+        "of the 5 hidden layers would work on a grid of 64 x 64, for masks of 8 x 8"
+    )
     with pytest.raises(ValueError, match=message):
         small(hidden_layer_sizes=(4,) * 5).fit(X, y)
 
@@ -936,15 +1076,33 @@ def test_a_fit_that_fails_leaves_nothing_fitted():
 
 
 BAD_PARAMETERS = {
-    "grid of one number": ({"grid_shape": (4,)}, "grid_shape should be two positive integers"),
-    "grid without rows": ({"grid_shape": (0, 4)}, "grid_shape should be two positive integers"),
+    "grid of one number": (
+        {"grid_shape": (4,)},
+        "grid_shape should be two positive integers",
+    ),
+    "grid without rows": (
+        {"grid_shape": (0, 4)},
+        "grid_shape should be two positive integers",
+    ),
     "grid of other proportions": ({"grid_shape": (3, 4)}, "a grid proportioned 3 : 4"),
-    "size of three numbers": ({"mask_size": (8, 8, 1)}, "mask_size should be two positive"),
+    "size of three numbers": (
+        {"mask_size": (8, 8, 1)},
+        "mask_size should be two positive",
+    ),
     "size of fractions": ({"mask_size": (8.0, 8)}, r"mask_size .* got \(8.0, 8\)"),
     "size of one number": ({"mask_size": 8}, "mask_size"),
-    "an empty layer": ({"hidden_layer_sizes": (4, 0)}, "hidden_layer_sizes must hold positive"),
-    "a layer of 4.5": ({"hidden_layer_sizes": (4.5,)}, "hidden_layer_sizes must hold positive"),
-    "fewer layers than maps": ({"hidden_layer_sizes": (4,)}, "fewer layers than there are maps, 2"),
+    "an empty layer": (
+        {"hidden_layer_sizes": (4, 0)},
+        "hidden_layer_sizes must hold positive",
+    ),
+    "a layer of 4.5": (
+        {"hidden_layer_sizes": (4.5,)},
+        "hidden_layer_sizes must hold positive",
+    ),
+    "fewer layers than maps": (
+        {"hidden_layer_sizes": (4,)},
+        "fewer layers than there are maps, 2",
+    ),
     "all dropped": ({"dropout": 1.0}, "dropout"),
     "gamma": ({"gamma": -1.0}, "gamma"),
     "focal_weight": ({"focal_weight": -1.0}, "focal_weight"),
@@ -963,7 +1121,10 @@ def test_parameters_that_make_no_decoder_are_refused(case):
     [
         ([(8, 8)] * 59, r"inconsistent numbers of samples: \[60, 59\]"),
         ([(8, 8)] * 7 + [(8, 0)] + [(8, 8)] * 52, r"Row 7 of sizes .* got \(8, 0\)"),
-        ([(8, 8)] * 7 + [(8, 8, 1)] + [(8, 8)] * 52, r"Row 7 of sizes .* got \(8, 8, 1\)"),
+        (
+            [(8, 8)] * 7 + [(8, 8, 1)] + [(8, 8)] * 52,
+            r"Row 7 of sizes .* got \(8, 8, 1\)",
+        ),
         (np.full((60, 2), 8.0), "Row 0 of sizes should be two positive integers"),
     ],
 )
@@ -978,7 +1139,9 @@ def test_sizes_that_no_mask_has_are_refused(sizes, message):
 def test_scores_of_what_cannot_be_scored_are_refused():
     X, y = scenes()
     segmenter = small().fit(X, y)
-    with pytest.raises(ValueError, match="Row 0 of y holds the label 3, which is none of"):
+    with pytest.raises(
+        ValueError, match="Row 0 of y holds the label 3, which is none of"
+    ):
         segmenter.score(X, np.where(y, y, 3))
     with pytest.raises(ValueError, match="All 60 masks are empty"):
         segmenter.score(X, np.zeros_like(y))
@@ -991,7 +1154,9 @@ def test_scores_of_what_cannot_be_scored_are_refused():
 
 
 def test_masks_keep_their_type_unless_they_are_floats():
-    given = [np.ones((2, 3), dtype=dtype) for dtype in (bool, np.uint8, np.int64, np.float32)]
+    given = [
+        np.ones((2, 3), dtype=dtype) for dtype in (bool, np.uint8, np.int64, np.float32)
+    ]
     masks = check_masks([*given, [[0, 1], [2, 3]]])
     assert [mask.dtype for mask in masks[:4]] == [bool, np.uint8, np.int64, np.uint16]
     assert all(mask.shape == (2, 3) for mask in masks[:4])
@@ -1002,7 +1167,12 @@ def test_masks_keep_their_type_unless_they_are_floats():
 
 @pytest.mark.parametrize(
     ("classes", "dtype"),
-    [([0, 1, 300], np.uint8), ([0, 1, 256], np.uint8), ([0, 1, 2], bool), ([0, 1, 1.5], int)],
+    [
+        ([0, 1, 300], np.uint8),
+        ([0, 1, 256], np.uint8),
+        ([0, 1, 2], bool),
+        ([0, 1, 1.5], int),
+    ],
     ids=str,
 )
 def test_classes_are_those_that_were_asked_for_or_refused(classes, dtype):
@@ -1014,7 +1184,9 @@ def test_classes_are_those_that_were_asked_for_or_refused(classes, dtype):
     assert fitted.classes_.tolist() == classes
 
 
-@pytest.mark.parametrize("changed", [{"grid_shape": (2, 8)}, {"classes": [0, 1, 2]}], ids=str)
+@pytest.mark.parametrize(
+    "changed", [{"grid_shape": (2, 8)}, {"classes": [0, 1, 2]}], ids=str
+)
 def test_a_warm_start_refuses_parameters_that_it_would_not_heed(changed):
     X, y = scenes(n_rows=20)
     segmenter = small(warm_start=True).fit(X, y).set_params(**changed)
@@ -1061,7 +1233,9 @@ def test_masks_that_go_on_may_be_of_another_size_and_lack_a_class():
 
 def test_a_size_that_the_grid_refuses_is_refused_before_training():
     X, y = scenes(n_rows=20)
-    with pytest.raises(ValueError, match="mask_size has 2 x 2 pixels for a grid of 4 x 4"):
+    with pytest.raises(
+        ValueError, match="mask_size has 2 x 2 pixels for a grid of 4 x 4"
+    ):
         small(mask_size=(2, 2)).fit(X, y)
 
 

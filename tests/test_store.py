@@ -96,7 +96,10 @@ def clock(monkeypatch):
 def test_vectors_come_back_bit_by_bit(store):
     values = np.float32([[0.1, -0.0, 1e-40], [np.pi, 3e38, np.nan]])
     ((_, filled),) = store.fill(
-        SPACE, [digest(0), digest(1)], encode=in_batches(lambda i: (i, values[i])), claim_size=2
+        SPACE,
+        [digest(0), digest(1)],
+        encode=in_batches(lambda i: (i, values[i])),
+        claim_size=2,
     )
     assert filled.tobytes() == values.tobytes()
     ((positions, found),) = store.read(SPACE, [digest(1), digest(0), digest(7)])
@@ -119,13 +122,23 @@ def test_float16_takes_half_the_space_and_a_hit_equals_a_miss(store):
 @pytest.mark.parametrize(
     "space, values, message",
     [
-        (SPACE, np.zeros((1, 2)), r"expected vectors of 3 features; got the shape \(1, 2\)"),
-        (RAGGED, [np.zeros(3)], r"expected vectors of 3 features; got the shape \(3,\)"),
+        (
+            SPACE,
+            np.zeros((1, 2)),
+            r"expected vectors of 3 features; got the shape \(1, 2\)",
+        ),
+        (
+            RAGGED,
+            [np.zeros(3)],
+            r"expected vectors of 3 features; got the shape \(3,\)",
+        ),
         (SPACE, np.zeros((2, 3)), "1 cells were encoded, but 2 values came of it"),
         (Space("h", {}, 3, dtype="float16"), [[1, 2, 1e5]], "beyond 65504"),
     ],
 )
-def test_values_of_another_kind_than_promised_are_refused(store, space, values, message):
+def test_values_of_another_kind_than_promised_are_refused(
+    store, space, values, message
+):
     with pytest.raises(ValueError, match=message):
         fill(store, [1], space=space, encode=in_batches(lambda i: (i, values)))
     assert not read(store, [1], space=space)
@@ -147,7 +160,9 @@ def test_ragged_values_come_back_in_their_lengths(store, dtype, monkeypatch):
 
 def test_one_fingerprint_does_not_stand_for_two_shapes(store):
     fill(store, [1])
-    with pytest.raises(OSError, match=r"keeps f as .* = \[3, 'float32', 0\], but was asked for"):
+    with pytest.raises(
+        OSError, match=r"keeps f as .* = \[3, 'float32', 0\], but was asked for"
+    ):
         read(store, [1], space=Space("f", {}, 3, dtype="float16"))
 
 
@@ -234,7 +249,9 @@ def test_clear_deletes_one_model_by_fingerprint_or_name(store, name):
 def test_an_unknown_model_is_refused_with_those_there_are(store, tmp_path, use):
     fill(store, [1])
     arguments = (tmp_path / "x.npy",) if use == "export" else ()
-    with pytest.raises(ValueError, match=r"no vectors of 'bert'; it has those of \['test'\]"):
+    with pytest.raises(
+        ValueError, match=r"no vectors of 'bert'; it has those of \['test'\]"
+    ):
         getattr(store, use)(*arguments, model="bert")
     assert_values(read(store, [1]), [1])
 
@@ -295,7 +312,11 @@ def test_warm_reads_write_recency_once_an_hour(store, clock):
         with opened(store) as db:
             return db.execute("SELECT used FROM cells").fetchone()[0]
 
-    for hour, used in ((1000, 1000), (1001, 1001), (999, 1001)):  # clocks may be set back
+    for hour, used in (
+        (1000, 1000),
+        (1001, 1001),
+        (999, 1001),
+    ):  # clocks may be set back
         clock[0] = hour
         read(store, [1])
         assert used_hour() == used
@@ -315,8 +336,14 @@ def test_vectors_are_exported_to_parquet(store, tmp_path):
     fill(store, [1, 2])
     fill(store, [0, 2], space=RAGGED)
     assert store.export(tmp_path / "all.parquet") == 4
-    table = parquet.read_table(tmp_path / "all.parquet").to_pandas().set_index("fingerprint")
-    table["number"] = [int.from_bytes(bytes.fromhex(d), "little") for d in table["digest"]]
+    table = (
+        parquet.read_table(tmp_path / "all.parquet")
+        .to_pandas()
+        .set_index("fingerprint")
+    )
+    table["number"] = [
+        int.from_bytes(bytes.fromhex(d), "little") for d in table["digest"]
+    ]
     for _, row in table.loc["f"].iterrows():
         assert np.isnan(row["n_tokens"])
         np.testing.assert_array_equal(row["vector"], value(row["number"]))
@@ -370,13 +397,19 @@ def test_what_was_encoded_before_a_failure_is_kept(store):
     assert sorted(encoded) == [8, 9, 10, 11]
 
 
-def test_values_are_on_disk_when_they_are_yielded_and_claims_end_with_the_generator(store):
+def test_values_are_on_disk_when_they_are_yielded_and_claims_end_with_the_generator(
+    store,
+):
     encode = in_batches(lambda batch: (batch, [value(i) for i in batch]))
-    pieces = store.fill(SPACE, [digest(i) for i in range(20)], encode=encode, claim_size=8)
+    pieces = store.fill(
+        SPACE, [digest(i) for i in range(20)], encode=encode, claim_size=8
+    )
     positions, _ = next(pieces)
     assert_values(read(store, list(range(20))), positions.tolist())
     with opened(store) as db:
-        assert db.execute("SELECT COUNT(*) FROM claims").fetchone() == (4,)  # lazily: 8 so far
+        assert db.execute("SELECT COUNT(*) FROM claims").fetchone() == (
+            4,
+        )  # lazily: 8 so far
     pieces.close()
     with opened(store) as db:
         assert db.execute("SELECT COUNT(*) FROM claims").fetchone() == (0,)
@@ -397,7 +430,9 @@ def test_encoding_may_look_ahead_in_another_thread(store):
         for batch in ahead:
             yield batch, batch, [value(i) for i in batch]
 
-    pieces = store.fill(SPACE, [digest(i) for i in range(40)], encode=encode, claim_size=8)
+    pieces = store.fill(
+        SPACE, [digest(i) for i in range(40)], encode=encode, claim_size=8
+    )
     assert gather(itertools.islice(pieces, 3), range(40)).keys() == set(range(24))
     pieces.close()
     assert next(left_behind[0], None) is None
@@ -429,7 +464,9 @@ def test_sessions_that_cannot_encode_a_cell_do_not_wait_for_each_other(store):
             good = [i for i in positions if numbers[i] not in (0, 99)]
             return good, np.ones((len(good), 3))
 
-        results[numbers[0]] = fill(store, numbers, encode=in_batches(encode, 2), batch_size=2)
+        results[numbers[0]] = fill(
+            store, numbers, encode=in_batches(encode, 2), batch_size=2
+        )
 
     run_threads(work, [list(range(100)), list(range(100))[::-1]])
     assert results.keys() == {0, 99}
@@ -502,7 +539,9 @@ def test_the_file_is_sound_and_holds_what_the_schema_says(store):
 def test_a_foreign_file_is_refused(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("these are my notes " * 100)
-    with pytest.raises(OSError, match=r"notes.txt cannot be used: file is not a database"):
+    with pytest.raises(
+        OSError, match=r"notes.txt cannot be used: file is not a database"
+    ):
         EmbeddingStore(path).stats()
     assert path.read_text().startswith("these are my notes")
 
@@ -564,7 +603,9 @@ def test_a_read_only_store_writes_nothing(store, clock):
 
 def test_a_read_only_store_sees_what_another_process_is_writing(store):
     encode = in_batches(lambda batch: (batch, [value(i) for i in batch]))
-    pieces = store.fill(SPACE, [digest(i) for i in range(20)], encode=encode, claim_size=8)
+    pieces = store.fill(
+        SPACE, [digest(i) for i in range(20)], encode=encode, claim_size=8
+    )
     positions, _ = next(pieces)
     reading = EmbeddingStore(store.path, read_only=True)
     assert_values(read(reading, list(range(20))), positions.tolist())
@@ -574,7 +615,9 @@ def test_a_read_only_store_sees_what_another_process_is_writing(store):
 def test_a_read_only_store_must_exist(tmp_path):
     store = EmbeddingStore(tmp_path / "none.sqlite", read_only=True)
     for use in (store.stats, lambda: read(store, [1]), lambda: fill(store, [1])):
-        with pytest.raises(FileNotFoundError, match=r"no embedding store at .*none.sqlite"):
+        with pytest.raises(
+            FileNotFoundError, match=r"no embedding store at .*none.sqlite"
+        ):
             use()
     assert not list(tmp_path.iterdir())
     assert repr(store).endswith("none.sqlite', read_only=True)")
@@ -588,7 +631,9 @@ def test_links_lead_to_one_store(store, tmp_path):
     for path in ("elsewhere/link.sqlite", "folder/store.sqlite"):
         linked = EmbeddingStore(tmp_path / path)
         encode = in_batches(lambda batch: (batch, [value(2)]))
-        pieces = linked.fill(SPACE, [digest(hash(path) % 1000 + 5)], encode=encode, claim_size=1)
+        pieces = linked.fill(
+            SPACE, [digest(hash(path) % 1000 + 5)], encode=encode, claim_size=1
+        )
         next(pieces)
         assert len(os.listdir(f"{store.path}.sessions")) == 1
         pieces.close()
@@ -638,7 +683,9 @@ def test_a_relative_path_is_made_absolute_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert store.path == str(tmp_path / "emb.sqlite")
     assert default_path() == tmp_path / "mine.sqlite"
-    assert os.environ["SKLEMBED_STORE"] == str(tmp_path / "mine.sqlite")  # for child processes
+    assert os.environ["SKLEMBED_STORE"] == str(
+        tmp_path / "mine.sqlite"
+    )  # for child processes
 
 
 def test_a_user_without_a_home_directory_is_told_what_to_do(monkeypatch):

@@ -39,7 +39,9 @@ def test_classes_are_coded_by_their_order(y):
     assert target.values.dtype == np.int64
 
 
-@pytest.mark.parametrize("y", [[0, 1, 1], [True, False, False], ["no", "yes", "yes"], [1.0, 2, 2]])
+@pytest.mark.parametrize(
+    "y", [[0, 1, 1], [True, False, False], ["no", "yes", "yes"], [1.0, 2, 2]]
+)
 def test_two_classes_are_classes(y):
     target = encode_target(y)
     assert target.kind == "multiclass"
@@ -75,7 +77,9 @@ def test_equal_numbers_share_the_mean_of_their_ranks():
 
 def test_ranks_know_no_scale():
     y = np.random.default_rng(0).normal(size=20)
-    np.testing.assert_array_equal(encode_target(y).values, encode_target(np.exp(5 * y)).values)
+    np.testing.assert_array_equal(
+        encode_target(y).values, encode_target(np.exp(5 * y)).values
+    )
 
 
 def test_each_output_is_ranked_by_itself():
@@ -118,7 +122,9 @@ def test_classes_can_be_taken_for_numbers_and_numbers_for_classes():
     )
     sizes = [0.5, 0.5, 1.5, 2.5]
     assert encode_target(sizes).kind == "continuous"
-    np.testing.assert_array_equal(encode_target(sizes, "multiclass").values, [0, 0, 1, 2])
+    np.testing.assert_array_equal(
+        encode_target(sizes, "multiclass").values, [0, 0, 1, 2]
+    )
 
 
 def test_labels_can_be_taken_for_levels_and_a_tree_for_labels():
@@ -149,7 +155,11 @@ def test_one_column_is_a_vector_unless_it_is_a_label():
     [
         (["a", None, "b"], "auto", "NaN or None in 1 of 3 rows, first in row 1"),
         ([0.5, 1.5, np.nan], "auto", "NaN or None in 1 of 3 rows, first in row 2"),
-        ([["a", "b"], ["a", None]], "auto", "NaN or None in 1 of 2 rows, first in row 1"),
+        (
+            [["a", "b"], ["a", None]],
+            "auto",
+            "NaN or None in 1 of 2 rows, first in row 1",
+        ),
         (["a", "a"], "auto", "y holds 1 class only .a in all 2 rows"),
         ([0.5, 0.5, 0.5], "auto", r"y is \[0.5\] in all 3 rows"),
         ([[0.5, 1.5]] * 3, "auto", r"y is \[0.5, 1.5\] in all 3 rows"),
@@ -157,7 +167,11 @@ def test_one_column_is_a_vector_unless_it_is_a_label():
         ([["a", "x"], ["a", "y"]], "auto", "y holds 1 class only"),
         ([0, 1, 1], "multilabel", "a column of 0 and 1 for each label; got shape .3,."),
         ([[0, 2], [1, 1]], "multilabel", r"a column of 0 and 1 .* values \[0 1 2\]"),
-        ([0, 1, 1], "hierarchical", "a column of labels for each level.*got shape .3,."),
+        (
+            [0, 1, 1],
+            "hierarchical",
+            "a column of labels for each level.*got shape .3,.",
+        ),
         (np.zeros((2, 2, 2)), "auto", "Unknown label type"),
         (LABELS, "multiclass", "1d array"),
         ([[1, 0, 1]] * 4, "auto", r"y is \[1, 0, 1\] in all 4 rows"),
@@ -193,9 +207,13 @@ TAGS = [["red", "round"], ["blue"], []]
         [[3, 5], [3], [4]],
     ],
 )
-@pytest.mark.parametrize("target_type", ["auto", "multiclass", "multilabel", "continuous"])
+@pytest.mark.parametrize(
+    "target_type", ["auto", "multiclass", "multilabel", "continuous"]
+)
 def test_lists_of_labels_are_refused_with_the_call_that_helps(y, target_type):
-    with pytest.raises(ValueError, match=r"Row 0 of y .* labels.*MultiLabelBinarizer\(\)\.fit_tra"):
+    with pytest.raises(
+        ValueError, match=r"Row 0 of y .* labels.*MultiLabelBinarizer\(\)\.fit_tra"
+    ):
         encode_target(y, target_type)
 
 
@@ -230,8 +248,12 @@ DAYS = pd.date_range("2024-01-01", periods=40)
 )
 def test_dates_and_durations_can_be_taken_for_numbers(y):
     target = encode_target(y, "continuous")
-    np.testing.assert_allclose(target.values[:, 0], np.linspace(0, 1, len(y)), atol=1e-6)
-    with pytest.warns(UserWarning, match="whole numbers or dates.* target_type='continuous'"):
+    np.testing.assert_allclose(
+        target.values[:, 0], np.linspace(0, 1, len(y)), atol=1e-6
+    )
+    with pytest.warns(
+        UserWarning, match="whole numbers or dates.* target_type='continuous'"
+    ):
         warn_if_measured(encode_target(y), y)
 
 
@@ -239,7 +261,10 @@ def test_whole_numbers_of_objects_are_classes_as_they_are():
     target = encode_target(np.array([3, 1, 3], dtype=object))
     assert target.kind == "multiclass"
     assert target.classes.dtype == object
-    assert encode_target(pd.Series([Decimal(3), Decimal(1), Decimal(3)])).kind == "multiclass"
+    assert (
+        encode_target(pd.Series([Decimal(3), Decimal(1), Decimal(3)])).kind
+        == "multiclass"
+    )
 
 
 RNG = np.random.default_rng(0)
@@ -259,7 +284,16 @@ COUNTS = RNG.poisson(40, size=(300, 2))
         RNG.integers(0, 300, size=442),
         RNG.permutation(np.r_[0, np.arange(29)]),
     ],
-    ids=["floats", "int", "series", "decimal", "counts", "class and count", "scores", "few rows"],
+    ids=[
+        "floats",
+        "int",
+        "series",
+        "decimal",
+        "counts",
+        "class and count",
+        "scores",
+        "few rows",
+    ],
 )
 def test_whole_numbers_that_look_measured_are_warned_of(y):
     with pytest.warns(
@@ -306,10 +340,14 @@ def test_labels_are_not_warned_of(y):
         warn_if_measured(encode_target(y), y)
 
 
-@pytest.mark.parametrize("weights", [{"dog": 2.0, "catt": 5.0}, {"no such label": 5.0}, {0: 5.0}])
+@pytest.mark.parametrize(
+    "weights", [{"dog": 2.0, "catt": 5.0}, {"no such label": 5.0}, {0: 5.0}]
+)
 def test_a_weight_of_no_class_is_refused_by_name(weights):
     unknown = list(weights)[-1]
-    with pytest.raises(ValueError, match=f"weight for {unknown!r}, which is none of the 2 classes"):
+    with pytest.raises(
+        ValueError, match=f"weight for {unknown!r}, which is none of the 2 classes"
+    ):
         check_class_weight(weights, np.array(["cat", "dog"]))
 
 
@@ -339,7 +377,9 @@ def test_words_are_not_numbers():
 # Parts of a target
 
 
-@pytest.mark.parametrize("y", [["a", "b", "a", "c"], LABELS, [0.5, 1.5, 2.5, 3.5], LEVELS], ids=str)
+@pytest.mark.parametrize(
+    "y", [["a", "b", "a", "c"], LABELS, [0.5, 1.5, 2.5, 3.5], LEVELS], ids=str
+)
 @pytest.mark.parametrize("rows", [[2, 0], [True, False, True, False]], ids=str)
 def test_take_takes_rows_by_positions_or_a_mask(y, rows):
     target, rows = encode_target(y), np.array(rows)

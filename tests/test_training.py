@@ -10,9 +10,15 @@ from skorch.callbacks import EarlyStopping
 from skorch.dataset import Dataset, ValidSplit
 
 from sklembed._training import Batches, Rows, Trained, TrainingOptions, train
-from sklembed.nn.modules import Projection
+from sklembed.nn.projection import Projection
 
-OPTIONS = {"max_epochs": 3, "batch_size": 16, "lr": 1e-2, "weight_decay": 0.0, "device": "cpu"}
+OPTIONS = {
+    "max_epochs": 3,
+    "batch_size": 16,
+    "lr": 1e-2,
+    "weight_decay": 0.0,
+    "device": "cpu",
+}
 
 
 @pytest.fixture
@@ -24,7 +30,11 @@ def regression():
 
 def squared_error(output, target, weight):
     losses = (output - target).square().mean(dim=-1)  # (n_networks, batch)
-    return losses.mean(dim=-1) if weight is None else (losses * weight).sum(-1) / weight.sum(-1)
+    return (
+        losses.mean(dim=-1)
+        if weight is None
+        else (losses * weight).sum(-1) / weight.sum(-1)
+    )
 
 
 def fit(data, *, dropout=0.2, seed=0, rows=None, more=None, **options):
@@ -66,9 +76,12 @@ def test_training_lowers_the_loss(regression):
 def test_weights_are_numpy_and_history_plain(regression):
     weights, history = fit(regression)
     assert all(
-        type(value) is np.ndarray and value.dtype == np.float32 for value in weights.values()
+        type(value) is np.ndarray and value.dtype == np.float32
+        for value in weights.values()
     )
-    assert all(isinstance(value, int | float) for epoch in history for value in epoch.values())
+    assert all(
+        isinstance(value, int | float) for epoch in history for value in epoch.values()
+    )
 
 
 def test_equal_seeds_give_equal_weights_and_others_differ(regression):
@@ -124,7 +137,9 @@ def test_skorch_params_may_bring_another_optimizer(regression):
     assert len(history) == 3
 
 
-@pytest.mark.parametrize("name", ["module", "criterion", "iterator_train", "iterator_valid__rows"])
+@pytest.mark.parametrize(
+    "name", ["module", "criterion", "iterator_train", "iterator_valid__rows"]
+)
 def test_skorch_params_may_not_replace_what_keeps_networks_apart(regression, name):
     with pytest.raises(ValueError, match=f"skorch_params sets {name}"):
         fit(regression, skorch_params={name: torch.utils.data.DataLoader})
@@ -146,7 +161,9 @@ def test_networks_trained_together_are_those_trained_alone(regression):
         size = -(-len(rows.train) // 5)
         alone, _ = fit(regression, rows=[rows], dropout=0.0, batch_size=size)
         for name in ("layers.0.weight", "layers.1.bias"):
-            np.testing.assert_allclose(together[name][number], alone[name][0], atol=1e-5)
+            np.testing.assert_allclose(
+                together[name][number], alone[name][0], atol=1e-5
+            )
 
 
 def test_a_network_knows_nothing_of_rows_that_are_not_its_own(regression):
@@ -158,8 +175,12 @@ def test_a_network_knows_nothing_of_rows_that_are_not_its_own(regression):
     elsewhere = np.setdiff1d(rows[2].train, rows[0].train)
     assert len(elsewhere) == len(rows[2].train)
     changed, _ = fit((X, Y), rows=rows)
-    assert not np.array_equal(weights["layers.0.weight"][0], changed["layers.0.weight"][0])
-    np.testing.assert_array_equal(weights["layers.0.weight"][2], changed["layers.0.weight"][2])
+    assert not np.array_equal(
+        weights["layers.0.weight"][0], changed["layers.0.weight"][0]
+    )
+    np.testing.assert_array_equal(
+        weights["layers.0.weight"][2], changed["layers.0.weight"][2]
+    )
 
 
 def test_every_row_is_seen_once_an_epoch(regression):
@@ -190,7 +211,10 @@ def test_each_network_goes_back_to_its_best_epoch(regression):
     X, Y = regression
     Y = Y.copy()
     Y[:40] = np.random.default_rng(1).normal(size=(40, 2)) * 5  # nothing to learn
-    rows = [Rows(np.arange(30), np.arange(30, 40)), Rows(np.arange(40, 90), np.arange(90, 100))]
+    rows = [
+        Rows(np.arange(30), np.arange(30, 40)),
+        Rows(np.arange(40, 90), np.arange(90, 100)),
+    ]
     options = {"rows": rows, "dropout": 0.0, "max_epochs": 200, "n_iter_no_change": 5}
     weights, history = fit((X, Y), **options)
     assert len(history) > 20  # the second goes on when the first has long stopped
@@ -245,7 +269,9 @@ def test_unknown_device_is_refused(regression):
         fit(regression, device="gpu9")
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, within
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute:UserWarning"
+)  # torch's own, within
 @pytest.mark.parametrize("early_stopping", [False, True])
 def test_a_compiled_network_is_trained_alike(regression, early_stopping):
     """Compiled by the backend that needs no compiler; weights keep their names."""

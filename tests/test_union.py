@@ -21,7 +21,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
-from sklembed import CallableBackend, ContrastiveProjector, FrozenEncoder, PerModalityUnion
+from sklembed import (
+    CallableBackend,
+    ContrastiveProjector,
+    FrozenEncoder,
+    PerModalityUnion,
+)
 
 
 @pytest.fixture
@@ -42,7 +47,11 @@ def union(text_backend):
     return PerModalityUnion(
         [
             ("text", FrozenEncoder(text_backend, store=None), "note"),
-            ("size", make_pipeline(SimpleImputer(), StandardScaler()), ["height", "width"]),
+            (
+                "size",
+                make_pipeline(SimpleImputer(), StandardScaler()),
+                ["height", "width"],
+            ),
         ]
     )
 
@@ -61,7 +70,9 @@ class Recorder(TransformerMixin, BaseEstimator):
 def test_a_union_of_one_branch_is_that_branch(clusters):
     X, y = clusters
     union = PerModalityUnion([("all", PCA(3, random_state=0), slice(None))])
-    np.testing.assert_array_equal(union.fit_transform(X), PCA(3, random_state=0).fit_transform(X))
+    np.testing.assert_array_equal(
+        union.fit_transform(X), PCA(3, random_state=0).fit_transform(X)
+    )
 
 
 def test_without_missing_rows_it_equals_column_transformer(table):
@@ -70,8 +81,12 @@ def test_without_missing_rows_it_equals_column_transformer(table):
         ("size", StandardScaler(), ["height", "width"]),
         ("width", MinMaxScaler(), ["width"]),
     ]
-    ours = PerModalityUnion(branches).set_output(transform="pandas").fit_transform(table)
-    theirs = ColumnTransformer(branches).set_output(transform="pandas").fit_transform(table)
+    ours = (
+        PerModalityUnion(branches).set_output(transform="pandas").fit_transform(table)
+    )
+    theirs = (
+        ColumnTransformer(branches).set_output(transform="pandas").fit_transform(table)
+    )
     pd.testing.assert_frame_equal(ours, theirs)
 
 
@@ -82,7 +97,9 @@ def test_a_missing_modality_is_a_row_of_nan_in_its_block(union, table):
     assert nan[:, :9].all(axis=1).tolist() == [False, True, False, False, False, False]
     assert nan[:, 9:].all(axis=1).tolist() == [False, False, True, False, False, False]
     assert not nan[:, :9].any(axis=1)[[0, 2, 3, 4, 5]].any()
-    assert not nan[4, 9:].any()  # one of two numbers is there: the branch's imputer sees the row
+    assert not nan[
+        4, 9:
+    ].any()  # one of two numbers is there: the branch's imputer sees the row
 
 
 def test_a_branch_sees_only_the_rows_that_have_its_modality(table):
@@ -100,7 +117,9 @@ def test_missing_rows_do_not_touch_the_others(union, table):
     fitted = clone(union).fit(complete)
     padded = complete.reindex([*complete.index, "n"])
     refitted = clone(union).fit(padded)
-    np.testing.assert_array_equal(fitted.transform(complete), refitted.transform(complete))
+    np.testing.assert_array_equal(
+        fitted.transform(complete), refitted.transform(complete)
+    )
 
 
 def test_rows_that_lack_everything_at_transform(union, table):
@@ -109,14 +128,18 @@ def test_rows_that_lack_everything_at_transform(union, table):
     blocks = union.transform(nothing)
     assert blocks.shape == (1, 11)
     assert np.isnan(blocks[:, :9]).all()
-    np.testing.assert_allclose(blocks[:, 9:], 0, atol=1e-12)  # the imputed means, standardised
+    np.testing.assert_allclose(
+        blocks[:, 9:], 0, atol=1e-12
+    )  # the imputed means, standardised
     union.set_params(missing_rows="skip")
     assert np.isnan(union.transform(nothing)).all()
 
 
 def test_a_branch_without_any_observed_row_is_refused_by_name(union, table):
     table["note"] = None
-    with pytest.raises(ValueError, match="Branch 'text' has nothing to learn from: column 'note'"):
+    with pytest.raises(
+        ValueError, match="Branch 'text' has nothing to learn from: column 'note'"
+    ):
         union.fit(table)
 
 
@@ -127,7 +150,10 @@ def test_fit_transform_equals_fit_then_transform(union, table):
 
 
 def test_fit_learns_the_blocks_without_transforming_everything(union, table):
-    assert clone(union).fit(table).blocks_ == {"text": slice(0, 9), "size": slice(9, 11)}
+    assert clone(union).fit(table).blocks_ == {
+        "text": slice(0, 9),
+        "size": slice(9, 11),
+    }
     unnamed = PerModalityUnion([("size", Recorder(), ["height", "width"])]).fit(table)
     assert unnamed.blocks_ == {"size": slice(0, 2)}
     assert unnamed.get_feature_names_out().tolist() == ["size__0", "size__1"]
@@ -197,10 +223,15 @@ def test_a_branch_without_columns_is_skipped(table, columns, container):
     options = {"transformer_weights": {"size": 2.0, "none": 3.0}, "add_indicator": True}
     union = PerModalityUnion([("none", PCA(7), columns), size], **options)
     union.set_output(transform=container)
-    expected = PerModalityUnion([size], **options | {"transformer_weights": {"size": 2.0}})
+    expected = PerModalityUnion(
+        [size], **options | {"transformer_weights": {"size": 2.0}}
+    )
     for blocks in (union.fit_transform(table), union.fit(table).transform(table)):
         np.testing.assert_array_equal(np.asarray(blocks), expected.fit_transform(table))
-    assert union.get_feature_names_out().tolist() == expected.get_feature_names_out().tolist()
+    assert (
+        union.get_feature_names_out().tolist()
+        == expected.get_feature_names_out().tolist()
+    )
     assert union.blocks_ == {"none": slice(0, 0)} | expected.blocks_
     assert [name for name, _, _ in union.iter_parts(table)] == ["size"]
     assert [name for name, _, _ in union.transformers_] == ["none", "size"]
@@ -213,7 +244,9 @@ def test_branches_without_any_column_give_a_table_without_columns(table, contain
     if container == "polars":  # before, it fails
         pytest.importorskip("sklearn", minversion="1.9")
     branches = [("none", PCA(7), []), ("nothing", "passthrough", slice(0, 0))]
-    union = PerModalityUnion(branches, add_indicator=True).set_output(transform=container)
+    union = PerModalityUnion(branches, add_indicator=True).set_output(
+        transform=container
+    )
     theirs = ColumnTransformer(branches).set_output(transform=container)
     expected = theirs.fit_transform(table)
     for blocks in (union.fit_transform(table), union.fit(table).transform(table)):
@@ -223,8 +256,12 @@ def test_branches_without_any_column_give_a_table_without_columns(table, contain
 
 
 def test_branches_without_columns_are_skipped_beside_a_remainder_and_tokens(table):
-    union = PerModalityUnion([("none", PCA(7), []), ("n", "drop", "note")], remainder="passthrough")
-    np.testing.assert_array_equal(union.fit_transform(table), table[["height", "width"]])
+    union = PerModalityUnion(
+        [("none", PCA(7), []), ("n", "drop", "note")], remainder="passthrough"
+    )
+    np.testing.assert_array_equal(
+        union.fit_transform(table), table[["height", "width"]]
+    )
     backend = CallableBackend(
         load_words, name="words of ones", version="1", modality="text", n_features=2
     )
@@ -251,7 +288,10 @@ def test_names_do_not_select_from_an_array(table):
 @pytest.mark.parametrize("kind", ["pandas", "polars"])
 def test_set_output_names_blocks(union, table, kind):
     frame = union.set_output(transform=kind).fit_transform(table)
-    names = [f"text__frozenencoder{i}" for i in range(9)] + ["size__height", "size__width"]
+    names = [f"text__frozenencoder{i}" for i in range(9)] + [
+        "size__height",
+        "size__width",
+    ]
     assert list(frame.columns) == names
     assert union.get_feature_names_out().tolist() == names
     if kind == "pandas":
@@ -276,17 +316,23 @@ def test_global_pandas_output_reaches_branches_harmlessly(union, table):
 
 
 def test_float32_blocks_stay_float32(text_backend):
-    union = PerModalityUnion([("text", FrozenEncoder(text_backend, store=None), "note")])
+    union = PerModalityUnion(
+        [("text", FrozenEncoder(text_backend, store=None), "note")]
+    )
     assert union.fit_transform(pd.DataFrame({"note": ["a", None]})).dtype == np.float32
 
 
 def test_nested_parameters_and_replaced_branches(union, table):
-    union.set_params(text__normalize=True, size__simpleimputer__strategy="median", n_jobs=2)
+    union.set_params(
+        text__normalize=True, size__simpleimputer__strategy="median", n_jobs=2
+    )
     params = union.get_params()
     assert params["text__normalize"] is True
     assert params["size__simpleimputer__strategy"] == "median"
     assert params["n_jobs"] == 2
-    assert clone(union).set_params(text="drop").fit(table).blocks_ == {"size": slice(0, 2)}
+    assert clone(union).set_params(text="drop").fit(table).blocks_ == {
+        "size": slice(0, 2)
+    }
     replaced = clone(union).set_params(size="passthrough").fit_transform(table)
     np.testing.assert_array_equal(replaced[0, 9:], [1.0, 0.5])
     with pytest.raises(ValueError, match="Invalid parameter 'colour'"):
@@ -294,7 +340,9 @@ def test_nested_parameters_and_replaced_branches(union, table):
 
 
 def test_dropping_a_branch_can_be_searched_over(table):
-    union = PerModalityUnion([("h", "passthrough", ["height"]), ("w", "passthrough", ["width"])])
+    union = PerModalityUnion(
+        [("h", "passthrough", ["height"]), ("w", "passthrough", ["width"])]
+    )
     X = pd.DataFrame({"height": np.arange(40) % 2, "width": np.zeros(40)})
     search = GridSearchCV(
         make_pipeline(union, DecisionTreeClassifier()),
@@ -325,7 +373,11 @@ def test_branches_that_could_not_be_told_apart_are_refused(transformers, message
 @pytest.mark.parametrize(
     ("X", "error", "message"),
     [
-        (pd.DataFrame({"note": [], "height": [], "width": []}), ValueError, "the table is empty"),
+        (
+            pd.DataFrame({"note": [], "height": [], "width": []}),
+            ValueError,
+            "the table is empty",
+        ),
         (np.zeros((3, 0)), ValueError, "the table has no columns"),
         (np.zeros(3), ValueError, "Expected 2D array, got 1D array"),
         (
@@ -336,8 +388,16 @@ def test_branches_that_could_not_be_told_apart_are_refused(transformers, message
         ([{"note": "a"}], ValueError, r"it is a list. Pass pd.DataFrame\(X\)"),
         (3, ValueError, "it is an int. Pass a DataFrame"),
         ({"note": ["a"]}, TypeError, r"got a dict. Pass pd.DataFrame\(X\)"),
-        (pa.table({"note": ["a"]}), TypeError, r"got a pyarrow Table. Pass X.to_pandas\(\)"),
-        (pl.LazyFrame({"note": ["a"]}), TypeError, r"a polars LazyFrame. Pass X.collect\(\)"),
+        (
+            pa.table({"note": ["a"]}),
+            TypeError,
+            r"got a pyarrow Table. Pass X.to_pandas\(\)",
+        ),
+        (
+            pl.LazyFrame({"note": ["a"]}),
+            TypeError,
+            r"a polars LazyFrame. Pass X.collect\(\)",
+        ),
     ],
 )
 def test_bad_tables_are_refused(union, X, error, message):
@@ -346,7 +406,9 @@ def test_bad_tables_are_refused(union, X, error, message):
 
 
 def test_what_is_not_numbers_is_refused_by_branch(table):
-    with pytest.raises(TypeError, match="Branch 'text' returned object columns that are not numb"):
+    with pytest.raises(
+        TypeError, match="Branch 'text' returned object columns that are not numb"
+    ):
         PerModalityUnion([("text", "passthrough", ["note"])]).fit_transform(table)
 
 
@@ -359,7 +421,8 @@ def test_sparse_output_is_made_dense(table, method):
     blocks = union.transform(table)
     texts = table["note"].dropna()
     np.testing.assert_array_equal(
-        blocks[table["note"].notna(), :-1], CountVectorizer().fit_transform(texts).toarray()
+        blocks[table["note"].notna(), :-1],
+        CountVectorizer().fit_transform(texts).toarray(),
     )
     assert np.isnan(blocks[1, :-1]).all()
     assert union.blocks_["text"] == slice(0, len(union.get_feature_names_out()) - 1)
@@ -392,7 +455,11 @@ def test_large_sparse_output_is_refused_before_any_encoding(tmp_path, method, n_
 def counting_encoder(folder):
     """Return an encoder and a function that counts the batches it was run on, in any process."""
     backend = CallableBackend(
-        partial(load_noting, folder), name="noting", version="1", modality="text", n_features=2
+        partial(load_noting, folder),
+        name="noting",
+        version="1",
+        modality="text",
+        n_features=2,
     )
     return FrozenEncoder(backend, store=None), lambda: len(list(folder.iterdir()))
 
@@ -400,7 +467,9 @@ def counting_encoder(folder):
 def load_noting(folder):
     def encode(texts):
         (folder / uuid4().hex).touch()
-        return np.array([[len(text), text.count("a")] for text in texts], dtype=np.float32)
+        return np.array(
+            [[len(text), text.count("a")] for text in texts], dtype=np.float32
+        )
 
     return encode
 
@@ -437,7 +506,10 @@ def test_groups_reach_the_projector_s_splitter_through_a_pipeline():
 
     with sklearn.config_context(enable_metadata_routing=True):
         projector = ContrastiveProjector(
-            2, hidden_layer_sizes=(4,), max_epochs=1, cv=Spy(3).set_split_request(groups=True)
+            2,
+            hidden_layer_sizes=(4,),
+            max_epochs=1,
+            cv=Spy(3).set_split_request(groups=True),
         )
         union = PerModalityUnion([("a", make_pipeline(projector), [0, 1])])
         make_pipeline(union, HistGradientBoostingClassifier()).fit(X, y, groups=groups)
@@ -461,7 +533,11 @@ def test_passthrough_and_drop_stand_beside_routed_metadata(table):
     with sklearn.config_context(enable_metadata_routing=True):
         recorder = Recorder().set_fit_request(sample_weight=True)
         union = PerModalityUnion(
-            [("h", recorder, ["height"]), ("w", "passthrough", ["width"]), ("n", "drop", "note")]
+            [
+                ("h", recorder, ["height"]),
+                ("w", "passthrough", ["width"]),
+                ("n", "drop", "note"),
+            ]
         )
         blocks = union.fit_transform(table, sample_weight=np.ones(6))
     np.testing.assert_array_equal(blocks, table[["height", "width"]].to_numpy())
@@ -480,15 +556,21 @@ def test_nan_in_a_list_of_rows_is_missing(text_backend):
 
 
 def test_passthrough_takes_a_single_name_and_nullable_numbers(table):
-    union = PerModalityUnion([("h", "passthrough", "height"), ("both", "passthrough", [1, 2])])
-    blocks = union.fit_transform(table.astype({"height": "Float64", "width": "Float64"}))
+    union = PerModalityUnion(
+        [("h", "passthrough", "height"), ("both", "passthrough", [1, 2])]
+    )
+    blocks = union.fit_transform(
+        table.astype({"height": "Float64", "width": "Float64"})
+    )
     np.testing.assert_array_equal(blocks[:, 0], table["height"])
     np.testing.assert_array_equal(blocks[:, 1:], table[["height", "width"]].to_numpy())
 
 
 @pytest.mark.parametrize("kind", ["pandas", "polars", "numpy"])
 def test_a_scalar_selection_for_a_transformer_of_tables_is_explained(table, kind):
-    X = {"pandas": table, "polars": pl.from_pandas(table), "numpy": table.to_numpy()}[kind]
+    X = {"pandas": table, "polars": pl.from_pandas(table), "numpy": table.to_numpy()}[
+        kind
+    ]
     column = 1 if kind == "numpy" else "height"
     with pytest.raises(ValueError, match="container|2D array") as caught:
         PerModalityUnion([("h", SimpleImputer(), column)]).fit(X)
@@ -499,7 +581,9 @@ def test_a_scalar_selection_for_a_transformer_of_tables_is_explained(table, kind
 
 @pytest.mark.parametrize("kind", ["pandas", "polars", "numpy"])
 def test_a_table_for_a_transformer_of_texts_is_explained(table, kind):
-    X = {"pandas": table, "polars": pl.from_pandas(table), "numpy": table.to_numpy()}[kind]
+    X = {"pandas": table, "polars": pl.from_pandas(table), "numpy": table.to_numpy()}[
+        kind
+    ]
     column = 0 if kind == "numpy" else "note"
     with pytest.raises((ValueError, AttributeError)) as caught:
         PerModalityUnion([("text", CountVectorizer(), [column])]).fit_transform(X)
@@ -541,7 +625,9 @@ def test_the_whole_is_cross_validated_with_missing_modalities(text_backend):
     y = np.repeat(["cat", "dog"], 60)
     X = pd.DataFrame(
         {
-            "note": [f"{'aaa' if label == 'cat' else 'ooo'} {rng.integers(9)}" for label in y],
+            "note": [
+                f"{'aaa' if label == 'cat' else 'ooo'} {rng.integers(9)}" for label in y
+            ],
             "height": rng.normal(size=120) + (y == "cat"),
         }
     )
@@ -554,8 +640,12 @@ def test_the_whole_is_cross_validated_with_missing_modalities(text_backend):
             ("size", StandardScaler(), ["height"]),
         ]
     )
-    trees = cross_val_score(make_pipeline(union, HistGradientBoostingClassifier()), X, y)
-    linear = cross_val_score(make_pipeline(union, SimpleImputer(), LogisticRegression()), X, y)
+    trees = cross_val_score(
+        make_pipeline(union, HistGradientBoostingClassifier()), X, y
+    )
+    linear = cross_val_score(
+        make_pipeline(union, SimpleImputer(), LogisticRegression()), X, y
+    )
     assert trees.mean() > 0.85
     assert linear.mean() > 0.85
 

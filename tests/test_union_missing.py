@@ -36,7 +36,9 @@ from sklembed import (
 
 
 def load_lengths():
-    return lambda texts: np.array([[len(text), text.count("a")] for text in texts], dtype=float)
+    return lambda texts: np.array(
+        [[len(text), text.count("a")] for text in texts], dtype=float
+    )
 
 
 def load_words():
@@ -45,13 +47,19 @@ def load_words():
 
 def callable_backend(load):
     return CallableBackend(
-        load, name=f"{load.__name__} of a table", version="1", modality="text", n_features=2
+        load,
+        name=f"{load.__name__} of a table",
+        version="1",
+        modality="text",
+        n_features=2,
     )
 
 
 ENCODER = FrozenEncoder(callable_backend(load_lengths), store=None)
 TOKENS = FrozenEncoder(callable_backend(load_words), output="tokens", store=None)
-PROJECTOR = ContrastiveProjector(2, hidden_layer_sizes=(4,), max_epochs=1, random_state=0)
+PROJECTOR = ContrastiveProjector(
+    2, hidden_layer_sizes=(4,), max_epochs=1, random_state=0
+)
 ONE_HOT = OneHotEncoder(sparse_output=False, handle_unknown="ignore")
 
 
@@ -98,7 +106,9 @@ Y = np.array([0, 1, 0, 1, 0, 1, 0, 1, 0])
 
 
 def inner_union(transformer, **options):
-    return PerModalityUnion([("a", transformer, [0]), ("b", StandardScaler(), [1])], **options)
+    return PerModalityUnion(
+        [("a", transformer, [0]), ("b", StandardScaler(), [1])], **options
+    )
 
 
 def no_score(*_):
@@ -113,18 +123,28 @@ HANDLING = {
     "ordinal": OrdinalEncoder(encoded_missing_value=-1),
     "target": TargetEncoder(cv=2),
     "another package's": Filling(),
-    "stacked trees": StackingClassifier([("trees", HistGradientBoostingClassifier())], cv=2),
+    "stacked trees": StackingClassifier(
+        [("trees", HistGradientBoostingClassifier())], cv=2
+    ),
     "wrapped trees": Probabilities(HistGradientBoostingClassifier()),
-    "wrapped pipeline": Probabilities(make_pipeline(SimpleImputer(), LogisticRegression())),
-    "searched": GridSearchCV(make_pipeline(SimpleImputer(), PCA(1)), {}, cv=2, scoring=no_score),
+    "wrapped pipeline": Probabilities(
+        make_pipeline(SimpleImputer(), LogisticRegression())
+    ),
+    "searched": GridSearchCV(
+        make_pipeline(SimpleImputer(), PCA(1)), {}, cv=2, scoring=no_score
+    ),
     "imputer, PCA": make_pipeline(SimpleImputer(), PCA(1)),
     "scaler, imputer, PCA": make_pipeline(StandardScaler(), SimpleImputer(), PCA(1)),
     "selector, imputer": make_pipeline(VarianceThreshold(), SimpleImputer()),
     "function, imputer": make_pipeline(FunctionTransformer(), SimpleImputer()),
     "projector, imputer": make_pipeline(PROJECTOR, SimpleImputer()),
     "passthrough, imputer": make_pipeline("passthrough", SimpleImputer()),
-    "beside each other": FeatureUnion([("i", SimpleImputer()), ("m", MissingIndicator())]),
-    "of columns": ColumnTransformer([("i", SimpleImputer(), [0])], remainder=KNNImputer()),
+    "beside each other": FeatureUnion(
+        [("i", SimpleImputer()), ("m", MissingIndicator())]
+    ),
+    "of columns": ColumnTransformer(
+        [("i", SimpleImputer(), [0])], remainder=KNNImputer()
+    ),
     "inner union": make_pipeline(inner_union(SimpleImputer()), SimpleImputer()),
 }
 NOT_HANDLING = {
@@ -141,7 +161,9 @@ NOT_HANDLING = {
         FunctionTransformer(validate=True), SimpleImputer()
     ),
     "beside PCA": FeatureUnion([("i", SimpleImputer()), ("p", PCA(1))]),
-    "of columns with PCA": ColumnTransformer([("i", SimpleImputer(), [0])], remainder=PCA(1)),
+    "of columns with PCA": ColumnTransformer(
+        [("i", SimpleImputer(), [0])], remainder=PCA(1)
+    ),
     "inner union, PCA": make_pipeline(inner_union(SimpleImputer()), PCA(1)),
     "inner union that skips": inner_union(SimpleImputer(), missing_rows="skip"),
     "wrapped linear model": Probabilities(LogisticRegression()),
@@ -203,21 +225,27 @@ def test_encoders_keep_missing_rows_for_an_imputer_after_them(transformer, handl
 
 def test_an_imputer_after_an_encoder_fills_rows_without_a_text():
     X = pd.DataFrame({"note": ["a red cat", None, "a blue dog"] * 3})
-    union = PerModalityUnion([("text", make_pipeline(ENCODER, SimpleImputer()), "note")])
+    union = PerModalityUnion(
+        [("text", make_pipeline(ENCODER, SimpleImputer()), "note")]
+    )
     blocks = union.fit_transform(X)
     np.testing.assert_allclose(blocks[1], blocks[[0, 2]].mean(axis=0))
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA], ids=repr)
 @pytest.mark.parametrize("dtype", ["category", object, "string"])
-def test_a_row_without_numbers_and_category_is_predicted_as_by_column_transformer(missing, dtype):
+def test_a_row_without_numbers_and_category_is_predicted_as_by_column_transformer(
+    missing, dtype
+):
     rng = np.random.default_rng(0)
     X = pd.DataFrame({"age": rng.normal(size=60), "sex": rng.choice(["f", "m"], 60)})
     y = (X["age"] > 0).astype(int)
     numbers = make_pipeline(SimpleImputer(), StandardScaler())
     branches = [("numbers", numbers, ["age"]), ("sex", ONE_HOT, ["sex"])]
     new = pd.DataFrame({"age": [0.5, np.nan], "sex": ["f", None]})
-    expected = make_pipeline(ColumnTransformer(branches), LogisticRegression()).fit(X, y)
+    expected = make_pipeline(ColumnTransformer(branches), LogisticRegression()).fit(
+        X, y
+    )
     model = make_pipeline(PerModalityUnion(branches), LogisticRegression())
     model.fit(X.astype({"sex": dtype}), y)
     cells = pd.Series(["f", missing], dtype=object).astype(dtype)
@@ -228,10 +256,15 @@ def test_a_row_without_numbers_and_category_is_predicted_as_by_column_transforme
 
 @pytest.mark.parametrize("dtype", [object, "string", "category"])
 @pytest.mark.parametrize(
-    "encoder", [ONE_HOT, ColumnTransformer([("sex", ONE_HOT, ["sex"])], remainder="passthrough")]
+    "encoder",
+    [ONE_HOT, ColumnTransformer([("sex", ONE_HOT, ["sex"])], remainder="passthrough")],
 )
-def test_a_category_without_any_value_in_a_request_is_a_missing_category(encoder, dtype):
-    X = pd.DataFrame({"sex": ["f", "m", None] * 4, "ward": ["a", None, "b"] * 4}, dtype=dtype)
+def test_a_category_without_any_value_in_a_request_is_a_missing_category(
+    encoder, dtype
+):
+    X = pd.DataFrame(
+        {"sex": ["f", "m", None] * 4, "ward": ["a", None, "b"] * 4}, dtype=dtype
+    )
     if isinstance(encoder, ColumnTransformer):
         X["ward"] = np.arange(12.0)
     union = PerModalityUnion([("category", encoder, ["sex", "ward"])]).fit(X)
@@ -244,7 +277,9 @@ def test_a_category_without_any_value_in_a_request_is_a_missing_category(encoder
 
 def test_a_category_without_any_value_in_an_array_or_polars_table_is_a_missing_category():
     cells = [["f"], ["m"], [None]]
-    union = PerModalityUnion([("category", ONE_HOT, [0])]).fit(np.array(cells, dtype=object))
+    union = PerModalityUnion([("category", ONE_HOT, [0])]).fit(
+        np.array(cells, dtype=object)
+    )
     assert union.transform(np.array([[np.nan]])).tolist() == [[0, 0, 1]]
     union = PerModalityUnion([("category", ONE_HOT, ["sex"])])
     union.fit(pl.DataFrame({"sex": ["f", "m", None]}))
@@ -255,7 +290,9 @@ def test_a_category_without_any_value_in_an_array_or_polars_table_is_a_missing_c
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA], ids=repr)
 def test_imputers_of_texts_recognise_every_kind_of_missing_cell(dtype, missing):
     cells = pd.Series(["a", missing, "b", "a"], dtype=object).astype(dtype)
-    most_frequent = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder())
+    most_frequent = make_pipeline(
+        SimpleImputer(strategy="most_frequent"), OneHotEncoder()
+    )
     frame = pd.DataFrame({"c": cells})
     polars = pl.DataFrame({"c": ["a", None, "b", "a"]})
     for X, column in [(frame, ["c"]), (polars, ["c"]), (frame.to_numpy(object), [0])]:
@@ -281,28 +318,40 @@ def test_imputers_of_numbers_recognise_every_kind_of_missing_cell(cells):
 
 def test_a_table_vectorizer_is_given_all_rows():
     skrub = pytest.importorskip("skrub")
-    X = pd.DataFrame({"kind": ["a", None, "b", "a"], "since": pd.to_datetime(["2020-01-01"] * 4)})
+    X = pd.DataFrame(
+        {"kind": ["a", None, "b", "a"], "since": pd.to_datetime(["2020-01-01"] * 4)}
+    )
     union = PerModalityUnion([("rest", skrub.TableVectorizer(), ["kind"])])
     np.testing.assert_array_equal(
         union.fit_transform(X), skrub.TableVectorizer().fit_transform(X[["kind"]])
     )
     X.loc[1, "since"] = None
-    dates = PerModalityUnion([("since", skrub.TableVectorizer(), ["since"])]).fit_transform(X)
+    dates = PerModalityUnion(
+        [("since", skrub.TableVectorizer(), ["since"])]
+    ).fit_transform(X)
     assert np.isnan(dates).any(axis=1).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("kind", ["pandas", "polars", "numpy"])
 def test_missing_dates_never_become_numbers(kind):
     dates = pd.DataFrame({"since": pd.to_datetime(["2020-01-01", None, "2020-03-01"])})
-    X = {"pandas": dates, "polars": pl.from_pandas(dates), "numpy": dates.to_numpy()}[kind]
+    X = {"pandas": dates, "polars": pl.from_pandas(dates), "numpy": dates.to_numpy()}[
+        kind
+    ]
     column = [0] if kind == "numpy" else ["since"]
-    message = "'d' reads the columns .*, in which dates are missing. Transformers of scikit-l"
+    message = (
+        "'d' reads the columns .*, in which dates are missing. Transformers of scikit-l"
+    )
     for imputer in (SimpleImputer(), make_pipeline(SimpleImputer(), StandardScaler())):
         with pytest.raises(ValueError, match=message):
             PerModalityUnion([("d", imputer, column)]).fit(X)
     skipping = PerModalityUnion([("d", SimpleImputer(), column)], missing_rows="skip")
     if kind == "pandas":
-        assert np.isnan(skipping.fit_transform(X)[:, 0]).tolist() == [False, True, False]
+        assert np.isnan(skipping.fit_transform(X)[:, 0]).tolist() == [
+            False,
+            True,
+            False,
+        ]
 
 
 # The parameter missing_rows
@@ -342,8 +391,13 @@ def test_what_a_branch_returns_nan_for_stays_nan(table):
 
 
 @pytest.mark.parametrize("missing_rows", ["error", {"a": "error"}])
-def test_rows_without_a_required_modality_are_an_error_before_any_branch_runs(table, missing_rows):
-    branches = [("b", make_pipeline(Filling(), PCA(7)), ["b"]), ("a", SimpleImputer(), ["a"])]
+def test_rows_without_a_required_modality_are_an_error_before_any_branch_runs(
+    table, missing_rows
+):
+    branches = [
+        ("b", make_pipeline(Filling(), PCA(7)), ["b"]),
+        ("a", SimpleImputer(), ["a"]),
+    ]
     union = PerModalityUnion(branches[1:], missing_rows=missing_rows)
     message = (
         r"3 of 9 rows lack the modality of branch 'a', first row 2: column \['a'\] is missing. "
@@ -360,19 +414,29 @@ def test_rows_without_a_required_modality_are_an_error_before_any_branch_runs(ta
 @pytest.mark.parametrize(
     ("missing_rows", "message"),
     [
-        ({"c": "skip"}, r"a setting for 'c', but the branches are \['a', 'remainder'\]"),
-        ({"a": "keep"}, r"one of \['auto', 'skip', 'pass', 'error'\]; got 'keep' for branch 'a'"),
+        (
+            {"c": "skip"},
+            r"a setting for 'c', but the branches are \['a', 'remainder'\]",
+        ),
+        (
+            {"a": "keep"},
+            r"one of \['auto', 'skip', 'pass', 'error'\]; got 'keep' for branch 'a'",
+        ),
         ("keep", "The 'missing_rows' parameter of PerModalityUnion must be"),
     ],
 )
 def test_settings_that_are_not_allowed_are_refused(table, missing_rows, message):
     with pytest.raises(ValueError, match=message):
-        PerModalityUnion([("a", SimpleImputer(), ["a"])], missing_rows=missing_rows).fit(table)
+        PerModalityUnion(
+            [("a", SimpleImputer(), ["a"])], missing_rows=missing_rows
+        ).fit(table)
 
 
 def test_missing_rows_can_be_searched_over(table):
     branch = ("n", make_pipeline(SimpleImputer(), StandardScaler()), ["a", "b"])
-    pipeline = make_pipeline(PerModalityUnion([branch]), HistGradientBoostingClassifier())
+    pipeline = make_pipeline(
+        PerModalityUnion([branch]), HistGradientBoostingClassifier()
+    )
     grid = {"permodalityunion__missing_rows": ["auto", "skip", {"n": "pass"}]}
     search = GridSearchCV(pipeline, grid, cv=2, error_score="raise").fit(table, Y)
     assert len(search.cv_results_["params"]) == 3
@@ -390,7 +454,9 @@ def test_an_error_of_a_branch_names_the_setting_that_hides_the_rows(table):
 
 def test_the_union_takes_nan_where_every_branch_does():
     def allows_nan(transformer):
-        return get_tags(PerModalityUnion([("a", transformer, [0])])).input_tags.allow_nan
+        return get_tags(
+            PerModalityUnion([("a", transformer, [0])])
+        ).input_tags.allow_nan
 
     assert allows_nan(make_pipeline(SimpleImputer(), PCA()))
     assert allows_nan(make_pipeline(ENCODER, PROJECTOR))
@@ -429,14 +495,21 @@ def test_an_unobserved_modality_is_kept_as_a_block_of_nan(
     getattr(union, method)(unobserved)
     blocks = pickle.loads(pickle.dumps(union)).transform(unobserved)
     expected = [f"text__{name}" for name in names]
-    assert blocks.columns.tolist() == [*expected, "size__size", "missing__text", "missing__size"]
+    assert blocks.columns.tolist() == [
+        *expected,
+        "size__size",
+        "missing__text",
+        "missing__size",
+    ]
     assert blocks[expected].isna().all(axis=None)
     assert blocks["missing__text"].tolist() == [1, 1, 1, 1]
     assert union.unobserved_ == ["text"]
     assert [name for name, _, _ in union.iter_parts(unobserved)] == ["size"]
 
 
-def test_later_rows_that_have_an_unobserved_modality_are_nan_with_one_warning(unobserved):
+def test_later_rows_that_have_an_unobserved_modality_are_nan_with_one_warning(
+    unobserved,
+):
     union = PerModalityUnion(
         [("text", ENCODER, "note"), ("again", ENCODER, ["note"])],
         remainder="passthrough",
@@ -444,7 +517,9 @@ def test_later_rows_that_have_an_unobserved_modality_are_nan_with_one_warning(un
     )
     later = unobserved.assign(note=["a", "b", None, "c"])
     union.fit(unobserved)
-    with pytest.warns(UserWarning, match=r"branches \['text', 'again'\] in fit.* 3 rows") as caught:
+    with pytest.warns(
+        UserWarning, match=r"branches \['text', 'again'\] in fit.* 3 rows"
+    ) as caught:
         blocks = union.transform(later)
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -455,13 +530,17 @@ def test_later_rows_that_have_an_unobserved_modality_are_nan_with_one_warning(un
 
 def test_an_unobserved_column_of_tokens_is_none(unobserved):
     branches = [("words", TOKENS, "note"), ("size", StandardScaler(), ["size"])]
-    union = PerModalityUnion(branches, keep_unobserved=True).set_output(transform="pandas")
+    union = PerModalityUnion(branches, keep_unobserved=True).set_output(
+        transform="pandas"
+    )
     frame = union.fit_transform(unobserved)
     assert frame["words__frozenencoder0"].tolist() == [None] * 4
     assert union.holds_tokens_ == {"words": True, "size": False}
 
 
-@pytest.mark.parametrize("transformer", [ENCODER, SimpleImputer(strategy="most_frequent")])
+@pytest.mark.parametrize(
+    "transformer", [ENCODER, SimpleImputer(strategy="most_frequent")]
+)
 def test_without_keep_unobserved_the_error_names_the_parameter(unobserved, transformer):
     union = PerModalityUnion([("text", transformer, ["note"])])
     message = r"'text' has nothing to learn from: .* in all 4 rows. .* keep_unobserved=True to keep"
@@ -473,7 +552,8 @@ def test_a_fold_without_a_modality_can_be_fitted():
     X = pd.DataFrame({"note": [None] * 6 + ["a", "bb"] * 3, "size": np.arange(12.0)})
     y = np.arange(12) % 2
     union = PerModalityUnion(
-        [("text", ENCODER, "note"), ("size", StandardScaler(), ["size"])], keep_unobserved=True
+        [("text", ENCODER, "note"), ("size", StandardScaler(), ["size"])],
+        keep_unobserved=True,
     )
     imputer = SimpleImputer(keep_empty_features=True)
     pipeline = make_pipeline(union, imputer, LogisticRegression())

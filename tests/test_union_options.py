@@ -19,7 +19,12 @@ from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import make_pipeline, make_union
-from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, OneHotEncoder, StandardScaler
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    MinMaxScaler,
+    OneHotEncoder,
+    StandardScaler,
+)
 from sklearn.utils import get_tags
 
 from sklembed import (
@@ -69,10 +74,16 @@ class Recorder(TransformerMixin, BaseEstimator):
 # The remainder
 
 
-@pytest.mark.parametrize("remainder", ["passthrough", StandardScaler(), PCA(1)], ids=repr)
+@pytest.mark.parametrize(
+    "remainder", ["passthrough", StandardScaler(), PCA(1)], ids=repr
+)
 @pytest.mark.parametrize("method", ["fit", "fit_transform"])
-def test_the_remainder_is_a_last_branch_that_names_the_columns_left(table, text, remainder, method):
-    ours = PerModalityUnion([text, SIZE], remainder=remainder).set_output(transform="pandas")
+def test_the_remainder_is_a_last_branch_that_names_the_columns_left(
+    table, text, remainder, method
+):
+    ours = PerModalityUnion([text, SIZE], remainder=remainder).set_output(
+        transform="pandas"
+    )
     theirs = PerModalityUnion([text, SIZE, ("rest", remainder, ["depth", "flag"])])
     table["flag"] = table["flag"].fillna(0)
     getattr(ours, method)(table)
@@ -82,21 +93,30 @@ def test_the_remainder_is_a_last_branch_that_names_the_columns_left(table, text,
     assert ours.transformers_[-1][2] == ["depth", "flag"]
     assert ours.named_transformers_["remainder"] is ours.transformers_[-1][1]
     assert ours.blocks_["remainder"] == theirs.blocks_["rest"]
-    names = [name.replace("rest__", "remainder__") for name in theirs.get_feature_names_out()]
+    names = [
+        name.replace("rest__", "remainder__") for name in theirs.get_feature_names_out()
+    ]
     assert found.columns.tolist() == names
 
 
 def test_without_missing_rows_the_remainder_is_that_of_column_transformer(table):
     table = table.drop(columns="note").dropna()
     branches = [("w", MinMaxScaler(), ["width"]), ("f", "drop", ["flag"])]
-    options = {"remainder": StandardScaler(), "transformer_weights": {"w": 3.0, "remainder": 0.5}}
+    options = {
+        "remainder": StandardScaler(),
+        "transformer_weights": {"w": 3.0, "remainder": 0.5},
+    }
     ours = PerModalityUnion(branches, **options).set_output(transform="pandas")
     theirs = ColumnTransformer(branches, **options).set_output(transform="pandas")
-    pd.testing.assert_frame_equal(ours.fit_transform(table), theirs.fit_transform(table))
+    pd.testing.assert_frame_equal(
+        ours.fit_transform(table), theirs.fit_transform(table)
+    )
 
 
 def test_the_columns_of_a_dropped_branch_do_not_come_back_in_the_remainder(table, text):
-    union = PerModalityUnion([text, ("flag", "drop", "flag")], remainder=Recorder()).fit(table)
+    union = PerModalityUnion(
+        [text, ("flag", "drop", "flag")], remainder=Recorder()
+    ).fit(table)
     assert union.named_transformers_["remainder"].fitted_on_.columns.tolist() == [
         "height",
         "width",
@@ -105,7 +125,9 @@ def test_the_columns_of_a_dropped_branch_do_not_come_back_in_the_remainder(table
 
 
 def test_no_remainder_where_no_column_is_left(table):
-    union = PerModalityUnion([("all", "passthrough", slice("height", None))], remainder=PCA(7))
+    union = PerModalityUnion(
+        [("all", "passthrough", slice("height", None))], remainder=PCA(7)
+    )
     union.fit(table.drop(columns="note"))
     assert union.blocks_ == {"all": slice(0, 4)}
     assert list(union.named_transformers_) == ["all"]
@@ -118,8 +140,12 @@ def test_the_default_drops_what_no_branch_names(table):
 
 def test_all_branches_may_be_dropped_where_there_is_a_remainder(table):
     union = PerModalityUnion([("n", "drop", "note")], remainder="passthrough")
-    np.testing.assert_array_equal(union.fit_transform(table), table.drop(columns="note"))
-    with pytest.raises(ValueError, match="All branches are 'drop'; keep at least one, or set rem"):
+    np.testing.assert_array_equal(
+        union.fit_transform(table), table.drop(columns="note")
+    )
+    with pytest.raises(
+        ValueError, match="All branches are 'drop'; keep at least one, or set rem"
+    ):
         union.fit(table[["note"]])
 
 
@@ -128,7 +154,9 @@ def test_which_columns_are_left_is_settled_in_fit_by_name(table, text):
     expected = union.fit_transform(table)
     moved = table[["flag", "width", "depth", "note", "height"]].assign(extra=1.0)
     np.testing.assert_array_equal(union.transform(moved), expected)
-    with pytest.raises(ValueError, match="Branch 'remainder' asks for column 'depth', which is no"):
+    with pytest.raises(
+        ValueError, match="Branch 'remainder' asks for column 'depth', which is no"
+    ):
         union.transform(table.drop(columns="depth"))
 
 
@@ -139,12 +167,16 @@ def test_which_columns_are_left_is_settled_in_fit_by_position(table):
     assert union.transformers_[-1][2] == [0, 1, 2]
     names = ["a__x3", "remainder__x0", "remainder__x1", "remainder__x2"]
     assert union.get_feature_names_out().tolist() == names
-    with pytest.raises(ValueError, match="X has 3 features, but PerModalityUnion is expecting 4"):
+    with pytest.raises(
+        ValueError, match="X has 3 features, but PerModalityUnion is expecting 4"
+    ):
         union.transform(X[:, :3])
 
 
 def test_columns_of_one_name_cannot_be_told_apart(table):
-    union = PerModalityUnion([SIZE, ("n", "drop", "note")], remainder="passthrough").fit(table)
+    union = PerModalityUnion(
+        [SIZE, ("n", "drop", "note")], remainder="passthrough"
+    ).fit(table)
     twice = table.rename(columns={"note": "depth"})
     message = "'remainder' asks for column 'depth', but X has 2 columns of that name. Rename them"
     with pytest.raises(ValueError, match=message):
@@ -153,7 +185,9 @@ def test_columns_of_one_name_cannot_be_told_apart(table):
 
 def test_rows_that_lack_the_remainder_are_not_shown_to_it(table, text):
     table["depth"] = table["depth"].where(table["flag"].notna())
-    union = PerModalityUnion([text, SIZE], remainder=Recorder()).fit(table, np.arange(6))
+    union = PerModalityUnion([text, SIZE], remainder=Recorder()).fit(
+        table, np.arange(6)
+    )
     assert union.named_transformers_["remainder"].y_.tolist() == [0, 2, 3, 4, 5]
     assert np.isnan(union.transform(table)[1, union.blocks_["remainder"]]).all()
 
@@ -161,12 +195,16 @@ def test_rows_that_lack_the_remainder_are_not_shown_to_it(table, text):
 def test_a_remainder_without_any_observed_row_is_refused_by_name(table):
     table["flag"] = np.nan
     union = PerModalityUnion([("all", "passthrough", [1, 2, 3]), ("n", "drop", [0])])
-    with pytest.raises(ValueError, match="Branch 'remainder' has nothing to learn from: column "):
+    with pytest.raises(
+        ValueError, match="Branch 'remainder' has nothing to learn from: column "
+    ):
         union.set_params(remainder="passthrough").fit(table)
 
 
 def test_a_remainder_that_is_not_numbers_is_refused_by_name(table):
-    with pytest.raises(TypeError, match="Branch 'remainder' returned object columns that are not"):
+    with pytest.raises(
+        TypeError, match="Branch 'remainder' returned object columns that are not"
+    ):
         PerModalityUnion([SIZE], remainder="passthrough").fit_transform(table)
 
 
@@ -181,7 +219,9 @@ def test_an_error_in_the_remainder_says_where_it_was(table, text):
 
 @pytest.mark.parametrize("remainder", ["keep", None, 3])
 def test_a_remainder_that_is_no_transformer_is_refused(table, text, remainder):
-    with pytest.raises(ValueError, match="The 'remainder' parameter of PerModalityUnion must be"):
+    with pytest.raises(
+        ValueError, match="The 'remainder' parameter of PerModalityUnion must be"
+    ):
         PerModalityUnion([text], remainder=remainder).fit(table)
 
 
@@ -193,7 +233,9 @@ def test_a_branch_must_not_bear_the_name_of_a_parameter(table, name):
 
 def test_parts_of_the_remainder_are_those_that_fit_shows_it(table, text):
     union = PerModalityUnion([text, ("w", "drop", "width")], remainder=Recorder())
-    parts = {name: (transformer, part) for name, transformer, part in union.iter_parts(table)}
+    parts = {
+        name: (transformer, part) for name, transformer, part in union.iter_parts(table)
+    }
     assert list(parts) == ["text", "remainder"]
     assert parts["remainder"][0] is union.remainder
     fitted = union.fit(table).named_transformers_["remainder"]
@@ -201,14 +243,20 @@ def test_parts_of_the_remainder_are_those_that_fit_shows_it(table, text):
 
 
 def test_parameters_reach_into_the_remainder(table, text):
-    union = PerModalityUnion([text, SIZE], remainder=StandardScaler(), add_indicator=True)
+    union = PerModalityUnion(
+        [text, SIZE], remainder=StandardScaler(), add_indicator=True
+    )
     assert union.get_params()["remainder__with_mean"] is True
     assert "remainder__with_mean" not in union.get_params(deep=False)
     assert union.set_params(remainder__with_mean=False).remainder.with_mean is False
-    union.set_params(remainder=MinMaxScaler(), text__normalize=True, add_indicator=False)
+    union.set_params(
+        remainder=MinMaxScaler(), text__normalize=True, add_indicator=False
+    )
     assert isinstance(union.remainder, MinMaxScaler)
     assert union.get_params()["text__normalize"] is True
-    with pytest.raises(ValueError, match="Invalid parameter 'colour' for estimator MinMaxScaler"):
+    with pytest.raises(
+        ValueError, match="Invalid parameter 'colour' for estimator MinMaxScaler"
+    ):
         union.set_params(remainder__colour=1)
 
 
@@ -237,25 +285,38 @@ def test_a_pickle_transforms_as_before(table):
     ).fit(table)
     loaded = pickle.loads(pickle.dumps(union))
     np.testing.assert_array_equal(loaded.transform(table), union.transform(table))
-    assert loaded.get_feature_names_out().tolist() == union.get_feature_names_out().tolist()
+    assert (
+        loaded.get_feature_names_out().tolist()
+        == union.get_feature_names_out().tolist()
+    )
 
 
 @pytest.mark.parametrize("metadata", ["sample_weight", "groups"])
-def test_metadata_is_routed_into_the_remainder_and_cut_to_its_rows(table, text, metadata):
+def test_metadata_is_routed_into_the_remainder_and_cut_to_its_rows(
+    table, text, metadata
+):
     with sklearn.config_context(enable_metadata_routing=True):
         recorder = Recorder().set_fit_request(**{metadata: True})
-        union = PerModalityUnion([text, ("d", "passthrough", ["depth"])], remainder=recorder)
-        table.loc["v", ["height", "width"]] = np.nan  # beside its flag: all that is left
+        union = PerModalityUnion(
+            [text, ("d", "passthrough", ["depth"])], remainder=recorder
+        )
+        table.loc["v", ["height", "width"]] = (
+            np.nan
+        )  # beside its flag: all that is left
         pipeline = make_pipeline(union)
         pipeline.fit(table, np.arange(6), **{metadata: np.arange(6) / 10})
     fitted = pipeline[-1].named_transformers_["remainder"]
-    np.testing.assert_array_equal(getattr(fitted, f"{metadata}_"), [0.0, 0.2, 0.3, 0.4, 0.5])
+    np.testing.assert_array_equal(
+        getattr(fitted, f"{metadata}_"), [0.0, 0.2, 0.3, 0.4, 0.5]
+    )
 
 
 def test_metadata_that_only_the_remainder_asks_for_may_find_no_column_left(table):
     with sklearn.config_context(enable_metadata_routing=True):
         recorder = Recorder().set_fit_request(sample_weight=True)
-        union = PerModalityUnion([("all", "passthrough", slice(None))], remainder=recorder)
+        union = PerModalityUnion(
+            [("all", "passthrough", slice(None))], remainder=recorder
+        )
         union.fit(table[["depth", "width"]], sample_weight=np.ones(6))
     assert union.blocks_ == {"all": slice(0, 2)}
 
@@ -273,7 +334,10 @@ def test_groups_reach_the_splitter_of_a_projector_in_the_remainder():
 
     with sklearn.config_context(enable_metadata_routing=True):
         projector = ContrastiveProjector(
-            2, hidden_layer_sizes=(4,), max_epochs=1, cv=Spy(3).set_split_request(groups=True)
+            2,
+            hidden_layer_sizes=(4,),
+            max_epochs=1,
+            cv=Spy(3).set_split_request(groups=True),
         )
         union = PerModalityUnion([("a", "passthrough", [0, 1])], remainder=projector)
         groups = np.repeat(np.arange(10), 6)
@@ -386,7 +450,9 @@ def test_a_clone_and_the_original_of_a_clone_keep_their_parameters(table):
 
 
 def test_setting_the_parameters_that_are_set_changes_nothing(table, text):
-    union = PerModalityUnion([text, SIZE, ("d", "passthrough", ["depth"])], remainder=Recorder())
+    union = PerModalityUnion(
+        [text, SIZE, ("d", "passthrough", ["depth"])], remainder=Recorder()
+    )
     table["flag"] = table["flag"].fillna(0)
     expected = union.fit_transform(table)
     union.set_params(**union.get_params(deep=True))
@@ -416,9 +482,13 @@ def test_a_replaced_step_takes_the_place_of_the_fitted_one(table, text):
         ({"transformers": [("size", SIZE[1], ["depth"])]}, ["text", "size"]),
     ],
 )
-def test_a_branch_that_is_replaced_after_fit_has_to_be_fitted_again(table, text, params, names):
+def test_a_branch_that_is_replaced_after_fit_has_to_be_fitted_again(
+    table, text, params, names
+):
     union = PerModalityUnion([text, SIZE]).fit(table).set_params(**params)
-    message = re.escape(f"The branches {names}") + ".* replaced .* after fit.* Call fit again"
+    message = (
+        re.escape(f"The branches {names}") + ".* replaced .* after fit.* Call fit again"
+    )
     for replaced in (union, deepcopy(union)):
         with pytest.raises(ValueError, match=message):
             replaced.transform(table)
@@ -449,9 +519,14 @@ def test_weights_are_a_scaling_afterwards(table, text):
     for name, block in union.blocks_.items():
         expected[:, block] *= weights[name]
     found = weighted.fit_transform(table)
-    np.testing.assert_array_equal(found, expected)  # NaN where it was, under the weight 0 too
+    np.testing.assert_array_equal(
+        found, expected
+    )  # NaN where it was, under the weight 0 too
     np.testing.assert_array_equal(weighted.transform(table), found)
-    assert weighted.get_feature_names_out().tolist() == union.get_feature_names_out().tolist()
+    assert (
+        weighted.get_feature_names_out().tolist()
+        == union.get_feature_names_out().tolist()
+    )
 
 
 def test_branches_without_a_weight_have_the_weight_1(table, text):
@@ -468,7 +543,9 @@ def test_a_weight_of_double_precision_leaves_float32(table, text):
 
 
 def test_what_is_dropped_keeps_its_weight_for_when_it_comes_back(table, text):
-    union = PerModalityUnion([text, SIZE], transformer_weights={"text": 2.0, "remainder": 3.0})
+    union = PerModalityUnion(
+        [text, SIZE], transformer_weights={"text": 2.0, "remainder": 3.0}
+    )
     assert clone(union).set_params(text="drop").fit_transform(table).shape == (6, 2)
 
 
@@ -483,12 +560,16 @@ def test_unknown_branches_have_no_weight(table, text):
 
 @pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf, "2", None], ids=repr)
 def test_what_is_no_weight_is_refused(table, text, weight):
-    with pytest.raises(ValueError, match="finite number that is not negative; got .* 'text'"):
+    with pytest.raises(
+        ValueError, match="finite number that is not negative; got .* 'text'"
+    ):
         PerModalityUnion([text], transformer_weights={"text": weight}).fit(table)
 
 
 def test_weights_are_a_dict(table, text):
-    with pytest.raises(ValueError, match="The 'transformer_weights' parameter of PerModalityUnion"):
+    with pytest.raises(
+        ValueError, match="The 'transformer_weights' parameter of PerModalityUnion"
+    ):
         PerModalityUnion([text], transformer_weights=[1.0]).fit(table)
 
 
@@ -499,7 +580,12 @@ def test_weights_are_a_dict(table, text):
 @pytest.mark.parametrize("remainder", ["drop", "passthrough"])
 def test_the_indicator_is_where_a_row_lacks_the_modality(table, remainder, n_jobs):
     union = PerModalityUnion(
-        [("w", "passthrough", ["width"]), SIZE, ("n", "drop", "note"), ("d", "drop", "depth")],
+        [
+            ("w", "passthrough", ["width"]),
+            SIZE,
+            ("n", "drop", "note"),
+            ("d", "drop", "depth"),
+        ],
         remainder=remainder,
         n_jobs=n_jobs,
     )
@@ -523,12 +609,16 @@ def test_the_indicator_is_as_wide_where_no_training_row_lacks_anything(table, te
     nothing = table.iloc[[0]].assign(
         note=None, height=np.nan, width=np.nan, depth=np.nan, flag=np.nan
     )
-    np.testing.assert_array_equal(union.transform(table.dropna())[:, -3:], np.zeros((3, 3)))
+    np.testing.assert_array_equal(
+        union.transform(table.dropna())[:, -3:], np.zeros((3, 3))
+    )
     np.testing.assert_array_equal(union.transform(nothing)[:, -3:], [[1, 1, 1]])
 
 
 def test_the_indicator_is_not_weighted(table, text):
-    union = PerModalityUnion([text], transformer_weights={"text": 0.5}, add_indicator=True)
+    union = PerModalityUnion(
+        [text], transformer_weights={"text": 0.5}, add_indicator=True
+    )
     assert union.fit_transform(table)[:, -1].tolist() == [0, 1, 0, 0, 0, 0]
     with pytest.raises(ValueError, match="has a weight for 'missing'"):
         union.set_params(transformer_weights={"missing": 0.5}).fit(table)
@@ -538,19 +628,25 @@ def test_a_branch_may_be_called_missing_where_there_is_no_indicator(table):
     union = PerModalityUnion([("missing", "passthrough", ["depth"])]).fit(table)
     assert union.get_feature_names_out().tolist() == ["missing__depth"]
     assert union.transform(table).shape == (6, 1)
-    with pytest.raises(ValueError, match="'missing' is the block that add_indicator adds"):
+    with pytest.raises(
+        ValueError, match="'missing' is the block that add_indicator adds"
+    ):
         union.set_params(add_indicator=True).fit(table)
 
 
 def test_the_indicator_is_that_of_the_fit(table, text):
     union = PerModalityUnion([text], add_indicator=True)
     expected = union.fit_transform(table)
-    np.testing.assert_array_equal(union.set_params(add_indicator=False).transform(table), expected)
+    np.testing.assert_array_equal(
+        union.set_params(add_indicator=False).transform(table), expected
+    )
     assert len(union.get_feature_names_out()) == expected.shape[1]
 
 
 def test_the_indicator_is_named_under_set_output(table, text):
-    union = PerModalityUnion([text, SIZE], add_indicator=True).set_output(transform="pandas")
+    union = PerModalityUnion([text, SIZE], add_indicator=True).set_output(
+        transform="pandas"
+    )
     frame = union.fit_transform(table)
     assert frame["missing__text"].tolist() == [0, 1, 0, 0, 0, 0]
     assert frame["missing__size"].tolist() == [0, 0, 1, 0, 0, 0]
@@ -563,7 +659,9 @@ def joined(part):
     """Put a title and a body together, of which either may be missing."""
     rows = np.asarray(part, dtype=object)
     texts = np.empty((len(rows), 1), dtype=object)
-    texts[:, 0] = [" ".join(cell for cell in row if isinstance(cell, str)) for row in rows]
+    texts[:, 0] = [
+        " ".join(cell for cell in row if isinstance(cell, str)) for row in rows
+    ]
     return texts
 
 
@@ -589,7 +687,9 @@ def mixed():
         }
     ).astype({"note": object, "title": object, "body": object, "colour": object})
     for column in X:
-        X.loc[rng.random(120) < 0.2, column] = np.nan if X[column].dtype == float else None
+        X.loc[rng.random(120) < 0.2, column] = (
+            np.nan if X[column].dtype == float else None
+        )
     X.loc[5, ["age", "weight"]] = np.nan
     X.loc[6, ["title", "body"]] = None
     return X, y
@@ -603,8 +703,16 @@ def mixed_union(text_backend):
         [
             ("note", encoder, "note"),
             ("article", make_pipeline(both, encoder), ["title", "body"]),
-            ("labs", make_pipeline(SimpleImputer(), StandardScaler()), ["age", "weight"]),
-            ("kind", OneHotEncoder(sparse_output=False, handle_unknown="ignore"), ["colour"]),
+            (
+                "labs",
+                make_pipeline(SimpleImputer(), StandardScaler()),
+                ["age", "weight"],
+            ),
+            (
+                "kind",
+                OneHotEncoder(sparse_output=False, handle_unknown="ignore"),
+                ["colour"],
+            ),
         ]
     )
 
@@ -623,13 +731,20 @@ def test_a_branch_embeds_two_columns_and_sees_rows_that_have_either(mixed, mixed
 def test_numbers_and_categories_stand_beside_embeddings(mixed, mixed_union):
     X, _ = mixed
     frame = mixed_union.set_output(transform="pandas").fit_transform(X)
-    assert frame.columns[[0, 9]].tolist() == ["note__frozenencoder0", "article__frozenencoder0"]
+    assert frame.columns[[0, 9]].tolist() == [
+        "note__frozenencoder0",
+        "article__frozenencoder0",
+    ]
     categories = ["kind__colour_blue", "kind__colour_red", "kind__colour_nan"]
     names = ["labs__age", "labs__weight", *categories]
     assert frame.columns[18:].tolist() == names
-    expected = make_pipeline(SimpleImputer(), StandardScaler()).fit_transform(X[["age", "weight"]])
+    expected = make_pipeline(SimpleImputer(), StandardScaler()).fit_transform(
+        X[["age", "weight"]]
+    )
     np.testing.assert_array_equal(frame[names[:2]], expected)
-    one_hot = (X[["colour"]].fillna("nan").to_numpy() == ["blue", "red", "nan"]).astype(float)
+    one_hot = (X[["colour"]].fillna("nan").to_numpy() == ["blue", "red", "nan"]).astype(
+        float
+    )
     np.testing.assert_array_equal(frame[names[2:]], one_hot)
     unknown = mixed_union.transform(X.assign(colour="green"))
     assert (unknown[names[2:]] == 0).all(axis=None)
@@ -656,7 +771,10 @@ def test_every_kind_of_table_gives_the_same_mixed_blocks(mixed, mixed_union, kin
     np.testing.assert_allclose(union.transform(table), expected, atol=1e-12)
     if kind != "numpy":
         union.set_output(transform=kind)
-        assert list(union.transform(table).columns) == union.get_feature_names_out().tolist()
+        assert (
+            list(union.transform(table).columns)
+            == union.get_feature_names_out().tolist()
+        )
 
 
 @pytest.mark.parametrize("kind", ["pandas", "polars"])
@@ -747,20 +865,32 @@ def tokens(words, table):
 
 @pytest.mark.parametrize("n_jobs", [None, 2])
 def test_tokens_stand_beside_numbers_in_a_frame(table, words, text, tokens, n_jobs):
-    union = PerModalityUnion([text, words, SIZE], n_jobs=n_jobs).set_output(transform="pandas")
+    union = PerModalityUnion([text, words, SIZE], n_jobs=n_jobs).set_output(
+        transform="pandas"
+    )
     frame = union.fit_transform(table)
     assert [np.shape(cell) for cell in frame[WORDS]][:4] == [(3, 2), (), (3, 2), (1, 2)]
     assert_same_tokens(frame[WORDS], tokens)
     assert frame[WORDS].iloc[0].dtype == np.float32
-    numbers = PerModalityUnion([text, SIZE]).set_output(transform="pandas").fit_transform(table)
+    numbers = (
+        PerModalityUnion([text, SIZE])
+        .set_output(transform="pandas")
+        .fit_transform(table)
+    )
     pd.testing.assert_frame_equal(frame.drop(columns=WORDS), numbers)
     assert frame.columns.tolist() == union.get_feature_names_out().tolist()
-    assert union.blocks_ == {"text": slice(0, 9), "words": slice(9, 10), "size": slice(10, 12)}
+    assert union.blocks_ == {
+        "text": slice(0, 9),
+        "words": slice(9, 10),
+        "size": slice(10, 12),
+    }
     assert union.holds_tokens_ == {"text": False, "words": True, "size": False}
 
 
 @pytest.mark.parametrize("method", ["fit", "fit_transform"])
-def test_tokens_of_a_row_do_not_depend_on_the_rows_beside_it(table, words, tokens, method):
+def test_tokens_of_a_row_do_not_depend_on_the_rows_beside_it(
+    table, words, tokens, method
+):
     """Not even where no row has a token, and numbers would be NaN."""
     union = PerModalityUnion([words, SIZE]).set_output(transform="pandas")
     getattr(union, method)(table)
@@ -807,13 +937,17 @@ def test_a_cell_without_tokens_at_fit_does_not_decide_for_later_ones():
     assert_same_tokens(union.transform(X)[:, 0], [None, np.ones((3, 2))])
 
 
-def test_tokens_come_unchanged_through_pipelines_clones_and_pickles(table, words, tokens):
+def test_tokens_come_unchanged_through_pipelines_clones_and_pickles(
+    table, words, tokens
+):
     union = PerModalityUnion([words, SIZE], add_indicator=True)
     again = PerModalityUnion([("again", "passthrough", WORDS)], remainder="passthrough")
     pipeline = make_pipeline(make_pipeline(union), again).set_output(transform="pandas")
     frame = clone(pipeline).fit_transform(table)
     assert_same_tokens(frame[f"again__{WORDS}"], tokens)
-    numbers = [f"remainder__{name}" for name in [*SIZES, "missing__words", "missing__size"]]
+    numbers = [
+        f"remainder__{name}" for name in [*SIZES, "missing__words", "missing__size"]
+    ]
     assert frame.columns.tolist() == [f"again__{WORDS}", *numbers]
     assert frame[numbers].dtypes.tolist() == [float] * 4
     pipeline.fit(table)
@@ -831,27 +965,38 @@ def test_the_remainder_may_be_a_column_of_tokens(table, words, tokens):
     assert_same_tokens(frame["remainder__frozenencoder0"], tokens)
 
 
-def test_a_weight_multiplies_each_cell_of_tokens_and_leaves_float32(table, words, tokens):
-    table["title"] = table["note"].fillna("a red cat")  # a repeated cell is weighted once
+def test_a_weight_multiplies_each_cell_of_tokens_and_leaves_float32(
+    table, words, tokens
+):
+    table["title"] = table["note"].fillna(
+        "a red cat"
+    )  # a repeated cell is weighted once
     union = PerModalityUnion(
-        [words, ("title", words[1], "title")], transformer_weights={"words": 0.5, "title": 2}
+        [words, ("title", words[1], "title")],
+        transformer_weights={"words": 0.5, "title": 2},
     )
     found = union.fit_transform(table)
     assert_same_tokens(found[:, 0], [None if t is None else t / 2 for t in tokens])
-    assert_same_tokens(found[:, 1], [2 * (tokens[0] if t is None else t) for t in tokens])
+    assert_same_tokens(
+        found[:, 1], [2 * (tokens[0] if t is None else t) for t in tokens]
+    )
     assert found[0, 0].dtype == np.float32
 
 
 def test_the_indicator_is_where_tokens_are_none(table, words):
     union = PerModalityUnion([words], add_indicator=True).set_output(transform="pandas")
     frame = union.fit_transform(table)
-    assert frame["missing__words"].tolist() == [float(cell is None) for cell in frame[WORDS]]
+    assert frame["missing__words"].tolist() == [
+        float(cell is None) for cell in frame[WORDS]
+    ]
     assert frame["missing__words"].dtype == float
     assert union.holds_tokens_ == {"words": True, "missing": False}
 
 
 @pytest.mark.parametrize("indicator", [False, True])
-def test_tokens_beside_numbers_are_refused_where_the_output_is_no_frame(table, words, indicator):
+def test_tokens_beside_numbers_are_refused_where_the_output_is_no_frame(
+    table, words, indicator
+):
     beside, numbers = ([], "missing") if indicator else ([SIZE], "size")
     union = PerModalityUnion([words, *beside], add_indicator=indicator).fit(table)
     message = (
@@ -865,9 +1010,7 @@ def test_tokens_beside_numbers_are_refused_where_the_output_is_no_frame(table, w
 
 def test_polars_has_no_column_of_tokens(table, words):
     union = PerModalityUnion([words]).set_output(transform="polars")
-    message = (
-        r"Branches \['words'\] give tokens.* polars does not have. Use set_output\(transform='pa"
-    )
+    message = r"Branches \['words'\] give tokens.* polars does not have. Use set_output"
     with pytest.raises(ValueError, match=message):
         union.fit_transform(table)
     frame = union.set_output(transform="pandas").fit_transform(pl.from_pandas(table))
@@ -889,15 +1032,21 @@ def test_polars_has_no_column_of_tokens(table, words):
 )
 def test_other_objects_are_refused_by_branch(cells, message):
     X = pd.DataFrame({"a": pd.Series(cells, dtype=object)})
-    with pytest.raises(TypeError, match=f"'a' returned object columns .*{message}") as caught:
+    with pytest.raises(
+        TypeError, match=f"'a' returned object columns .*{message}"
+    ) as caught:
         PerModalityUnion([("a", "passthrough", "a")]).fit_transform(X)
-    assert "or one column of tokens, such as FrozenEncoder(output='tokens')" in str(caught.value)
+    assert "or one column of tokens, such as FrozenEncoder(output='tokens')" in str(
+        caught.value
+    )
 
 
 def test_two_columns_of_tokens_are_two_branches():
     cells = pd.Series([np.ones((2, 2)), np.ones((3, 2))], dtype=object)
     X = pd.DataFrame({"a": cells, "b": cells})
-    with pytest.raises(TypeError, match="'both' returned object columns .* one column of tokens"):
+    with pytest.raises(
+        TypeError, match="'both' returned object columns .* one column of tokens"
+    ):
         PerModalityUnion([("both", "passthrough", ["a", "b"])]).fit_transform(X)
     apart = PerModalityUnion([("a", "passthrough", "a"), ("b", "passthrough", "b")])
     assert apart.fit_transform(X).shape == (2, 2)

@@ -32,7 +32,10 @@ def docstrings(tree):
     """Yield the docstring expressions of a module, its classes and its functions."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, documented)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             yield node.body[0].value
 
 
@@ -41,7 +44,14 @@ def code_line_numbers(source, tree):
     documentation = set()
     for docstring in docstrings(tree):
         documentation.update(range(docstring.lineno, docstring.end_lineno + 1))
-    ignored = {token.COMMENT, token.NL, token.NEWLINE, token.INDENT, token.DEDENT, token.ENDMARKER}
+    ignored = {
+        token.COMMENT,
+        token.NL,
+        token.NEWLINE,
+        token.INDENT,
+        token.DEDENT,
+        token.ENDMARKER,
+    }
     code = set()
     for item in tokenize.generate_tokens(io.StringIO(source).readline):
         if item.type not in ignored:
@@ -88,7 +98,9 @@ def measure(package, pages):
     for path in pages:
         text = path.read_text(encoding="utf-8")
         prose.append(text)
-        image_lines += sum(bool(IMAGE_SYNONYM.search(line)) for line in text.splitlines())
+        image_lines += sum(
+            bool(IMAGE_SYNONYM.search(line)) for line in text.splitlines()
+        )
     n_words = sum(len(text.split()) for text in prose)
     n_free_relatives = sum(len(FREE_RELATIVE.findall(text)) for text in prose)
     n_vague = sum(name in VAGUE_NAMES for name in names)

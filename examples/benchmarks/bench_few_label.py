@@ -92,13 +92,21 @@ def curve_of(task, options):
         "n_jobs": options.n_jobs,
         "random_state": 0,  # both calls draw the same folds and labels
     }
-    curve = few_label_curve(LR, X, y, pretrained=PRETRAINED, supervised=SUPERVISED, **common)
+    curve = few_label_curve(
+        LR, X, y, pretrained=PRETRAINED, supervised=SUPERVISED, **common
+    )
     fewest = curve.groupby("fraction")["n_labelled"].min()
-    enough = fewest.index[fewest > len(np.unique(y))].tolist()  # two of a class, in every fold
-    projected = few_label_curve(LR, X, y, supervised=PROJECTORS, fractions=enough, **common)
+    enough = fewest.index[
+        fewest > len(np.unique(y))
+    ].tolist()  # two of a class, in every fold
+    projected = few_label_curve(
+        LR, X, y, supervised=PROJECTORS, fractions=enough, **common
+    )
     curve = pd.concat([curve, projected[projected["arm"] != "control"]])
     curve = curve.rename(columns=SCORES).replace({"arm": {"control": CONTROL}})
-    curve["task"] = task + curve["arm"].str.endswith(PICTURES).map({True: PICTURES, False: ""})
+    curve["task"] = task + curve["arm"].str.endswith(PICTURES).map(
+        {True: PICTURES, False: ""}
+    )
     curve["arm"] = curve["arm"].str.removesuffix(PICTURES)
     curve["labels"] = (100 * curve["fraction"]).map("{:.0f} %".format)
     return curve
@@ -160,8 +168,12 @@ def main():
 
     tick = time.perf_counter()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of projectors that cannot be cross-fitted; counted below
-        cells = pd.concat([curve_of(task, options) for task in TASKS], ignore_index=True)
+        warnings.simplefilter(
+            "ignore"
+        )  # of projectors that cannot be cross-fitted; counted below
+        cells = pd.concat(
+            [curve_of(task, options) for task in TASKS], ignore_index=True
+        )
     result = {
         "records": records(cells),
         "verdicts": verdicts(cells, options.folds),

@@ -44,7 +44,9 @@ from sklembed.evaluation import efficiency_report
 CHOSEN = {name: TASKS[name] for name in ("emoji random", "openclipart by creator")}
 SHARES = (0.25, 0.5, 0.75)
 LR = LogisticRegression(C=10, max_iter=1000)
-XGB = XGBClassifier(n_estimators=80, max_depth=4, tree_method="hist", n_jobs=1, random_state=0)
+XGB = XGBClassifier(
+    n_estimators=80, max_depth=4, tree_method="hist", n_jobs=1, random_state=0
+)
 
 OURS = {
     "early fusion": EarlyFusionClassifier(blocks=BLOCKS, random_state=0),
@@ -56,7 +58,9 @@ OTHERS = {
     "XGBoost": XGB,
     "HistGradientBoosting": HistGradientBoostingClassifier(max_iter=80, random_state=0),
     "MLPClassifier": make_pipeline(
-        SimpleImputer(), StandardScaler(), MLPClassifier((256,), max_iter=30, random_state=0)
+        SimpleImputer(),
+        StandardScaler(),
+        MLPClassifier((256,), max_iter=30, random_state=0),
     ),
 }
 SINGLE = {
@@ -96,7 +100,12 @@ def run_fusion(task, arm, estimator, fold, n_folds):
     score = partial(f1_score, y[test], average="macro")
     tick = time.perf_counter()
     predict = fit(arm, clone(estimator), X[train], y[train])
-    result = {"task": task, "arm": arm, "fold": fold, "fit s": time.perf_counter() - tick}
+    result = {
+        "task": task,
+        "arm": arm,
+        "fold": fold,
+        "fit s": time.perf_counter() - tick,
+    }
     for case, (name, rows) in masks(len(test), fold).items():
         result[case] = score(predict(without(X[test], name, rows)))
     return result
@@ -124,7 +133,9 @@ def fit(arm, estimator, X, y):
 def fusion_table(options):
     """Compute, summarise and judge the arms."""
     singles = {
-        f"{name} alone, {kind}": estimator for name in BLOCKS for kind, estimator in SINGLE.items()
+        f"{name} alone, {kind}": estimator
+        for name in BLOCKS
+        for kind, estimator in SINGLE.items()
     }
     arms = OURS | OTHERS | singles
     cells = in_parallel(
@@ -141,7 +152,10 @@ def fusion_table(options):
     means, sds = by_arm[cases].mean(), by_arm[cases].std(ddof=0)
     table = means.map("{:.3f}".format) + " ± " + sds.map("{:.3f}".format)
     table.insert(0, "fit s", by_arm["fit s"].median().map("{:.1f}".format))
-    return {"records": table.reset_index().to_dict("records"), "verdicts": judge(means, singles)}
+    return {
+        "records": table.reset_index().to_dict("records"),
+        "verdicts": judge(means, singles),
+    }
 
 
 def judge(means, singles):
@@ -179,7 +193,9 @@ def run_shift(seed, shift_grid, noise_grid, n_folds):
         # components are centred. Coordinates of the two spaces have nothing to do with each other.
         Z = np.hstack(
             [
-                GaussianRandomProjection(256, random_state=0).fit_transform(X[:, columns])
+                GaussianRandomProjection(256, random_state=0).fit_transform(
+                    X[:, columns]
+                )
                 for columns in BLOCKS.values()
             ]
         ).astype(np.float32)
@@ -188,7 +204,9 @@ def run_shift(seed, shift_grid, noise_grid, n_folds):
             "LR": LR,
             "late": LateFusionClassifier(blocks=blocks, random_state=seed),
         }.items():
-            pipeline = make_pipeline(ModalityGapAligner(blocks, random_state=seed), head)
+            pipeline = make_pipeline(
+                ModalityGapAligner(blocks, random_state=seed), head
+            )
             grid = {
                 "modalitygapaligner__shift": shift_grid,
                 "modalitygapaligner__noise_std": noise_grid,
@@ -196,15 +214,21 @@ def run_shift(seed, shift_grid, noise_grid, n_folds):
             search = GridSearchCV(pipeline, grid, cv=3, scoring="f1_macro", refit=True)
             search.fit(Z[train], y[train])
             still = (
-                clone(pipeline).set_params(modalitygapaligner__shift=0.0).fit(Z[train], y[train])
+                clone(pipeline)
+                .set_params(modalitygapaligner__shift=0.0)
+                .fit(Z[train], y[train])
             )
             rows.append(
                 {
                     "head": head_name,
                     "seed": seed,
                     "fold": fold,
-                    "tuned": f1_score(y[test], search.predict(Z[test]), average="macro"),
-                    "neither": f1_score(y[test], still.predict(Z[test]), average="macro"),
+                    "tuned": f1_score(
+                        y[test], search.predict(Z[test]), average="macro"
+                    ),
+                    "neither": f1_score(
+                        y[test], still.predict(Z[test]), average="macro"
+                    ),
                     "shift": search.best_params_["modalitygapaligner__shift"],
                     "noise_std": search.best_params_["modalitygapaligner__noise_std"],
                 }
@@ -231,7 +255,8 @@ def shift_table(options):
                 "sd over seeds": gains.groupby(rows["seed"]).mean().std(),
                 "p": verdict["p"],
                 "shifts chosen": " ".join(
-                    f"{value:g}: {times}" for value, times in rows["shift"].value_counts().items()
+                    f"{value:g}: {times}"
+                    for value, times in rows["shift"].value_counts().items()
                 ),
                 "noise chosen": " ".join(
                     f"{value:g}: {times}"
@@ -267,7 +292,10 @@ def speed_table(options):
     X, data = load("emoji")
     y = data.target.to_numpy()
     records = []
-    for name, Head in (("early", EarlyFusionClassifier), ("late", LateFusionClassifier)):
+    for name, Head in (
+        ("early", EarlyFusionClassifier),
+        ("late", LateFusionClassifier),
+    ):
         head = Head(blocks=BLOCKS, random_state=0, max_epochs=10, device="cpu")
         ratios, ours, bare = [], [], []
         head.fit(X, y), bare_loop(name, X, y)
@@ -306,9 +334,13 @@ def bare_loop(fusion, X, y, n_epochs=10, batch_size=64):
     widths = [c.stop - c.start for c in BLOCKS.values()]
 
     def block(n_in):
-        return nn.Sequential(nn.Linear(n_in, 256), nn.ReLU(), nn.Dropout(0.5), nn.BatchNorm1d(256))
+        return nn.Sequential(
+            nn.Linear(n_in, 256), nn.ReLU(), nn.Dropout(0.5), nn.BatchNorm1d(256)
+        )
 
-    parts = nn.ModuleList([block(sum(widths))] if fusion == "early" else map(block, widths))
+    parts = nn.ModuleList(
+        [block(sum(widths))] if fusion == "early" else map(block, widths)
+    )
     output = nn.Linear(256 * len(parts), 9)
     parameters = [*parts.parameters(), *output.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
@@ -322,7 +354,9 @@ def bare_loop(fusion, X, y, n_epochs=10, batch_size=64):
                 hidden = parts[0](torch.cat(x, dim=1))
             else:
                 pairs = zip(parts, x, strict=True)
-                hidden = torch.cat([p(v) * shown[:, [i]] for i, (p, v) in enumerate(pairs)], dim=1)
+                hidden = torch.cat(
+                    [p(v) * shown[:, [i]] for i, (p, v) in enumerate(pairs)], dim=1
+                )
             optimizer.zero_grad(set_to_none=True)
             nn.functional.cross_entropy(output(hidden), y[rows]).backward()
             optimizer.step()

@@ -46,7 +46,11 @@ with suppress(ImportError):
     from embetter.utils import cached
 
 CANDIDATES = [0.1, 1, 10, 100]
-RUNS = {"first run": 0, "same folds again": 0, "reshuffled": 1}  # and the seeds of their folds
+RUNS = {
+    "first run": 0,
+    "same folds again": 0,
+    "reshuffled": 1,
+}  # and the seeds of their folds
 OURS = "FrozenEncoder"
 
 
@@ -59,7 +63,9 @@ def load_letters():
 
     def encode(texts):
         note("rows", len(texts))
-        return np.array([[text.count(c) for c in "abcdefghijklmnopqrstuvwxyz"] for text in texts])
+        return np.array(
+            [[text.count(c) for c in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
+        )
 
     return encode
 
@@ -93,7 +99,9 @@ def loaded(load):
 def encode(texts, load):
     """Encode a list, a column or a table of one column."""
     texts = list(np.ravel(texts))
-    return loaded(load)(texts) if texts else []  # embetter asks for none where it has them all
+    return (
+        loaded(load)(texts) if texts else []
+    )  # embetter asks for none where it has them all
 
 
 class Encoder(TransformerMixin, BaseEstimator):
@@ -125,7 +133,9 @@ class Case:
 
     def search(self, *steps, memory=None, n_jobs=1):
         """Set up the grid search over a pipeline of these steps and a classifier."""
-        pipeline = make_pipeline(*steps, LogisticRegression(max_iter=1000), memory=memory)
+        pipeline = make_pipeline(
+            *steps, LogisticRegression(max_iter=1000), memory=memory
+        )
         grid = {"logisticregression__C": CANDIDATES}
         return GridSearchCV(pipeline, grid, cv=self.folds, n_jobs=n_jobs)
 
@@ -156,7 +166,9 @@ def skrub_ahead(case):
 
 def skrub_search(case, vectors):
     """Search over DataOps as `Case.search` does over a pipeline."""
-    classifier = LogisticRegression(C=skrub.choose_from(CANDIDATES, name="C"), max_iter=1000)
+    classifier = LogisticRegression(
+        C=skrub.choose_from(CANDIDATES, name="C"), max_iter=1000
+    )
     predictions = vectors.skb.apply(classifier, y=skrub.y(case.y))
     predictions.skb.make_grid_search(fitted=True, cv=case.folds)
 
@@ -176,9 +188,15 @@ def embetter_ahead(case):
 def frozen_encoder(case, n_jobs=1, prepare=None):
     """Let our store keep every row; `prepare` is called with the search and `X` before the fit."""
     model = CallableBackend(
-        case.load, name=case.load.__name__, version="1", modality="text", n_features=case.width
+        case.load,
+        name=case.load.__name__,
+        version="1",
+        modality="text",
+        n_features=case.width,
     )
-    search = case.search(FrozenEncoder(model, store=f"{case.folder}/store.sqlite"), n_jobs=n_jobs)
+    search = case.search(
+        FrozenEncoder(model, store=f"{case.folder}/store.sqlite"), n_jobs=n_jobs
+    )
     if prepare is not None:
         prepare(search, case.X)
     search.fit(case.X, case.y)
@@ -230,9 +248,19 @@ def measure(arm, run, folder):
     """Run one search of one arm in a process of its own; return its counts and seconds."""
     counts = Path(folder, "counts")
     counts.write_text("")
-    command = [sys.executable, __file__, *sys.argv[1:], "--measure", arm, str(RUNS[run]), folder]
+    command = [
+        sys.executable,
+        __file__,
+        *sys.argv[1:],
+        "--measure",
+        arm,
+        str(RUNS[run]),
+        folder,
+    ]
     environment = {**os.environ, "COUNTS": str(counts)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
     total = Counter(rows=0, loads=0)
     for line in counts.read_text().splitlines():
         what, count = line.split()
@@ -248,10 +276,17 @@ def measure_all(arms):
             folder = tempfile.mkdtemp(dir=scratch)
             for run in RUNS:
                 records.append(measure(arm, run, folder))
-                row = "{arm:30s} {run:16s} {rows:6d} rows {seconds:7.1f} s".format(**records[-1])
+                row = "{arm:30s} {run:16s} {rows:6d} rows {seconds:7.1f} s".format(
+                    **records[-1]
+                )
                 print(row, flush=True)
-    ours = {record["run"]: record["seconds"] for record in records if record["arm"] == OURS}
-    return [{**record, "ratio": record["seconds"] / ours[record["run"]]} for record in records]
+    ours = {
+        record["run"]: record["seconds"] for record in records if record["arm"] == OURS
+    }
+    return [
+        {**record, "ratio": record["seconds"] / ours[record["run"]]}
+        for record in records
+    ]
 
 
 def installed(packages):
@@ -266,7 +301,9 @@ def installed(packages):
 def cpu():
     """Name the processor, and how many cores there are."""
     info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    name = (
+        re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    )
     return f"{os.cpu_count()} x {name[1] if name else platform.processor()}"
 
 
@@ -277,7 +314,10 @@ def print_tables(records, repeats):
         "rows": ("rows encoded", "{:,.0f}"),
         "loads": ("model loads", "{:.0f}"),
         "seconds": (f"seconds, {whose}", "{:.1f}"),
-        "ratio": (f"seconds in relation to those of {OURS} in the same run, {whose}", "{:.1f}"),
+        "ratio": (
+            f"seconds in relation to those of {OURS} in the same run, {whose}",
+            "{:.1f}",
+        ),
     }
     frame = pd.DataFrame(records)
     for name, (title, form) in measures.items():
@@ -289,11 +329,19 @@ def print_tables(records, repeats):
 def main():
     """Measure all arms, print the tables and write the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="count letters instead of MiniLM")
-    parser.add_argument("--n-texts", type=int, default=2000, help="how many texts; default 2000")
-    parser.add_argument("--repeats", type=int, default=1, help="measure all so often; default 1")
+    parser.add_argument(
+        "--fast", action="store_true", help="count letters instead of MiniLM"
+    )
+    parser.add_argument(
+        "--n-texts", type=int, default=2000, help="how many texts; default 2000"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="measure all so often; default 1"
+    )
     parser.add_argument("--json", type=Path, help="write the measurements there too")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # arm, seed, folder
+    parser.add_argument(
+        "--measure", nargs=3, help=argparse.SUPPRESS
+    )  # arm, seed, folder
     options = parser.parse_args()
     if options.measure:
         print(time_search(options, *options.measure))
@@ -317,7 +365,9 @@ def main():
             "n_texts": options.n_texts,
             "skipped": skipped,
         }
-        options.json.write_text(json.dumps({**about, "records": records}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({**about, "records": records}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

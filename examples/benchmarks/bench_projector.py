@@ -108,7 +108,9 @@ def fit_bare_loop(X, y, device):
     """Train as a script without any library but torch would."""
     X, y = torch.from_numpy(standardise(X)).to(device), torch.from_numpy(y).to(device)
     network, loss = make_network().to(device), SupCon()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=1e-3, weight_decay=0.01, fused=True
+    )
     for _ in range(N_EPOCHS):
         for batch in torch.randperm(len(X)).to(device).split(BATCH_SIZE):
             optimizer.zero_grad()
@@ -155,8 +157,16 @@ def bench_fits(n_rows, repeats, device):
     most = 0.75 * (N_FOLDS + 1) if device == "cpu" else 2
     return [
         row("fit, seconds", np.median(seconds["fit"])),
-        row("fit / bare torch loop", np.median(seconds["fit"] / seconds["bare"]), most=1.15),
-        row("fit / skorch at defaults", np.median(seconds["fit"] / seconds["skorch"]), most=0.8),
+        row(
+            "fit / bare torch loop",
+            np.median(seconds["fit"] / seconds["bare"]),
+            most=1.15,
+        ),
+        row(
+            "fit / skorch at defaults",
+            np.median(seconds["fit"] / seconds["skorch"]),
+            most=0.8,
+        ),
         row("fit / skorch, AdamW fused", np.median(seconds["fit"] / seconds["fused"])),
         row(
             f"fit_transform in {N_FOLDS} folds / fit",
@@ -182,10 +192,13 @@ def bench_embetter(n_rows, repeats, device):
     arms = {
         "embetter": lambda turn: adapt(ContrastiveTuner(hidden_dim=128), splits[turn]),
         "plain projector": lambda turn: adapt(
-            ContrastiveProjector(device=device, random_state=turn, **plain), splits[turn]
+            ContrastiveProjector(device=device, random_state=turn, **plain),
+            splits[turn],
         ),
         "plain projector, half the epochs": lambda turn: adapt(
-            ContrastiveProjector(device=device, random_state=turn, max_epochs=10, **plain),
+            ContrastiveProjector(
+                device=device, random_state=turn, max_epochs=10, **plain
+            ),
             splits[turn],
         ),
         "projector at defaults": lambda turn: adapt(
@@ -211,7 +224,9 @@ def score(adapted, split):
     tuner, Z_train = adapted
     _, X_test, y_train, y_test = split
     classifier = LogisticRegression(max_iter=1000).fit(Z_train, y_train)
-    return f1_score(y_test, classifier.predict(tuner.transform(X_test)), average="macro")
+    return f1_score(
+        y_test, classifier.predict(tuner.transform(X_test)), average="macro"
+    )
 
 
 def compare(seconds, scores):
@@ -225,7 +240,9 @@ def compare(seconds, scores):
             # Its F1 has room for fewer epochs; what cross-fitting may cost has a target above.
             least = 3 if name == short else None
             faster, better = seconds[peer] / seconds[name], scores[name] - scores[peer]
-            rows.append(row(f"{name}, times faster than {peer}", np.median(faster), least=least))
+            rows.append(
+                row(f"{name}, times faster than {peer}", np.median(faster), least=least)
+            )
             rows.append(row(f"{name}, F1 beyond {peer}'s", np.median(better), least=0))
     return rows
 
@@ -237,7 +254,9 @@ def bench_transform(n_rows, repeats, device):
     """Compare `transform` with the matrix products that it cannot do without."""
     X, y = make_embeddings(n_rows)
     projector = make_projector(device, cv=None, random_state=0).fit(X[:1000], y[:1000])
-    first, second = (projector.weights_[f"layers.{i}.weight"].T.copy() for i in range(2))
+    first, second = (
+        projector.weights_[f"layers.{i}.weight"].T.copy() for i in range(2)
+    )
     arms = {
         "ours": lambda turn: projector.transform(X),
         "bare": lambda turn: multiply(X, first, second),
@@ -266,7 +285,15 @@ def bench_memory(n_rows, device):
         np.save(f"{folder}/X.npy", X)
         np.save(f"{folder}/y.npy", y)
         for arm in ("no passthrough", "passthrough"):
-            command = [sys.executable, __file__, "--device", device, "--worker", folder, arm]
+            command = [
+                sys.executable,
+                __file__,
+                "--device",
+                device,
+                "--worker",
+                folder,
+                arm,
+            ]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
             name = f"memory: fit, {arm}, MB beyond the input held"
             rows.append(row(name, float(done.stdout), most=size + 200))
@@ -321,7 +348,9 @@ def main():
     parser.add_argument("--json", type=Path, help="write the table there too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto", help="where to train; default auto")
-    parser.add_argument("--fast", action="store_true", help="a fiftieth of the rows, for a trial")
+    parser.add_argument(
+        "--fast", action="store_true", help="a fiftieth of the rows, for a trial"
+    )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)  # folder, arm
     options = parser.parse_args()
     device = str(resolve_device(options.device))
@@ -348,7 +377,9 @@ def main():
     ]
     print(pd.DataFrame(records).to_string(index=False, float_format="{:,.2f}".format))
     if options.json:
-        options.json.write_text(json.dumps({**about, "records": records}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({**about, "records": records}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ class Constant(BaseEstimator):
         mean = np.mean([mask > 0 for mask in y], axis=0)
         tried = [mean >= share for share in np.quantile(mean, np.linspace(0, 1, 21))]
         tried = [np.zeros_like(mean, dtype=bool)] if self.empty else tried
-        self.mask_ = max(tried, key=lambda mask: dice_score(y, [mask] * len(y), adjusted=True))
+        self.mask_ = max(
+            tried, key=lambda mask: dice_score(y, [mask] * len(y), adjusted=True)
+        )
         return self
 
     def predict(self, X):
@@ -83,7 +85,9 @@ class Otsu(BaseEstimator):
         found = [_otsu(picture) for picture in X["image"]]
         tried = np.quantile([gap for _, gap in found], np.linspace(0, 1, 21))
         masks = {c: [mask * (gap >= c) for mask, gap in found] for c in tried}
-        self.contrast_ = max(tried, key=lambda c: dice_score(y, masks[c], adjusted=True))
+        self.contrast_ = max(
+            tried, key=lambda c: dice_score(y, masks[c], adjusted=True)
+        )
         return self
 
     def predict(self, X):
@@ -134,7 +138,9 @@ class PerPixel(BaseEstimator):
 
     def predict(self, X):
         """Classify each pixel."""
-        found = [self.classifier_.predict(self._pixels(cells)) for _, cells in X.iterrows()]
+        found = [
+            self.classifier_.predict(self._pixels(cells)) for _, cells in X.iterrows()
+        ]
         return np.stack(found).reshape(-1, *self.size).astype(np.uint8)
 
     def _pixels(self, cells):
@@ -161,7 +167,9 @@ def decoder(**options):
     return PatchSegmenter(random_state=0, **options)
 
 
-XGB = XGBClassifier(n_estimators=100, max_depth=6, learning_rate=0.2, n_jobs=1, random_state=0)
+XGB = XGBClassifier(
+    n_estimators=100, max_depth=6, learning_rate=0.2, n_jobs=1, random_state=0
+)
 LOGISTIC = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
 # Name: the estimator, and the strides of the maps that it sees; none are the pictures themselves.
 ARMS = {
@@ -178,7 +186,10 @@ ARMS = {
     "PatchSegmenter, strides 16, 8, 4": (decoder(), (16, 8, 4)),
 }
 PROBES = [arm for arm in ARMS if arm.startswith("linear")]
-ADAPTED = ["linear probe, stride 16", "PatchSegmenter, stride 16"]  # with an adaptor in between
+ADAPTED = [
+    "linear probe, stride 16",
+    "PatchSegmenter, stride 16",
+]  # with an adaptor in between
 OURS = "PatchSegmenter, strides 16, 8, 4"
 
 
@@ -189,7 +200,9 @@ def adaptor(dataset, groups):
     data = LOADERS[dataset]()
     rows = np.isin(data.groups, groups) & data.data[TITLES[dataset]].notna().to_numpy()
     table = data.data[rows]
-    words = FrozenEncoder(get_model_path(), output="tokens").transform(table[[TITLES[dataset]]])
+    words = FrozenEncoder(get_model_path(), output="tokens").transform(
+        table[[TITLES[dataset]]]
+    )
     pairs = pd.DataFrame({"text": words[:, 0]})
     pairs["image"] = maps(table[["image"]], (16,))["stride 16"]
     trained = CrossAttentionAdaptor(
@@ -219,12 +232,20 @@ def run_fold(task, arms, fold, n_folds):
 
     for arm in arms:
         estimator, strides = ARMS[arm]
-        note(arm, estimator, patches[[f"stride {s}" for s in strides]] if strides else data.data)
+        note(
+            arm,
+            estimator,
+            patches[[f"stride {s}" for s in strides]] if strides else data.data,
+        )
     if set(ADAPTED) <= set(arms):
         trained = adaptor(TASKS[task], np.unique(data.groups[train]))
-        adapted = trained.encode(patches[["stride 16"]].set_axis(["image"], axis=1), "image")
+        adapted = trained.encode(
+            patches[["stride 16"]].set_axis(["image"], axis=1), "image"
+        )
         for arm in ADAPTED:
-            note(f"{arm}, adapted", ARMS[arm][0], pd.DataFrame({"image": adapted[:, 0]}))
+            note(
+                f"{arm}, adapted", ARMS[arm][0], pd.DataFrame({"image": adapted[:, 0]})
+            )
     return rows
 
 
@@ -264,7 +285,10 @@ def segmentation_table(options):
         ],
     )
     pairs = [(OURS, probe) for probe in PROBES]
-    pairs += [(OURS, "XGBoost per pixel, strides 16, 8, 4"), (OURS, "PatchSegmenter, stride 16")]
+    pairs += [
+        (OURS, "XGBoost per pixel, strides 16, 8, 4"),
+        (OURS, "PatchSegmenter, stride 16"),
+    ]
     pairs += [("PatchSegmenter, stride 16", "linear probe, stride 16")]
     pairs += [(f"{arm}, adapted", arm) for arm in ADAPTED]
     return {
@@ -274,7 +298,9 @@ def segmentation_table(options):
             | {
                 f"{name}, {measure}": value
                 for measure in ("score", "Dice, objects")
-                for name, value in difference(rows, arm, other, measure, options.folds).items()
+                for name, value in difference(
+                    rows, arm, other, measure, options.folds
+                ).items()
                 if name in ("gain", "p")
             }
             for task, rows in cells.groupby("task", sort=False)
@@ -293,7 +319,9 @@ def main():
     parser.add_argument("--json", type=Path, help="write the table there too")
     options = parser.parse_args()
 
-    for dataset in TASKS.values():  # once, so that workers find all patches in the store
+    for (
+        dataset
+    ) in TASKS.values():  # once, so that workers find all patches in the store
         maps(composites(dataset).data, WIDTHS)
         maps(LOADERS[dataset]().data[["image"]], (16,))
     tick = time.perf_counter()

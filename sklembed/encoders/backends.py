@@ -17,8 +17,12 @@ Modality = Literal["text", "image"]
 
 MODALITIES = ("text", "image")
 
-_LARGE_PICKLE = 1_000_000  # bytes; code takes some kilobytes, a model some hundred megabytes
-_LOADED_CODE: dict[str, Any] = {}  # the code of the function that loaded a model, by its key
+_LARGE_PICKLE = (
+    1_000_000  # bytes; code takes some kilobytes, a model some hundred megabytes
+)
+_LOADED_CODE: dict[
+    str, Any
+] = {}  # the code of the function that loaded a model, by its key
 
 
 class Backend(Protocol):
@@ -98,7 +102,9 @@ class CallableBackend:
             )
         for argument, value in (("name", name), ("version", version)):
             if not isinstance(value, str) or not value:
-                raise TypeError(f"{argument} must be a str that is not empty; got {value!r}.")
+                raise TypeError(
+                    f"{argument} must be a str that is not empty; got {value!r}."
+                )
         if modality not in MODALITIES:
             raise ValueError(f"modality must be one of {MODALITIES}; got {modality!r}.")
         if not isinstance(n_features, Integral) or n_features < 1:
@@ -123,7 +129,9 @@ class CallableBackend:
     def _warn_of_a_captured_model(self):
         try:
             n_bytes = len(pickle.dumps(wrap_non_picklable_objects(self._load)))
-        except Exception:  # whatever it is, the pickler that asks for the state raises it too
+        except (
+            Exception
+        ):  # whatever it is, the pickler that asks for the state raises it too
             return
         if n_bytes > _LARGE_PICKLE:
             warnings.warn(
@@ -187,7 +195,9 @@ class CallableBackend:
             )
         loaded = self._load()
         _LOADED_CODE[self.weights()] = _code(self._load)
-        functions = loaded if isinstance(loaded, tuple) and len(loaded) == 2 else (loaded,)
+        functions = (
+            loaded if isinstance(loaded, tuple) and len(loaded) == 2 else (loaded,)
+        )
         if not all(callable(function) for function in functions):
             raise TypeError(
                 "load must return the encoding function, or a pair of functions (prepare, encode); "

@@ -18,7 +18,9 @@ from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageErr
 DECODING_VERSION = 2
 
 _DIGEST_SIZE = 16  # bytes; 2**64 cells before a collision becomes likely
-_MAX_FILE_SIZE = 2**30  # bytes; the pixels that Pillow admits fill less, even uncompressed
+_MAX_FILE_SIZE = (
+    2**30
+)  # bytes; the pixels that Pillow admits fill less, even uncompressed
 
 # Settings of Pillow that decide which images can be read, with Pillow's own values.
 _LIMITS = {
@@ -30,7 +32,9 @@ _IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg"),
     *(".png", ".tif", ".tiff", ".webp"),
 )
-_PILLOW = threading.RLock()  # guards Pillow's settings and openers, and the three names below
+_PILLOW = (
+    threading.RLock()
+)  # guards Pillow's settings and openers, and the three names below
 _n_decoding = 0  # threads that decode now
 _PROCESS_SETTINGS: dict = {}  # what to restore when the last of them is done
 _OPENERS: dict = {}  # by the pickled opener: why it is not available, or None
@@ -49,9 +53,13 @@ def is_missing(cell) -> bool:
     """Tell whether a cell is empty: None, NaN, NaT or NA, or a dict of nothing else."""
     if isinstance(cell, str):  # by far the most cells, and pandas takes its time
         return False
-    if isinstance(cell, dict):  # what Hugging Face data sets hold where there is no image
+    if isinstance(
+        cell, dict
+    ):  # what Hugging Face data sets hold where there is no image
         values = cell.values()
-        return bool(cell) and not any(isinstance(v, dict) or not is_missing(v) for v in values)
+        return bool(cell) and not any(
+            isinstance(v, dict) or not is_missing(v) for v in values
+        )
     try:
         return cell is None or (pd.api.types.is_scalar(cell) and bool(pd.isna(cell)))
     except ArithmeticError:  # a signalling decimal NaN refuses even to be compared
@@ -126,7 +134,9 @@ def names_image_file(cell: str) -> bool:
     return os.path.splitext(cell)[1].lower() in _IMAGE_SUFFIXES and os.path.isfile(cell)
 
 
-def decode(cell, modality: str, digest: bytes | None = None, settings: dict | None = None):
+def decode(
+    cell, modality: str, digest: bytes | None = None, settings: dict | None = None
+):
     """Turn a cell into what backends take: a str that UTF-8 can carry, or an RGB picture.
 
     Pictures are turned upright by their EXIF orientation; transparent ones are laid on white;
@@ -145,7 +155,9 @@ def decode(cell, modality: str, digest: bytes | None = None, settings: dict | No
         imported. The image may be sound, so it must not count as missing.
     """
     if modality == "text":
-        return str.encode(cell, "utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
+        return str.encode(cell, "utf-8", "replace").decode(
+            "utf-8"
+        )  # lone surrogates become "?"
     source = _image_source(cell, settings)
     if digest is not None and _digest_image(source) != digest:
         raise ValueError("the image was changed while it was being encoded. Run again")
@@ -194,7 +206,10 @@ def _image_source(cell, settings):
 
 def _unwrap(cell: dict):
     """Take the bytes, else the path, out of a dict; None if they are not what the key says."""
-    for key, kinds in (("bytes", bytes | bytearray | memoryview), ("path", str | os.PathLike)):
+    for key, kinds in (
+        ("bytes", bytes | bytearray | memoryview),
+        ("path", str | os.PathLike),
+    ):
         content = cell.get(key)
         if not is_missing(content):
             return content if isinstance(content, kinds) else None
@@ -204,7 +219,9 @@ def _unwrap(cell: dict):
 def _read(path) -> bytes:
     path = os.fsdecode(path)
     if "://" in path:
-        raise ValueError(f"got the URL {_quote(path)}; no URL is ever opened. Download it first")
+        raise ValueError(
+            f"got the URL {_quote(path)}; no URL is ever opened. Download it first"
+        )
     if not os.path.isfile(path):  # a pipe or a device would be waited for
         advice = "Check the path, or mark the cell as missing by None"
         if not path.strip() or path.lower() in ("nan", "none", "null"):
@@ -220,7 +237,9 @@ def _read(path) -> bytes:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > _MAX_FILE_SIZE:
-            raise ValueError(f"the file {_quote(path)} has {size} bytes, too many for a picture")
+            raise ValueError(
+                f"the file {_quote(path)} has {size} bytes, too many for a picture"
+            )
         return file.read()
 
 
@@ -279,7 +298,9 @@ def _upright_rgb(source) -> Image.Image:
         picture = Image.open(BytesIO(source))
         _refuse_bomb(picture)
     if picture is not source and picture.format == "EPS":
-        raise ValueError("it is PostScript, a program that Ghostscript would have to run")
+        raise ValueError(
+            "it is PostScript, a program that Ghostscript would have to run"
+        )
     _load(picture)
     rgb = _turn_upright(_flatten(picture), picture)
     rgb.info = {}  # an orientation left here would be applied again further on
@@ -337,16 +358,18 @@ def _register_openers(openers: dict) -> str:
                 _OPENERS[pickled] = _register_opener(image_format, pickled)
             reason = _OPENERS[pickled]
         if reason is not None:
-            unavailable.append(f"{plugin} opens {image_format} files, which fails here ({reason})")
+            unavailable.append(
+                f"{plugin} opens {image_format} files, which fails here ({reason})"
+            )
     return ", and ".join(unavailable)
 
 
 def _register_opener(image_format: str, pickled: bytes | None) -> str | None:
     """Register one opener, unless a plugin has; return why that fails."""
     Image.preinit()  # Pillow's own openers come first, as in the other process
-    if image_format in Image.OPEN and not _module_name(Image.OPEN[image_format][0]).startswith(
-        "PIL."
-    ):
+    if image_format in Image.OPEN and not _module_name(
+        Image.OPEN[image_format][0]
+    ).startswith("PIL."):
         return None
     if pickled is None:
         return "it cannot be pickled"
@@ -375,7 +398,9 @@ def _load(picture: Image.Image) -> None:
     """Read the pixels, or fail as often as asked: Pillow fails once, then shows what it has got."""
     tile = list(getattr(picture, "tile", ()))
     if tile and picture.fp is None:
-        raise ValueError("its file is closed, but its pixels are not read; call its load() before")
+        raise ValueError(
+            "its file is closed, but its pixels are not read; call its load() before"
+        )
     try:
         picture.load()
     except Exception:
@@ -389,13 +414,19 @@ def _flatten(picture: Image.Image) -> Image.Image:
     if 0 in picture.size:
         raise ValueError("it has no pixels")
     if picture.mode == "F":
-        raise ValueError("its pixels are floats, of unknown range; convert it to 8 bits first")
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
+        raise ValueError(
+            "its pixels are floats, of unknown range; convert it to 8 bits first"
+        )
+    if picture.mode.startswith("I;16") or (
+        picture.mode == "I" and picture.format == "PPM"
+    ):
         return _flatten_16_bits(picture)
     if picture.mode == "I":
         low, high = picture.getextrema()
         if low < 0 or high > 255:
-            raise ValueError(f"its pixels run from {low} to {high}; convert it to 8 bits first")
+            raise ValueError(
+                f"its pixels run from {low} to {high}; convert it to 8 bits first"
+            )
     if picture.mode == "La":  # the one premultiplied mode that knows no way to RGBA
         picture = picture.convert("LA")
     if not picture.has_transparency_data:
@@ -439,7 +470,9 @@ def _name(cell, source) -> str:
     if not isinstance(source, bytes):
         return "in memory"
     path = cell.get("path") if isinstance(cell, dict) else cell
-    named = f"{_quote(os.fsdecode(path))} " if isinstance(path, str | os.PathLike) else ""
+    named = (
+        f"{_quote(os.fsdecode(path))} " if isinstance(path, str | os.PathLike) else ""
+    )
     return f"{named}({len(source)} bytes)"
 
 
@@ -464,7 +497,9 @@ def _resemblance(source: bytes) -> str:
 
 
 def _type_name(cell) -> str:
-    return f"{type(cell).__module__}.{type(cell).__qualname__}".removeprefix("builtins.")
+    return f"{type(cell).__module__}.{type(cell).__qualname__}".removeprefix(
+        "builtins."
+    )
 
 
 def _quote(path: str, width: int = 200) -> str:

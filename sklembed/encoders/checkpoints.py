@@ -74,7 +74,12 @@ _HARMLESS_ARGUMENTS = {
     "use_fast",
     "use_safetensors",
 }
-_HARMLESS_OF_MODEL = {"__version__", "prompts", "default_prompt_name", "similarity_fn_name"}
+_HARMLESS_OF_MODEL = {
+    "__version__",
+    "prompts",
+    "default_prompt_name",
+    "similarity_fn_name",
+}
 # Arguments for the model, the tokenizer and the configuration, by their old and new names.
 _ARGUMENTS = ("model_args", "model_kwargs", "config_args", "config_kwargs")
 _TOKENIZER_ARGUMENTS = ("tokenizer_args", "processor_kwargs")
@@ -106,7 +111,17 @@ _OWNERS = {
     "vit-": "google",
 }
 # Files that no vector can depend on; whatever else lies in a checkpoint's directory counts.
-_WITHOUT_EFFECT = {".md", ".png", ".jpg", ".svg", ".onnx", ".h5", ".msgpack", ".ot", ".gguf"}
+_WITHOUT_EFFECT = {
+    ".md",
+    ".png",
+    ".jpg",
+    ".svg",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".gguf",
+}
 
 
 @dataclass(frozen=True)
@@ -144,13 +159,19 @@ class Checkpoint:
         """
         if self.is_directory and self.file("config.json") is None:
             modules = _read_json(self, "modules.json")
-            raise OSError(_without_config(f"The directory {self.model!r}", self, modules))
+            raise OSError(
+                _without_config(f"The directory {self.model!r}", self, modules)
+            )
         return _read_config(self, self.identity())
 
     @property
     def name(self) -> str:
         """The name that people know it by: a hub id, or the end of a directory's path, like one."""
-        return "/".join(Path(self.place).resolve().parts[-2:]) if self.is_directory else self.model
+        return (
+            "/".join(Path(self.place).resolve().parts[-2:])
+            if self.is_directory
+            else self.model
+        )
 
     @property
     def runs_remote_code(self) -> bool:
@@ -165,15 +186,21 @@ class Checkpoint:
         commits = {}
         for reference in (config.get("auto_map") or {}).values():
             repository, _, name = str(reference).partition("--")
-            if name and repository != self.model:  # its own code is that of its own commit
+            if (
+                name and repository != self.model
+            ):  # its own code is that of its own commit
                 module = name.partition(".")[0]
-                commits[repository] = _resolve_code(repository, module, self.local_files_only)
+                commits[repository] = _resolve_code(
+                    repository, module, self.local_files_only
+                )
         return dict(sorted(commits.items()))
 
     def model_source(self) -> dict[str, Any]:
         """Return `source` for the model and its configuration, whose code may lie elsewhere."""
         commits = list(self.other_code().values())
-        return self.source() | ({"code_revision": commits[0]} if len(commits) == 1 else {})
+        return self.source() | (
+            {"code_revision": commits[0]} if len(commits) == 1 else {}
+        )
 
     def source(self) -> dict[str, Any]:
         """Return the arguments by which `from_pretrained` finds what `identity` names."""
@@ -208,7 +235,10 @@ class Checkpoint:
             hf_hub_download,
             try_to_load_from_cache,
         )
-        from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+        from huggingface_hub.errors import (
+            LocalEntryNotFoundError,
+            RemoteEntryNotFoundError,
+        )
 
         commit = self._commit()
         cached = try_to_load_from_cache(self.model, name, revision=commit)
@@ -218,11 +248,16 @@ class Checkpoint:
             return Path(cached)
         try:
             path = hf_hub_download(
-                self.model, name, revision=commit, local_files_only=self.local_files_only
+                self.model,
+                name,
+                revision=commit,
+                local_files_only=self.local_files_only,
             )
         except RemoteEntryNotFoundError:
             return None
-        except Exception as error:  # of the network, the hub, the disk: the libraries' are many
+        except (
+            Exception
+        ) as error:  # of the network, the hub, the disk: the libraries' are many
             is_offline = self.local_files_only or constants.HF_HUB_OFFLINE
             if is_offline and isinstance(error, LocalEntryNotFoundError):
                 if optional or _lacks_by_listing(self.model, commit, name):
@@ -353,7 +388,9 @@ def _resolve_commit(model, revision, local_files_only) -> str:
             model, "config.json", revision=revision, local_files_only=local_files_only
         )
     except (OSError, ValueError) as error:
-        if model.count("/") > 1 or model.startswith((".", "~", "/")):  # a path, and no owner/name
+        if model.count("/") > 1 or model.startswith(
+            (".", "~", "/")
+        ):  # a path, and no owner/name
             place = os.path.abspath(os.path.expanduser(model))
             raise OSError(
                 f"There is no directory {place!r} on this machine. An encoder carries no weights: "
@@ -378,7 +415,9 @@ def _resolve_commit(model, revision, local_files_only) -> str:
             _raise_exceptions_for_connection_errors=False,
         )
         modules = None if modules is None else _parse_json(Path(modules))
-        raise OSError(_without_config(f"The hub repository {model!r}", checkpoint, modules))
+        raise OSError(
+            _without_config(f"The hub repository {model!r}", checkpoint, modules)
+        )
     return Path(path).parent.name  # …/snapshots/<commit>/config.json
 
 
@@ -396,7 +435,9 @@ def _suggestion(model: str) -> str:
     if "/" in model:
         return ""
     names = model.lower()
-    owner = next((owner for start, owner in _OWNERS.items() if names.startswith(start)), None)
+    owner = next(
+        (owner for start, owner in _OWNERS.items() if names.startswith(start)), None
+    )
     return f"Did you mean {owner or 'sentence-transformers'}/{model}? "
 
 
@@ -415,7 +456,9 @@ def _lacks_by_listing(model, commit, name) -> bool:
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        return name not in {file.path for file in get_cached_repo_tree(model, revision=commit)}
+        return name not in {
+            file.path for file in get_cached_repo_tree(model, revision=commit)
+        }
     except CachedRepoTreeNotFoundError:
         return False
 
@@ -464,10 +507,15 @@ def _digest_directory(directory: Path) -> str:
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and os.path.realpath(Path(folder, name)) not in seen
+            if not name.startswith(".")
+            and os.path.realpath(Path(folder, name)) not in seen
         )
-        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-    files = [path for path in files if path.is_file() and path.suffix not in _WITHOUT_EFFECT]
+        files += [
+            Path(folder, name) for name in sorted(names) if not name.startswith(".")
+        ]
+    files = [
+        path for path in files if path.is_file() and path.suffix not in _WITHOUT_EFFECT
+    ]
     signature = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
     return _digest_files(directory, signature)
 
@@ -495,7 +543,9 @@ def _read_sentence_transformer(checkpoint, identity) -> dict[str, Any]:
     for i, module in enumerate(modules):
         package, _, kind = module["type"].rpartition(".")
         if package.split(".")[0] != "sentence_transformers":
-            raise _not_understood(checkpoint, f"a module of its own code, {module['type']}")
+            raise _not_understood(
+                checkpoint, f"a module of its own code, {module['type']}"
+            )
         if (kind == "Transformer") != (i == 0):
             raise _not_understood(checkpoint, f"a {kind} module at position {i}")
         if kind == "Transformer" and module["path"]:
@@ -522,7 +572,9 @@ def _check_is_not_lost(checkpoint) -> None:
     if not checkpoint.is_directory:  # a commit of the hub is complete
         return
     names = ("*_Pooling", "config_sentence_transformers.json", "sentence_*_config.json")
-    remains = [path.name for name in names for path in Path(checkpoint.place).glob(name)]
+    remains = [
+        path.name for name in names for path in Path(checkpoint.place).glob(name)
+    ]
     if remains:
         raise OSError(
             f"{checkpoint.model!r} has {remains[0]!r} of a sentence-transformers model, but no "
@@ -533,7 +585,15 @@ def _check_is_not_lost(checkpoint) -> None:
 
 def _read_transformer_settings(checkpoint) -> dict[str, Any]:
     """Read the settings of the first module, under whichever name the library wrote them."""
-    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    kinds = (
+        "bert",
+        "roberta",
+        "distilbert",
+        "camembert",
+        "albert",
+        "xlm-roberta",
+        "xlnet",
+    )
     for kind in kinds:
         name = f"sentence_{kind}_config.json"
         config = _read_json(checkpoint, name)
@@ -545,10 +605,16 @@ def _read_transformer_settings(checkpoint) -> dict[str, Any]:
     handled |= {*_ARGUMENTS, *_TOKENIZER_ARGUMENTS}
     _refuse_others(checkpoint, name, config, handled | _HARMLESS_OF_TRANSFORMER)
     if config.get("transformer_task", "feature-extraction") != "feature-extraction":
-        raise _not_understood(checkpoint, f"the transformer_task {config['transformer_task']!r}")
+        raise _not_understood(
+            checkpoint, f"the transformer_task {config['transformer_task']!r}"
+        )
     for key in _ARGUMENTS:
         _refuse_others(
-            checkpoint, f"{key} of {name}", config.get(key), _HARMLESS_ARGUMENTS, _NO_ARGUMENT
+            checkpoint,
+            f"{key} of {name}",
+            config.get(key),
+            _HARMLESS_ARGUMENTS,
+            _NO_ARGUMENT,
         )
     max_length = config.get("max_seq_length")
     for key in _TOKENIZER_ARGUMENTS:
@@ -584,14 +650,17 @@ def _has_towers(checkpoint, modality_config) -> bool:
 def _read_prompt(checkpoint) -> dict[str, Any]:
     file = "config_sentence_transformers.json"
     config = _read_json(checkpoint, file) or {}
-    _refuse_others(checkpoint, file, config, {*_HARMLESS_OF_MODEL, "model_type", "truncate_dim"})
+    _refuse_others(
+        checkpoint, file, config, {*_HARMLESS_OF_MODEL, "model_type", "truncate_dim"}
+    )
     if config.get("model_type") not in (None, "SentenceTransformer"):
         raise _not_understood(checkpoint, f"the model_type {config['model_type']!r}")
     name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
     prompts = {"query": "", "document": ""} | prompts  # as the library has them
     if name is not None and name not in prompts:
         raise _not_understood(
-            checkpoint, f"default_prompt_name={name!r}, which its prompts {list(prompts)} lack,"
+            checkpoint,
+            f"default_prompt_name={name!r}, which its prompts {list(prompts)} lack,",
         )
     settings = {} if name is None else {"prompt": prompts[name]}
     if config.get("truncate_dim"):
@@ -604,14 +673,29 @@ def _read_pooling(checkpoint, name) -> dict[str, Any]:
     active = [m for m in config if m.startswith("pooling_mode_") and config[m] is True]
     modes = config.get("pooling_mode") or active or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
-    handled = {"word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt"}
+    handled = {
+        "word_embedding_dimension",
+        "embedding_dimension",
+        "pooling_mode",
+        "include_prompt",
+    }
     _refuse_others(checkpoint, name, config, handled | set(active))
     if not active and not handled.intersection(config):
-        raise OSError(f"The file {name!r} of {checkpoint.model!r} names no pooling: {config}.")
-    short = modes[0].removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+        raise OSError(
+            f"The file {name!r} of {checkpoint.model!r} names no pooling: {config}."
+        )
+    short = (
+        modes[0]
+        .removeprefix("pooling_mode_")
+        .removesuffix("_tokens")
+        .removesuffix("_token")
+    )
     if len(modes) != 1 or short not in _POOLINGS:
         raise _not_understood(checkpoint, f"the pooling {', '.join(modes)}")
-    return {"pooling": _POOLINGS[short], "pool_prompt": config.get("include_prompt", True)}
+    return {
+        "pooling": _POOLINGS[short],
+        "pool_prompt": config.get("include_prompt", True),
+    }
 
 
 def _read_normalize(checkpoint, name) -> dict[str, Any]:
@@ -637,7 +721,9 @@ def _read_dense(checkpoint, path) -> dict[str, Any]:
     handled |= {"module_input_name", "module_output_name"}
     _refuse_others(checkpoint, name, config, handled)
     if not isinstance(config.get("out_features"), int):
-        raise OSError(f"The file {name!r} of {checkpoint.model!r} names no out_features: {config}.")
+        raise OSError(
+            f"The file {name!r} of {checkpoint.model!r} names no out_features: {config}."
+        )
     return {
         "kind": "dense",
         "path": path,
@@ -689,7 +775,9 @@ def _parse_json(path):
 
 def _is_module(entry) -> bool:
     """Tell an entry of modules.json, which names a class and a folder."""
-    return isinstance(entry, dict) and all(isinstance(entry.get(k), str) for k in ("type", "path"))
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(k), str) for k in ("type", "path")
+    )
 
 
 def check_file(path) -> None:

@@ -58,8 +58,12 @@ _LOOKUP_ROWS = 8192  # cells to a query, and to a transaction of bookkeeping
 _EXPORT_ROWS = 131072
 _EXPORT_BYTES = 1 << 24  # row groups of a useful size
 _PATIENCE_SECONDS = 60.0  # for another process's transaction
-_BOOKKEEPING_PATIENCE_SECONDS = 0.05  # a warm read takes less; counts are not worth a wait
-_SPARE_BYTES = 1 << 20  # of disk left free, beside the log, so that a full store can be pruned
+_BOOKKEEPING_PATIENCE_SECONDS = (
+    0.05  # a warm read takes less; counts are not worth a wait
+)
+_SPARE_BYTES = (
+    1 << 20
+)  # of disk left free, beside the log, so that a full store can be pruned
 
 _REFUSED = {  # what a full, failing, busy or write-protected disk answers
     sqlite3.SQLITE_BUSY,
@@ -71,9 +75,38 @@ _REFUSED = {  # what a full, failing, busy or write-protected disk answers
 }
 # The processes that share a write-ahead log share memory, which they cannot across machines.
 _NETWORK_FILE_SYSTEMS = {
-    *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "fhgfs", "glusterfs", "gpfs"),
-    *("lustre", "ncpfs", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb2", "smb3", "smbfs"),
-    *("fuse.beegfs", "fuse.ceph", "fuse.davfs2", "fuse.gcsfuse", "fuse.glusterfs", "fuse.juicefs"),
+    *(
+        "9p",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "coda",
+        "davfs",
+        "fhgfs",
+        "glusterfs",
+        "gpfs",
+    ),
+    *(
+        "lustre",
+        "ncpfs",
+        "nfs",
+        "nfs4",
+        "orangefs",
+        "panfs",
+        "pvfs2",
+        "smb2",
+        "smb3",
+        "smbfs",
+    ),
+    *(
+        "fuse.beegfs",
+        "fuse.ceph",
+        "fuse.davfs2",
+        "fuse.gcsfuse",
+        "fuse.glusterfs",
+        "fuse.juicefs",
+    ),
     *("fuse.rclone", "fuse.s3fs", "fuse.sshfs"),
 }
 _MOUNTS = Path("/proc/self/mounts")
@@ -127,7 +160,9 @@ def absolute(path) -> str:
         )
     path = os.path.expanduser(path)
     if path.startswith(f"~{os.sep}"):
-        raise OSError(f"store={path!r}: this user has no home directory. Give an absolute path.")
+        raise OSError(
+            f"store={path!r}: this user has no home directory. Give an absolute path."
+        )
     return os.path.abspath(path)
 
 
@@ -162,7 +197,9 @@ class Space:
 
     def __post_init__(self):
         if self.dtype not in ("float32", "float16"):
-            raise ValueError(f"dtype must be 'float32' or 'float16'; got {self.dtype!r}.")
+            raise ValueError(
+                f"dtype must be 'float32' or 'float16'; got {self.dtype!r}."
+            )
 
     @property
     def names(self):
@@ -181,7 +218,9 @@ class Space:
     def pack(self, values, count):
         """Return the bytes of `count` values to keep, and the values that reading will return."""
         if len(values) != count:
-            raise ValueError(f"{count} cells were encoded, but {len(values)} values came of it.")
+            raise ValueError(
+                f"{count} cells were encoded, but {len(values)} values came of it."
+            )
         blocks = [self._round(block) for block in (values if self.ragged else [values])]
         blobs = [row.tobytes() for row in (blocks if self.ragged else blocks[0])]
         back = [block.astype(np.float32) for block in blocks]
@@ -214,7 +253,11 @@ class Space:
 
     def fits(self, size):
         """Tell whether so many bytes can be a value."""
-        return size % self._vector_bytes == 0 if self.ragged else size == self._vector_bytes
+        return (
+            size % self._vector_bytes == 0
+            if self.ragged
+            else size == self._vector_bytes
+        )
 
 
 def create(path):
@@ -228,7 +271,9 @@ def create(path):
         os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
             db.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
-            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # so that pruning shrinks the file
+            db.execute(
+                "PRAGMA auto_vacuum = INCREMENTAL"
+            )  # so that pruning shrinks the file
             db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             db.executescript(_SCHEMA)
@@ -298,7 +343,9 @@ def connect_in_place(path):
         isolation_level=None,
     )
     try:
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")  # needs no shared memory, which is a file
+        db.execute(
+            "PRAGMA locking_mode = EXCLUSIVE"
+        )  # needs no shared memory, which is a file
         db.execute("PRAGMA journal_mode = MEMORY").fetchone()
         yield db
         db.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -365,10 +412,16 @@ def spaces(db, model):
         spaces[number] = Space(
             fingerprint, json.loads(description), n_features, dtype, bool(ragged)
         )
-    matching = {number: space for number, space in spaces.items() if model in (None, *space.names)}
+    matching = {
+        number: space
+        for number, space in spaces.items()
+        if model in (None, *space.names)
+    }
     if model is not None and not matching:
         known = sorted({space.names[-1] for space in spaces.values()})
-        raise ValueError(f"The store has no vectors of {model!r}; it has those of {known}.")
+        raise ValueError(
+            f"The store has no vectors of {model!r}; it has those of {known}."
+        )
     return matching
 
 
@@ -430,7 +483,9 @@ def fetch(db, space, digests, cells):
     # The digest asked for is part of it: in a damaged tree a lookup may end at a neighbour's row.
     asked = map(digests.__getitem__, cells["position"].tolist())
     checksums = np.fromiter(map(crc32, blobs, map(crc32, asked)), np.int64, len(blobs))
-    sound = (sizes == cells["size"]) & (checksums == cells["checksum"]) & space.fits(sizes)
+    sound = (
+        (sizes == cells["size"]) & (checksums == cells["checksum"]) & space.fits(sizes)
+    )
     if sound.all():
         return cells, space.unpack(blobs), cells[:0]
     blobs = list(itertools.compress(blobs, sound))
@@ -450,7 +505,14 @@ def insert(db, model, digests, blobs):
     db.executemany(
         "INSERT INTO cells (model, digest, id, checksum, size, used) VALUES (?, ?, ?, ?, ?, ?)",
         sorted(  # in the tree's order
-            (model, digests[i], first + n, crc32(blobs[i], crc32(digests[i])), len(blobs[i]), hour)
+            (
+                model,
+                digests[i],
+                first + n,
+                crc32(blobs[i], crc32(digests[i])),
+                len(blobs[i]),
+                hour,
+            )
             for n, i in enumerate(fresh)
         ),
     )
@@ -462,7 +524,9 @@ def insert(db, model, digests, blobs):
 
 def _next_vector(db):
     """Return the first number that no vector has ever had."""
-    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'vectors'").fetchone()
+    row = db.execute(
+        "SELECT seq FROM sqlite_sequence WHERE name = 'vectors'"
+    ).fetchone()
     return 1 if row is None else row[0] + 1
 
 
@@ -478,9 +542,14 @@ def note_use(db, model, digests, cells, served):
             with transaction(db):
                 db.executemany(
                     "UPDATE cells SET used = ? WHERE model = ? AND digest = ?",
-                    [(hour, model, digest) for digest in old[start : start + _LOOKUP_ROWS]],
+                    [
+                        (hour, model, digest)
+                        for digest in old[start : start + _LOOKUP_ROWS]
+                    ],
                 )
-        db.execute("UPDATE models SET served = served + ? WHERE id = ?", (served, model))
+        db.execute(
+            "UPDATE models SET served = served + ? WHERE id = ?", (served, model)
+        )
 
 
 def _hour():
@@ -500,7 +569,9 @@ def prune(db, max_bytes):
     for start in range(0, len(doomed), _LOOKUP_ROWS):
         with transaction(db):
             numbers = drop(db, doomed[start : start + _LOOKUP_ROWS])
-            db.executemany("DELETE FROM vectors WHERE id = ?", [(n,) for n in sorted(numbers)])
+            db.executemany(
+                "DELETE FROM vectors WHERE id = ?", [(n,) for n in sorted(numbers)]
+            )
         n_dropped += len(numbers)
     if n_dropped:
         shrink(db)
@@ -524,9 +595,12 @@ def drop(db, cells):
     numbers = []
     for model, digest, number, size in cells:
         if db.execute(
-            "DELETE FROM cells WHERE model = ? AND digest = ? AND id = ?", (model, digest, number)
+            "DELETE FROM cells WHERE model = ? AND digest = ? AND id = ?",
+            (model, digest, number),
         ).rowcount:
-            db.execute("UPDATE models SET bytes = bytes - ? WHERE id = ?", (size, model))
+            db.execute(
+                "UPDATE models SET bytes = bytes - ? WHERE id = ?", (size, model)
+            )
             numbers.append(number)
     return numbers
 
@@ -555,7 +629,9 @@ def delete_model(db, model):
 
 def shrink(db):
     """Give free pages back to the file system."""
-    db.executescript("PRAGMA incremental_vacuum")  # execute() would stop after the first page
+    db.executescript(
+        "PRAGMA incremental_vacuum"
+    )  # execute() would stop after the first page
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
 
@@ -634,7 +710,10 @@ def clear_errors(path):
     """Let SQLite's errors say which file, and what to do."""
     try:
         yield
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter from a damaged schema
+    except (
+        sqlite3.Error,
+        UnicodeDecodeError,
+    ) as error:  # the latter from a damaged schema
         raise OSError(trouble(path, error)) from error
 
 
@@ -656,15 +735,21 @@ def check_spare_space(db, path, n_bytes):
     """
     if _has_spare_space(path, n_bytes):
         return
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()  # the log may hold much of it
+    db.execute(
+        "PRAGMA wal_checkpoint(TRUNCATE)"
+    ).fetchone()  # the log may hold much of it
     if not _has_spare_space(path, n_bytes):
-        raise OSError(errno.ENOSPC, "the disk is full, but for the space that pruning needs")
+        raise OSError(
+            errno.ENOSPC, "the disk is full, but for the space that pruning needs"
+        )
 
 
 def _has_spare_space(path, n_bytes):
     """Tell whether the log can grow by so many bytes, and the file by the whole log."""
     log_bytes = _size(Path(f"{path}-wal"))
-    return shutil.disk_usage(path.parent).free >= _SPARE_BYTES + 2 * (n_bytes + log_bytes)
+    return shutil.disk_usage(path.parent).free >= _SPARE_BYTES + 2 * (
+        n_bytes + log_bytes
+    )
 
 
 def is_refused(error):
@@ -677,7 +762,11 @@ def is_refused(error):
 
 def origin(error):
     """Return the system's or SQLite's error that a clear one stands for."""
-    return error.__cause__ if isinstance(error.__cause__, sqlite3.Error | OSError) else error
+    return (
+        error.__cause__
+        if isinstance(error.__cause__, sqlite3.Error | OSError)
+        else error
+    )
 
 
 def trouble(path, error):

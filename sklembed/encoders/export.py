@@ -33,8 +33,12 @@ def write_parquet(path, contents):
                 columns = {
                     "fingerprint": pa.array([space.fingerprint] * len(digests)),
                     "digest": [digest.hex() for digest in digests],
-                    "vector": pa.ListArray.from_arrays(ends, np.concatenate(values, axis=None)),
-                    "n_tokens": [len(value) if space.ragged else None for value in values],
+                    "vector": pa.ListArray.from_arrays(
+                        ends, np.concatenate(values, axis=None)
+                    ),
+                    "n_tokens": [
+                        len(value) if space.ragged else None for value in values
+                    ],
                 }
                 file.write_table(pa.table(columns, schema=schema))
                 n_rows += len(digests)
@@ -50,7 +54,9 @@ def write_npy(path, contents):
             "Name one by its fingerprint, as model=..., or export to .parquet."
         )
     if contents[0][0].ragged:
-        raise ValueError("tokens differ in number, which .npy cannot hold; export to .parquet.")
+        raise ValueError(
+            "tokens differ in number, which .npy cannot hold; export to .parquet."
+        )
     ((space, chunks),) = contents
     with (
         _growing_npy(path, np.float32, space.n_features) as vectors,

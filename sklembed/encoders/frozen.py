@@ -24,7 +24,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 from tqdm import tqdm
 
-from sklembed._tables import is_frame, output_container
+from sklembed._table.columns import is_frame, output_container
 from sklembed.encoders.backends import MODALITIES
 from sklembed.encoders.cells import (
     DECODING_VERSION,
@@ -226,7 +226,10 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         "stride": [Options(Integral, {8, 16, 32}), None],
         "normalize": ["boolean"],
         "max_length": [Interval(Integral, 1, None, closed="left"), None],
-        "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+        "batch_size": [
+            StrOptions({"auto"}),
+            Interval(Integral, 1, None, closed="left"),
+        ],
         "device": [str],
         "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
         "store": [str, os.PathLike, EmbeddingStore, None],
@@ -381,7 +384,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         names : ndarray of shape (n_features_out,), dtype object
             "frozenencoder0", "frozenencoder1", and so on; for tokens one name.
         """
-        n_columns = 1 if self.output == "tokens" else self._model_and_space()[1].n_features
+        n_columns = (
+            1 if self.output == "tokens" else self._model_and_space()[1].n_features
+        )
         return np.asarray([f"frozenencoder{i}" for i in range(n_columns)], dtype=object)
 
     def fingerprint(self):
@@ -428,7 +433,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             If the encoder has no store.
         """
         self._validate_params()
-        counts = self._required_store().stats().drop(columns=["model", "n_features", "description"])
+        counts = (
+            self._required_store()
+            .stats()
+            .drop(columns=["model", "n_features", "description"])
+        )
         fingerprint = self._model_and_space()[1].fingerprint
         if fingerprint not in counts.index:
             return dict.fromkeys(counts.columns, 0) | {"hit_rate": np.nan}
@@ -477,9 +486,13 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 "them first."
             )
         size = min(n_samples, len(known))
-        chosen = np.sort(check_random_state(random_state).choice(known, size, replace=False))
+        chosen = np.sort(
+            check_random_state(random_state).choice(known, size, replace=False)
+        )
         stored = _by_position(store.read(space, [list(first_row)[i] for i in chosen]))
-        fresh = _by_position(self._encode(column, backend, None, space, first_row, chosen))
+        fresh = _by_position(
+            self._encode(column, backend, None, space, first_row, chosen)
+        )
         errors = [_relative_error(fresh[chosen[i]], stored[i]) for i in stored]
         dtypes = {space.description.get("dtype", "float32"), self.store_dtype}
         return {
@@ -505,7 +518,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         """
         backend = self._backend()
         if not hasattr(backend, "grid_shape"):
-            raise ValueError(f"{self.model!r} is a backend object, of whose grid nothing is known.")
+            raise ValueError(
+                f"{self.model!r} is a backend object, of whose grid nothing is known."
+            )
         return backend.grid_shape
 
     def _check(self, X, *, fitting=False):
@@ -514,11 +529,15 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         column = _Column(X)
         if fitting:
             backend = self._backend()
-            space = self._space(backend)  # asks the checkpoint for all that it must offer
+            space = self._space(
+                backend
+            )  # asks the checkpoint for all that it must offer
         else:
             backend, space = self._model_and_space()
         if isinstance(self.model, str | os.PathLike):
-            modality = space.description["modality"]  # without reading the configuration
+            modality = space.description[
+                "modality"
+            ]  # without reading the configuration
         else:
             modality = backend.modality
         digests, missing = self._identify(column, modality)
@@ -556,7 +575,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if self.output == "tokens":
             vectors = np.full((len(digests), 1), None, dtype=object)
         else:
-            vectors = np.full((len(digests), space.n_features), np.nan, dtype=np.float32)
+            vectors = np.full(
+                (len(digests), space.n_features), np.nan, dtype=np.float32
+            )
         for positions, values in self._vectors(column, backend, space, first_row):
             if self.output == "tokens":
                 for row, value in zip(rows[positions], values, strict=True):
@@ -564,7 +585,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             else:
                 vectors[rows[positions]] = values
         if len(rows) + missing.sum() < len(digests):
-            source = np.asarray([i if d is None else first_row[d] for i, d in enumerate(digests)])
+            source = np.asarray(
+                [i if d is None else first_row[d] for i, d in enumerate(digests)]
+            )
             repeats = np.flatnonzero(source != np.arange(len(source)))
             for some in np.array_split(repeats, len(repeats) // _COPIED_ROWS + 1):
                 vectors[some] = vectors[source[some]]
@@ -576,7 +599,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         self._validate_params()
         store = self._required_store()
         if store.read_only:
-            raise ValueError(f"{store!r} is for reading only, so nothing can be encoded into it.")
+            raise ValueError(
+                f"{store!r} is for reading only, so nothing can be encoded into it."
+            )
         column, backend, space, digests, _ = self._check(X)
         first_row = _first_rows(digests)
         lacking = np.flatnonzero(store.lacks(space, list(first_row))).tolist()
@@ -608,9 +633,13 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         digests, rows = list(first_row), list(first_row.values())
         n_known = len(rows) - len(lacking)
         if len(lacking):
-            self._check_can_encode(backend, space, column.place(rows[lacking[0]]), len(lacking))
+            self._check_can_encode(
+                backend, space, column.place(rows[lacking[0]]), len(lacking)
+            )
         settings = getattr(self, "_image_settings", None)
-        if backend.modality == "text":  # longest first: texts of like length pad each other little
+        if (
+            backend.modality == "text"
+        ):  # longest first: texts of like length pad each other little
             lacking = sorted(lacking, key=lambda i: -len(column.cells[rows[i]]))
         digests, rows = [digests[i] for i in lacking], [rows[i] for i in lacking]
         progress = tqdm(
@@ -625,13 +654,23 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             for batch, done, values in encode(
                 backend,
                 chunks,
-                lambda i: decode(column.cells[rows[i]], backend.modality, digests[i], settings),
+                lambda i: decode(
+                    column.cells[rows[i]], backend.modality, digests[i], settings
+                ),
                 batch_size=None if self.batch_size == "auto" else self.batch_size,
-                on_error=lambda error, i: self._raise_unless_tolerated(error, column, rows[i]),
+                on_error=lambda error, i: self._raise_unless_tolerated(
+                    error, column, rows[i]
+                ),
             ):
                 values, finite = self._checked(values, len(done), space)
-                sound = [i for i, is_finite in zip(done, finite, strict=True) if is_finite]
-                unsound = [i for i, is_finite in zip(done, finite, strict=True) if not is_finite]
+                sound = [
+                    i for i, is_finite in zip(done, finite, strict=True) if is_finite
+                ]
+                unsound = [
+                    i
+                    for i, is_finite in zip(done, finite, strict=True)
+                    if not is_finite
+                ]
                 yield [i for i in batch if i not in unsound], sound, values
                 progress.update(len(batch))
                 for i in unsound:
@@ -648,7 +687,10 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             results = (result[1:] for result in encode_chunks([range(len(rows))]))
         else:
             results = store.fill(
-                space, digests, encode=encode_chunks, claim_size=_CLAIM_SIZE[backend.modality]
+                space,
+                digests,
+                encode=encode_chunks,
+                claim_size=_CLAIM_SIZE[backend.modality],
             )
         order = np.asarray(lacking)
         with progress, contextlib.closing(results):
@@ -726,7 +768,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if not hasattr(self, "space_"):
             return
         fitted, now = (
-            {name: value for name, value in description.items() if name not in _PRECISION_ONLY}
+            {
+                name: value
+                for name, value in description.items()
+                if name not in _PRECISION_ONLY
+            }
             for description in (self.space_["description"], space.description)
         )
         changed = [name for name in fitted | now if fitted.get(name) != now.get(name)]
@@ -745,7 +791,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             return True
         try:
             return backend._dtype_name == space.description["dtype"]
-        except ImportError:  # without its libraries it does not run, but the store can be read
+        except (
+            ImportError
+        ):  # without its libraries it does not run, but the store can be read
             return True
 
     def _fitted_space(self, backend):
@@ -754,17 +802,25 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if fitted is None or not isinstance(self.model, str | os.PathLike):
             return None
         space = Space(**{name: fitted[name] for name in Space.__dataclass_fields__})
-        is_known = "checkpoint" in space.description  # else `model` was a backend object in fit
+        is_known = (
+            "checkpoint" in space.description
+        )  # else `model` was a backend object in fit
         if not is_known or space.description["decoding"] != DECODING_VERSION:
             return None
-        parameters, fitted_model = self._deciding_parameters(), fitted["parameters"].get("model")
+        parameters, fitted_model = (
+            self._deciding_parameters(),
+            fitted["parameters"].get("model"),
+        )
         if parameters | {"model": fitted_model} != fitted["parameters"]:
             return None
         if parameters["model"] == fitted_model:
             return space
-        checkpoint = backend.checkpoint  # in another place, perhaps with the same content
+        checkpoint = (
+            backend.checkpoint
+        )  # in another place, perhaps with the same content
         is_copy = (
-            checkpoint.is_directory and checkpoint.identity() == space.description["checkpoint"]
+            checkpoint.is_directory
+            and checkpoint.identity() == space.description["checkpoint"]
         )
         return space if is_copy else None
 
@@ -794,13 +850,22 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 layer_aggregation=self.layer_aggregation,
                 special_tokens=bool(self.special_tokens),
                 stride=self.stride,
-                max_length_wanted=None if self.max_length is None else int(self.max_length),
+                max_length_wanted=None
+                if self.max_length is None
+                else int(self.max_length),
                 device=self.device,
                 dtype=self.dtype,
             )
         lacks = [
             name
-            for name in ("modality", "n_features", "describe", "weights", "load", "encoding")
+            for name in (
+                "modality",
+                "n_features",
+                "describe",
+                "weights",
+                "load",
+                "encoding",
+            )
             if not hasattr(self.model, name)
         ]
         if lacks:
@@ -814,7 +879,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     def _check_nothing_is_ignored(self):
         """Refuse parameters that a backend object decides for itself."""
         defaults = inspect.signature(type(self)).parameters
-        ignored = [name for name in _HUB_ONLY if getattr(self, name) != defaults[name].default]
+        ignored = [
+            name for name in _HUB_ONLY if getattr(self, name) != defaults[name].default
+        ]
         if ignored:
             raise ValueError(
                 f"{', '.join(ignored)} would have no effect: {self.model!r} is a backend object "
@@ -894,7 +961,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         Returns the values that are finite, and for each cell whether its value is.
         """
         if n_cells == 0:
-            return ([] if space.ragged else np.empty((0, space.n_features), np.float32)), []
+            return (
+                [] if space.ragged else np.empty((0, space.n_features), np.float32)
+            ), []
         values = _without_none(values, space)
         if space.ragged:
             shape = f"{n_cells} arrays of shape (n_tokens, {space.n_features})"
@@ -943,17 +1012,25 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         """Warn of cells that have content but no vector, of each once a process."""
         first = vectors[:, 0]
         empty = [v is None for v in first] if first.dtype == object else np.isnan(first)
-        lost = [row for row in np.flatnonzero(empty) if not is_missing(column.cells[row])]
+        lost = [
+            row for row in np.flatnonzero(empty) if not is_missing(column.cells[row])
+        ]
         errors = {}
         for row in lost:
             shown = row if row in column.unreadable else first_row.get(digests[row])
-            errors[row] = column.unreadable.get(shown) or ValueError("there is no vector")
-        keys = {row: _key(str(column), digests[row] or str(errors[row])) for row in lost}
+            errors[row] = column.unreadable.get(shown) or ValueError(
+                "there is no vector"
+            )
+        keys = {
+            row: _key(str(column), digests[row] or str(errors[row])) for row in lost
+        }
         unannounced = [row for row in lost if keys[row] not in _ANNOUNCED]
         if not unannounced:
             return
         counts = Counter(_reason(error) for error in errors.values())
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+        reasons = ", ".join(
+            f"{count} x {reason}" for reason, count in counts.most_common()
+        )
         row = unannounced[0]
         warnings.warn(
             f"{len(lost)} cells of {column} could not be read and count as missing ({reasons}), "
@@ -1014,7 +1091,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.requires_fit = False
-        tags.no_validation = True  # cells are objects, checked here and not by check_array
+        tags.no_validation = (
+            True  # cells are objects, checked here and not by check_array
+        )
         tags.input_tags.string = True
         tags.input_tags.one_d_array = True
         tags.input_tags.allow_nan = True
@@ -1070,7 +1149,9 @@ class _Column:
 def _check_is_one_column(X, names):
     """Refuse a table of several columns, and a dict of tables."""
     if not isinstance(names, list):
-        raise TypeError(f"X must be one column of cells; got {X!r}. Choose one of its splits.")
+        raise TypeError(
+            f"X must be one column of cells; got {X!r}. Choose one of its splits."
+        )
     if len(names) != 1:
         raise ValueError(
             f"FrozenEncoder takes one column, but X has {len(names)}: {names}. "
@@ -1098,22 +1179,30 @@ def _list_cells(X):
             )
         return X.reshape(-1).tolist()
     cells = list(X)
-    if cells and all(isinstance(cell, list | tuple) and len(cell) == 1 for cell in cells):
+    if cells and all(
+        isinstance(cell, list | tuple) and len(cell) == 1 for cell in cells
+    ):
         cells = [cell for (cell,) in cells]
     return cells
 
 
 def _undecoded(column):
     """Take images as they are encoded, not as the pixels of the whole column at once."""
-    if getattr(column.features, "decode", False) and hasattr(column.source, "cast_column"):
+    if getattr(column.features, "decode", False) and hasattr(
+        column.source, "cast_column"
+    ):
         encoded = type(column.features)(decode=False)
-        return column.source.cast_column(column.column_name, encoded)[column.column_name]
+        return column.source.cast_column(column.column_name, encoded)[
+            column.column_name
+        ]
     return column
 
 
 def _without_none(values, space):
     """Put NaN where a function, such as the client of a service, returns None for a cell."""
-    if not isinstance(values, list | tuple) or not any(value is None for value in values):
+    if not isinstance(values, list | tuple) or not any(
+        value is None for value in values
+    ):
         return values
     shape = (1, space.n_features) if space.ragged else space.n_features
     return [np.full(shape, np.nan) if value is None else value for value in values]
@@ -1139,7 +1228,9 @@ def _reason(error):
     if type(cause).__name__ == "UnidentifiedImageError":
         return "no known image format"
     text = re.sub(r"'[^']*'|\([^)]*\)", "", str(cause))
-    return re.sub(r"\d+", "N", re.split(r"[.:;]", text)[0]).strip() or type(cause).__name__
+    return (
+        re.sub(r"\d+", "N", re.split(r"[.:;]", text)[0]).strip() or type(cause).__name__
+    )
 
 
 def _as_array(vectors):

@@ -39,7 +39,15 @@ _WITH_CLASS_TOKEN = {
 }
 _RANDOM = {"vit_mae"}
 # By which configurations name the width of the hidden states.
-_WIDTHS = ("hidden_size", "d_model", "dim", "n_embd", "emb_dim", "model_dim", "hidden_dim")
+_WIDTHS = (
+    "hidden_size",
+    "d_model",
+    "dim",
+    "n_embd",
+    "emb_dim",
+    "model_dim",
+    "hidden_dim",
+)
 # Position embeddings of these begin behind the padding token's index.
 _OFFSET_POSITIONS = {
     "camembert",
@@ -95,11 +103,20 @@ class HuggingFaceBackend:
         """Width of the vectors, from the configuration."""
         config = self._tower
         if self.output == "pooled":
-            if self.pooling == "projected" and getattr(self._config, "projection_dim", None):
+            if self.pooling == "projected" and getattr(
+                self._config, "projection_dim", None
+            ):
                 return self._config.projection_dim
-            if self.pooling in ("projected", "pooler"):  # SigLIP's texts have a width of their own
-                return getattr(config, "projection_size", None) or self._width(self._n_layers)
-            resized = [step["n_features"] for step in self._head if "n_features" in step]
+            if self.pooling in (
+                "projected",
+                "pooler",
+            ):  # SigLIP's texts have a width of their own
+                return getattr(config, "projection_size", None) or self._width(
+                    self._n_layers
+                )
+            resized = [
+                step["n_features"] for step in self._head if "n_features" in step
+            ]
             if resized:
                 return resized[-1]
         widths = [self._width(layer) for layer in self.layers]
@@ -126,7 +143,9 @@ class HuggingFaceBackend:
             return [n_layers - {32: 0, 16: 1, 8: 2}[self.stride]]
         wanted = [self.layer] if isinstance(self.layer, int) else list(self.layer)
         if not wanted or not all(isinstance(layer, int) for layer in wanted):
-            raise ValueError(f"layer must be an int or a list of some; got {self.layer!r}.")
+            raise ValueError(
+                f"layer must be an int or a list of some; got {self.layer!r}."
+            )
         for layer in wanted:
             if not -n_layers - 1 <= layer <= n_layers:
                 raise ValueError(
@@ -158,12 +177,16 @@ class HuggingFaceBackend:
             If the model encodes text, or the grid depends on the picture.
         """
         if self.modality == "text":
-            raise ValueError(f"{self._name} encodes text; only images have a grid of patches.")
+            raise ValueError(
+                f"{self._name} encodes text; only images have a grid of patches."
+            )
         from PIL import Image
 
         processor = _load_image_processor(self.checkpoint)
         sizes = {
-            processor(images=[Image.new("RGB", size)], return_tensors="np")["pixel_values"].shape
+            processor(images=[Image.new("RGB", size)], return_tensors="np")[
+                "pixel_values"
+            ].shape
             for size in ((64, 48), (48, 96))
         }
         if len(sizes) > 1:
@@ -186,7 +209,8 @@ class HuggingFaceBackend:
             "backend": "huggingface",
             "label": self.checkpoint.name,  # for people; no part of the fingerprint
             "checkpoint": self.checkpoint.identity(),
-            "remote_code": self.checkpoint.other_code() or self.checkpoint.runs_remote_code,
+            "remote_code": self.checkpoint.other_code()
+            or self.checkpoint.runs_remote_code,
             "modality": self.modality,
             "layers": self.layers,
             "dtype": self._dtype_name,
@@ -210,7 +234,9 @@ class HuggingFaceBackend:
     def weights(self) -> str:
         """Name the weights, their precision and where they lie; all else is done with them."""
         code = " by its own code" if self.checkpoint.runs_remote_code else ""
-        code += "".join(f" of {repo}@{sha}" for repo, sha in self.checkpoint.other_code().items())
+        code += "".join(
+            f" of {repo}@{sha}" for repo, sha in self.checkpoint.other_code().items()
+        )
         return f"{self.checkpoint.identity()}{code} in {self._dtype_name} on {self._device}"
 
     def load(self) -> "_Loaded":
@@ -228,11 +254,15 @@ class HuggingFaceBackend:
         if hasattr(model, "encoder") and hasattr(model, "decoder"):  # T5 and its like
             model = model.get_encoder()
             unused.append("decoder")
-        absent = [key for key in report["missing_keys"] if not any(u in key for u in unused)]
+        absent = [
+            key for key in report["missing_keys"] if not any(u in key for u in unused)
+        ]
         absent += [str(key) for key in report["mismatched_keys"]]
         for config in (model.config, model.config.get_text_config()):
             if getattr(config, "use_cache", False):
-                config.use_cache = False  # keys and values of all layers serve generation alone
+                config.use_cache = (
+                    False  # keys and values of all layers serve generation alone
+                )
         model = model.eval().requires_grad_(False).to(self._device)
         return _Loaded(model, absent)
 
@@ -247,7 +277,10 @@ class HuggingFaceBackend:
         self._check_weights(loaded.absent)
         steps = self._text_steps if self.modality == "text" else self._image_steps
         prepare, cost, run = steps(loaded)
-        head = [_head_step(step, self.checkpoint, loaded.model.device) for step in self._head]
+        head = [
+            _head_step(step, self.checkpoint, loaded.model.device)
+            for step in self._head
+        ]
 
         def encode(prepared):
             with _torch().inference_mode():
@@ -283,14 +316,24 @@ class HuggingFaceBackend:
             If the model gives a cell another vector each time.
         """
         first, longer = prepare(_trial_cells(self.modality))
-        if self.modality == "text" and _length(first) == _length(longer):  # a small max_length
+        if self.modality == "text" and _length(first) == _length(
+            longer
+        ):  # a small max_length
             (first,) = prepare([""])
         alone = encode([first])[0]
 
-        def is_unchanged(batch):  # its last cell, as some models read the first cell's mask for all
+        def is_unchanged(
+            batch,
+        ):  # its last cell, as some models read the first cell's mask for all
             beside = encode(batch)[-1]
-            error = np.linalg.norm(beside - alone) if beside.shape == alone.shape else np.inf
-            return error <= TOLERANCES[self._dtype_name] * max(np.linalg.norm(alone), 1e-12)
+            error = (
+                np.linalg.norm(beside - alone)
+                if beside.shape == alone.shape
+                else np.inf
+            )
+            return error <= TOLERANCES[self._dtype_name] * max(
+                np.linalg.norm(alone), 1e-12
+            )
 
         if is_unchanged([longer, first]):
             return "any"
@@ -309,8 +352,14 @@ class HuggingFaceBackend:
     def _text_steps(self, loaded):
         """Return how texts are tokenised, what they cost, and how the model runs on them."""
         tokenizer = loaded.tokenizer(self.checkpoint)
-        prompt, lower_case = self._settings.get("prompt", ""), self._settings.get("lower_case")
-        limits = [self.max_length or tokenizer.model_max_length, _most_tokens(self._tower)]
+        prompt, lower_case = (
+            self._settings.get("prompt", ""),
+            self._settings.get("lower_case"),
+        )
+        limits = [
+            self.max_length or tokenizer.model_max_length,
+            _most_tokens(self._tower),
+        ]
         max_length = min(limit for limit in [*limits, _UNLIMITED] if limit is not None)
         n_special = tokenizer.num_special_tokens_to_add()
         if max_length <= n_special:
@@ -321,9 +370,15 @@ class HuggingFaceBackend:
         # SigLIP reads the last position, and was trained with every text padded to full length.
         whole = self._config.model_type.startswith("siglip")
         skipped = (
-            0 if self._settings.get("pool_prompt", True) else _prompt_length(tokenizer, prompt)
+            0
+            if self._settings.get("pool_prompt", True)
+            else _prompt_length(tokenizer, prompt)
         )
-        fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # masked: any will do
+        fillers = (
+            tokenizer.pad_token_id,
+            tokenizer.eos_token_id,
+            0,
+        )  # masked: any will do
         padding = {
             "input_ids": next(token for token in fillers if token is not None),
             "token_type_ids": tokenizer.pad_token_type_id,
@@ -352,13 +407,22 @@ class HuggingFaceBackend:
 
         def run(prepared):
             inputs = {
-                name: _pad([cell[name] for cell in prepared], padding[name], loaded.model.device)
+                name: _pad(
+                    [cell[name] for cell in prepared],
+                    padding[name],
+                    loaded.model.device,
+                )
                 for name in prepared[0]
             }
-            special, keep = inputs.pop("special_tokens_mask"), inputs["attention_mask"].clone()
+            special, keep = (
+                inputs.pop("special_tokens_mask"),
+                inputs["attention_mask"].clone(),
+            )
             if whole:
                 del inputs["attention_mask"]
-            longer = keep.sum(1) > skipped  # what is cut within the prompt is all there is
+            longer = (
+                keep.sum(1) > skipped
+            )  # what is cut within the prompt is all there is
             keep[longer, :skipped] = 0
             if self.output == "tokens" and not self.special_tokens:
                 keep *= 1 - special
@@ -394,8 +458,13 @@ class HuggingFaceBackend:
             states = self._states(model, {"pixel_values": pixels})
             if self.output == "pooled":
                 return states, None
-            n_tokens, n_special = states[0].shape[1], self._count_special_tokens(pixels, states[0])
-            keep = torch.ones(len(prepared), n_tokens, dtype=torch.long, device=model.device)
+            n_tokens, n_special = (
+                states[0].shape[1],
+                self._count_special_tokens(pixels, states[0]),
+            )
+            keep = torch.ones(
+                len(prepared), n_tokens, dtype=torch.long, device=model.device
+            )
             if not self.special_tokens:  # they come before the patches
                 keep[:, :n_special] = 0
             return states, keep
@@ -407,7 +476,11 @@ class HuggingFaceBackend:
         rows, columns = self._grid(pixels.shape[-2:])
         kind, expected = self._tower.model_type, 0
         if kind in _WITH_CLASS_TOKEN:
-            expected = 1 + (getattr(self._tower, "num_register_tokens", 0) or 0) + (kind == "deit")
+            expected = (
+                1
+                + (getattr(self._tower, "num_register_tokens", 0) or 0)
+                + (kind == "deit")
+            )
         if states.shape[1] != expected + rows * columns:
             raise ValueError(
                 f"{self._name} ({kind}) makes {states.shape[1]} tokens of a picture, which are not "
@@ -419,7 +492,11 @@ class HuggingFaceBackend:
     def _states(self, model, inputs):
         """Run the model or the tower; return (batch, tokens, dim) states, or its own vector."""
         if self.pooling == "projected":
-            run = model.get_text_features if self.modality == "text" else model.get_image_features
+            run = (
+                model.get_text_features
+                if self.modality == "text"
+                else model.get_image_features
+            )
             output = run(**inputs)  # in transformers 5 the vector is a field of it
             return [getattr(output, "pooler_output", output).float()]
         if self._is_dual:
@@ -464,7 +541,10 @@ class HuggingFaceBackend:
             )
         rope = getattr(self._tower, "rope_parameters", None) or {}
         short = rope.get("original_max_position_embeddings") or 0
-        if rope.get("rope_type") == "longrope" and (self.max_length or short + 1) > short:
+        if (
+            rope.get("rope_type") == "longrope"
+            and (self.max_length or short + 1) > short
+        ):
             raise ValueError(
                 f"{self._name} ({kind}) encodes a text differently beside one of more than {short} "
                 f"tokens. Pass max_length={short}."
@@ -503,7 +583,9 @@ class HuggingFaceBackend:
                 "vector, which comes after all layers. Pass pooling='mean' or 'cls'."
             )
         widths = {self._width(layer) for layer in self.layers}
-        if len(widths) > 1 and (self.layer_aggregation == "mean" or self.output == "tokens"):
+        if len(widths) > 1 and (
+            self.layer_aggregation == "mean" or self.output == "tokens"
+        ):
             raise ValueError(
                 f"The layers {self.layer} of {self._name} differ in width or in grid; pool them "
                 "with layer_aggregation='concat', or choose one."
@@ -571,7 +653,9 @@ class HuggingFaceBackend:
             return 32 >> (self._n_layers - self.layers[0])
         patch = getattr(config, "patch_size", None)
         patch = patch[0] if isinstance(patch, list | tuple) else patch
-        return patch and patch << (len(config.depths) - 1 if self._is_hierarchical else 0)
+        return patch and patch << (
+            len(config.depths) - 1 if self._is_hierarchical else 0
+        )
 
     @functools.cached_property
     def _n_layers(self) -> int:
@@ -596,7 +680,10 @@ class HuggingFaceBackend:
         return (
             hasattr(config, "text_config")
             and hasattr(config, "vision_config")
-            and (hasattr(config, "projection_dim") or config.model_type.startswith("siglip"))
+            and (
+                hasattr(config, "projection_dim")
+                or config.model_type.startswith("siglip")
+            )
         )
 
     @functools.cached_property
@@ -604,7 +691,11 @@ class HuggingFaceBackend:
         """The configuration of the model, or of the dual encoder's tower that is asked for."""
         if not self._is_dual:
             return self._config
-        return self._config.text_config if self.modality == "text" else self._config.vision_config
+        return (
+            self._config.text_config
+            if self.modality == "text"
+            else self._config.vision_config
+        )
 
     @functools.cached_property
     def _head(self) -> list[dict[str, Any]]:
@@ -615,7 +706,9 @@ class HuggingFaceBackend:
         if self.output == "tokens":
             return []
         steps = self._settings.get("head", [])
-        if self.pooling != self._settings.get("pooling") or self.layers != [self._n_layers]:
+        if self.pooling != self._settings.get("pooling") or self.layers != [
+            self._n_layers
+        ]:
             return [step for step in steps if step["kind"] == "normalize"]
         return steps
 
@@ -654,7 +747,9 @@ class _Loaded:
 
     model: Any
     absent: list[str]  # weights that the checkpoint lacks
-    batchings: dict[Any, str] = field(default_factory=dict)  # backend -> cells that share a batch
+    batchings: dict[Any, str] = field(
+        default_factory=dict
+    )  # backend -> cells that share a batch
     tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokenizer: Any = None
     _image_processor: Any = None
@@ -681,7 +776,9 @@ def _measure_width(checkpoint, identity) -> int | None:
     torch = _torch()
     try:
         with _quiet(), torch.device("meta"), torch.inference_mode():
-            model = AutoModel.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+            model = AutoModel.from_config(
+                config, trust_remote_code=checkpoint.trust_remote_code
+            )
             pixels = torch.empty(1, config.num_channels, *size)
             states = model.eval()(pixel_values=pixels).last_hidden_state
     except Exception:  # of any architecture; the caller says what to do
@@ -696,7 +793,11 @@ def _load_tokenizer(checkpoint):
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(**checkpoint.source())
-    except (KeyError, TypeError, ValueError) as error:  # of a tokenizer class without its files
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # of a tokenizer class without its files
         reason = " ".join(str(error).split())
         raise OSError(
             f"The tokenizer of {checkpoint.model!r} cannot be loaded. Save it beside the model: "
@@ -774,7 +875,9 @@ def _head_step(step, checkpoint, device):
     weights = {name: tensor.to(device).float() for name, tensor in weights.items()}
     activation = getattr(torch.nn, step["activation"])()
     return lambda vectors: activation(
-        torch.nn.functional.linear(vectors, weights["linear.weight"], weights.get("linear.bias"))
+        torch.nn.functional.linear(
+            vectors, weights["linear.weight"], weights.get("linear.bias")
+        )
     )
 
 
@@ -816,7 +919,9 @@ def _pad(rows, value, device):
     """Stack rows of different lengths, padded on the right: on the left, positions would shift."""
     torch = _torch()
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, True, value).to(device)  # (batch, tokens)
+    return torch.nn.utils.rnn.pad_sequence(tensors, True, value).to(
+        device
+    )  # (batch, tokens)
 
 
 def _as_sequence(states):
@@ -848,7 +953,11 @@ def _pool(states, keep, pooling: str):
 def _combine(states, aggregation: str):
     """Join the vectors of several layers, or average them."""
     torch = _torch()
-    return torch.stack(states).mean(0) if aggregation == "mean" else torch.cat(states, dim=-1)
+    return (
+        torch.stack(states).mean(0)
+        if aggregation == "mean"
+        else torch.cat(states, dim=-1)
+    )
 
 
 def _ragged(states, keep):

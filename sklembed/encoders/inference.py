@@ -35,8 +35,12 @@ class Encoding:
     the user names no batch size.
     """
 
-    forward: Callable[[list], Any]  # prepared cells -> (n, d) array, or n arrays (T_i, d)
-    prepare: Callable[[list], list] = list  # decoded cells -> prepared cells, one for each
+    forward: Callable[
+        [list], Any
+    ]  # prepared cells -> (n, d) array, or n arrays (T_i, d)
+    prepare: Callable[[list], list] = (
+        list  # decoded cells -> prepared cells, one for each
+    )
     cost: Callable[[Any], int] = _one  # of a prepared cell
     budget: int = 32
 
@@ -115,7 +119,9 @@ def encode(
         encoding = replace(encoding, cost=_one, budget=batch_size)
     limit = _Limit(encoding.budget)
     cells = _prepare_ahead(encoding, chain([first], chunks), decode, backend.modality)
-    with contextlib.closing(cells):  # else an error's frames would keep the threads alive
+    with contextlib.closing(
+        cells
+    ):  # else an error's frames would keep the threads alive
         for batch in _batches(cells, limit):
             if batch[0].error is not None:
                 on_error(batch[0].error, batch[0].position)
@@ -155,12 +161,18 @@ def _prepare_ahead(encoding, chunks, decode, modality) -> Iterator[_Cell]:
     def prepare_all(cells):
         prepared = encoding.prepare([cell.decoded for cell in cells]) if cells else []
         for cell, content in zip(cells, prepared, strict=True):
-            cell.decoded, cell.prepared, cell.cost = None, content, encoding.cost(content)
+            cell.decoded, cell.prepared, cell.cost = (
+                None,
+                content,
+                encoding.cost(content),
+            )
 
     # Fast tokenizers have threads of their own, and are not to be shared by ours.
     workers = 1 if modality == "text" else joblib.cpu_count()
     size = _CELLS_A_JOB[modality]
-    if modality == "image":  # a backend that prepares nothing waits with images at full size
+    if (
+        modality == "image"
+    ):  # a backend that prepares nothing waits with images at full size
         size = max(1, min(size, _IMAGES_AHEAD // workers))
     jobs = (chunk[i : i + size] for chunk in chunks for i in range(0, len(chunk), size))
     pool = ThreadPoolExecutor(workers)
@@ -191,7 +203,9 @@ def _batches(cells: Iterable[_Cell], limit: _Limit) -> Iterator[list[_Cell]]:
     costliest = 0
     for cell in cells:
         costliest = max(costliest, cell.cost)
-        if batch and (cell.error is not None or (len(batch) + 1) * costliest > limit.cost):
+        if batch and (
+            cell.error is not None or (len(batch) + 1) * costliest > limit.cost
+        ):
             yield batch
             batch, costliest = [], cell.cost
         if cell.error is None:
@@ -233,7 +247,10 @@ def _is_out_of_memory(error: Exception) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (
             isinstance(error, RuntimeError)
-            and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+            and any(
+                words in str(error)
+                for words in ("can't allocate memory", "out of memory")
+            )
         )
     )
 

@@ -6,7 +6,7 @@ import pandas as pd
 from sklearn.base import clone
 from sklearn.model_selection import ParameterGrid, ParameterSampler
 
-from sklembed._tables import as_table, column_positions, take_columns
+from sklembed._table.columns import as_table, column_positions, take_columns
 from sklembed.encoders.frozen import FrozenEncoder
 
 _INNER = ("estimator", "regressor")
@@ -65,14 +65,18 @@ def prefetch(estimator, X):
     """
     jobs = [job for candidate in _candidates(estimator) for job in _jobs(candidate, X)]
     if not jobs:
-        raise ValueError(f"{estimator!r} holds no FrozenEncoder: there is nothing to encode.")
+        raise ValueError(
+            f"{estimator!r} holds no FrozenEncoder: there is nothing to encode."
+        )
     for path, encoder, _ in jobs:
         if encoder.store is None:
             raise ValueError(
                 f"The encoder {path!r} has store=None, so what is encoded now would be lost. Give "
                 "it a store."
             )
-    encoded = [{"path": path} | encoder._encode_lacking(part) for path, encoder, part in jobs]
+    encoded = [
+        {"path": path} | encoder._encode_lacking(part) for path, encoder, part in jobs
+    ]
     by = ["path", "model", "fingerprint"]
     report = pd.DataFrame(encoded).groupby(by, sort=False, as_index=False, dropna=False)
     return report.agg({"cells": "max", "encoded": "sum"}).drop(columns="fingerprint")
@@ -118,7 +122,9 @@ def _settings(search):
     if hasattr(search, "param_grid"):
         return ParameterGrid(search.param_grid)
     later = _later_steps(search.estimator)
-    if later and all(f"{name}__".startswith(later) for name in search.param_distributions):
+    if later and all(
+        f"{name}__".startswith(later) for name in search.param_distributions
+    ):
         return [{}]  # whatever is drawn, the encoders are those of the estimator
     if not isinstance(search.random_state, Integral) or not hasattr(search, "n_iter"):
         raise ValueError(
@@ -188,13 +194,18 @@ def _parts(estimator, X):
     """Yield the estimators that another hands X on to, by name, and what of X each is handed."""
     if hasattr(estimator, "iter_parts"):
         parts = {name: part for name, _, part in estimator.iter_parts(X)}
-        for name, inner, _ in [*estimator.transformers, ("remainder", estimator.remainder, None)]:
+        for name, inner, _ in [
+            *estimator.transformers,
+            ("remainder", estimator.remainder, None),
+        ]:
             yield name, inner, parts.get(name)
     elif hasattr(estimator, "transformers"):  # a ColumnTransformer
         X = as_table(X)
         for name, inner, columns in estimator.transformers:
             if _holds_encoder(inner):
-                positions, scalar = column_positions(X, columns, owner=f"the branch {name!r}")
+                positions, scalar = column_positions(
+                    X, columns, owner=f"the branch {name!r}"
+                )
                 part = take_columns(X, positions, scalar=scalar) if positions else None
                 yield name, inner, part
     else:

@@ -22,7 +22,9 @@ from sklembed.encoders.export import WRITERS
 
 # Small enough that joining and checking a piece stays within the processor's caches.
 _READ_BYTES = 3 << 17
-_WRITE_CACHE_KIB = 65536  # holds the tree of a million cells: digests come in random order
+_WRITE_CACHE_KIB = (
+    65536  # holds the tree of a million cells: digests come in random order
+)
 _POLL_SECONDS = 0.05
 _PRUNE_TO = 0.9  # of the cap, so that pruning is rare
 
@@ -85,7 +87,9 @@ class EmbeddingStore:
         self.read_only = read_only
 
     def __setstate__(self, state):
-        self.__dict__ = {"read_only": False} | state  # pickles of before there was a choice
+        self.__dict__ = {
+            "read_only": False
+        } | state  # pickles of before there was a choice
 
     def __repr__(self):
         arguments = []
@@ -193,7 +197,9 @@ class EmbeddingStore:
             that could not be encoded.
         """
         if len(set(digests)) < len(digests):
-            raise ValueError("digests must be without repeats: each distinct cell is encoded once.")
+            raise ValueError(
+                "digests must be without repeats: each distinct cell is encoded once."
+            )
         if self.read_only:
             yield from self._fill_nothing(space, digests, encode, claim_size)
             return
@@ -221,7 +227,9 @@ class EmbeddingStore:
                 "(SELECT COUNT(*) FROM cells WHERE model = models.id), bytes, encoded, served "
                 "FROM models"
             ).fetchall()
-        names = [database.Space(row[0], json.loads(row[1]), row[2]).names[-1] for row in rows]
+        names = [
+            database.Space(row[0], json.loads(row[1]), row[2]).names[-1] for row in rows
+        ]
         counts = ["n_features", "rows", "bytes", "encoded", "served"]
         stats = pd.DataFrame(rows, columns=["fingerprint", "description", *counts])
         stats = stats.assign(model=names).set_index("fingerprint")
@@ -298,7 +306,9 @@ class EmbeddingStore:
         """
         path = Path(path)
         if path.suffix not in WRITERS:
-            raise ValueError(f"path must end in .parquet or .npy; got {os.fspath(path)!r}.")
+            raise ValueError(
+                f"path must end in .parquet or .npy; got {os.fspath(path)!r}."
+            )
         with self._connection() as db:
             contents = [
                 (space, database.everything(db, number, space))
@@ -368,7 +378,9 @@ class EmbeddingStore:
         positions = np.flatnonzero(lacking).tolist()
         if not positions:
             return
-        chunks = (positions[i : i + claim_size] for i in range(0, len(positions), claim_size))
+        chunks = (
+            positions[i : i + claim_size] for i in range(0, len(positions), claim_size)
+        )
         with contextlib.closing(encode(chunks)) as batches:
             for _, done, values in batches:
                 if len(done):
@@ -386,7 +398,10 @@ class EmbeddingStore:
         ]
         lost = len(cells)
         if not self.read_only:
-            with contextlib.suppress(sqlite3.OperationalError), database.transaction(db):
+            with (
+                contextlib.suppress(sqlite3.OperationalError),
+                database.transaction(db),
+            ):
                 lost = len(database.drop(db, cells))
         if lost:  # none if another process has pruned them since they were looked up
             warnings.warn(
@@ -478,7 +493,9 @@ class _Session:
                     free[database.find(db, table, model, digests)["position"]] = False
                 db.executemany(
                     "INSERT INTO claims (model, digest, owner) VALUES (?, ?, ?)",
-                    sorted((model, digests[i], self._owner) for i in np.flatnonzero(free)),
+                    sorted(
+                        (model, digests[i], self._owner) for i in np.flatnonzero(free)
+                    ),
                 )
 
         with self._lock:
@@ -562,10 +579,15 @@ class _Session:
 
     def _bury_the_dead(self, db):
         """Void the claims of sessions that died."""
-        owners = {owner for (owner,) in db.execute("SELECT DISTINCT owner FROM claims").fetchall()}
+        owners = {
+            owner
+            for (owner,) in db.execute("SELECT DISTINCT owner FROM claims").fetchall()
+        }
         owners |= {sign.name for sign in self._life_sign(self._owner).parent.iterdir()}
         for owner in owners - {self._owner}:
-            if not re.fullmatch("[0-9a-f]{32}", str(owner)):  # damage; it names no file of ours
+            if not re.fullmatch(
+                "[0-9a-f]{32}", str(owner)
+            ):  # damage; it names no file of ours
                 db.execute("DELETE FROM claims WHERE owner IS ?", (owner,))
                 continue
             lock = FileLock(self._life_sign(owner))

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sklembed.nn.modules import SeededDropout
+from sklembed.nn.layers import SeededDropout
 
-SCALES = (1.0, 100.0)  # what the learnt factor of similarities, 1 / temperature, is kept within
+SCALES = (
+    1.0,
+    100.0,
+)  # what the learnt factor of similarities, 1 / temperature, is kept within
 _LENGTHS = 4  # groups of like length that a batch of ragged rows is encoded in
 _CONTEXT_FEATURES = 3  # of a learnt context, before its network
 _CONCAT_FEATURES = 10  # of one that is concatenated, after it
@@ -129,18 +132,28 @@ class CrossModalNetwork(nn.Module):
             z.append(own.new_zeros(len(part), own.shape[1]).index_copy(0, rows, own))
             inputs.append(masked_mean(tokens, there))
             has.append(there.any(dim=1))
-        with torch.no_grad():  # the number itself: a clamped one had no gradient to return by
+        with (
+            torch.no_grad()
+        ):  # the number itself: a clamped one had no gradient to return by
             self.log_scale.clamp_(*map(math.log, SCALES))
-        return Embedded(torch.stack(z, dim=1), torch.stack(has, dim=1), self.log_scale, inputs)
+        return Embedded(
+            torch.stack(z, dim=1), torch.stack(has, dim=1), self.log_scale, inputs
+        )
 
     def unpack(self, x: Tensor) -> list[Tensor]:
         """Split packed rows (batch, n_packed) into (batch, n_tokens, width) of each modality."""
         parts = torch.split(x, [n * width for n, width in self.shapes], dim=1)
-        return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [
+            part.reshape(-1, *shape)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        ]
 
     def standardized(self, part: Tensor, modality: int) -> Tensor:
         """Bring tokens to mean 0 and scale 1; what is missing becomes 0."""
-        mean, scale = getattr(self, f"mean_{modality}"), getattr(self, f"scale_{modality}")
+        mean, scale = (
+            getattr(self, f"mean_{modality}"),
+            getattr(self, f"scale_{modality}"),
+        )
         return torch.nan_to_num((part - mean) / scale)
 
     def unit(self, tokens: Tensor, there: Tensor, modality: int) -> Tensor:
@@ -175,7 +188,9 @@ class CrossModalNetwork(nn.Module):
             n_tokens = int(counts[rows].amax()) if ragged else tokens.shape[1]
             chunk = tokens[rows, :n_tokens], there[rows, :n_tokens], modality
             if caching:  # what it draws comes from the generator alone
-                rerun = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+                rerun = partial(
+                    checkpoint, use_reentrant=False, preserve_rng_state=False
+                )
                 encoded.append(rerun(self._replayed(), *chunk))
             else:
                 encoded.append(self.unit(*chunk))
@@ -204,20 +219,29 @@ class CrossModalNetwork(nn.Module):
 class AttentionLayer(nn.Module):
     """A transformer's layer, normalised after each part; queries need not be the tokens."""
 
-    def __init__(self, width: int, n_heads: int, dim_feedforward: int, dropout: nn.Module) -> None:
+    def __init__(
+        self, width: int, n_heads: int, dim_feedforward: int, dropout: nn.Module
+    ) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.dropout = dropout
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(width, width) for _ in range(4)
+        )
         self.feedforward_in = nn.Linear(width, dim_feedforward)
         self.feedforward_out = nn.Linear(dim_feedforward, width)
-        self.norm_attention, self.norm_feedforward = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_attention, self.norm_feedforward = (
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+        )
 
     def forward(self, x: Tensor, tokens: Tensor, there: Tensor) -> Tensor:
         """Map x (batch, n_queries, width), which attends to the tokens that are there."""
         x = self.norm_attention(x + self.dropout(self._attend(x, tokens, there)))
         hidden = self.dropout(torch.relu(self.feedforward_in(x)))
-        out: Tensor = self.norm_feedforward(x + self.dropout(self.feedforward_out(hidden)))
+        out: Tensor = self.norm_feedforward(
+            x + self.dropout(self.feedforward_out(hidden))
+        )
         return out
 
     def _attend(self, x: Tensor, tokens: Tensor, there: Tensor) -> Tensor:
@@ -225,9 +249,15 @@ class AttentionLayer(nn.Module):
             width = of.shape[-1] // self.n_heads  # said outright: a batch may be empty
             return of.view(*of.shape[:2], self.n_heads, width).transpose(1, 2)
 
-        q, k, v = heads(self.query(x)), heads(self.key(tokens)), heads(self.value(tokens))
+        q, k, v = (
+            heads(self.query(x)),
+            heads(self.key(tokens)),
+            heads(self.value(tokens)),
+        )
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        shares = scores.masked_fill(~there[:, None, None, :], -torch.inf).softmax(dim=-1)
+        shares = scores.masked_fill(~there[:, None, None, :], -torch.inf).softmax(
+            dim=-1
+        )
         out: Tensor = self.out((self.dropout(shares) @ v).transpose(1, 2).flatten(-2))
         return out
 
@@ -244,12 +274,18 @@ class ContextFusion(nn.Module):
                 nn.Linear(joined, joined), nn.ReLU(), nn.Linear(joined, width)
             )
         elif kind == "additive":
-            self.of_context, self.of_tokens = nn.Linear(width, width), nn.Linear(width, width)
+            self.of_context, self.of_tokens = (
+                nn.Linear(width, width),
+                nn.Linear(width, width),
+            )
             self.score = nn.Linear(width, 1)
         elif kind == "general":
             self.of_tokens = nn.Linear(width, width)
         elif kind == "scaled_dot":
-            self.of_context, self.of_tokens = nn.Linear(width, width), nn.Linear(width, width)
+            self.of_context, self.of_tokens = (
+                nn.Linear(width, width),
+                nn.Linear(width, width),
+            )
             self.value = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, there: Tensor) -> Tensor:
@@ -259,18 +295,26 @@ class ContextFusion(nn.Module):
         if self.kind == "multiply":
             return x * context
         if self.kind == "concat":
-            joined: Tensor = self.join(torch.cat([x, context.expand(*x.shape[:2], -1)], dim=-1))
+            joined: Tensor = self.join(
+                torch.cat([x, context.expand(*x.shape[:2], -1)], dim=-1)
+            )
             return x + joined
         values = x
         if self.kind == "additive":
-            scores = self.score(torch.tanh(self.of_context(context) + self.of_tokens(x)))
+            scores = self.score(
+                torch.tanh(self.of_context(context) + self.of_tokens(x))
+            )
             scores = scores.squeeze(-1)
         elif self.kind == "general":
             scores = self.of_tokens(x) @ context
         else:
             values = self.value(x)
-            scores = self.of_tokens(x) @ self.of_context(context) / math.sqrt(x.shape[-1])
-        shares = scores.masked_fill(~there, -torch.inf).softmax(dim=-1)  # (batch, n_tokens)
+            scores = (
+                self.of_tokens(x) @ self.of_context(context) / math.sqrt(x.shape[-1])
+            )
+        shares = scores.masked_fill(~there, -torch.inf).softmax(
+            dim=-1
+        )  # (batch, n_tokens)
         return x + torch.einsum("bt,btw->bw", shares, values)[:, None]
 
 
@@ -324,7 +368,9 @@ class SharedFusionNetwork(CrossModalNetwork):
             layers += [nn.Linear(n_in, n_out), nn.ReLU()]
         self.context_network = nn.Sequential(*layers[:-1], nn.LayerNorm(sizes[-1]))
         n_layers = 1 if share_layer else len(self.shapes)
-        self.fusions = nn.ModuleList(ContextFusion(fusion, n_components) for _ in range(n_layers))
+        self.fusions = nn.ModuleList(
+            ContextFusion(fusion, n_components) for _ in range(n_layers)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(n_components) for _ in range(n_layers))
         self.layers = nn.ModuleList(
             AttentionLayer(n_components, n_heads, dim_feedforward, self.dropout)
@@ -406,13 +452,17 @@ class AdaptorNetwork(CrossModalNetwork):
         """Map standardised tokens to one vector of a row."""
         if self.of_tokens or not len(self.queries):
             return masked_mean(self.adapt(tokens, there, modality), there)
-        return self._read(tokens, there, modality, asked=slice(0, len(self.queries))).mean(dim=1)
+        return self._read(
+            tokens, there, modality, asked=slice(0, len(self.queries))
+        ).mean(dim=1)
 
     def adapt(self, tokens: Tensor, there: Tensor, modality: int) -> Tensor:
         """Map standardised tokens to adapted ones, (batch, n_tokens, n_components)."""
         return self._read(tokens, there, modality, asked=slice(len(self.queries), None))
 
-    def _read(self, tokens: Tensor, there: Tensor, modality: int, *, asked: slice) -> Tensor:
+    def _read(
+        self, tokens: Tensor, there: Tensor, modality: int, *, asked: slice
+    ) -> Tensor:
         """Run queries and tokens through the layers; return those asked for."""
         n = len(self.queries)
         x = F.normalize(self.projections[modality](tokens), dim=-1)
@@ -424,7 +474,9 @@ class AdaptorNetwork(CrossModalNetwork):
         *before, last = self.layers
         for layer in before:
             x = layer(x, x[:, n:], there)
-        out: Tensor = last(x[:, asked], x[:, n:], there)  # of the last, no more need be computed
+        out: Tensor = last(
+            x[:, asked], x[:, n:], there
+        )  # of the last, no more need be computed
         return out
 
 

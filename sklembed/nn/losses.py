@@ -39,7 +39,9 @@ def rank_affinity(ranks: Tensor, *, width: float = 0.1) -> Tensor:
     Ranks are scaled to [0, 1] and have the shape (..., batch, n_outputs); `width` is the standard
     deviation of the kernel. The distance is the root mean square over the outputs.
     """
-    gaps = ranks[..., :, None, :] - ranks[..., None, :, :]  # (..., batch, batch, n_outputs)
+    gaps = (
+        ranks[..., :, None, :] - ranks[..., None, :, :]
+    )  # (..., batch, batch, n_outputs)
     return torch.exp(-gaps.square().mean(dim=-1) / (2 * width**2))
 
 
@@ -117,7 +119,10 @@ def supcon(
     if weight is not None:
         weight = weight.to(logits.dtype)
         affinity = affinity * weight[..., None, :]
-        others = others + weight.clamp(min=torch.finfo(logits.dtype).tiny).log()[..., None, :]
+        others = (
+            others
+            + weight.clamp(min=torch.finfo(logits.dtype).tiny).log()[..., None, :]
+        )
         others = others.masked_fill((weight == 0)[..., None, :], -1e9)
     mass = affinity.sum(dim=-1)  # (..., batch)
     losses = others.logsumexp(dim=-1) - _ratio((affinity * logits).sum(dim=-1), mass)
@@ -129,18 +134,26 @@ def supcon(
 
 def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
     """Cross-entropy of class codes (n_networks, batch), the weighted mean over the batch."""
-    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(
+        y.shape
+    )
     return _mean(losses, weight)
 
 
 def binary_cross_entropy(
-    logits: Tensor, y: Tensor, weight: Tensor | None = None, *, pos_weight: Tensor | None = None
+    logits: Tensor,
+    y: Tensor,
+    weight: Tensor | None = None,
+    *,
+    pos_weight: Tensor | None = None,
 ) -> Tensor:
     """Binary cross-entropy of indicators (n_networks, batch, n_labels), the mean over labels.
 
     `pos_weight` (n_labels,) weighs the rows that carry a label.
     """
-    losses = F.binary_cross_entropy_with_logits(logits, y, pos_weight=pos_weight, reduction="none")
+    losses = F.binary_cross_entropy_with_logits(
+        logits, y, pos_weight=pos_weight, reduction="none"
+    )
     return _mean(losses.mean(dim=-1), weight)
 
 
@@ -178,7 +191,9 @@ def info_nce(
         0, with zero gradients, for fewer than two pairs.
     """
     logits = a @ b.T * log_scale.exp()
-    hidden = torch.zeros_like(logits, dtype=torch.bool) if same is None else same.clone()
+    hidden = (
+        torch.zeros_like(logits, dtype=torch.bool) if same is None else same.clone()
+    )
     there = torch.ones_like(a[:, 0], dtype=torch.bool) if there is None else there
     hidden |= ~(there[:, None] & there)
     hidden.fill_diagonal_(False)
@@ -196,7 +211,9 @@ def structure_loss(inputs: Tensor, z: Tensor, *, temperature: float = 0.05) -> T
     before and after; vectors are scaled to unit length and centred first.
     """
     before, after = (_neighbours(x, temperature) for x in (inputs, z))
-    middle = ((before.exp() + after.exp()) / 2).clamp(min=torch.finfo(z.dtype).tiny).log()
+    middle = (
+        ((before.exp() + after.exp()) / 2).clamp(min=torch.finfo(z.dtype).tiny).log()
+    )
     divergence = (before.exp() * (before - middle) + after.exp() * (after - middle)) / 2
     return divergence.sum(dim=1).mean()
 
@@ -262,7 +279,9 @@ class PerNetwork(nn.Module):
         self.losses = [copy.deepcopy(loss) for _ in range(n_networks)]
         self.takes_labels = isinstance(loss, nn.Module)
         # Registered, so that their parameters are trained and moved along.
-        self.modules_to_train = nn.ModuleList(m for m in self.losses if isinstance(m, nn.Module))
+        self.modules_to_train = nn.ModuleList(
+            m for m in self.losses if isinstance(m, nn.Module)
+        )
 
     def forward(self, z: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
         """Apply the loss to the rows of each network, without what only fills its batch."""
@@ -272,7 +291,9 @@ class PerNetwork(nn.Module):
             if weight is not None:
                 rows, labels = rows[weight[network] > 0], labels[weight[network] > 0]
             if len(rows):
-                losses.append(loss(rows, labels if self.takes_labels else self.affinity(labels)))
+                losses.append(
+                    loss(rows, labels if self.takes_labels else self.affinity(labels))
+                )
             else:
                 losses.append(rows.sum() * 0.0)
         return torch.stack(losses)

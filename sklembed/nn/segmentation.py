@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sklembed.nn.modules import SeededDropout
+from sklembed.nn.layers import SeededDropout
 
 _MOST_GROUPS, _LEAST_OF_GROUP = 8, 4  # of a group normalisation, and channels of each
 
@@ -56,9 +56,13 @@ class PatchDecoder(nn.Module):
             self.register_buffer(f"scale_{i}", torch.empty(width))
         own = list(hidden_layer_sizes[: len(self.widths)])
         self.projections = nn.ModuleList(
-            nn.Conv2d(width, size, 1) for width, size in zip(self.widths, own, strict=False)
+            nn.Conv2d(width, size, 1)
+            for width, size in zip(self.widths, own, strict=False)
         )
-        joined = [n_in + n_own for n_in, n_own in zip([0, *hidden_layer_sizes], own, strict=False)]
+        joined = [
+            n_in + n_own
+            for n_in, n_own in zip([0, *hidden_layer_sizes], own, strict=False)
+        ]
         joined += hidden_layer_sizes[len(own) - 1 : -1] if own else []
         self.layers = nn.ModuleList(
             nn.Sequential(
@@ -93,9 +97,13 @@ class PatchDecoder(nn.Module):
         maps = self.unpack(x.squeeze(0))
         if not len(self.layers):
             finest = self.grids[-1]
-            logits: Tensor = self.output(torch.cat([resized(m, finest) for m in maps], dim=1))
+            logits: Tensor = self.output(
+                torch.cat([resized(m, finest) for m in maps], dim=1)
+            )
             return logits[None]
-        maps = [project(part) for project, part in zip(self.projections, maps, strict=True)]
+        maps = [
+            project(part) for project, part in zip(self.projections, maps, strict=True)
+        ]
         z = self.layers[0](maps[0])  # (batch, channels, rows, columns)
         for i, layer in enumerate(self.layers[1:], start=1):
             if i < len(maps):
@@ -109,7 +117,8 @@ class PatchDecoder(nn.Module):
     def unpack(self, x: Tensor) -> list[Tensor]:
         """Split packed pictures into standardised maps (batch, width, rows, columns)."""
         sizes = [
-            math.prod(grid) * width for grid, width in zip(self.grids, self.widths, strict=True)
+            math.prod(grid) * width
+            for grid, width in zip(self.grids, self.widths, strict=True)
         ]
         maps = []
         for i, part in enumerate(torch.split(x, sizes, dim=1)):

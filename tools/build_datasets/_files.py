@@ -25,7 +25,9 @@ class Archive(NamedTuple):
 def run(name: str, doc: str, archives: Sequence[Archive], read_rows: Callable) -> None:
     """Command line of a build: find the archives, read their rows, write ``NAME.zip``."""
     parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--source", type=Path, help="folder where the archives already lie")
+    parser.add_argument(
+        "--source", type=Path, help="folder where the archives already lie"
+    )
     parser.add_argument("--output", type=Path, default=DATA / f"{name}.zip")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -42,7 +44,9 @@ def _obtain(archive: Archive, folder: Path) -> Path:
         subprocess.run(archive.command, cwd=folder, check=True)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != archive.sha256:
-        raise ValueError(f"{path} has sha256 {digest}, expected {archive.sha256}: remove it.")
+        raise ValueError(
+            f"{path} has sha256 {digest}, expected {archive.sha256}: remove it."
+        )
     return path
 
 
@@ -55,7 +59,9 @@ def _write_zip(path: Path, rows: Sequence[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     with ZipFile(path, "w") as archive:
-        archive.writestr(_entry("table.csv", ZIP_DEFLATED), table.getvalue(), compresslevel=9)
+        archive.writestr(
+            _entry("table.csv", ZIP_DEFLATED), table.getvalue(), compresslevel=9
+        )
         for row in rows:  # a PNG is deflated already
             archive.writestr(_entry(row["file"], ZIP_STORED), row["image"])
 

@@ -33,8 +33,12 @@ CLASS_WORDS = set(
 def read_rows(datasource: Path, emojibase: Path) -> list[dict]:
     """One row per emoji: pictures and classes from one package, words from the other."""
     pictures = _read_tar(datasource, "package/img/google/64/")
-    emoji = json.loads(_read_tar(datasource, "package/emoji.json")["package/emoji.json"])
-    words = json.loads(_read_tar(emojibase, "package/en/data.json")["package/en/data.json"])
+    emoji = json.loads(
+        _read_tar(datasource, "package/emoji.json")["package/emoji.json"]
+    )
+    words = json.loads(
+        _read_tar(emojibase, "package/en/data.json")["package/en/data.json"]
+    )
     words = {_key(item["hexcode"]): item for item in words}
     return [
         {

@@ -71,7 +71,9 @@ def read_rows(png_package: Path, svg_package: Path) -> list[dict]:
         for package in (png_package, svg_package):
             subprocess.run(["dpkg", "-x", package, scratch], check=True)
         root = Path(scratch) / "usr/share/openclipart"
-        paths = [path.relative_to(root / "png") for path in (root / "png").rglob("*.png")]
+        paths = [
+            path.relative_to(root / "png") for path in (root / "png").rglob("*.png")
+        ]
         rows = [_read_row(root, path) for path in paths if _is_wanted(root, path)]
     rows = _drop_copies([row for row in rows if row])
     sizes = Counter(row["target"] for row in rows)
@@ -125,7 +127,8 @@ def _is_public_domain(tree: ET.Element) -> bool:
     """Whether the RDF names a licence and every licence it names is the public domain."""
     uses = [element.get(RDF + "resource") for element in tree.iter(CC + "license")]
     return bool(uses) and all(
-        re.sub("[^a-z]", "", (use or "").lower()).endswith("publicdomain") for use in uses
+        re.sub("[^a-z]", "", (use or "").lower()).endswith("publicdomain")
+        for use in uses
     )
 
 
@@ -148,7 +151,9 @@ def _quantize(image: Image.Image) -> Image.Image:
     """Palette picture; averaging leaves grounds not quite clear and ink not quite opaque."""
     image = image.quantize(N_COLOURS, method=Image.Quantize.FASTOCTREE)
     palette = image.getpalette("RGBA")
-    palette[3::4] = [0 if alpha < 8 else 255 if alpha >= 240 else alpha for alpha in palette[3::4]]
+    palette[3::4] = [
+        0 if alpha < 8 else 255 if alpha >= 240 else alpha for alpha in palette[3::4]
+    ]
     image.putpalette(palette, "RGBA")
     return image
 
@@ -183,13 +188,19 @@ def _title(text: str) -> str:
 
 def _creator(text: str) -> str:
     """Creator in lower case, without accents, addresses and co-authors, one spelling a person."""
-    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    text = (
+        unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    )
     text = re.sub(r"<.*?>|\(.*?\)|\[.*?\]|^mailto:|^http://", "", text)
     text = re.split(r",| and | et al\b| - |@", text)[0]
-    text = re.sub(r"\.(?=\W|$|[a-z]\.)", "", text)  # the dots of initials, not of addresses
+    text = re.sub(
+        r"\.(?=\W|$|[a-z]\.)", "", text
+    )  # the dots of initials, not of addresses
     text = " ".join(text.replace("-", " ").split())
     text = ALIASES.get(text, text)
-    return text if text and text != "hash" else UNKNOWN  # HASH(0x89c79d4): a slip of the upload
+    return (
+        text if text and text != "hash" else UNKNOWN
+    )  # HASH(0x89c79d4): a slip of the upload
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
-"""Classifiers of several modalities: joined before a head, within it, or by their decisions."""
+"""DecisionFusionClassifier: one classifier per modality, pooled by their probabilities."""
 
-import warnings
 from inspect import signature
-from numbers import Integral, Real
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
 import sklearn
 from scipy.optimize import minimize
-from scipy.special import expit, log_softmax, logsumexp, softmax
+from scipy.special import log_softmax, logsumexp, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context, clone
 from sklearn.model_selection import check_cv
 from sklearn.pipeline import Pipeline
-from sklearn.utils import compute_class_weight, gen_batches, get_tags
-from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
-from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
-from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils import get_tags
+from sklearn.utils._param_validation import HasMethods, StrOptions
+from sklearn.utils.metadata_routing import (
+    MetadataRouter,
+    MethodMapping,
+    process_routing,
+)
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import (
     FLOAT_DTYPES,
@@ -24,690 +26,27 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from sklembed import _callbacks
-from sklembed._blocks import moments, observed_in_block, resolve_blocks
-from sklembed._callbacks import CallbackSupportMixin, with_callbacks
-from sklembed._targets import encode_target, hold_back
 from sklembed._validation import (
     check_class_weight,
-    check_layer_sizes,
-    check_no_missing_label,
     check_routing_enabled,
     check_vectors,
-    draw_seed,
     split_rows,
 )
-
-_CHUNK_ROWS = 1024  # of a forward pass: a chunk stays in the processor's caches
-_TINY = np.finfo(np.float64).tiny  # what a probability of 0 is raised to before its logarithm
-_LOG_TINY = np.log(_TINY)
-_ROWS_TO_FIND_ZEROS = 1024  # training rows by which a classifier that gives zeros is recognised
-
-
-class _FusionClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
-    """What the two trained heads share; a subclass says where modalities are joined."""
-
-    _parameter_constraints: dict = {
-        "hidden_layer_sizes": ["array-like"],
-        "blocks": [dict, None],
-        "dropout": [Interval(Real, 0, 1, closed="left")],
-        "modality_dropout": [Interval(Real, 0, 1, closed="left")],
-        "class_weight": [dict, StrOptions({"balanced"}), None],
-        "max_epochs": [Interval(Integral, 1, None, closed="left")],
-        "batch_size": [Interval(Integral, 2, None, closed="left")],
-        "lr": [Interval(Real, 0, None, closed="neither")],
-        "weight_decay": [Interval(Real, 0, None, closed="left")],
-        "early_stopping": ["boolean"],
-        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
-        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
-        "warm_start": ["boolean"],
-        "device": [str],
-        "random_state": ["random_state"],
-        "verbose": ["verbose"],
-        "skorch_params": [dict, None],
-    }
-
-    @_fit_context(prefer_skip_nested_validation=True)
-    @with_callbacks
-    def fit(self, X, y, sample_weight=None):
-        """Train the head.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features)
-            Embeddings of all modalities side by side; a missing one is a block of NaN. Rows
-            without any modality train nothing. A modality that no row has is ignored with a
-            warning.
-
-        y : array-like of shape (n_samples,) or (n_samples, n_labels)
-            Classes, or a 0/1 column for each label.
-
-        sample_weight : array-like of shape (n_samples,), default=None
-            Weights of the rows in the loss; a row of weight 0 is not seen.
-
-        Returns
-        -------
-        self : estimator
-            The fitted classifier.
-
-        Raises
-        ------
-        ValueError
-            If a label is missing, there is one class only, the columns do not make up blocks, all
-            modalities are missing in all rows, a cell is not a number, a block is NaN in part of a
-            row, or `class_weight` names a label that `y` does not have.
-        """
-        goes_on = self.warm_start and hasattr(self, "weights_")
-        check_layer_sizes(self.hidden_layer_sizes)
-        label_names = getattr(y, "columns", None)
-        X, target = _check_table(self, X, y, dtype=np.float32, reset=not goes_on)
-        weight = self._row_weights(X, target, sample_weight)
-        label_weight = self._find_label_weights(target, weight, label_names)
-        table = X
-        X, there = _by_modality(table, self.blocks_)
-        rows = np.flatnonzero(there.any(axis=1) & (weight > 0))
-        resumed = self.ignored_blocks_ if goes_on else None
-        self.ignored_blocks_ = self._find_ignored(there, rows, resumed)
-        if goes_on:
-            self._check_goes_on(X.shape[1])
-        context = self._init_callback_context(max_subtasks=self.max_epochs)
-        _callbacks.begin(self, context, table, y)
-        self.prior_ = _prior(target, weight)
-        watch = _callbacks.each_epoch(self, context, table, y, _learnt)
-        self._train(X, there, target, weight, label_weight, rows, resumed, watch)
-        _callbacks.end(self, context, table, y)
-        return self
-
-    def decision_function(self, X):
-        """Return the logits.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features)
-            Embeddings; a missing modality is a block of NaN.
-
-        Returns
-        -------
-        logits : ndarray of shape (n_samples,), (n_samples, n_classes) or (n_samples, n_labels)
-            One number of a row for two classes, of the second. Rows without any modality get those
-            of the classes' shares in training.
-        """
-        check_is_fitted(self)
-        check_vectors(X, self)
-        X = validate_data(self, X, dtype=np.float32, ensure_all_finite=False, reset=False)
-        X, there = _by_modality(X, self.blocks_)
-        ignored = np.isin(list(self.blocks_), self.ignored_blocks_)
-        if ignored.any():
-            there = there & ~ignored
-            X = np.where(np.repeat(ignored, list(self.widths_.values())), np.nan, X)
-        logits = np.empty((len(X), len(self.weights_["output.bias"])))
-        for rows in gen_batches(len(X), _CHUNK_ROWS):
-            logits[rows] = self._logits(X[rows], there[rows])
-        logits[~there.any(axis=1)] = _logits_of_prior(self.prior_, self.target_type_)
-        return logits[:, 0] if self.target_type_ == "binary" else logits
-
-    def predict_proba(self, X):
-        """Return the probability of each class, or of each label.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features)
-            Embeddings; a missing modality is a block of NaN.
-
-        Returns
-        -------
-        probabilities : ndarray of shape (n_samples, n_classes) or (n_samples, n_labels)
-            Rows sum to 1 for classes; labels have a probability each.
-        """
-        return _probabilities(self.decision_function(X), self.target_type_)
-
-    def predict(self, X):
-        """Name the likeliest class, or mark the labels that are likelier than not.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features)
-            Embeddings; a missing modality is a block of NaN.
-
-        Returns
-        -------
-        y : ndarray of shape (n_samples,) or (n_samples, n_labels)
-            Classes, or 0 and 1.
-        """
-        return _decided(self.predict_proba(X), self.classes_, self.target_type_)
-
-    def _row_weights(self, X, target, sample_weight):
-        """Return the weight of each row in the loss."""
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float32, ensure_non_negative=True)
-        if self.class_weight is not None and target.kind == "multiclass":
-            check_class_weight(self.class_weight, self.classes_)
-            # of the rows that count, so that a row of weight 0 is as good as absent
-            codes, counted = target.values, weight > 0
-            present = np.unique(codes[counted])
-            by_label = self.class_weight
-            if isinstance(by_label, dict):
-                by_label = {c: by_label.get(c, 1.0) for c in self.classes_[present].tolist()}
-            by_class = np.zeros(len(self.classes_), dtype=np.float32)
-            by_class[present] = compute_class_weight(
-                by_label, classes=self.classes_[present], y=self.classes_[codes[counted]]
-            )
-            weight = weight * by_class[codes]
-        return weight
-
-    def _find_label_weights(self, target, weight, names):
-        """Return the weight of rows that carry a label, for each of several labels, or None."""
-        if target.kind != "multilabel" or self.class_weight is None:
-            return None
-        if self.class_weight == "balanced":
-            carried = np.average(target.values.astype(np.float64), axis=0, weights=weight)
-            varies = (carried > 0) & (carried < 1)
-            odds = np.ones(len(carried))
-            odds[varies] = (1 - carried[varies]) / carried[varies]
-            return odds
-        positions = {} if names is None else {name: i for i, name in enumerate(names)}
-        if all(isinstance(name, str) for name in positions):  # names that are no numbers
-            positions |= {label: label for label in self.classes_.tolist()}
-        unknown = [key for key in self.class_weight if key not in positions]
-        if unknown:
-            raise ValueError(
-                f"class_weight has weights for the labels {unknown}, which y does not have. Its "
-                f"labels are {list(positions)}: column numbers, or names if y is a DataFrame."
-            )
-        odds = np.ones(len(self.classes_))
-        for key, value in self.class_weight.items():
-            odds[positions[key]] = value
-        return odds
-
-    def _find_ignored(self, there, rows, resumed):
-        """List the blocks that no row has and no fit before has had, with a warning for each."""
-        unobserved = [
-            name for name, mask in zip(self.blocks_, there[rows].T, strict=True) if not mask.any()
-        ]
-        if resumed is not None:
-            return [name for name in unobserved if name in resumed]
-        if len(unobserved) == len(self.blocks_):
-            raise ValueError(
-                f"The blocks {unobserved} are NaN in all {len(there)} rows that count, so nothing "
-                "can be learned. Check the step before."
-            )
-        for name in unobserved:
-            _warn_ignored(name, "is NaN in all rows that count")
-        return unobserved
-
-    def _check_goes_on(self, n_features):
-        """Refuse to go on training in a head of another shape."""
-        inputs = [n_features] if self._fusion == "early" else list(self.widths_.values())
-        expected = {
-            f"chains.{chain}.{layer}.linear.weight": (n_out, n_in)
-            for chain, width in enumerate(inputs)
-            for layer, (n_in, n_out) in enumerate(
-                zip([width, *self.hidden_layer_sizes], self.hidden_layer_sizes, strict=False)
-            )
-        }
-        found = {k: v.shape for k, v in self.weights_.items() if k.endswith("linear.weight")}
-        if found != expected:
-            raise ValueError(
-                f"The fitted head has layers of the shapes {list(found.values())}, but the "
-                f"parameters ask for {list(expected.values())}, so training cannot go on. Clone "
-                "the classifier to start anew."
-            )
-
-    def _train(self, X, there, target, weight, label_weight, rows, resumed, watch):
-        """Train the head; the only place that needs torch."""
-        from sklembed._training import Rows, Trained, TrainingOptions, train
-
-        seed, start = draw_seed(self.random_state), None
-        scaling = self._find_scaling(X, there, rows)
-        if resumed is not None:
-            # A block that the fit before ignored is scaled by the rows that now have it.
-            known = np.repeat(~np.isin(list(self.blocks_), resumed), list(self.widths_.values()))
-            before = self.weights_["mean"], self.weights_["scale"]
-            scaling = tuple(np.where(known, *pair) for pair in zip(before, scaling, strict=True))
-            weights = self.weights_ | dict(zip(("mean", "scale"), scaling, strict=True))
-            start = Trained(_with_network_axis(weights), self.history_, {})
-        parts = Rows(rows)
-        if self.early_stopping:
-            strata = target.strata
-            parts = Rows(*hold_back(rows, strata, self.validation_fraction, seed))
-            if not len(parts.valid):
-                raise ValueError(
-                    f"early_stopping with validation_fraction={self.validation_fraction} leaves "
-                    f"nothing to train on of {len(rows)} rows. Lower it, or switch early stopping "
-                    "off."
-                )
-        trained = train(
-            self._make_module(scaling),
-            self._make_loss(label_weight),
-            X,
-            _as_targets(target, self.target_type_),
-            [parts],
-            TrainingOptions.of(self, seed),
-            sample_weight=None if (weight[rows] == 1).all() else weight,
-            start=start,
-            on_epoch=watch,
-        )
-        vars(self).update(_learnt(trained.history, trained.weights))
-
-    def _find_scaling(self, X, there, rows):
-        """Return the mean and scale of each column, by the training rows that have it."""
-        means, scales, start = [], [], 0
-        for number, width in enumerate(self.widths_.values()):
-            seen, columns = rows[there[rows, number]], slice(start, start + width)
-            mean, scale = np.zeros(width, np.float32), np.ones(width, np.float32)
-            if len(seen):
-                chunks = gen_batches(len(seen), _CHUNK_ROWS)
-                mean, scale = moments(X[seen[chunk], columns] for chunk in chunks)
-            means.append(mean)
-            scales.append(scale)
-            start += width
-        return np.concatenate(means), np.concatenate(scales)
-
-    def _make_module(self, scaling):
-        """Return a recipe for the head, given the generator to draw its weights from."""
-        from sklembed._torch import to_tensor
-        from sklembed.nn.modules import FusionHead
-
-        mean, scale = scaling
-        return lambda generator: FusionHead(
-            list(self.widths_.values()),
-            self.hidden_layer_sizes,
-            len(self.classes_) if self.target_type_ != "binary" else 1,
-            fusion=self._fusion,
-            dropout=self.dropout,
-            modality_dropout=self.modality_dropout,
-            generator=generator,
-            mean=to_tensor(mean, generator.device),
-            scale=to_tensor(scale, generator.device),
-        )
-
-    def _make_loss(self, label_weight):
-        """Return the loss of a batch, given logits, targets and weights."""
-        from sklembed.nn.losses import binary_cross_entropy, cross_entropy
-
-        if self.target_type_ == "multiclass":
-            return cross_entropy
-        if label_weight is None:
-            return binary_cross_entropy
-        import torch
-
-        odds = torch.from_numpy(label_weight.astype(np.float32))
-        return lambda logits, y, weight: binary_cross_entropy(
-            logits, y, weight, pos_weight=odds.to(logits.device)
-        )
-
-    def _logits(self, X, there):
-        """Run the head in numpy, in double precision: so no digit depends on a row's batch."""
-        weights = self.weights_
-        X = (X.astype(np.float64) - weights["mean"]) / weights["scale"]
-        np.nan_to_num(X, copy=False, nan=0.0)
-        if self._fusion == "early":
-            joined = _through(weights, 0, X)
-        else:
-            ends = np.cumsum(list(self.widths_.values()))
-            parts = np.split(X, ends[:-1], axis=1)
-            joined = np.hstack(
-                [_through(weights, i, part) * there[:, [i]] for i, part in enumerate(parts)]
-            )
-        return joined @ weights["output.weight"].T + weights["output.bias"]
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_label = True
-        return tags
-
-
-class EarlyFusionClassifier(_FusionClassifier):
-    """Classify by a small network on the concatenated embeddings of all modalities.
-
-    The early fusion of [1]_: concatenation, blocks of linear layer, ReLU, dropout and batch
-    normalisation, and a linear layer.
-
-    A modality may be missing: a block of NaN. Modalities are hidden at random in training
-    (`modality_dropout`), so that one fit serves rows with any of them. Columns are standardised
-    by the training rows. Probabilities of neural heads tend to be too sure; to calibrate them,
-    wrap the head in :class:`~sklearn.calibration.CalibratedClassifierCV`, for example with
-    ``method="temperature"``.
-
-    The code released with [1]_ picks the epoch by the test rows, gives binary classes no weight
-    whatever is asked, and trains without dropout; this head does none of these.
-
-    Parameters
-    ----------
-    hidden_layer_sizes : tuple of int, default=(256,)
-        Units of the blocks on the concatenated modalities. ``()`` gives a linear classifier.
-
-    blocks : dict of str to columns, or None, default=None
-        The columns of each modality: a slice, or a list of positions or names. None reads them
-        from names such as ``text__0``, which :class:`PerModalityUnion` gives under
-        ``set_output(transform="pandas")``.
-
-    dropout : float, default=0.5
-        Probability of leaving out a hidden unit in training.
-
-    modality_dropout : float, default=0.3
-        Probability of hiding a modality of a row in training, so that one fit serves every subset
-        of modalities. A row always keeps one.
-
-    class_weight : dict, "balanced" or None, default=None
-        Weights of classes in the loss, as in scikit-learn. With several labels, the weight of rows
-        that carry a label relative to those that do not, by the number of its column, or by its
-        name if `y` is a DataFrame; labels without a weight have weight 1. "balanced" makes both
-        weigh the same.
-
-    max_epochs : int, default=30
-        Passes over the training rows.
-
-    batch_size : int, default=64
-        Rows in a batch, at most; an epoch is split into batches of nearly equal size.
-
-    lr : float, default=1e-3
-        Learning rate of AdamW.
-
-    weight_decay : float, default=0.01
-        Weight decay of AdamW.
-
-    early_stopping : bool, default=False
-        Whether to hold back a part of the training rows, stop when the loss on it no longer
-        falls, and return to the best epoch.
-
-    validation_fraction : float, default=0.1
-        The part that early stopping holds back.
-
-    n_iter_no_change : int, default=10
-        Epochs without a better loss after which early stopping stops.
-
-    warm_start : bool, default=False
-        Whether `fit` goes on from the head of the fit before. The part that early stopping
-        holds back is the same if `random_state` is an integer.
-
-    device : str, default="auto"
-        Where to train: "auto" takes an accelerator if there is one, else the CPU. Predictions are
-        always made in numpy.
-
-    random_state : int, RandomState instance or None, default=None
-        Seeds weights, dropout, batches and the part held back.
-
-    verbose : int, default=0
-        Level of the training log that skorch prints.
-
-    skorch_params : dict or None, default=None
-        Further arguments of :class:`skorch.NeuralNet`, such as ``{"callbacks": [...]}``; they
-        override what the other parameters set.
-
-    Attributes
-    ----------
-    classes_ : ndarray of shape (n_classes,)
-        The classes; with several labels, their numbers.
-
-    target_type_ : {"binary", "multiclass", "multilabel"}
-        What `y` holds.
-
-    blocks_ : dict of str to slice or ndarray
-        The columns of each modality in `X`.
-
-    widths_ : dict of str to int
-        The number of columns of each modality.
-
-    weights_ : dict of str to ndarray
-        The head.
-
-    ignored_blocks_ : list of str
-        Blocks that are NaN in all training rows. They are ignored in prediction too.
-
-    prior_ : ndarray of shape (n_classes,) or (n_labels,)
-        The share of each class, or of rows with each label, in training: the answer for rows
-        without any modality.
-
-    history_ : list of dict
-        An entry for each epoch, with its mean loss.
-
-    n_iter_ : int
-        Number of epochs run.
-
-    n_features_in_ : int
-        Number of columns seen during fit.
-
-    feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Their names, where `X` has them.
-
-    See Also
-    --------
-    LateFusionClassifier : Gives each modality blocks of its own.
-    DecisionFusionClassifier : Averages the decisions of any classifiers.
-
-    References
-    ----------
-    .. [1] Restrepo et al. Multimodal Deep Learning for Low-Resource Settings: A Vector Embedding
-       Alignment Approach. arXiv 2406.02601.
-
-    Examples
-    --------
-    >>> from sklearn.datasets import load_digits
-    >>> from sklembed import EarlyFusionClassifier
-    >>> X, y = load_digits(return_X_y=True)
-    >>> halves = {"upper": slice(0, 32), "lower": slice(32, 64)}
-    >>> classifier = EarlyFusionClassifier(blocks=halves, max_epochs=5, random_state=0)
-    >>> classifier.fit(X[::2], y[::2]).score(X[1::2], y[1::2]) > 0.9
-    True
-    """
-
-    _fusion = "early"
-
-    def __init__(
-        self,
-        hidden_layer_sizes=(256,),
-        *,
-        blocks=None,
-        dropout=0.5,
-        modality_dropout=0.3,
-        class_weight=None,
-        max_epochs=30,
-        batch_size=64,
-        lr=1e-3,
-        weight_decay=0.01,
-        early_stopping=False,
-        validation_fraction=0.1,
-        n_iter_no_change=10,
-        warm_start=False,
-        device="auto",
-        random_state=None,
-        verbose=0,
-        skorch_params=None,
-    ):
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.blocks = blocks
-        self.dropout = dropout
-        self.modality_dropout = modality_dropout
-        self.class_weight = class_weight
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.warm_start = warm_start
-        self.device = device
-        self.random_state = random_state
-        self.verbose = verbose
-        self.skorch_params = skorch_params
-
-
-class LateFusionClassifier(_FusionClassifier):
-    """Classify by a network that gives each modality hidden layers of its own, and joins them.
-
-    The late fusion of [1]_: for each modality, blocks of linear layer, ReLU, dropout and batch
-    normalisation; then concatenation, and a linear layer. What a row lacks adds nothing.
-
-    A modality may be missing: a block of NaN. Modalities are hidden at random in training
-    (`modality_dropout`), so that one fit serves rows with any of them. Columns are standardised
-    by the training rows. Probabilities of neural heads tend to be too sure; to calibrate them,
-    wrap the head in :class:`~sklearn.calibration.CalibratedClassifierCV`, for example with
-    ``method="temperature"``.
-
-    The code released with [1]_ picks the epoch by the test rows, gives binary classes no weight
-    whatever is asked, and trains without dropout; this head does none of these.
-
-    Parameters
-    ----------
-    hidden_layer_sizes : tuple of int, default=(256,)
-        Units of the blocks of each modality. ``()`` gives a linear classifier.
-
-    blocks : dict of str to columns, or None, default=None
-        The columns of each modality: a slice, or a list of positions or names. None reads them
-        from names such as ``text__0``, which :class:`PerModalityUnion` gives under
-        ``set_output(transform="pandas")``.
-
-    dropout : float, default=0.5
-        Probability of leaving out a hidden unit in training.
-
-    modality_dropout : float, default=0.3
-        Probability of hiding a modality of a row in training, so that one fit serves every subset
-        of modalities. A row always keeps one.
-
-    class_weight : dict, "balanced" or None, default=None
-        Weights of classes in the loss, as in scikit-learn. With several labels, the weight of rows
-        that carry a label relative to those that do not, by the number of its column, or by its
-        name if `y` is a DataFrame; labels without a weight have weight 1. "balanced" makes both
-        weigh the same.
-
-    max_epochs : int, default=30
-        Passes over the training rows.
-
-    batch_size : int, default=64
-        Rows in a batch, at most; an epoch is split into batches of nearly equal size.
-
-    lr : float, default=1e-3
-        Learning rate of AdamW.
-
-    weight_decay : float, default=0.01
-        Weight decay of AdamW.
-
-    early_stopping : bool, default=False
-        Whether to hold back a part of the training rows, stop when the loss on it no longer
-        falls, and return to the best epoch.
-
-    validation_fraction : float, default=0.1
-        The part that early stopping holds back.
-
-    n_iter_no_change : int, default=10
-        Epochs without a better loss after which early stopping stops.
-
-    warm_start : bool, default=False
-        Whether `fit` goes on from the head of the fit before. The part that early stopping
-        holds back is the same if `random_state` is an integer.
-
-    device : str, default="auto"
-        Where to train: "auto" takes an accelerator if there is one, else the CPU. Predictions are
-        always made in numpy.
-
-    random_state : int, RandomState instance or None, default=None
-        Seeds weights, dropout, batches and the part held back.
-
-    verbose : int, default=0
-        Level of the training log that skorch prints.
-
-    skorch_params : dict or None, default=None
-        Further arguments of :class:`skorch.NeuralNet`, such as ``{"callbacks": [...]}``; they
-        override what the other parameters set.
-
-    Attributes
-    ----------
-    classes_ : ndarray of shape (n_classes,)
-        The classes; with several labels, their numbers.
-
-    target_type_ : {"binary", "multiclass", "multilabel"}
-        What `y` holds.
-
-    blocks_ : dict of str to slice or ndarray
-        The columns of each modality in `X`.
-
-    widths_ : dict of str to int
-        The number of columns of each modality.
-
-    weights_ : dict of str to ndarray
-        The head.
-
-    ignored_blocks_ : list of str
-        Blocks that are NaN in all training rows. They are ignored in prediction too.
-
-    prior_ : ndarray of shape (n_classes,) or (n_labels,)
-        The share of each class, or of rows with each label, in training: the answer for rows
-        without any modality.
-
-    history_ : list of dict
-        An entry for each epoch, with its mean loss.
-
-    n_iter_ : int
-        Number of epochs run.
-
-    n_features_in_ : int
-        Number of columns seen during fit.
-
-    feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Their names, where `X` has them.
-
-    See Also
-    --------
-    EarlyFusionClassifier : Concatenates before the hidden layers.
-    DecisionFusionClassifier : Averages the decisions of any classifiers.
-
-    References
-    ----------
-    .. [1] Restrepo et al. Multimodal Deep Learning for Low-Resource Settings: A Vector Embedding
-       Alignment Approach. arXiv 2406.02601.
-
-    Examples
-    --------
-    >>> from sklearn.datasets import load_digits
-    >>> from sklembed import LateFusionClassifier
-    >>> X, y = load_digits(return_X_y=True)
-    >>> halves = {"upper": slice(0, 32), "lower": slice(32, 64)}
-    >>> classifier = LateFusionClassifier(blocks=halves, max_epochs=10, random_state=0)
-    >>> classifier.fit(X[::2], y[::2]).score(X[1::2], y[1::2]) > 0.9
-    True
-    """
-
-    _fusion = "late"
-
-    def __init__(
-        self,
-        hidden_layer_sizes=(256,),
-        *,
-        blocks=None,
-        dropout=0.5,
-        modality_dropout=0.3,
-        class_weight=None,
-        max_epochs=30,
-        batch_size=64,
-        lr=1e-3,
-        weight_decay=0.01,
-        early_stopping=False,
-        validation_fraction=0.1,
-        n_iter_no_change=10,
-        warm_start=False,
-        device="auto",
-        random_state=None,
-        verbose=0,
-        skorch_params=None,
-    ):
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.blocks = blocks
-        self.dropout = dropout
-        self.modality_dropout = modality_dropout
-        self.class_weight = class_weight
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.warm_start = warm_start
-        self.device = device
-        self.random_state = random_state
-        self.verbose = verbose
-        self.skorch_params = skorch_params
+from sklembed.fusion._base import (
+    TINY,
+    check_table,
+    decided,
+    find_prior,
+    observed_modalities,
+    probabilities,
+    to_log_prior,
+    warn_ignored,
+)
+
+LOG_TINY = np.log(TINY)
+_ROWS_TO_FIND_ZEROS = (
+    1024  # training rows by which a classifier that gives zeros is recognised
+)
 
 
 class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
@@ -910,7 +249,9 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
             )
         return super().set_params(**params)
 
-    @_fit_context(prefer_skip_nested_validation=False)  # classifiers validate themselves
+    @_fit_context(
+        prefer_skip_nested_validation=False
+    )  # classifiers validate themselves
     def fit(self, X, y, sample_weight=None, **params):
         """Fit a classifier for each modality, and learn the weights.
 
@@ -944,13 +285,17 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
             a classifier takes no `sample_weight`, or a classifier has no `predict_proba`.
         """
         check_routing_enabled(params, self)
-        X, target = _check_table(self, X, y, dtype=FLOAT_DTYPES, reset=True)
+        X, target = check_table(self, X, y, dtype=FLOAT_DTYPES, reset=True)
         estimators = self._check_estimators(sample_weight)
         weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
         metadata = self._route(sample_weight, weight, params)
-        observed = dict(zip(self.blocks_, _observed(X, self.blocks_).T, strict=True))
-        data = _TrainingSet(X, target.values.astype(np.int64), weight, observed, metadata)
-        self.prior_ = _prior(target, weight)
+        observed = dict(
+            zip(self.blocks_, observed_modalities(X, self.blocks_).T, strict=True)
+        )
+        data = _TrainingSet(
+            X, target.values.astype(np.int64), weight, observed, metadata
+        )
+        self.prior_ = find_prior(target, weight)
         self.ignored_blocks_ = self._find_ignored(data)
         folds = self._folds(data, target, metadata["splitter"])
         all_rows, *by_fold = self._fit_each(
@@ -977,7 +322,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         probabilities : ndarray of shape (n_samples, n_classes) or (n_samples, n_labels)
             Rows sum to 1 for classes; labels have a probability each.
         """
-        return _probabilities(self.decision_function(X), self.target_type_)
+        return probabilities(self.decision_function(X), self.target_type_)
 
     def decision_function(self, X):
         """Return the log-probability of each class, or the log-odds of the second, or of labels.
@@ -994,9 +339,13 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         check_vectors(X, self)
-        X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False)
-        logs = self._pool(X, _observed(X, self.blocks_))
-        return logs if self.target_type_ == "multiclass" else logs[..., 1] - logs[..., 0]
+        X = validate_data(
+            self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False
+        )
+        logs = self._pool(X, observed_modalities(X, self.blocks_))
+        return (
+            logs if self.target_type_ == "multiclass" else logs[..., 1] - logs[..., 0]
+        )
 
     def predict(self, X):
         """Return the most likely class, or mark the labels that are likelier than not.
@@ -1011,7 +360,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         y : ndarray of shape (n_samples,) or (n_samples, n_labels)
             Classes, or 0 and 1.
         """
-        return _decided(self.predict_proba(X), self.classes_, self.target_type_)
+        return decided(self.predict_proba(X), self.classes_, self.target_type_)
 
     def get_metadata_routing(self):
         """Return the routing of `fit`'s metadata to the classifiers and the `cv` splitter.
@@ -1023,7 +372,8 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         """
         router = MetadataRouter(owner=self).add_self_request(self)
         router.add(
-            splitter=self.cv, method_mapping=MethodMapping().add(caller="fit", callee="split")
+            splitter=self.cv,
+            method_mapping=MethodMapping().add(caller="fit", callee="split"),
         )
         to_fit = MethodMapping().add(caller="fit", callee="fit")
         if not isinstance(self.estimator, dict):
@@ -1066,7 +416,10 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
             params = {**params, "sample_weight": weight}
         routed = process_routing(self, "fit", **params)
         several = isinstance(self.estimator, dict)
-        targets = {name: f"estimator_{name}" if several else "estimator" for name in self.blocks_}
+        targets = {
+            name: f"estimator_{name}" if several else "estimator"
+            for name in self.blocks_
+        }
         metadata = {name: routed[target]["fit"] for name, target in targets.items()}
         return metadata | {"splitter": routed["splitter"]["split"]}
 
@@ -1078,14 +431,16 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
             if not rows.any():
                 reasons[name] = "is NaN in all rows that count"
             elif not len(_classes_in(data.codes[rows])):
-                reasons[name] = f"is observed in {rows.sum()} rows that count, all of one class"
+                reasons[name] = (
+                    f"is observed in {rows.sum()} rows that count, all of one class"
+                )
         if len(reasons) == len(self.blocks_):
             raise ValueError(
                 f"None of the blocks {list(self.blocks_)} is observed in rows of two classes, so "
                 "nothing can be learned. Check the step before."
             )
         for name, reason in reasons.items():
-            _warn_ignored(name, reason)
+            warn_ignored(name, reason)
         return list(reasons)
 
     def _folds(self, data, target, metadata):
@@ -1102,7 +457,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
     def _fit_each(self, estimators, data, row_sets):
         """Fit every modality's classifier on each of several sets of rows."""
         names = [name for name in self.blocks_ if name not in self.ignored_blocks_]
-        log_prior = _log_prior(self.prior_, self.target_type_)
+        log_prior = to_log_prior(self.prior_, self.target_type_)
         fitted = Parallel(n_jobs=self.n_jobs)(
             delayed(_fit_modality)(
                 estimators[name],
@@ -1119,7 +474,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
 
     def _pool(self, X, observed):
         """Return logarithms of the pooled probabilities, of shape (n_samples, ..., n_classes)."""
-        log_prior = _log_prior(self.prior_, self.target_type_)
+        log_prior = to_log_prior(self.prior_, self.target_type_)
         names = [name for name in self.blocks_ if name not in self.ignored_blocks_]
         observed = observed[:, np.isin(list(self.blocks_), names)]
         weights = observed * np.array([self.weights_[name] for name in names])
@@ -1146,7 +501,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         pooled[alone] = logs[weights[alone].argmax(axis=1), alone]
         pooled[total == 0] = log_prior
         pooled = log_softmax(pooled, axis=-1)
-        return np.where(np.isneginf(pooled), _LOG_TINY, pooled)
+        return np.where(np.isneginf(pooled), LOG_TINY, pooled)
 
     def _fitted(self, name):
         """Return what `fit` has learned of one modality."""
@@ -1160,7 +515,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         names = [name for name in self.blocks_ if name not in self.ignored_blocks_]
         learned = np.full(len(names), 1 / len(names))
         if folds:
-            log_prior = _log_prior(self.prior_, self.target_type_)
+            log_prior = to_log_prior(self.prior_, self.target_type_)
             logs = np.full((len(names), len(data.X), *log_prior.shape), np.nan)
             for (_, held_out), fitted in zip(folds, by_fold, strict=True):
                 for number, name in enumerate(names):
@@ -1170,7 +525,9 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
                         evidence = fitted[name].log_proba(block, log_prior)
                         logs[number, rows] = _smooth(evidence, fitted[name].floors)
             learned = _learn_weights(logs, log_prior, data.codes, data.weight)
-        return dict.fromkeys(self.blocks_, 0.0) | dict(zip(names, learned.tolist(), strict=True))
+        return dict.fromkeys(self.blocks_, 0.0) | dict(
+            zip(names, learned.tolist(), strict=True)
+        )
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -1178,145 +535,8 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         return tags
 
 
-def _check_table(estimator, X, y, *, dtype, reset):
-    """Check a table of blocks and its labels; set what is learnt of both."""
-    if y is not None:
-        check_no_missing_label(y)
-    check_vectors(X, estimator)
-    X, y = validate_data(
-        estimator,
-        X,
-        y,
-        dtype=dtype,
-        ensure_all_finite="allow-nan",
-        ensure_min_samples=2,
-        multi_output=True,
-        reset=reset,
-    )
-    check_classification_targets(y)
-    target = encode_target(y, "multilabel" if y.ndim == 2 and y.shape[1] > 1 else "multiclass")
-    if reset:
-        names = getattr(estimator, "feature_names_in_", None)
-        estimator.blocks_ = resolve_blocks(estimator.blocks, names, X.shape[1])
-        columns = np.arange(X.shape[1])
-        estimator.widths_ = {name: len(columns[part]) for name, part in estimator.blocks_.items()}
-    elif not np.array_equal(estimator.classes_, target.classes):
-        raise ValueError(
-            f"warm_start goes on with the classes {estimator.classes_.tolist()}, but y holds "
-            f"{target.classes.tolist()}. Clone the classifier to start anew."
-        )
-    estimator.classes_ = target.classes
-    two = target.kind == "multiclass" and len(target.classes) == 2
-    estimator.target_type_ = "binary" if two else target.kind
-    return X, target
-
-
-def _warn_ignored(name, reason):
-    """Warn of a block of which nothing can be learned."""
-    warnings.warn(
-        f"Block {name!r} {reason}, so nothing can be learned from it. It is ignored, in prediction "
-        "too.",
-        stacklevel=3,
-    )
-
-
 def _routing_is_enabled():
     return sklearn.get_config()["enable_metadata_routing"]
-
-
-def _observed(X, blocks):
-    """Tell which modalities each row has."""
-    return np.stack([observed_in_block(X, *block) for block in blocks.items()], axis=1)
-
-
-def _by_modality(X, blocks):
-    """Return the table with modalities side by side in their order, and which each row has."""
-    there = _observed(X, blocks)
-    order = np.concatenate([np.arange(X.shape[1])[columns] for columns in blocks.values()])
-    return (X if (np.diff(order) == 1).all() else X[:, order]), there
-
-
-def _as_targets(target, target_type):
-    """Return targets in the form that the loss wants."""
-    if target_type == "multiclass":
-        return target.values
-    return target.values.reshape(len(target.values), -1).astype(np.float32)
-
-
-def _prior(target, weight):
-    """Return the share of each class, or of rows with each label, by weight."""
-    if target.kind == "multilabel":
-        return np.average(target.values, axis=0, weights=weight)
-    shares = np.bincount(target.values, weights=weight, minlength=len(target.classes))
-    return shares / shares.sum()
-
-
-def _logits_of_prior(prior, target_type):
-    """Return finite logits of the prior."""
-    logs = _log_prior(prior, target_type)
-    if target_type == "multiclass":
-        return logs
-    if target_type == "binary":
-        return logs[1:] - logs[:1]
-    return logs[:, 1] - logs[:, 0]
-
-
-def _log_prior(prior, target_type):
-    """Return finite logarithms of the prior, for each label of "not" and "yes"."""
-    if target_type == "multilabel":
-        prior = np.stack([1 - prior, prior], axis=-1)
-    return np.log(np.maximum(prior, _TINY))
-
-
-def _probabilities(logits, target_type):
-    """Turn logits into probabilities."""
-    if target_type == "binary":
-        return expit(np.stack([-logits, logits], axis=1))
-    return softmax(logits, axis=1) if target_type == "multiclass" else expit(logits)
-
-
-def _decided(probabilities, classes, target_type):
-    """Name the likeliest class, or mark the labels that are likelier than not."""
-    if target_type == "multilabel":
-        return (probabilities > 0.5).astype(np.int64)
-    return classes[probabilities.argmax(axis=1)]
-
-
-def _learnt(history, weights):
-    """Return the attributes that training leads to."""
-    return {
-        "weights_": _without_network_axis(weights),
-        "history_": history,
-        "n_iter_": len(history),
-    }
-
-
-def _through(weights, chain, X):
-    """Run a chain of blocks in numpy: linear, ReLU, batch normalisation by the running moments."""
-    layer = 0
-    while f"chains.{chain}.{layer}.linear.weight" in weights:
-        block = {
-            name: weights[f"chains.{chain}.{layer}.{name}"]
-            for name in ("linear.weight", "linear.bias", "norm.weight", "norm.bias")
-        }
-        mean, var = (weights[f"chains.{chain}.{layer}.norm.running_{m}"] for m in ("mean", "var"))
-        X = np.maximum(X @ block["linear.weight"].T + block["linear.bias"], 0)
-        scale = block["norm.weight"] / np.sqrt(var + 1e-5)
-        X = X * scale + (block["norm.bias"] - mean * scale)
-        layer += 1
-    return X
-
-
-def _without_network_axis(weights):
-    """Take the one head out of a stack of one."""
-    shared = ("mean", "scale")
-    return {name: value if name in shared else value[0] for name, value in weights.items()}
-
-
-def _with_network_axis(weights):
-    """Make a stack of the one head."""
-    shared = ("mean", "scale")
-    return {name: value if name in shared else value[None] for name, value in weights.items()}
 
 
 class _TrainingSet(NamedTuple):
@@ -1332,7 +552,8 @@ class _TrainingSet(NamedTuple):
         """Return the rows, of some, that have a modality and count; only its columns."""
         rows = rows[self.observed[name][rows] & (self.weight[rows] > 0)]
         metadata = {
-            key: _take_rows(value, rows, len(self.X)) for key, value in self.metadata[name].items()
+            key: _take_rows(value, rows, len(self.X))
+            for key, value in self.metadata[name].items()
         }
         X = self.X[rows][:, blocks[name]]
         return _BlockRows(X, self.codes[rows], self.weight[rows], metadata)
@@ -1368,7 +589,9 @@ class _Fitted(NamedTuple):
 
 def _split_prefix(params, prefix):
     """Split parameters into those with a prefix, which is removed, and the rest."""
-    nested = {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
+    nested = {
+        k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)
+    }
     return nested, {k: v for k, v in params.items() if not k.startswith(prefix)}
 
 
@@ -1491,7 +714,9 @@ def _spread_folds(strata, observed, n_folds):
     # Rows with the rarest combination of modalities choose first, as they are hardest to spread.
     for pattern in np.argsort(np.bincount(pattern_of), kind="stable"):
         rows_of_pattern = shuffled[pattern_of[shuffled] == pattern]
-        rows_of_pattern = rows_of_pattern[np.argsort(strata[rows_of_pattern], kind="stable")]
+        rows_of_pattern = rows_of_pattern[
+            np.argsort(strata[rows_of_pattern], kind="stable")
+        ]
         starts = np.flatnonzero(np.diff(strata[rows_of_pattern])) + 1
         for rows in np.split(rows_of_pattern, starts):
             n_in_class = n_of_class[strata[rows[0]]]
@@ -1522,7 +747,9 @@ def _fit_modality(estimator, part, name, classes, log_prior):
             y = np.searchsorted(present, part.codes)
             estimator.fit(part.X, y, **part.metadata)
     except Exception as error:
-        error.add_note(f"This was the classifier of block {name!r}, given {len(part.X)} rows.")
+        error.add_note(
+            f"This was the classifier of block {name!r}, given {len(part.X)} rows."
+        )
         raise
     for one in estimator if isinstance(estimator, list) else [estimator]:
         _check_predict_proba(one, name)
@@ -1535,7 +762,9 @@ def _clone_for_codes(estimator, labels):
     estimator = clone(estimator)
     labels = labels.tolist()
     for key, weights in _class_weights(estimator).items():
-        by_code = {labels.index(label): w for label, w in weights.items() if label in labels}
+        by_code = {
+            labels.index(label): w for label, w in weights.items() if label in labels
+        }
         estimator.set_params(**{key: by_code})
     return estimator
 
@@ -1629,7 +858,9 @@ def _learn_weights(logs, log_prior, codes, sample_weight):
     rows = np.flatnonzero((n_observed > 1) & (sample_weight > 0))
     if not len(rows):
         return equal
-    pool = _PoolOfEvidence.of(logs[:, rows], log_prior, codes[rows], sample_weight[rows])
+    pool = _PoolOfEvidence.of(
+        logs[:, rows], log_prior, codes[rows], sample_weight[rows]
+    )
     cost_of_free_weight = 0.5 * np.log(max(pool.importance.sum(), 8))
     used = np.arange(n_modalities)
     baseline = pool.fit_equal(used)
@@ -1643,7 +874,9 @@ def _learn_weights(logs, log_prior, codes, sample_weight):
         # Leave out the modality that is missed least.
         subsets = [np.delete(used, i) for i in range(len(used))]
         likelihoods = [pool.fit_equal(subset) for subset in subsets]
-        used, likelihood = max(zip(subsets, likelihoods, strict=True), key=lambda pair: pair[1])
+        used, likelihood = max(
+            zip(subsets, likelihoods, strict=True), key=lambda pair: pair[1]
+        )
         weights.append(np.isin(np.arange(n_modalities), used) / len(used))
         shares.append(_worth(likelihood - cost - 1 - baseline))
     return np.average(weights, axis=0, weights=shares)

@@ -39,7 +39,9 @@ def count_names(texts):
 
 @pytest.fixture
 def texts():
-    backend = CallableBackend(load, name="names", version="1", modality="text", n_features=4)
+    backend = CallableBackend(
+        load, name="names", version="1", modality="text", n_features=4
+    )
     return FrozenEncoder(backend, store=None)
 
 
@@ -77,7 +79,9 @@ def test_pictures_are_told_by_words_alone_in_any_learnt_space(name, animals, tex
 def test_an_aligner_of_one_width_will_do(texts):
     y = np.repeat(NAMES, 10)
     X = np.hstack([count_names(y), count_names(y) + 0.1])
-    aligner = ModalityGapAligner({"text": slice(0, 4), "image": slice(4, 8)}, method="center")
+    aligner = ModalityGapAligner(
+        {"text": slice(0, 4), "image": slice(4, 8)}, method="center"
+    )
     classifier = ZeroShotClassifier(aligner, classes=NAMES, text_encoder=texts)
     assert classifier.fit(X).score(X, y) == 1.0
 
@@ -85,7 +89,10 @@ def test_an_aligner_of_one_width_will_do(texts):
 def test_texts_can_be_classified_too(animals, texts):
     X, y = animals
     classifier = ZeroShotClassifier(
-        CanonicalAligner(blocks=BLOCKS), classes=NAMES, text_encoder=texts, modality="text"
+        CanonicalAligner(blocks=BLOCKS),
+        classes=NAMES,
+        text_encoder=texts,
+        modality="text",
     )
     assert classifier.fit(X).score(X, y) > 0.9
 
@@ -93,9 +100,15 @@ def test_texts_can_be_classified_too(animals, texts):
 def test_a_frozen_encoder_is_used_as_it_is_and_needs_no_rows(animals, texts):
     X, y = animals
     fitted = CanonicalAligner(blocks=BLOCKS).fit(X)
-    frozen = ZeroShotClassifier(FrozenEstimator(fitted), classes=NAMES, text_encoder=texts)
-    anew = ZeroShotClassifier(CanonicalAligner(blocks=BLOCKS), classes=NAMES, text_encoder=texts)
-    np.testing.assert_array_equal(frozen.fit(None).predict_proba(X), anew.fit(X).predict_proba(X))
+    frozen = ZeroShotClassifier(
+        FrozenEstimator(fitted), classes=NAMES, text_encoder=texts
+    )
+    anew = ZeroShotClassifier(
+        CanonicalAligner(blocks=BLOCKS), classes=NAMES, text_encoder=texts
+    )
+    np.testing.assert_array_equal(
+        frozen.fit(None).predict_proba(X), anew.fit(X).predict_proba(X)
+    )
     assert frozen.encoder_.estimator is fitted
 
 
@@ -103,7 +116,9 @@ def test_a_frozen_encoder_is_used_as_it_is_and_needs_no_rows(animals, texts):
 def test_a_dual_encoder_brings_its_own_text_tower(kind, checkpoints):
     encoder = FrozenEncoder(checkpoints[kind], modality="image", store=None)
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(p) for p in rng.integers(0, 255, (3, 40, 40, 3), dtype=np.uint8)]
+    pictures = [
+        Image.fromarray(p) for p in rng.integers(0, 255, (3, 40, 40, 3), dtype=np.uint8)
+    ]
     classifier = ZeroShotClassifier(encoder, "the {}", classes=["cat", "dog"]).fit(None)
     tower = clone(encoder).set_params(modality="text")
     words, seen = tower.transform(["the cat", "the dog"]), encoder.transform(pictures)
@@ -156,7 +171,9 @@ def test_the_learnt_temperature_is_the_encoder_s(animals, texts):
         ENCODERS["SharedFusionEncoder"], classes=NAMES, text_encoder=texts
     ).fit(X)
     assert classifier.temperature_ == classifier.encoder_.temperature_
-    classifier.set_params(encoder=FrozenEstimator(classifier.encoder_), temperature=0.5).fit(None)
+    classifier.set_params(
+        encoder=FrozenEstimator(classifier.encoder_), temperature=0.5
+    ).fit(None)
     assert classifier.temperature_ == 0.5
 
 
@@ -170,7 +187,9 @@ def test_the_calibrated_temperature_makes_the_labels_likeliest(animals, texts):
     ).fit(X, y)
     least = log_loss(y, classifier.predict_proba(X))
     for factor in (0.8, 1.25):
-        other = clone(classifier).set_params(temperature=classifier.temperature_ * factor)
+        other = clone(classifier).set_params(
+            temperature=classifier.temperature_ * factor
+        )
         assert log_loss(y, other.fit(X).predict_proba(X)) > least
 
 
@@ -179,7 +198,9 @@ def test_it_works_in_a_search_and_in_calibration(animals, texts):
     classifier = ZeroShotClassifier(CanonicalAligner(blocks=BLOCKS), text_encoder=texts)
     search = GridSearchCV(classifier, {"encoder__n_components": [1, 3]}, cv=3).fit(X, y)
     assert search.best_params_ == {"encoder__n_components": 3}
-    calibrated = CalibratedClassifierCV(classifier, method="temperature", cv=3).fit(X, y)
+    calibrated = CalibratedClassifierCV(classifier, method="temperature", cv=3).fit(
+        X, y
+    )
     assert calibrated.predict_proba(X).shape == (200, 4)
 
 
@@ -187,18 +208,25 @@ def test_frames_and_pickles_do_the_same(animals, texts):
     X, _ = animals
     names = [f"text__{i}" for i in range(4)] + [f"image__{i}" for i in range(6)]
     frame = pd.DataFrame(X, columns=names)
-    classifier = ZeroShotClassifier(CanonicalAligner(), classes=NAMES, text_encoder=texts)
+    classifier = ZeroShotClassifier(
+        CanonicalAligner(), classes=NAMES, text_encoder=texts
+    )
     classifier.fit(frame)
     array = clone(classifier).set_params(encoder__blocks=BLOCKS).fit(X)
     expected = array.predict_proba(X)
     np.testing.assert_array_equal(classifier.predict_proba(frame), expected)
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(array)).predict_proba(X), expected)
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(array)).predict_proba(X), expected
+    )
     with pytest.raises(ValueError, match="feature names"):
         classifier.predict(frame[names[::-1]])
 
 
 BAD = {
-    "a template without a place": ({"prompts": "a picture"}, "no {} for the class's name"),
+    "a template without a place": (
+        {"prompts": "a picture"},
+        "no {} for the class's name",
+    ),
     "a class without a text": ({"prompts": {"ant": "ant"}}, "no text for class 'bee'"),
     "an empty text": ({"prompts": dict.fromkeys(NAMES, " ")}, "must be words"),
     "no text": ({"prompts": {name: [] for name in NAMES}}, "must be words"),
@@ -206,7 +234,10 @@ BAD = {
     "no class": ({"classes": None}, "Nothing names the classes"),
     "one class": ({"classes": ["ant"]}, "Two classes are needed"),
     "a missing class": ({"classes": ["ant", None]}, "A class is None or NaN"),
-    "a text that is a number": ({"prompts": dict.fromkeys(NAMES, 5)}, "must be words; got"),
+    "a text that is a number": (
+        {"prompts": dict.fromkeys(NAMES, 5)},
+        "must be words; got",
+    ),
     "an encoder that is a pipeline": (
         {"encoder": make_pipeline(CanonicalAligner(blocks=BLOCKS))},
         "A Pipeline as encoder has no method encode",
@@ -223,7 +254,11 @@ BAD = {
 def test_bad_input_is_refused_with_what_to_do(case, animals, texts):
     X, _ = animals
     options, message = BAD[case]
-    given = {"encoder": CanonicalAligner(blocks=BLOCKS), "classes": NAMES, "text_encoder": texts}
+    given = {
+        "encoder": CanonicalAligner(blocks=BLOCKS),
+        "classes": NAMES,
+        "text_encoder": texts,
+    }
     with pytest.raises(ValueError, match=message):
         ZeroShotClassifier(**given | options).fit(X)
 
@@ -284,7 +319,10 @@ def test_texts_of_another_width_are_laid_at_the_text_encoder_s_door(animals, tex
 def test_labels_to_calibrate_by_are_one_to_a_row(shape, animals, texts):
     X, y = animals
     classifier = ZeroShotClassifier(
-        CanonicalAligner(blocks=BLOCKS), classes=NAMES, text_encoder=texts, temperature="calibrated"
+        CanonicalAligner(blocks=BLOCKS),
+        classes=NAMES,
+        text_encoder=texts,
+        temperature="calibrated",
     )
     if shape == "short":
         with pytest.raises(ValueError, match="inconsistent numbers of samples"):

@@ -53,7 +53,9 @@ def choose(
     return best, scores
 
 
-def _score(Z: np.ndarray, target: Target, fold: Fold, weight: np.ndarray | None) -> float:
+def _score(
+    Z: np.ndarray, target: Target, fold: Fold, weight: np.ndarray | None
+) -> float:
     """Fit the probe on a fold's training rows and judge it on those held out."""
     train, held_out = fold
     fit_weight = None
@@ -63,7 +65,9 @@ def _score(Z: np.ndarray, target: Target, fold: Fold, weight: np.ndarray | None)
     Y = codes = target.values if target.strata is None else target.strata
     if target.strata is not None:
         Y = np.eye(codes.max() + 1)[codes]
-    probe = RidgeCV(np.logspace(-3, 3, 7)).fit(Z[train], Y[train], sample_weight=fit_weight)
+    probe = RidgeCV(np.logspace(-3, 3, 7)).fit(
+        Z[train], Y[train], sample_weight=fit_weight
+    )
     # Of a single column, as where one class is left, the probe predicts a vector.
     predicted = probe.predict(Z[held_out]).reshape(Y[held_out].shape)
     if target.kind == "continuous":
@@ -74,12 +78,18 @@ def _score(Z: np.ndarray, target: Target, fold: Fold, weight: np.ndarray | None)
         return 1 - np.average(errors, weights=weight) / Y.var(axis=0).mean()
     if target.kind == "multilabel":
         return f1_score(
-            Y[held_out], predicted > 0.5, average="micro", sample_weight=weight, zero_division=0.0
+            Y[held_out],
+            predicted > 0.5,
+            average="micro",
+            sample_weight=weight,
+            zero_division=0.0,
         )
     # Balanced accuracy, among the classes that held-out rows have. scikit-learn's warns of one.
     codes = codes[held_out]
     present = np.unique(codes)
     right = present[predicted[:, present].argmax(axis=1)] == codes
     weight = np.ones(len(codes)) if weight is None else weight
-    recalls = [np.average(right[codes == c], weights=weight[codes == c]) for c in present]
+    recalls = [
+        np.average(right[codes == c], weights=weight[codes == c]) for c in present
+    ]
     return float(np.mean(recalls))

@@ -14,8 +14,12 @@ from sklearn.utils import check_consistent_length, column_or_1d, get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from sklembed._blocks import known_block, observed_rows
-from sklembed._validation import check_no_label_lists, check_no_missing_label, sorted_labels
+from sklembed._table.blocks import known_block, observed_rows
+from sklembed._validation import (
+    check_no_label_lists,
+    check_no_missing_label,
+    sorted_labels,
+)
 
 _PLACE = "{}"  # of the class's name, in a template
 _TEMPERATURE = 0.01  # of CLIP and SigLIP, where training has kept it
@@ -255,10 +259,14 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
                 "or y."
             )
         if np.any(pd.isna(np.asarray(classes))):
-            raise ValueError(f"A class is None or NaN: {list(classes)[:10]}. Leave it out.")
+            raise ValueError(
+                f"A class is None or NaN: {list(classes)[:10]}. Leave it out."
+            )
         classes = sorted_labels(column_or_1d(classes))[0]
         if len(classes) < 2:
-            raise ValueError(f"Two classes are needed at least; got {classes.tolist()}.")
+            raise ValueError(
+                f"Two classes are needed at least; got {classes.tolist()}."
+            )
         texts = {label: self._texts_of(label) for label in classes.tolist()}
         seen = {}
         for label, own in texts.items():
@@ -279,10 +287,18 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
                     f"{list(self.prompts)[:10]}."
                 )
             texts = self.prompts[label]
-            texts = [texts] if isinstance(texts, str) or not np.iterable(texts) else list(texts)
+            texts = (
+                [texts]
+                if isinstance(texts, str) or not np.iterable(texts)
+                else list(texts)
+            )
         else:
-            templates = [self.prompts] if isinstance(self.prompts, str) else list(self.prompts)
-            lacking = [t for t in templates if not isinstance(t, str) or _PLACE not in t]
+            templates = (
+                [self.prompts] if isinstance(self.prompts, str) else list(self.prompts)
+            )
+            lacking = [
+                t for t in templates if not isinstance(t, str) or _PLACE not in t
+            ]
             if lacking:
                 raise ValueError(
                     f"The template {lacking[0]!r} has no {_PLACE} for the class's name, so that "
@@ -290,8 +306,12 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
                     "to texts."
                 )
             texts = [template.replace(_PLACE, str(label)) for template in templates]
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"The texts of class {label!r} must be words; got {texts!r}.")
+        if not texts or not all(
+            isinstance(text, str) and text.strip() for text in texts
+        ):
+            raise ValueError(
+                f"The texts of class {label!r} must be words; got {texts!r}."
+            )
         return texts
 
     def _calibration_labels(self, X, y):
@@ -348,7 +368,9 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         try:
             return encoder.transform(texts)
         except ValueError as error:
-            error.add_note("This was in encoding the prompts; they go through text_encoder.")
+            error.add_note(
+                "This was in encoding the prompts; they go through text_encoder."
+            )
             raise
 
     def _class_embeddings(self, texts):
@@ -411,6 +433,10 @@ def _likeliest_temperature(cosines, labels):
 
     def loss(log_temperature):
         logits = cosines / np.exp(log_temperature)
-        return np.mean(logsumexp(logits, axis=1) - logits[np.arange(len(labels)), labels])
+        return np.mean(
+            logsumexp(logits, axis=1) - logits[np.arange(len(labels)), labels]
+        )
 
-    return float(np.exp(minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded").x))
+    return float(
+        np.exp(minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded").x)
+    )

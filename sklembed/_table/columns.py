@@ -33,7 +33,9 @@ def as_table(X):
     if not is_frame(X):
         table = np.asarray(X)
         if table.dtype.kind in "US" and not isinstance(X, np.ndarray):
-            table = np.asarray(X, dtype=object)  # else NaN beside texts becomes the text "nan"
+            table = np.asarray(
+                X, dtype=object
+            )  # else NaN beside texts becomes the text "nan"
         if table.ndim != 2:
             raise ValueError(
                 f"Expected 2D array, got {table.ndim}D array instead: X must be one table with "
@@ -61,15 +63,23 @@ def _check_eager(X):
     call = None
     if isinstance(X, Mapping):
         call = "pd.DataFrame(X)"
-        split = next((name for name, part in X.items() if hasattr(part, "to_pandas")), None)
-        if split is not None and not hasattr(X[split], "to_frame"):  # a dataset with splits
+        split = next(
+            (name for name, part in X.items() if hasattr(part, "to_pandas")), None
+        )
+        if split is not None and not hasattr(
+            X[split], "to_frame"
+        ):  # a dataset with splits
             call = f"one part of it, such as X[{split!r}].to_pandas()"
     elif not hasattr(X, "get_column_index"):  # polars, not lazy
         methods = ("toPandas", "to_pandas", "collect", "df")
         call = next((f"X.{method}()" for method in methods if hasattr(X, method)), None)
     if call is not None:
         package = type(X).__module__.split(".")[0]
-        container = type(X).__name__ if package == "builtins" else f"{package} {type(X).__name__}"
+        container = (
+            type(X).__name__
+            if package == "builtins"
+            else f"{package} {type(X).__name__}"
+        )
         raise TypeError(
             "X must be a pandas or polars DataFrame, or an array with rows and columns; got "
             f"{_article(container)}. Pass {call}."
@@ -121,7 +131,9 @@ def column_positions(X, columns, *, owner):
     if callable(columns):
         columns = columns(X)
     names = _positions_by_name(X) if is_frame(X) else None
-    scalar = isinstance(columns, str | numbers.Integral) and not isinstance(columns, bool)
+    scalar = isinstance(columns, str | numbers.Integral) and not isinstance(
+        columns, bool
+    )
     if scalar:
         columns = [columns]
     if isinstance(columns, slice):
@@ -162,7 +174,11 @@ def missing_cells(X):
 def missing_dates(X):
     """Return the columns of dates, times or durations of which a cell is missing."""
     if is_frame(X):
-        dates = [name for name, dtype in zip(X.columns, X.dtypes, strict=True) if _is_date(dtype)]
+        dates = [
+            name
+            for name, dtype in zip(X.columns, X.dtypes, strict=True)
+            if _is_date(dtype)
+        ]
         return [name for name in dates if missing_cells(X[name]).any()]
     if _is_date(X.dtype) and missing_cells(X).any():
         return [getattr(X, "name", None)]
@@ -269,10 +285,16 @@ def _positions_by_name(X):
 
 def _slice_positions(columns, names, n_columns, owner):
     if isinstance(columns.start, str) or isinstance(columns.stop, str):
-        start = None if columns.start is None else _position(columns.start, names, n_columns, owner)
+        start = (
+            None
+            if columns.start is None
+            else _position(columns.start, names, n_columns, owner)
+        )
         # As in pandas and ColumnTransformer, a slice of names includes its end.
         stop = (
-            None if columns.stop is None else _position(columns.stop, names, n_columns, owner) + 1
+            None
+            if columns.stop is None
+            else _position(columns.stop, names, n_columns, owner) + 1
         )
         columns = slice(start, stop, columns.step)
     return range(*columns.indices(n_columns))
@@ -281,7 +303,9 @@ def _slice_positions(columns, names, n_columns, owner):
 def _position(column, names, n_columns, owner):
     if isinstance(column, numbers.Integral):
         if not -n_columns <= column < n_columns:
-            raise ValueError(f"{owner} asks for column {column}, but X has {n_columns} columns.")
+            raise ValueError(
+                f"{owner} asks for column {column}, but X has {n_columns} columns."
+            )
         return int(column) % n_columns
     if names is None:
         raise ValueError(

@@ -17,13 +17,20 @@ from sklearn.decomposition import PCA
 from sklearn.model_selection import KFold, StratifiedKFold, check_cv
 from sklearn.utils import compute_sample_weight, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.metadata_routing import (
+    MetadataRouter,
+    MethodMapping,
+    process_routing,
+)
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_is_fitted,
+    validate_data,
+)
 
 from sklembed import _callbacks, _persistence
-from sklembed._blocks import moments, observed_rows
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
-from sklembed._gate import choose
+from sklembed._table.blocks import moments, observed_rows
 from sklembed._targets import (
     TARGET_TYPES,
     Target,
@@ -41,13 +48,17 @@ from sklembed._validation import (
     draw_seed,
     split_rows,
 )
+from sklembed.projection.gate import choose
 
 _LOSSES = ("supcon", "pairwise_bce")  # of nn.losses, which imports torch
 _CHUNK_ROWS = 1024  # of a forward pass: a chunk stays in the processor's caches
 
 
 class ContrastiveProjector(
-    CallbackSupportMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+    CallbackSupportMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    BaseEstimator,
 ):
     """Project embeddings so that rows which belong together lie close, and others far apart.
 
@@ -352,7 +363,9 @@ class ContrastiveProjector(
             `target_type`; two columns of `y` have the same text for a label, as lists of tags do;
             or a weight in `class_weight` has no effect.
         """
-        self._fit(X, y, sample_weight, params, "fit", cross_fit=self.passthrough == "auto")
+        self._fit(
+            X, y, sample_weight, params, "fit", cross_fit=self.passthrough == "auto"
+        )
         return self
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -438,11 +451,17 @@ class ContrastiveProjector(
         """
         check_is_fitted(self)
         check_vectors(X, self)
-        X = validate_data(self, X, dtype=np.float32, ensure_all_finite=False, reset=False)
+        X = validate_data(
+            self, X, dtype=np.float32, ensure_all_finite=False, reset=False
+        )
         names = getattr(self, "feature_names_in_", None)
         observed = observed_rows(X, names=names)  # looks for infinities too
         X = X[observed] if not observed.all() else X
-        Z = _project(self.weights_, X, self.similarity) if self.gate_ != "passthrough" else None
+        Z = (
+            _project(self.weights_, X, self.similarity)
+            if self.gate_ != "passthrough"
+            else None
+        )
         return self._output(Z, X, observed)
 
     def save(self, directory):
@@ -491,7 +510,9 @@ class ContrastiveProjector(
             The file to write.
         """
         check_is_fitted(self)
-        _persistence.to_onnx(self, path)
+        from sklembed.projection.onnx import to_onnx
+
+        to_onnx(self, path)
 
     def get_metadata_routing(self):
         """Say that metadata such as `groups` goes to the `cv` splitter.
@@ -514,22 +535,34 @@ class ContrastiveProjector(
         data = self._check_training_data(X, y, sample_weight, reset=not goes_on)
         self._check_labels(data, y)
         seed = draw_seed(self.random_state)
-        folds = self._folds(data, seed, routed["splitter"]["split"]) if cross_fit else None
+        folds = (
+            self._folds(data, seed, routed["splitter"]["split"]) if cross_fit else None
+        )
         context = self._init_callback_context(max_subtasks=1 if folds is None else 2)
         _callbacks.begin(self, context, X, y)
         self._reduce_input(data, seed)
         self._train_on_all(
-            data, seed, self.max_epochs, goes_on, _callbacks.subtask(context, "network", None)
+            data,
+            seed,
+            self.max_epochs,
+            goes_on,
+            _callbacks.subtask(context, "network", None),
         )
         self.components_ = self._scaled(self.components_, self.weights_, data)
         if caller == "fit_transform" or folds is not None:
             Z = _project(self.weights_, data.X, self.similarity)
         if folds is not None:
-            Z = self._cross_fit(data, folds, Z, seed, _callbacks.subtask(context, "folds", None))
+            Z = self._cross_fit(
+                data, folds, Z, seed, _callbacks.subtask(context, "folds", None)
+            )
             if self.passthrough == "auto":
                 self._ask_gate(data, folds, Z)
         _callbacks.end(self, context, X, y)
-        return self._output(Z, data.X, data.observed) if caller == "fit_transform" else None
+        return (
+            self._output(Z, data.X, data.observed)
+            if caller == "fit_transform"
+            else None
+        )
 
     def _check_training_data(self, X, y, sample_weight, *, reset):
         """Check all that is given, and return the observed rows."""
@@ -598,7 +631,9 @@ class ContrastiveProjector(
                 "A loss of your own takes no weights of rows: leave sample_weight and class_weight "
                 "None, or use sampler='balanced'."
             )
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float32, ensure_non_negative=True)
+        weight = _check_sample_weight(
+            sample_weight, X, dtype=np.float32, ensure_non_negative=True
+        )
         if self.class_weight is not None:
             top = target.classes[0] if target.kind == "hierarchical" else target.classes
             by_class = self.class_weight
@@ -615,7 +650,9 @@ class ContrastiveProjector(
             return self._folds_of_splitter(data, routed)
         n_rows, strata = len(data.X), data.target.strata
         if strata is None:
-            folds = KFold(min(self.cv, n_rows), shuffle=True, random_state=seed).split(data.X)
+            folds = KFold(min(self.cv, n_rows), shuffle=True, random_state=seed).split(
+                data.X
+            )
         else:
             sizes = np.bincount(strata)
             # Never more folds than the smallest class that can be split at all has rows.
@@ -639,7 +676,9 @@ class ContrastiveProjector(
     def _folds_of_splitter(self, data, routed):
         """List the folds that a splitter makes of all rows, as positions of observed ones."""
         observed = data.observed
-        splitter = check_cv(self.cv, data.labels, classifier=data.target.strata is not None)
+        splitter = check_cv(
+            self.cv, data.labels, classifier=data.target.strata is not None
+        )
         everyone = np.arange(len(observed))
         folds = [
             (everyone[np.asarray(train)], everyone[np.asarray(held_out)])
@@ -670,7 +709,9 @@ class ContrastiveProjector(
             # PCA subtracts products of means, which cancels where columns lie far from 0.
             mean = X.mean(axis=0, dtype=np.float64)
             pca = PCA(min(self.n_components, *X.shape), copy=False, random_state=seed)
-            with np.errstate(invalid="ignore", divide="ignore"):  # of an input without variance
+            with np.errstate(
+                invalid="ignore", divide="ignore"
+            ):  # of an input without variance
                 pca.fit(X - mean)
             norm = np.sqrt(pca.explained_variance_.sum()) or 1.0
             self.components_ = {
@@ -684,7 +725,9 @@ class ContrastiveProjector(
         if not components or self.similarity == "cosine":
             return components
         Z = _project(weights, data.X[data.seen()], self.similarity)
-        return components | {"axes": components["axes"] * np.sqrt(np.square(Z).sum(axis=1).mean())}
+        return components | {
+            "axes": components["axes"] * np.sqrt(np.square(Z).sum(axis=1).mean())
+        }
 
     def _train_on_all(self, data, seed, max_epochs, goes_on, context=None):
         """Train the network that `transform` uses."""
@@ -724,10 +767,14 @@ class ContrastiveProjector(
         )
         Z = np.empty_like(everywhere)
         for number, (train, held_out) in enumerate(folds):
-            projected = _project(_network(trained.weights, number), data.X, self.similarity)
+            projected = _project(
+                _network(trained.weights, number), data.X, self.similarity
+            )
             # Both networks have seen the fold's training rows: there the two spaces are matched.
             both = data.seen(train)
-            Z[held_out] = projected[held_out] @ _match(projected[both], everywhere[both])
+            Z[held_out] = projected[held_out] @ _match(
+                projected[both], everywhere[both]
+            )
         if self.similarity == "cosine":
             _normalize(Z)
         _callbacks.end(self, context, data.X, data.target.values)
@@ -736,8 +783,14 @@ class ContrastiveProjector(
     def _ask_gate(self, data, folds, Z):
         """Let a probe choose between the input, its projection, and both."""
         reduced = _reduce(self.components_, data.X)
-        candidates = {"passthrough": reduced, "projection": Z, "both": np.hstack([Z, reduced])}
-        self.gate_, self.gate_scores_ = choose(candidates, data.target, folds, data.weight)
+        candidates = {
+            "passthrough": reduced,
+            "projection": Z,
+            "both": np.hstack([Z, reduced]),
+        }
+        self.gate_, self.gate_scores_ = choose(
+            candidates, data.target, folds, data.weight
+        )
         self._n_features_out = candidates[self.gate_].shape[1]
 
     def _output(self, Z, X, observed):
@@ -776,7 +829,9 @@ class ContrastiveProjector(
             )
         return train, valid
 
-    def _train(self, data, rows, scaling, seed, max_epochs, *, start=None, on_epoch=None):
+    def _train(
+        self, data, rows, scaling, seed, max_epochs, *, start=None, on_epoch=None
+    ):
         """Train networks, one for each set of rows; the only place that needs torch."""
         from sklembed._training import TrainingOptions, train
 
@@ -800,13 +855,15 @@ class ContrastiveProjector(
             return np.zeros(n_features, np.float32), np.ones(n_features, np.float32)
         seen = data.seen()
         chunks = [seen[chunk] for chunk in gen_batches(len(seen), _CHUNK_ROWS)]
-        weights = None if data.weight is None else (data.weight[rows] for rows in chunks)
+        weights = (
+            None if data.weight is None else (data.weight[rows] for rows in chunks)
+        )
         return moments((data.X[rows] for rows in chunks), weights)
 
     def _make_module(self, scaling, n_networks):
         """Return a recipe for networks, given the generator to draw their weights from."""
         from sklembed._torch import to_tensor
-        from sklembed.nn.modules import Projection
+        from sklembed.nn.projection import Projection
 
         mean, scale = scaling
         sizes = [len(mean), *self.hidden_layer_sizes, self.n_components]
@@ -833,13 +890,17 @@ class ContrastiveProjector(
                     "function of projections and affinities."
                 )
             return PerNetwork(self.loss, affinity, n_networks)
-        loss = partial(LOSSES[self.loss], temperature=self.temperature, similarity=self.similarity)
+        loss = partial(
+            LOSSES[self.loss], temperature=self.temperature, similarity=self.similarity
+        )
         return lambda z, y, weight: loss(z, affinity(y), weight)
 
     def _learnt(self, data, history, weights):
         """Return the attributes that training has led to by now, the input carried along too."""
         learnt = _learnt(history, weights)
-        return learnt | {"components_": self._scaled(self.components_, learnt["weights_"], data)}
+        return learnt | {
+            "components_": self._scaled(self.components_, learnt["weights_"], data)
+        }
 
     def _last_state(self, n_features):
         """Return what the last fit left, to go on from."""
@@ -863,7 +924,9 @@ class ContrastiveProjector(
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         tags.target_tags.multi_output = True
-        tags.transformer_tags.preserves_dtype = ["float32"]  # embeddings are float32 everywhere
+        tags.transformer_tags.preserves_dtype = [
+            "float32"
+        ]  # embeddings are float32 everywhere
         return tags
 
 
@@ -899,7 +962,10 @@ def _project(weights, X, similarity):
     # The first layer takes the scale in. Taking in the mean too would cancel far from 0.
     first = np.ascontiguousarray((weights["layers.0.weight"] / weights["scale"]).T)
     biases = [weights[f"layers.{layer}.bias"] for layer in range(n_layers)]
-    matrices = [first, *(weights[f"layers.{layer}.weight"].T for layer in range(1, n_layers))]
+    matrices = [
+        first,
+        *(weights[f"layers.{layer}.weight"].T for layer in range(1, n_layers)),
+    ]
     Z = np.empty((len(X), len(biases[-1])), dtype=np.float32)
     for start in range(0, len(X), _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
@@ -950,7 +1016,11 @@ def _product(rows, matrix, out=None):
 
 def _learnt(history, weights):
     """Return the attributes that training leads to."""
-    return {"weights_": _network(weights, 0), "history_": history, "n_iter_": len(history)}
+    return {
+        "weights_": _network(weights, 0),
+        "history_": history,
+        "n_iter_": len(history),
+    }
 
 
 def _network(weights, number):

@@ -6,7 +6,6 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import assert_all_finite, check_array
 
@@ -42,7 +41,10 @@ def resolve_blocks(
     if blocks is None:
         found = _read_from_names(names)
     else:
-        found = {name: _positions(name, cols, names, n_features) for name, cols in blocks.items()}
+        found = {
+            name: _positions(name, cols, names, n_features)
+            for name, cols in blocks.items()
+        }
     times = np.bincount(
         [column for cols in found.values() for column in cols], minlength=n_features
     )
@@ -138,21 +140,29 @@ def _read_from_names(names: Sequence[str] | None) -> dict[str, list[int]]:
     return found
 
 
-def _positions(block: str, columns: Any, names: Sequence[str] | None, n_features: int) -> list[int]:
+def _positions(
+    block: str, columns: Any, names: Sequence[str] | None, n_features: int
+) -> list[int]:
     """Turn a block's columns into positions."""
     if isinstance(columns, slice):
         positions = list(range(*columns.indices(n_features)))
     else:
         chosen = [columns] if isinstance(columns, str | Integral) else list(columns)
-        if len(chosen) == n_features and all(isinstance(c, bool | np.bool_) for c in chosen):
+        if len(chosen) == n_features and all(
+            isinstance(c, bool | np.bool_) for c in chosen
+        ):
             chosen = np.flatnonzero(chosen).tolist()  # a mask
         positions = [_position(block, column, names, n_features) for column in chosen]
     if not positions:
-        raise ValueError(f"Block {block!r} holds none of the n_features={n_features} columns.")
+        raise ValueError(
+            f"Block {block!r} holds none of the n_features={n_features} columns."
+        )
     return positions
 
 
-def _position(block: str, column: str | int, names: Sequence[str] | None, n_features: int) -> int:
+def _position(
+    block: str, column: str | int, names: Sequence[str] | None, n_features: int
+) -> int:
     """Find one column."""
     if isinstance(column, str):
         known = [] if names is None else list(names)
@@ -160,7 +170,11 @@ def _position(block: str, column: str | int, names: Sequence[str] | None, n_feat
             return known.index(column)
         raise ValueError(
             f"Block {block!r} asks for column {column!r}, which X does not have; it has "
-            + (f"{known[:5]} …" if known else "no names: pass positions, or a DataFrame.")
+            + (
+                f"{known[:5]} …"
+                if known
+                else "no names: pass positions, or a DataFrame."
+            )
         )
     if not -n_features <= column < n_features:
         raise ValueError(
@@ -177,7 +191,9 @@ def _as_slice(positions: list[int]) -> Block:
     return np.array(positions)
 
 
-def observed_rows(X: np.ndarray, where: str = "", names: Sequence[str] | None = None) -> np.ndarray:
+def observed_rows(
+    X: np.ndarray, where: str = "", names: Sequence[str] | None = None
+) -> np.ndarray:
     """Tell which rows of a numeric block hold values, and refuse infinities and torn rows.
 
     Parameters
@@ -228,7 +244,9 @@ def moments(
     count by `weights`, an array for each batch.
     """
     scaler = StandardScaler()
-    for batch, weight in zip(batches, repeat(None) if weights is None else weights, strict=False):
+    for batch, weight in zip(
+        batches, repeat(None) if weights is None else weights, strict=False
+    ):
         scaler.partial_fit(batch, sample_weight=weight)
     mean, scale = scaler.mean_, scaler.scale_
     constant = scale <= 10 * np.finfo(np.float32).eps * np.abs(mean)
@@ -237,101 +255,8 @@ def moments(
 
 def n_trained(weights: Mapping[str, np.ndarray]) -> int:
     """Count the numbers of a network that are trained: all but the moments of its blocks."""
-    return sum(v.size for name, v in weights.items() if not name.startswith(("mean_", "scale_")))
-
-
-def token_columns(X: Any) -> np.ndarray:
-    """Tell which columns of a table hold a sequence of vectors in each cell.
-
-    Parameters
-    ----------
-    X : DataFrame or array-like
-        A table; an array holds tokens if its dtype is object.
-
-    Returns
-    -------
-    holds : ndarray of shape (n_columns,), dtype bool
-        Of those columns whose first cell that is not missing is an array of two dimensions. Empty
-        for tables of numbers.
-    """
-    if isinstance(X, pd.DataFrame):
-        columns = [X.iloc[:, i] for i in range(X.shape[1])]
-    elif isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 2:
-        columns = list(X.T)
-    else:
-        return np.zeros(0, dtype=bool)
-    return np.array([_holds_tokens(column) for column in columns], dtype=bool)
-
-
-def _holds_tokens(column: Any) -> bool:
-    if column.dtype != object:
-        return False
-    known = (cell for cell in column if not _is_missing(cell))
-    return getattr(next(known, None), "ndim", 0) == 2
-
-
-def _is_missing(cell: Any) -> bool:
-    return bool(pd.api.types.is_scalar(cell) and pd.isna(cell))
-
-
-def read_tokens(column: Any, name: str, width: int | None = None) -> np.ndarray:
-    """Read the cells of a column of tokens.
-
-    Parameters
-    ----------
-    column : sequence of array-like of shape (n_tokens, width), or None
-        The cells; None or NaN is missing.
-    name : str
-        The modality, for the error message.
-    width : int or None
-        The width that tokens must have; None takes that of the first row.
-
-    Returns
-    -------
-    cells : ndarray of shape (n_samples,), dtype object
-        Arrays of shape (n_tokens, width), dtype float32; None where missing.
-
-    Raises
-    ------
-    ValueError
-        If a cell is no table of finite numbers, has no token, or tokens differ in width.
-    """
-    cells = np.full(len(column), None, dtype=object)
-    for row, raw in enumerate(column):
-        cell = _cell_of_tokens(raw, row, name)
-        if cell is None:
-            continue
-        if cell.ndim != 2 or not len(cell) or not np.isfinite(cell).all():
-            raise ValueError(
-                f"Row {row} of the token column {name!r} should hold an array of finite numbers of "
-                f"shape (n_tokens, n_features) with at least one token; got shape {cell.shape}"
-                + ("." if cell.ndim != 2 or not len(cell) else ", with NaN or infinity.")
-            )
-        width = cell.shape[1] if width is None else width
-        if cell.shape[1] != width:
-            raise ValueError(
-                f"Row {row} of the token column {name!r} has tokens of width {cell.shape[1]}, but "
-                f"{width} was expected: all must come from one encoder."
-            )
-        cells[row] = cell
-    return cells
-
-
-def pad_tokens(cells: Sequence[np.ndarray | None], width: int) -> np.ndarray:
-    """Stack cells of tokens into (n_samples, most tokens of a cell, width), NaN after the last."""
-    longest = max((len(cell) for cell in cells if cell is not None), default=1)
-    tokens = np.full((len(cells), longest, width), np.nan, dtype=np.float32)
-    for row, cell in enumerate(cells):
-        if cell is not None:
-            tokens[row, : len(cell)] = cell
-    return tokens
-
-
-def _cell_of_tokens(cell: Any, row: int, name: str) -> np.ndarray | None:
-    """Return a cell as an array, None where missing."""
-    try:
-        with np.errstate(over="ignore"):  # infinity is found out later
-            return None if _is_missing(cell) else np.asarray(cell, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        error.add_note(f"This was in row {row} of the token column {name!r}.")
-        raise
+    return sum(
+        v.size
+        for name, v in weights.items()
+        if not name.startswith(("mean_", "scale_"))
+    )

@@ -1,0 +1,1 @@
+"""The table that estimators take: its columns, its blocks, and its columns of tokens."""

@@ -1,0 +1,5 @@
+"""ContrastiveProjector, and the parts it is made of."""
+
+from sklembed.projection.projector import ContrastiveProjector
+
+__all__ = ["ContrastiveProjector"]
