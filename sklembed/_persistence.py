@@ -98,6 +98,12 @@ def _to_json(value, name):
         }
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, slice):
+        return {
+            "slice": [
+                _to_json(part, name) for part in (value.start, value.stop, value.step)
+            ]
+        }
     if isinstance(value, tuple):
         return {"tuple": [_to_json(item, name) for item in value]}
     if isinstance(value, list):
@@ -123,6 +129,8 @@ def _from_json(value):
         return np.array(
             [_from_json(item) for item in value["array"]], dtype=value["dtype"]
         )
+    if "slice" in value:
+        return slice(*value["slice"])
     if "tuple" in value:
         return tuple(_from_json(value["tuple"]))
     return {_from_json(k): _from_json(v) for k, v in value["dict"]}

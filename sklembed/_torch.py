@@ -1,6 +1,6 @@
-"""Where device and dtype are resolved, and arrays become tensors and tensors arrays."""
+"""Resolve devices and dtypes, and convert between arrays and tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,12 +8,12 @@ import torch
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turn "auto" into the fastest device at hand, and check any other name.
+    """Return the fastest available device for "auto"; validate any other name.
 
     Raises
     ------
     ValueError
-        If torch does not know the device, or it is not present on this machine.
+        If the device is unknown to torch or not available on this machine.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -33,7 +33,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Turn "auto" into bfloat16 where the hardware gains by it, else float32."""
+    """Return bfloat16 for "auto" if it is faster on this hardware, else float32."""
     if dtype == "auto":
         return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
     return {
@@ -46,25 +46,32 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def _computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Of CPUs only those with AMX gain: with AVX512-BF16 alone, bfloat16 is slower than float32.
-    # Older releases of torch cannot say; there float32 is the safe answer.
+    # bfloat16 is faster on CPUs with AMX; with AVX512-BF16 alone it is slower than float32.
+    # Older releases of torch do not report the features of the CPU, so float32 is used.
     features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and bool(features.get("amx_bf16", False))
 
 
 def to_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Bring an array to the device, also a read-only, strided or reversed one.
+    """Copy an array to the device; it may be read-only, strided or reversed.
 
-    On the CPU the tensor may share the array's memory: it is for reading.
+    On the CPU the tensor may share memory with the array, so do not write to it.
     """
     array = np.ascontiguousarray(array)
-    if not array.flags.writeable:  # torch.from_numpy warns of it
+    if not array.flags.writeable:  # torch.from_numpy warns about it
         return torch.tensor(array, device=device)
     return torch.from_numpy(array).to(device)
 
 
+def to_tensors(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]], device: torch.device
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Copy pairs of arrays, such as mean and scale, to the device."""
+    return [(to_tensor(a, device), to_tensor(b, device)) for a, b in pairs]
+
+
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """Bring a tensor home as a plain array; bfloat16, which numpy lacks, as float32."""
+    """Copy a tensor to an array; bfloat16, which numpy lacks, becomes float32."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
@@ -72,7 +79,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 def rebuilt(
     network: torch.nn.Module, weights: Mapping[str, np.ndarray]
 ) -> torch.nn.Module:
-    """Give a network that was made on the meta device copies of its weights, and put it to use."""
+    """Load copies of the weights into a network on the meta device, in evaluation mode."""
     state = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
     network.load_state_dict(state, assign=True)
     return network.eval()

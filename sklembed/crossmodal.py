@@ -1,4 +1,4 @@
-"""SharedFusionEncoder and CrossAttentionAdaptor: several modalities in one space, from pairs."""
+"""SharedFusionEncoder and CrossAttentionAdaptor: align modalities from unlabelled pairs."""
 
 import math
 import warnings
@@ -11,41 +11,39 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
+from sklearn.base import TransformerMixin, _fit_context
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sklembed import _callbacks
-from sklembed._callbacks import CallbackSupportMixin, with_callbacks
+from sklembed._callbacks import with_callbacks
 from sklembed._table.blocks import (
     check_names,
     check_one_block,
     known_block,
-    moments,
-    n_trained,
     observed_in_block,
     resolve_blocks,
 )
 from sklembed._table.columns import as_table, output_container, take_columns
 from sklembed._table.tokens import pad_tokens, read_tokens, token_columns
-from sklembed._targets import hold_back
+from sklembed._trained import TrainedEstimator, moments
 from sklembed._validation import check_vectors, draw_seed
 from sklembed.metrics import retrieval_recall
 
-FUSIONS = ("add", "multiply", "concat")  # of a context with any vectors
-ATTENTION_FUSIONS = ("additive", "general", "scaled_dot")  # with several tokens
+FUSIONS = ("add", "multiply", "concat")  # for any block
+ATTENTION_FUSIONS = ("additive", "general", "scaled_dot")  # for columns of tokens
 _CHUNK_TOKENS = 4096  # of a forward pass without training
-_COLLAPSED = 0.99  # rows that are no pair, and more alike than this, are not told apart
-_SAME_CONTEXT = (
-    1 - 1e-9
-)  # nor are contexts; good encoders, too, bring them as near as 1 - 1e-6
+_COLLAPSED = 0.99  # mean similarity of non-pairs in a collapsed space
+# Cosine of collapsed contexts; those of accurate encoders can be as near as 1 - 1e-6.
+_SAME_CONTEXT = 1 - 1e-9
 
 
-class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
-    """What the trained cross-modal encoders share; a subclass makes the network."""
+class _CrossModalEncoder(TransformerMixin, TrainedEstimator):
+    """Base class of the cross-modal encoders; a subclass makes the network."""
 
-    _keeps_missing_rows = True  # missing in, missing out: PerModalityUnion reads this
+    _keeps_missing_rows = True  # NaN rows stay NaN: PerModalityUnion reads this
     _parameter_constraints: dict = {
+        **TrainedEstimator._parameter_constraints,
         "n_components": [Interval(Integral, 1, None, closed="left")],
         "blocks": [dict, None],
         "n_heads": [Interval(Integral, 1, None, closed="left")],
@@ -55,22 +53,8 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         "temperature": [Interval(Real, 0.01, 1, closed="both")],
         "direction_weight": [Interval(Real, 0, 1, closed="both")],
         "mask_duplicates": ["boolean"],
-        "mixup": ["boolean"],
-        "structure_weight": [Interval(Real, 0, None, closed="left")],
         "standardize": ["boolean"],
         "chunk_size": [Interval(Integral, 1, None, closed="left"), None],
-        "max_epochs": [Interval(Integral, 1, None, closed="left")],
-        "batch_size": [Interval(Integral, 2, None, closed="left")],
-        "lr": [Interval(Real, 0, None, closed="neither")],
-        "weight_decay": [Interval(Real, 0, None, closed="left")],
-        "early_stopping": ["boolean"],
-        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
-        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
-        "warm_start": ["boolean"],
-        "device": [str],
-        "random_state": ["random_state"],
-        "verbose": ["verbose"],
-        "skorch_params": [dict, None],
     }
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -81,12 +65,12 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Embeddings of all modalities side by side; a missing one is a block of NaN. In a
+            Embeddings of all modalities, concatenated; a missing modality is a block of NaN. In a
             DataFrame, or an array of dtype object, a modality may be one column of tokens: cells
             of shape (n_tokens, width), None where missing.
 
         y : None
-            Not used.
+            Ignored.
 
         Returns
         -------
@@ -96,28 +80,47 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If there is one modality only, the columns do not make up blocks, fewer than two rows
-            are pairs, a modality is in none of them, a block is NaN in part of a row, tokens
-            differ in width, or the network cannot be made of what was asked for.
+            If there is only one modality, the columns do not form blocks, fewer than two rows are
+            pairs, a modality is in no pair, a block is NaN in part of a row, tokens differ in
+            width, or the parameters of the network are incompatible.
 
         Warns
         -----
         UserWarning
-            If the space has collapsed: rows that are no pair are nearly the same. Or if contexts
-            have become the same.
+            If the space has collapsed, so that non-pairs are nearly identical, or if the contexts
+            have.
         """
-        goes_on = self.warm_start and hasattr(self, "weights_")
-        parts = self._read(X, reset=not goes_on)
-        self._check_network(parts)
-        rows = self._check_pairs(parts)
-        if goes_on:
-            self._check_goes_on()
-        self.structure_ = self._structure()
+        resume = self._resumes()
+        parts = self._read(X, reset=not resume)
+        self._check_network()
+        rows = self._find_pairs(parts)
+        self._set_structure(self._make_structure(), resume)
+        seed = draw_seed(self.random_state)
+        scaling = []
+        for name, part in parts.items():
+            width = self.widths_[name]
+            scaling.append(_find_scaling(part[rows], width, self.standardize))
+        codes = np.stack([_content_codes(part) for part in parts.values()], axis=1)
+        padded = [_dense(part, self.widths_[name]) for name, part in parts.items()]
+        packed = np.hstack([part.reshape(len(part), -1) for part in padded])
+        shapes = [part.shape[1:] for part in padded]
+        objective = _Objective(self.direction_weight, self.mask_duplicates)
         context = self._init_callback_context(max_subtasks=self.max_epochs)
-        _callbacks.begin(self, context, X, y)
-        self._train(parts, rows, goes_on, partial(self._watch, context, X, y))
-        _callbacks.end(self, context, X, y)
-        self._warn_of_collapse()
+        with _callbacks.task(self, context, X, y):
+            self._train_network(
+                partial(self._make_network, scaling, shapes),
+                objective,
+                packed,
+                codes,
+                self._split_rows(
+                    rows, None, seed, lambda part: len(part) > 1, "two pairs"
+                ),
+                seed,
+                resume=resume,
+                on_epoch=self._watch(objective, self._report_epochs(context, X, y)),
+            )
+        self.history_ = objective.record(self.history_)
+        self._warn_if_collapsed()
         return self
 
     def transform(self, X):
@@ -131,13 +134,15 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         Z : ndarray of shape (n_samples, n_modalities * n_components), dtype float32
-            A block of unit vectors for each modality, NaN where it is missing. Adapted tokens: of
-            shape (n_samples, n_modalities) and dtype object, arrays of shape
-            (n_tokens, n_components) and None.
+            A block of unit vectors for each modality, NaN where it is missing. Adapted tokens
+            are an array of shape (n_samples, n_modalities) and dtype object, with cells of shape
+            (n_tokens, n_components), None where missing.
         """
         check_is_fitted(self)
         parts = self._read(X, reset=False)
-        return np.hstack([self._embed(name, part) for name, part in parts.items()])
+        output = self._checked_output()
+        blocks = [self._embed(name, part, output) for name, part in parts.items()]
+        return np.hstack(blocks)
 
     def encode(self, X, modality):
         """Map rows of one modality to the shared space.
@@ -145,7 +150,7 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : array-like of shape (n_samples, width)
-            The columns of that modality alone, in the order of its block; or its column of tokens.
+            The columns of this modality alone, in the order of its block; or its column of tokens.
 
         modality : str
             Name of the block.
@@ -153,35 +158,36 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         Z : ndarray of shape (n_samples, n_components), dtype float32
-            The modality's block of `transform`: unit vectors, NaN where `X` is.
+            The block of the modality in `transform`: unit vectors, NaN where `X` is.
 
         Raises
         ------
         ValueError
-            If there is no such block, or the width is not that seen in `fit`.
+            If there is no such block, or the width differs from that in `fit`.
         """
         check_is_fitted(self)
         known_block(modality, self.blocks_)
-        return self._embed(modality, self._read_one(X, modality))
+        part = self._read_one(X, modality)
+        return self._embed(modality, part, self._checked_output())
 
     def score(self, X, y=None):
-        """Tell how well rows find their partners: recall at 1, both ways, over pairs of modalities.
+        """Mean recall@1 of cross-modal retrieval, in both directions, over pairs of modalities.
 
-        Rows that hold the same in either modality are right for each other, and so are rows that
-        are linked by such rows. A grid search needs no labels.
+        Rows with identical content in either modality, directly or transitively, count as correct
+        matches. A grid search needs no labels.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Embeddings, as for `fit`; rows without a partner are left out.
+            Embeddings, as for `fit`; rows with fewer than two modalities are ignored.
 
         y : None
-            Not used.
+            Ignored.
 
         Returns
         -------
         recall : float
-            From 0 to 1.
+            Recall between 0 and 1.
 
         Raises
         ------
@@ -190,30 +196,31 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         parts = self._read(X, reset=False)
-        codes = {name: _content_codes(part) for name, part in parts.items()}
-        z = {name: self._embed(name, part, "pooled") for name, part in parts.items()}
+        codes, vectors = {}, {}
+        for name, part in parts.items():
+            codes[name] = _content_codes(part)
+            vectors[name] = self._embed(name, part, "pooled")
         recalls = []
         for a, b in combinations(parts, 2):
             pairs = (codes[a] >= 0) & (codes[b] >= 0)
-            if pairs.any():
-                alike = _groups(codes[a][pairs], codes[b][pairs])
-                recalls += [
-                    retrieval_recall(z[one][pairs], z[other][pairs], labels=alike)
-                    for one, other in ((a, b), (b, a))
-                ]
+            if not pairs.any():
+                continue
+            groups = _content_groups(codes[a][pairs], codes[b][pairs])
+            a, b = vectors[a][pairs], vectors[b][pairs]
+            recalls.append(retrieval_recall(a, b, labels=groups))
+            recalls.append(retrieval_recall(b, a, labels=groups))
         if not recalls:
-            raise ValueError(
-                f"None of the {len(next(iter(z.values())))} rows has two modalities."
-            )
+            n_rows = len(next(iter(codes.values())))
+            raise ValueError(f"None of the {n_rows} rows has two modalities.")
         return float(np.mean(recalls))
 
     def get_feature_names_out(self, input_features=None):
-        """Name the output columns ``<block>__<number>``.
+        """Return the names of the output columns, ``<block>__<number>``.
 
         Parameters
         ----------
         input_features : None
-            Not used.
+            Ignored.
 
         Returns
         -------
@@ -221,18 +228,18 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             The names.
         """
         check_is_fitted(self)
-        return np.array(
-            [f"{name}__{i}" for name in self.widths_ for i in range(self._n_columns())],
-            dtype=object,
-        )
+        n_columns = self._n_columns()
+        names = [f"{name}__{i}" for name in self.widths_ for i in range(n_columns)]
+        return np.array(names, dtype=object)
 
     def _n_columns(self):
-        """Return how many columns each modality has in the output."""
+        """Return the number of output columns of each modality."""
         return self.structure_["n_components"]
 
     def _read(self, X, *, reset):
-        """Return the rows of each modality: cells of tokens, or vectors, (n_samples, 1, width)."""
+        """Return the rows of each modality: vectors (n_samples, 1, width), or cells of tokens."""
         tokens = token_columns(X)
+        columns = None
         if tokens.any() or (not reset and any(self.holds_tokens_.values())):
             X = as_table(X)
             validate_data(self, X, skip_check_array=True, reset=reset)
@@ -242,301 +249,217 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             X = validate_data(
                 self, X, dtype=np.float32, ensure_all_finite="allow-nan", reset=reset
             )
-            columns = None
         if reset:
             self._find_blocks(X, tokens, columns)
-        for name, part in self.blocks_.items():
-            if tokens.any() and tokens[part].any() and not self.holds_tokens_[name]:
+        parts = {}
+        for name, block in self.blocks_.items():
+            if tokens.any() and tokens[block].any() and not self.holds_tokens_[name]:
                 raise ValueError(
-                    f"Block {name!r} holds a column of tokens, but held numbers in fit."
+                    f"Block {name!r} has a column of tokens, but had numbers in fit."
                 )
-        if columns is not None:
-            return {name: self._read_columns(name, columns) for name in self.blocks_}
-        for name, part in self.blocks_.items():
-            observed_in_block(X, name, part)
-        return {name: X[:, part][:, None] for name, part in self.blocks_.items()}
+            if columns is None:
+                observed_in_block(X, name, block)
+                parts[name] = X[:, block][:, None]
+            else:
+                parts[name] = self._read_columns(name, columns)
+        return parts
 
     def _find_blocks(self, X, tokens, columns):
-        """Set which columns are whose, and whether they hold tokens."""
+        """Set the columns of each modality, their widths, and which of them are tokens."""
+        n_columns = X.shape[1]
         names = getattr(self, "feature_names_in_", None)
         if names is not None and len(tokens) and self.blocks is None:
-            # A column of tokens is a modality by itself: its name need not say which.
-            names = [
-                name if "__" in name or not token else f"{name}__"
-                for name, token in zip(names, tokens, strict=True)
-            ]
-        self.blocks_ = resolve_blocks(self.blocks, names, X.shape[1])
+            # A column of tokens is a modality by itself, so its name needs no separator.
+            names = list(names)
+            for position in np.flatnonzero(tokens):
+                if "__" not in names[position]:
+                    names[position] += "__"
+        self.blocks_ = resolve_blocks(self.blocks, names, n_columns)
         if len(self.blocks_) < 2:
             raise ValueError(
-                f"A shared space needs at least two modalities, but the n_features={X.shape[1]} "
-                f"columns hold the blocks {list(self.blocks_)} only."
+                f"A shared space requires at least two modalities, but the n_features={n_columns} "
+                f"columns form the blocks {list(self.blocks_)}."
             )
-        positions = {
-            name: np.arange(X.shape[1])[part] for name, part in self.blocks_.items()
-        }
-        self.holds_tokens_ = {
-            name: bool(len(tokens) and tokens[part].any())
-            for name, part in positions.items()
-        }
-        for name, part in positions.items():
-            if self.holds_tokens_[name] and len(part) > 1:
-                raise ValueError(
-                    f"Block {name!r} holds a column of tokens among its {len(part)} columns; such "
-                    "a column is a block by itself. Name the others otherwise, or pass blocks."
-                )
-        if self.blocks is None and "missing" in positions:
+        if self.blocks is None and "missing" in self.blocks_:
             raise ValueError(
-                "The block 'missing' says which modalities rows have, and is none itself. Leave it "
-                "out: set add_indicator=False in the union."
+                "The block 'missing' indicates missing modalities and is not a modality. Exclude "
+                "it: set add_indicator=False in the union."
             )
-        self.widths_ = {name: len(part) for name, part in positions.items()}
-        for name in self.widths_:
-            if self.holds_tokens_[name]:
-                cells = read_tokens(columns[positions[name][0]], name)
-                self.widths_[name] = next(
-                    cell.shape[1] for cell in cells if cell is not None
+        self.widths_, self.holds_tokens_ = {}, {}
+        for name, block in self.blocks_.items():
+            positions = np.arange(n_columns)[block]
+            width = len(positions)
+            holds_tokens = len(tokens) > 0 and bool(tokens[block].any())
+            if holds_tokens and width > 1:
+                raise ValueError(
+                    f"Block {name!r} has a column of tokens among its {width} columns, but a "
+                    "column of tokens is a block by itself. Rename the other columns, or pass "
+                    "blocks."
                 )
+            if holds_tokens:
+                cells = read_tokens(columns[positions[0]], name)
+                width = next(cell.shape[1] for cell in cells if cell is not None)
+            self.widths_[name], self.holds_tokens_[name] = width, holds_tokens
 
     def _read_columns(self, name, columns):
-        """Return the rows of one modality of a table that has columns of tokens."""
+        """Return the rows of one modality of a table with columns of tokens."""
         positions = np.arange(len(columns))[self.blocks_[name]]
         if self.holds_tokens_[name]:
             return read_tokens(columns[positions[0]], name, self.widths_[name])
-        part = np.stack(
-            [np.asarray(columns[i], dtype=np.float32) for i in positions], axis=1
-        )
+        numbers = [np.asarray(columns[i], dtype=np.float32) for i in positions]
+        part = np.stack(numbers, axis=1)
         observed_in_block(part, name, slice(None))
         return part[:, None]
 
     def _read_one(self, X, modality):
-        """Return the rows of the one modality that X holds."""
-        if self.holds_tokens_[modality]:
-            seen = np.arange(self.n_features_in_)[self.blocks_[modality]]
-            check_names(X, modality, getattr(self, "feature_names_in_", None), seen)
-            if len(getattr(X, "shape", ())) == 2:
-                if X.shape[1] != 1:
-                    raise ValueError(
-                        f"Block {modality!r} is one column of tokens; got {X.shape[1]} columns. "
-                        "Give the column of that modality alone."
-                    )
-                X = take_columns(X, [0], scalar=True)
-            return read_tokens(X, modality, self.widths_[modality])
-        check_vectors(X, self)
-        X = check_one_block(self, X, modality, np.float32)
-        return X[:, None]
+        """Return the rows of a table with one modality only."""
+        if not self.holds_tokens_[modality]:
+            check_vectors(X, self)
+            return check_one_block(self, X, modality, np.float32)[:, None]
+        columns = np.arange(self.n_features_in_)[self.blocks_[modality]]
+        fitted_names = getattr(self, "feature_names_in_", None)
+        check_names(X, modality, fitted_names, columns)
+        if len(getattr(X, "shape", ())) == 2:
+            if X.shape[1] != 1:
+                raise ValueError(
+                    f"Block {modality!r} is one column of tokens; got {X.shape[1]} columns. "
+                    "Pass the column of this modality alone."
+                )
+            X = take_columns(X, [0], scalar=True)
+        return read_tokens(X, modality, self.widths_[modality])
 
-    def _check_network(self, parts):
-        """Refuse a network that cannot be made, before anything is trained."""
+    def _check_network(self):
+        """Refuse parameters from which no network can be made."""
         if getattr(self, "n_layers", 1) and self.n_components % self.n_heads:
             raise ValueError(
-                f"n_components={self.n_components} cannot be split among n_heads={self.n_heads}; "
-                "it must be a multiple of that."
-            )
-        tokens = [name for name, part in parts.items() if self.holds_tokens_[name]]
-        if self.mixup and tokens:
-            raise ValueError(
-                f"mixup mixes vectors, but {tokens} are tokens, of which the third of one row has "
-                "nothing to do with that of another. Use pooled embeddings, or mixup=False."
+                f"n_components={self.n_components} must be a multiple of n_heads={self.n_heads}."
             )
 
-    def _check_pairs(self, parts):
-        """Return the rows to train on, those that have at least two modalities."""
-        there = np.stack([_lengths(part) > 0 for part in parts.values()], axis=1)
-        rows = np.flatnonzero(there.sum(axis=1) >= 2)
-        counts = dict(zip(parts, there.sum(axis=0).tolist(), strict=True))
+    def _find_pairs(self, parts):
+        """Return the training rows, which have at least two modalities."""
+        observed = np.stack([_n_tokens(part) > 0 for part in parts.values()], axis=1)
+        rows = np.flatnonzero(observed.sum(axis=1) >= 2)
+        counts = dict(zip(parts, observed.sum(axis=0).tolist(), strict=True))
         if len(rows) < 2:
             raise ValueError(
-                f"{len(rows)} of n_samples={len(there)} rows have two modalities, and at least two "
-                f"such rows, pairs, are needed. Rows with each modality: {counts}."
+                f"{len(rows)} of n_samples={len(observed)} rows have two modalities, but at least "
+                f"two such rows (pairs) are required. Rows with each modality: {counts}."
             )
         for name, part in parts.items():
             codes = _content_codes(part[rows])
             codes = codes[codes >= 0]
             if not len(codes):
                 raise ValueError(
-                    f"No row has {name!r} together with another modality, so its place in the "
-                    f"space cannot be learnt. Rows with each modality: {counts}."
+                    f"No row has {name!r} together with another modality, so it cannot be "
+                    f"aligned. Rows with each modality: {counts}."
                 )
             if (codes == codes[0]).all():
                 raise ValueError(
-                    f"The {len(codes)} pairs with {name!r} all hold the same in it, so that "
-                    "nothing tells them apart. Check the step before."
+                    f"The {len(codes)} pairs with {name!r} all have the same content in it, so "
+                    "they cannot be distinguished. Check the previous step of the pipeline."
                 )
         return rows
 
-    def _check_goes_on(self):
-        """Refuse to go on training in a network of another shape."""
-        if self.structure_ != self._structure():
-            raise ValueError(
-                "The fitted network has another structure than the parameters ask for, so training "
-                f"cannot go on: {self.structure_}, not {self._structure()}. Clone the encoder to "
-                "start anew."
-            )
-
-    def _train(self, parts, rows, goes_on, make_watch):
-        """Train the network; with `_embed` the only place that needs torch."""
-        from sklembed._torch import to_tensor
-        from sklembed._training import Rows, Trained, TrainingOptions, train
-
-        seed = draw_seed(self.random_state)
-        start = Trained(self.weights_, self.history_, {}) if goes_on else None
-        scaling = [
-            _moments(part[rows], self.widths_[name], self.standardize)
-            for name, part in parts.items()
-        ]
-        codes = np.stack([_content_codes(part) for part in parts.values()], axis=1)
-        padded = [_dense(part, self.widths_[name]) for name, part in parts.items()]
-        shapes = [part.shape[1:] for part in padded]
-
-        def make_module(generator):
-            network = self._make_network(self.structure_, shapes, generator)
-            network.initialize(
-                [
-                    tuple(to_tensor(m, generator.device) for m in both)
-                    for both in scaling
-                ]
-            )
-            return network
-
-        split = Rows(rows)
-        if self.early_stopping:
-            split = Rows(*hold_back(rows, None, self.validation_fraction, seed))
-            if min(len(split.train), len(split.valid)) < 2:
-                raise ValueError(
-                    f"early_stopping with validation_fraction={self.validation_fraction} holds "
-                    f"{len(split.valid)} of {len(rows)} pairs back, and a pair alone has nothing "
-                    "to be told from. Change it, or switch early stopping off."
-                )
-        objective = _Objective(
-            self.direction_weight,
-            self.structure_weight,
-            self.mask_duplicates and not self.mixup,
-        )
-        trained = train(
-            make_module,
-            objective,
-            np.concatenate([part.reshape(len(part), -1) for part in padded], axis=1),
-            codes,
-            [split],
-            TrainingOptions.of(self, seed),
-            start=start,
-            on_epoch=make_watch(objective),
-        )
-        if len(objective.noted(trained.history)) < len(trained.history):
-            objective.end_epoch()  # that of the epoch which was told to stop
-        self._keep(trained.history, trained.weights, objective)
-
-    def _keep(self, history, weights, objective):
-        """Set what training has led to."""
-        self.weights_ = weights
-        self.history_ = objective.noted(history)
-        self.n_iter_ = len(self.history_)
+    def _set_trained(self, history, weights):
         from sklembed.nn.crossmodal import SCALES
 
+        super()._set_trained(history, weights)
         scale = np.clip(np.exp(np.float64(weights["log_scale"])), *SCALES)
         self.temperature_ = float(1 / scale)
 
-    def _watch(self, context, X, y, objective):
-        """Return a function that is told of each epoch: it notes similarities, tells callbacks."""
-        names = ("weights_", "history_", "n_iter_", "temperature_", "structure_")
-
-        def so_far(history, weights):
-            self._keep(history, weights, objective)
-            return {name: getattr(self, name) for name in names}
-
-        tell = _callbacks.each_epoch(self, context, X, y, so_far)
+    def _watch(self, objective, report):
+        """Return a function that records the similarities of an epoch and reports the epoch."""
 
         def after_epoch(history, weights):
             objective.end_epoch()
-            return tell is not None and tell(history, weights)
+            return report is not None and report(objective.record(history), weights)
 
         return after_epoch
 
-    def _warn_of_collapse(self):
-        """Warn if pairs and other rows have become the same."""
-        last = [entry for entry in self.history_ if entry.get("valid_loss_best", True)][
-            -1
-        ]
-        if last["negative_similarity"] > _COLLAPSED:
+    def _warn_if_collapsed(self):
+        """Warn if pairs and non-pairs have nearly the same similarity."""
+        for entry in reversed(self.history_):  # the last epoch that improved
+            if entry.get("valid_loss_best", True):
+                break
+        if entry["negative_similarity"] > _COLLAPSED:
             warnings.warn(
-                f"{type(self).__name__} has collapsed: rows that are no pair have a similarity of "
-                f"{last['negative_similarity']:.3f}, pairs of {last['positive_similarity']:.3f}. "
-                "Lower lr, start at a lower temperature, or train for more epochs.",
+                f"{type(self).__name__} has collapsed: the mean similarity is "
+                f"{entry['negative_similarity']:.3f} for non-pairs and "
+                f"{entry['positive_similarity']:.3f} for pairs. Lower lr or the initial "
+                "temperature, or train for more epochs.",
                 stacklevel=2,
             )
 
-    def _embed(self, name, part, output=None):
-        """Map rows of one modality by the fitted network; NaN, or None, where a row has none."""
+    def _embed(self, name, part, output):
+        """Map rows of one modality by the fitted network; missing rows are NaN, or None."""
         import torch
 
         network = self._fitted_network()
         modality = list(self.widths_).index(name)
-        output = self._output() if output is None else output
         if output == "tokens":
-            found = np.full((len(part), 1), None, dtype=object)
+            embedded = np.full((len(part), 1), None, dtype=object)
         else:
-            width = self.structure_["n_components"]
-            found = np.full((len(part), width), np.nan, dtype=np.float32)
+            n_components = self.structure_["n_components"]
+            embedded = np.full((len(part), n_components), np.nan, dtype=np.float32)
         with torch.inference_mode():
-            for rows in _batches(_lengths(part)):
+            for rows in _batches_by_length(_n_tokens(part)):
                 tokens = torch.from_numpy(_dense(part[rows], self.widths_[name]))
-                there = ~tokens[..., 0].isnan()
+                observed = ~tokens[..., 0].isnan()
                 tokens = network.standardized(tokens, modality)
-                if output == "tokens":
-                    adapted = network.adapt(tokens, there, modality).numpy()
-                    for row, vectors, keep in zip(
-                        rows, adapted, there.numpy(), strict=True
-                    ):
-                        found[row, 0] = vectors[keep]
-                else:
-                    found[rows] = network.unit(tokens, there, modality).numpy()
-        return found
+                if output == "pooled":
+                    embedded[rows] = network.unit(tokens, observed, modality).numpy()
+                    continue
+                adapted = network.adapt(tokens, observed, modality).numpy()
+                for row, vectors, mask in zip(
+                    rows, adapted, observed.numpy(), strict=True
+                ):
+                    embedded[row, 0] = vectors[mask]
+        return embedded
 
-    def _output(self):
-        """Return what `transform` is asked for."""
+    def _checked_output(self):
+        """Return the kind of output of `transform`."""
         return "pooled"
 
-    def _fitted_network(self):
-        """Rebuild the network around the fitted weights."""
-        from sklembed._torch import rebuilt
-
-        return rebuilt(self._make_network(self.structure_), self.weights_)
-
-    def _structure(self):
-        """Return the parameters that say what the network is made of; fit keeps them."""
+    def _make_structure(self):
+        """Return the parameters that determine the shapes of the network."""
         return {
             "n_components": self.n_components,
             "n_heads": self.n_heads,
             "dim_feedforward": self.dim_feedforward,
         }
 
-    def _make_network(self, structure, shapes=None, generator=None):
-        """Make the network, without weights; on the meta device unless a generator is given."""
+    def _make_network(self, scaling, shapes, generator):
+        """Return the network, with weights drawn from the generator."""
+        from sklembed._torch import to_tensors
+
+        network = self._empty_network(shapes, generator)
+        network = network.to_empty(device=generator.device)
+        network.initialize(to_tensors(scaling, generator.device))
+        return network
+
+    def _fitted_network(self):
+        """Return the network with the fitted weights."""
+        from sklembed._torch import rebuilt
+
+        shapes = [
+            (1, width) for width in self.widths_.values()
+        ]  # for any number of tokens
+        return rebuilt(self._empty_network(shapes), self.weights_)
+
+    def _empty_network(self, shapes, generator=None):
+        """Return the network on the meta device, without weights."""
         import torch
 
-        if shapes is None:
-            shapes = [
-                (1, width) for width in self.widths_.values()
-            ]  # no weight depends on tokens
         with torch.device("meta"):
-            network = self._network_class()(
+            return self._network_class()(
                 shapes,
-                **structure,
+                **self.structure_,
                 dropout=self.dropout,
                 input_dropout=self.input_dropout,
                 temperature=self.temperature,
-                mixup=self.mixup,
                 chunk_size=self.chunk_size,
                 generator=generator,
             )
-        return (
-            network if generator is None else network.to_empty(device=generator.device)
-        )
-
-    @property
-    def n_parameters_(self):
-        """Number of trained parameters."""
-        return n_trained(self.weights_)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -545,155 +468,157 @@ class _CrossModalEncoder(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
 
 class SharedFusionEncoder(_CrossModalEncoder):
-    """Move modalities into one space by a small encoder that they share (LightCRL [1]_).
+    """Align modalities by a small encoder with a learned context per modality (LightCRL [1]_).
 
-    Each modality is projected to one width; a learnt context says which modality it is, and is
-    fused with its vectors; one transformer layer, the same for all, follows, and the mean over
-    tokens. Trained on pairs by the symmetric contrastive loss, without labels. No row ever sees
-    another, so its vector is the same alone, in any batch, with or without its partner.
+    Each modality is projected to the same width and fused with a learned context vector of the
+    modality. One transformer layer, shared by all modalities, and the mean over tokens follow.
+    The symmetric contrastive loss on unlabelled pairs trains the network. Rows do not influence
+    each other: the vector of a row is the same alone, in any batch, with or without its partner.
 
-    The released code of [1]_ differs in three ways: it starts at an almost flat temperature
-    (``temperature=exp(-0.07)``, about .93, is its start), lets padding into attention and mean, and
-    keeps other captions of the same picture as negatives (``mask_duplicates=False``). Its sizes are
-    ``n_components=256, n_heads=4, dim_feedforward=2048, dropout=0.1, input_dropout=0``. What the
-    layers add to their input starts at 0 here.
+    The released code of [1]_ differs in three ways: its initial temperature is
+    ``exp(-0.07)``, about 0.93; padding takes part in attention and mean; and other captions of the
+    same image are negatives (``mask_duplicates=False``). Its sizes are ``n_components=256,
+    n_heads=4, dim_feedforward=2048, dropout=0.1, input_dropout=0``. Here, the residual branches of
+    the transformer layer start at 0.
 
     Parameters
     ----------
     n_components : int, default=256
-        Width of the shared space.
+        Number of dimensions of the shared space.
 
     fusion : {"add", "multiply", "concat", "additive", "general", "scaled_dot"}, default="add"
-        How a context enters: the first three work on any block; the last three, attentions of the
-        context over a row's vectors, need columns of tokens (over one vector the softmax is 1).
+        Fusion of context and tokens. The first three support any block. The last three are
+        attentions of the context over the tokens of a row and require columns of tokens, because
+        over one vector the softmax is 1.
 
     blocks : dict of str to columns, or None, default=None
-        The columns of each modality: a slice, or a list of positions or names. None reads them
-        from names such as ``text__0``, which :class:`PerModalityUnion` gives under
+        The columns of each modality: a slice, a list of positions or names, a boolean
+        mask, or a callable that takes the table. If None, blocks are read from column
+        names such as ``text__0``, as :class:`PerModalityUnion` produces under
         ``set_output(transform="pandas")``. A column of tokens is a block by itself.
 
     n_heads : int, default=4
-        Heads of the attention; must divide `n_components`.
+        Number of attention heads; must divide `n_components`.
 
     dim_feedforward : int, default=512
-        Hidden units of the transformer layer; 2048 in [1]_.
+        Hidden units of a transformer layer; 2048 in [1]_.
 
     dropout : float, default=0.5
-        Probability of zeroing a unit in training; .1 in [1]_.
+        Dropout probability of hidden units during training.
 
     input_dropout : float, default=0.5
-        Probability of zeroing a number of the input in training; 0 in [1]_.
+        Dropout probability of the entries of the input during training; 0 in [1]_.
 
     share_layer : bool, default=True
-        Whether modalities share the fusion and the layer; False gives each its own.
+        Whether modalities share fusion and transformer layer.
 
     temperature : float, default=0.07
-        What similarities are divided by at first; learnt, and kept from .01 to 1.
+        Initial temperature by which similarities are divided. It is learned, within
+        [0.01, 1].
 
     direction_weight : float, default=0.5
-        Share of the loss in which an earlier block's rows look for a later block's.
+        Weight of the loss that retrieves a later block by an earlier block; the opposite
+        direction has the remaining weight.
 
     mask_duplicates : bool, default=True
-        Whether rows that hold the same in one modality are no negatives of each other. With `mixup`
-        no two rows hold the same, so that it has no effect.
-
-    mixup : bool, default=False
-        Whether a batch's rows are mixed with each other, all modalities by the same share [2]_.
-
-    structure_weight : float, default=0.0
-        Weight of a loss that keeps each modality's similarities as they were before [3]_.
+        Whether to exclude rows with identical content in one modality from each other's
+        negatives.
 
     standardize : bool, default=True
-        Whether columns are brought to mean 0 and variance 1 first.
+        Whether to standardise the columns of the input.
 
     chunk_size : int or None, default=None
-        Rows whose activations are held at a time in training, so that large batches fit into
-        memory; gradients are those of the whole batch, but for what dropout draws [4]_.
+        Micro-batch size for gradient caching [2]_. Reduces memory; gradients equal those of
+        the full batch up to dropout noise.
 
     max_epochs : int, default=30
-        Passes over the pairs.
+        Number of passes over the training rows.
 
     batch_size : int, default=256
-        Pairs of a step, each the others' negatives; all of them where there are fewer.
+        Maximum number of rows in a batch. An epoch is split into batches of nearly equal
+        size. The other rows of a batch are the negatives of a row.
 
-    lr : float, default=0.001
+    lr : float, default=1e-3
         Learning rate of AdamW.
 
-    weight_decay : float, default=0.001
+    weight_decay : float, default=1e-3
         Weight decay of AdamW.
 
     early_stopping : bool, default=False
-        Whether to hold pairs back, stop when their loss gets no better, and return to the best.
+        Whether to stop when the loss on a held-out validation set stops improving and
+        restore the best weights.
 
     validation_fraction : float, default=0.1
-        Share of the pairs that early stopping holds back.
+        Fraction of the training rows in the validation set. Ignored without
+        `early_stopping`.
 
     n_iter_no_change : int, default=10
-        Epochs without gain after which it stops.
+        Number of epochs without improvement before early stopping.
 
     warm_start : bool, default=False
-        Whether `fit` goes on from the weights at hand. The part that early stopping
-        holds back is the same if `random_state` is an integer.
+        Whether `fit` continues from the weights of the previous fit. The validation set
+        stays the same if `random_state` is an integer.
 
     device : str, default="auto"
-        Where to train: "auto", "cpu", "cuda", …
+        Device to train on: a torch device such as "cpu" or "cuda". "auto" uses an
+        accelerator if there is one.
 
     random_state : int, RandomState instance or None, default=None
-        Seeds weights, dropout, batches and the part held back.
+        Seeds all random choices, such as the initial weights, dropout and the order of
+        rows. Pass an int for reproducible results.
 
     verbose : int, default=0
-        Above 0, skorch prints a line each epoch.
+        Verbosity. If greater than 0, skorch prints a line for each epoch.
 
     skorch_params : dict or None, default=None
-        Further options of skorch's net, such as callbacks.
+        Further arguments of :class:`skorch.NeuralNet`, such as ``{"callbacks": [...]}``.
+        They override the other parameters.
 
     Attributes
     ----------
     context_similarity_ : ndarray of shape (n_modalities, n_modalities)
-        Cosines of the contexts that tokens are fused with. At 1 a context does not say which
-        modality it is; `fit` warns of it.
+        Cosine similarity of the contexts. At 1, contexts do not distinguish the modalities, and
+        `fit` warns.
 
     weights_ : dict of str to ndarray
-        The network.
+        Weights of the network.
 
     history_ : list of dict
-        For each epoch "train_loss", "positive_similarity" and "negative_similarity" (mean cosine
-        of pairs, and of other rows, in training), with early stopping "valid_loss".
+        An entry for each epoch with "train_loss", "positive_similarity" and
+        "negative_similarity" (mean cosine of pairs and of non-pairs in training), and
+        "valid_loss" with early stopping.
 
     n_iter_ : int
         Number of epochs.
 
     temperature_ : float
-        The temperature learnt.
+        The learned temperature.
 
     n_parameters_ : int
         Number of trained parameters.
 
     structure_ : dict
-        The parameters that the network is made of, as they were in `fit`.
+        The arguments that determine the shapes of the network.
 
     blocks_, widths_, holds_tokens_ : dict
-        Columns of each modality, the width of its vectors, and whether it is a column of tokens.
+        For each modality: its columns, the width of its vectors, and whether it is a column of
+        tokens.
 
     n_features_in_ : int
         Number of columns seen during fit.
 
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Their names, where `X` has them.
+        Names of the columns seen during fit. Defined only if `X` has string column names.
 
     See Also
     --------
-    CrossAttentionAdaptor : Learnt queries in place of contexts.
+    CrossAttentionAdaptor : Learned queries in place of contexts.
     CanonicalAligner : The closed form, for two modalities.
 
     References
     ----------
     .. [1] Faye et al. Lightweight Cross-Modal Representation Learning. arXiv 2403.04650.
-    .. [2] Vouitsis et al. Data-Efficient Multimodal Fusion on a Single GPU (FuseMix).
-       arXiv 2312.10144.
-    .. [3] With Limited Data for Multimodal Alignment, Let the STRUCTURE Guide You.
-       arXiv 2506.16895.
-    .. [4] Gao et al. Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup.
+    .. [2] Gao et al. Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup.
        arXiv 2101.06983.
 
     Examples
@@ -731,8 +656,6 @@ class SharedFusionEncoder(_CrossModalEncoder):
         temperature=0.07,
         direction_weight=0.5,
         mask_duplicates=True,
-        mixup=False,
-        structure_weight=0.0,
         standardize=True,
         chunk_size=None,
         max_epochs=30,
@@ -759,8 +682,6 @@ class SharedFusionEncoder(_CrossModalEncoder):
         self.temperature = temperature
         self.direction_weight = direction_weight
         self.mask_duplicates = mask_duplicates
-        self.mixup = mixup
-        self.structure_weight = structure_weight
         self.standardize = standardize
         self.chunk_size = chunk_size
         self.max_epochs = max_epochs
@@ -781,185 +702,192 @@ class SharedFusionEncoder(_CrossModalEncoder):
 
         return SharedFusionNetwork
 
-    def _structure(self):
-        return super()._structure() | {
+    def _make_structure(self):
+        return super()._make_structure() | {
             "fusion": self.fusion,
             "share_layer": self.share_layer,
         }
 
-    def _check_network(self, parts):
-        super()._check_network(parts)
-        pooled = [name for name in parts if not self.holds_tokens_[name]]
+    def _check_network(self):
+        super()._check_network()
+        pooled = [name for name in self.blocks_ if not self.holds_tokens_[name]]
         if pooled and self.fusion in ATTENTION_FUSIONS:
             raise ValueError(
                 f"fusion={self.fusion!r} is an attention over the tokens of a row, but block "
-                f"{pooled[0]!r} holds one pooled vector a row, where the softmax over a single key "
-                "is 1 and attends to nothing. Use columns of tokens, from "
-                "FrozenEncoder(output='tokens'), or fusion='add', 'multiply' or 'concat'."
+                f"{pooled[0]!r} has one vector per row, for which the softmax is 1. Use columns "
+                "of tokens, from FrozenEncoder(output='tokens'), or fusion='add', 'multiply' or "
+                "'concat'."
             )
 
-    def _keep(self, history, weights, objective):
-        super()._keep(history, weights, objective)
+    def _set_trained(self, history, weights):
         import torch
 
+        super()._set_trained(history, weights)
         with torch.inference_mode():
             contexts = self._fitted_network().embedded_contexts().double().numpy()
         norms = np.linalg.norm(contexts, axis=1, keepdims=True)
         contexts /= np.maximum(norms, np.finfo(np.float64).tiny)
         self.context_similarity_ = contexts @ contexts.T
 
-    def _warn_of_collapse(self):
-        super()._warn_of_collapse()
+    def _warn_if_collapsed(self):
+        super()._warn_if_collapsed()
         names = list(self.widths_)
         for a, b in combinations(range(len(names)), 2):
             if self.context_similarity_[a, b] > _SAME_CONTEXT:
                 warnings.warn(
                     f"The contexts of {names[a]!r} and {names[b]!r} have collapsed: their cosine "
-                    f"is {self.context_similarity_[a, b]:.3f}, so that the encoder cannot tell "
-                    "which it sees. Train with another random_state, or a lower lr.",
+                    f"is {self.context_similarity_[a, b]:.3f}, so the encoder cannot distinguish "
+                    "the modalities. Change random_state, or lower lr.",
                     stacklevel=2,
                 )
 
 
 class CrossAttentionAdaptor(_CrossModalEncoder):
-    """Move modalities into one space by attention layers that they share (Adaptor [1]_).
+    """Align modalities by shared attention layers with learned queries (Adaptor [1]_).
 
-    Each modality is projected to one width and unit length. A few learnt queries, common to all
-    modalities, attend to its vectors in layers that all modalities share; their mean is the row's
-    vector. Trained on pairs by a contrastive loss, without labels. No row ever sees another, so its
-    vector is the same alone, in any batch, with or without its partner.
+    Each modality is projected to the same width and unit length. A few learned queries attend to
+    its vectors in layers; queries and layers are shared by all modalities. The mean of the queries
+    is the vector of the row. A contrastive loss on unlabelled pairs trains the network. Rows do not
+    influence each other: the vector of a row is the same alone, in any batch, with or without its
+    partner.
 
-    In the released code of [1]_ the partner's pooled vector is the query. Attention over the one
-    vector of a row is 1 whatever the query, so nothing is mixed between modalities, and what
-    remains is the layers' feed-forward part: ``n_queries=0`` computes just that. Downstream, that
-    code attends across the rows of a batch, so that a prediction depends on who else is in it; this
-    one never does. Its sizes are ``n_components=768, n_layers=2, n_heads=12, dim_feedforward=2048,
-    n_queries=0, dropout=0.1, input_dropout=0, direction_weight=0.75, mask_duplicates=False`` with
-    texts as the first block. What the layers add to their input starts at 0 here.
+    In the released code of [1]_ the query is the pooled vector of the partner. Attention over the
+    single vector of a row is 1 for any query, so modalities are not mixed and only the feed-forward
+    part of the layers remains; ``n_queries=0`` computes just that. Downstream, the released code
+    attends across the rows of a batch, so that a prediction depends on the other rows; this
+    implementation does not. The sizes of that code are ``n_components=768, n_layers=2, n_heads=12,
+    dim_feedforward=2048, n_queries=0, dropout=0.1, input_dropout=0, direction_weight=0.75,
+    mask_duplicates=False`` with texts as the first block. Here, the residual branches of the layers
+    start at 0.
 
     Parameters
     ----------
     n_components : int, default=256
-        Width of the shared space; 768 in [1]_.
+        Number of dimensions of the shared space; 768 in [1]_.
 
     n_queries : int, default=2
-        Learnt queries; 0 lets the vectors of a row attend to each other, and the row is their mean,
-        as it is with ``output="tokens"``, where queries are of no use.
+        Number of learned queries. With 0 the vectors of a row attend to each other, and the vector
+        of the row is their mean; so it is with ``output="tokens"``, which has no use for queries.
 
     n_layers : int, default=1
-        Attention layers; 2 in [1]_.
+        Number of attention layers; 2 in [1]_.
 
     output : {"pooled", "tokens"}, default="pooled"
-        What `transform` gives, and so what is trained: a vector for each row, or an adapted one for
-        each of its tokens, in one object column for each modality, as
-        ``FrozenEncoder(output="tokens")`` does.
+        Output of `transform`, and therefore of the network in training: one vector per row, or an
+        adapted vector per token, in one object column for each modality, as from
+        ``FrozenEncoder(output="tokens")``.
 
     blocks : dict of str to columns, or None, default=None
-        The columns of each modality: a slice, or a list of positions or names. None reads them
-        from names such as ``text__0``, which :class:`PerModalityUnion` gives under
+        The columns of each modality: a slice, a list of positions or names, a boolean
+        mask, or a callable that takes the table. If None, blocks are read from column
+        names such as ``text__0``, as :class:`PerModalityUnion` produces under
         ``set_output(transform="pandas")``. A column of tokens is a block by itself.
 
     n_heads : int, default=4
-        Heads of the attention; must divide `n_components`.
+        Number of attention heads; must divide `n_components`.
 
     dim_feedforward : int, default=512
-        Hidden units of a layer; 2048 in [1]_.
+        Hidden units of a transformer layer; 2048 in [1]_.
 
     dropout : float, default=0.5
-        Probability of zeroing a unit in training; .1 in [1]_.
+        Dropout probability of hidden units during training. 0.1 in [1]_.
 
     input_dropout : float, default=0.5
-        Probability of zeroing a number of the input in training; 0 in [1]_.
+        Dropout probability of the entries of the input during training; 0 in [1]_.
 
     temperature : float, default=0.07
-        What similarities are divided by at first; learnt, and kept from .01 to 1.
+        Initial temperature by which similarities are divided. It is learned, within
+        [0.01, 1].
 
     direction_weight : float, default=0.5
-        Share of the loss in which an earlier block's rows look for a later block's.
+        Weight of the loss that retrieves a later block by an earlier block; the opposite
+        direction has the remaining weight.
 
     mask_duplicates : bool, default=True
-        Whether rows that hold the same in one modality are no negatives of each other. With `mixup`
-        no two rows hold the same, so that it has no effect.
-
-    mixup : bool, default=False
-        Whether a batch's rows are mixed with each other, all modalities by the same share [2]_.
-
-    structure_weight : float, default=0.0
-        Weight of a loss that keeps each modality's similarities as they were before [3]_.
+        Whether to exclude rows with identical content in one modality from each other's
+        negatives.
 
     standardize : bool, default=False
-        Whether columns are brought to mean 0 and variance 1 first.
+        Whether to standardise the columns of the input.
 
     chunk_size : int or None, default=None
-        Rows whose activations are held at a time in training, so that large batches fit into
-        memory; gradients are those of the whole batch, but for what dropout draws [4]_.
+        Micro-batch size for gradient caching [2]_. Reduces memory; gradients equal those of
+        the full batch up to dropout noise.
 
     max_epochs : int, default=30
-        Passes over the pairs.
+        Number of passes over the training rows.
 
     batch_size : int, default=256
-        Pairs of a step, each the others' negatives; all of them where there are fewer.
+        Maximum number of rows in a batch. An epoch is split into batches of nearly equal
+        size. The other rows of a batch are the negatives of a row.
 
-    lr : float, default=0.001
+    lr : float, default=1e-3
         Learning rate of AdamW.
 
-    weight_decay : float, default=0.001
+    weight_decay : float, default=1e-3
         Weight decay of AdamW.
 
     early_stopping : bool, default=False
-        Whether to hold pairs back, stop when their loss gets no better, and return to the best.
+        Whether to stop when the loss on a held-out validation set stops improving and
+        restore the best weights.
 
     validation_fraction : float, default=0.1
-        Share of the pairs that early stopping holds back.
+        Fraction of the training rows in the validation set. Ignored without
+        `early_stopping`.
 
     n_iter_no_change : int, default=10
-        Epochs without gain after which it stops.
+        Number of epochs without improvement before early stopping.
 
     warm_start : bool, default=False
-        Whether `fit` goes on from the weights at hand. The part that early stopping
-        holds back is the same if `random_state` is an integer.
+        Whether `fit` continues from the weights of the previous fit. The validation set
+        stays the same if `random_state` is an integer.
 
     device : str, default="auto"
-        Where to train: "auto", "cpu", "cuda", …
+        Device to train on: a torch device such as "cpu" or "cuda". "auto" uses an
+        accelerator if there is one.
 
     random_state : int, RandomState instance or None, default=None
-        Seeds weights, dropout, batches and the part held back.
+        Seeds all random choices, such as the initial weights, dropout and the order of
+        rows. Pass an int for reproducible results.
 
     verbose : int, default=0
-        Above 0, skorch prints a line each epoch.
+        Verbosity. If greater than 0, skorch prints a line for each epoch.
 
     skorch_params : dict or None, default=None
-        Further options of skorch's net, such as callbacks.
+        Further arguments of :class:`skorch.NeuralNet`, such as ``{"callbacks": [...]}``.
+        They override the other parameters.
 
     Attributes
     ----------
     weights_ : dict of str to ndarray
-        The network.
+        Weights of the network.
 
     history_ : list of dict
-        For each epoch "train_loss", "positive_similarity" and "negative_similarity" (mean cosine
-        of pairs, and of other rows, in training), with early stopping "valid_loss".
+        An entry for each epoch with "train_loss", "positive_similarity" and
+        "negative_similarity" (mean cosine of pairs and of non-pairs in training), and
+        "valid_loss" with early stopping.
 
     n_iter_ : int
         Number of epochs.
 
     temperature_ : float
-        The temperature learnt.
+        The learned temperature.
 
     n_parameters_ : int
         Number of trained parameters.
 
     structure_ : dict
-        The parameters that the network is made of, as they were in `fit`.
+        The arguments that determine the shapes of the network.
 
     blocks_, widths_, holds_tokens_ : dict
-        Columns of each modality, the width of its vectors, and whether it is a column of tokens.
+        For each modality: its columns, the width of its vectors, and whether it is a column of
+        tokens.
 
     n_features_in_ : int
         Number of columns seen during fit.
 
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Their names, where `X` has them.
+        Names of the columns seen during fit. Defined only if `X` has string column names.
 
     See Also
     --------
@@ -968,11 +896,7 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
     References
     ----------
     .. [1] Qin et al. Freeze the Backbones. arXiv 2401.01179.
-    .. [2] Vouitsis et al. Data-Efficient Multimodal Fusion on a Single GPU (FuseMix).
-       arXiv 2312.10144.
-    .. [3] With Limited Data for Multimodal Alignment, Let the STRUCTURE Guide You.
-       arXiv 2506.16895.
-    .. [4] Gao et al. Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup.
+    .. [2] Gao et al. Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup.
        arXiv 2101.06983.
 
     Examples
@@ -1012,8 +936,6 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
         temperature=0.07,
         direction_weight=0.5,
         mask_duplicates=True,
-        mixup=False,
-        structure_weight=0.0,
         standardize=False,
         chunk_size=None,
         max_epochs=30,
@@ -1041,8 +963,6 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
         self.temperature = temperature
         self.direction_weight = direction_weight
         self.mask_duplicates = mask_duplicates
-        self.mixup = mixup
-        self.structure_weight = structure_weight
         self.standardize = standardize
         self.chunk_size = chunk_size
         self.max_epochs = max_epochs
@@ -1063,18 +983,18 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
 
         return AdaptorNetwork
 
-    def _structure(self):
-        return super()._structure() | {
+    def _make_structure(self):
+        return super()._make_structure() | {
             "n_queries": self.n_queries,
             "n_layers": self.n_layers,
             "of_tokens": self.output == "tokens",
         }
 
-    def _output(self):
+    def _checked_output(self):
         if self.output == "tokens" and output_container(self) == "polars":
             raise ValueError(
-                "output='tokens' makes object columns of arrays of different lengths, which polars "
-                "does not have. Use set_output(transform='pandas') or 'default'."
+                "output='tokens' returns object columns of arrays of different lengths, which "
+                "polars does not support. Use set_output(transform='pandas') or 'default'."
             )
         return self.output
 
@@ -1083,134 +1003,116 @@ class CrossAttentionAdaptor(_CrossModalEncoder):
 
 
 class _Objective:
-    """The loss of a batch, over all pairs of modalities; notes how alike rows have become."""
+    """The contrastive loss over all pairs of modalities; records similarities in training."""
 
-    def __init__(self, direction_weight, structure_weight, mask_duplicates):
+    def __init__(self, direction_weight, mask_duplicates):
         self.direction_weight = direction_weight
-        self.structure_weight = structure_weight
         self.mask_duplicates = mask_duplicates
-        self.similarities = []  # of each epoch
-        self._batches = []
+        self.epochs = []
+        self._positive = []  # mean similarities in the batches of the current epoch
+        self._negative = []
 
     def __call__(self, embedded, codes, weight):
-        """Return the loss, as of one network, given the content codes of rows."""
-        from sklembed.nn.losses import info_nce, structure_loss
+        """Return the loss of a batch, given the content codes (batch, n_modalities) of rows."""
+        from sklembed.nn.losses import info_nce
 
-        codes, losses = codes[0], []
+        losses = []
         for a, b in combinations(range(codes.shape[1]), 2):
-            there = embedded.there[:, a] & embedded.there[:, b]
-            alike = (codes[:, None, a] == codes[:, a]) | (
-                codes[:, None, b] == codes[:, b]
-            )
             za, zb = embedded.z[:, a], embedded.z[:, b]
-            losses.append(
-                info_nce(
-                    za,
-                    zb,
-                    embedded.log_scale,
-                    there=there,
-                    same=alike if self.mask_duplicates else None,
-                    direction_weight=self.direction_weight,
-                )
+            pairs = embedded.observed[:, a] & embedded.observed[:, b]
+            same = codes[:, None, a] == codes[:, a]
+            same |= codes[:, None, b] == codes[:, b]
+            loss = info_nce(
+                za,
+                zb,
+                embedded.log_scale,
+                observed=pairs,
+                same=same if self.mask_duplicates else None,
+                direction_weight=self.direction_weight,
             )
-            if embedded.z.requires_grad:
-                self._note(
-                    za.detach()[there], zb.detach()[there], alike[there][:, there]
-                )
-        loss = sum(losses) / len(losses)
-        if self.structure_weight:
-            kept = [
-                structure_loss(inputs[seen], z[seen])
-                for inputs, z, seen in zip(
-                    embedded.inputs,
-                    embedded.z.unbind(1),
-                    embedded.there.unbind(1),
-                    strict=True,
-                )
-                if seen.sum() > 1
-            ]
-            loss = loss + self.structure_weight * sum(kept) / max(len(kept), 1)
-        return loss[None]
+            losses.append(loss)
+            if za.requires_grad and pairs.any():
+                cosines = (za[pairs] @ zb[pairs].T).detach()
+                self._positive.append(cosines.diag().mean())
+                different = cosines[~same[pairs][:, pairs]]
+                if len(different):
+                    self._negative.append(different.mean())
+        return sum(losses) / len(losses)
 
     def end_epoch(self):
-        """Average what the epoch's batches have shown."""
-        positive, negative = (
-            math.nan if not batches else float(sum(batches) / len(batches))
-            for batches in (
-                [seen[0] for seen in self._batches],
-                [seen[1] for seen in self._batches if seen[1] is not None],
-            )
-        )
-        self._batches.clear()
-        self.similarities.append(
-            {"positive_similarity": positive, "negative_similarity": negative}
-        )
+        """Average the similarities over the batches of the epoch."""
+        epoch = {
+            "positive_similarity": _mean(self._positive),
+            "negative_similarity": _mean(self._negative),
+        }
+        self.epochs.append(epoch)
+        self._positive.clear()
+        self._negative.clear()
 
-    def noted(self, history):
-        """Return a history whose new epochs, as far as they have ended, say how alike rows were."""
-        n_past = sum("positive_similarity" in entry for entry in history)
-        new = zip(history[n_past:], self.similarities, strict=False)
-        return history[:n_past] + [entry | alike for entry, alike in new]
-
-    def _note(self, a, b, alike):
-        """Note the mean cosine of pairs, and of rows that do not hold the same, of one batch."""
-        if len(a):
-            cosines = a @ b.T
-            others = cosines[~alike]
-            self._batches.append(
-                (cosines.diag().mean(), others.mean() if len(others) else None)
-            )
+    def record(self, history):
+        """Return the history with the similarities of its last epochs."""
+        n_past = len(history) - len(self.epochs)
+        recorded = history[:n_past]
+        for entry, epoch in zip(history[n_past:], self.epochs, strict=True):
+            recorded.append(entry | epoch)
+        return recorded
 
 
-def _lengths(part):
-    """Count the tokens of each row of a modality; a vector is one."""
+def _mean(similarities):
+    """Return the mean; NaN without any."""
+    if not similarities:
+        return math.nan
+    return float(sum(similarities) / len(similarities))
+
+
+def _n_tokens(part):
+    """Return the number of tokens of each row of a modality; a vector is one token."""
     if part.dtype == object:
-        return np.array(
-            [0 if cell is None else len(cell) for cell in part], dtype=np.int64
-        )
+        counts = [0 if cell is None else len(cell) for cell in part]
+        return np.array(counts, dtype=np.int64)
     return (~np.isnan(part[:, 0, 0])).astype(np.int64)
 
 
 def _dense(part, width):
-    """Return rows of a modality as (n_samples, n_tokens, width), NaN where there is none."""
-    return (
-        pad_tokens(part, width) if part.dtype == object else np.ascontiguousarray(part)
-    )
+    """Return rows of a modality as (n_samples, n_tokens, width), NaN where missing."""
+    if part.dtype == object:
+        return pad_tokens(part, width)
+    return np.ascontiguousarray(part)
 
 
-def _batches(lengths):
-    """Yield positions of rows that have tokens, the shortest first, so many that memory is kept."""
+def _batches_by_length(lengths):
+    """Yield positions of rows with tokens, from short to long, in batches of limited memory."""
     order = np.argsort(lengths, kind="stable")
     start = int((lengths == 0).sum())
     while start < len(order):
-        # As many as fit if all were as long as the last of them: lengths rise, and so products.
+        # Lengths are padded to that of the last row, so memory grows with each row of the batch.
         padded = lengths[order[start : start + _CHUNK_TOKENS]]
-        padded = padded * np.arange(1, len(padded) + 1)
-        stop = start + max(1, int(np.searchsorted(padded, _CHUNK_TOKENS, side="right")))
+        n_padded = padded * np.arange(1, len(padded) + 1)
+        n_rows = int(np.searchsorted(n_padded, _CHUNK_TOKENS, side="right"))
+        stop = start + max(1, n_rows)
         yield order[start:stop]
         start = stop
 
 
-def _moments(part, width, standardize):
-    """Return mean and scale of the vectors of one modality, all of whose rows count."""
+def _find_scaling(part, width, standardize):
+    """Return mean and scale of the vectors of one modality."""
     if not standardize:
         return np.zeros(width, dtype=np.float32), np.ones(width, dtype=np.float32)
-
-    tokens = (_dense(part[rows], width) for rows in _batches(_lengths(part)))
+    batches = _batches_by_length(_n_tokens(part))
+    tokens = (_dense(part[rows], width) for rows in batches)
     return moments(batch[~np.isnan(batch[..., 0])] for batch in tokens)
 
 
 def _content_codes(part):
-    """Give rows that hold the same the same number; -1 to those that hold nothing."""
-    digests = [
-        blake2b(row.tobytes(), digest_size=16).digest() if length else None
-        for row, length in zip(part, _lengths(part), strict=True)
-    ]
-    return pd.factorize(np.array(digests, dtype=object))[0].astype(np.int64)
+    """Return a code for each row that is the same for identical content; -1 where missing."""
+    hashes = np.full(len(part), None, dtype=object)
+    for row in np.flatnonzero(_n_tokens(part)):
+        hashes[row] = blake2b(part[row].tobytes(), digest_size=16).digest()
+    return pd.factorize(hashes)[0].astype(np.int64)
 
 
-def _groups(a, b):
-    """Give rows that share a content of either modality, directly or by others, one number."""
+def _content_groups(a, b):
+    """Return a group for each row; rows linked by identical content share a group."""
     n_a = a.max() + 1
     size = n_a + b.max() + 1
     links = coo_array((np.ones(len(a)), (a, n_a + b)), shape=(size, size))

@@ -10,8 +10,7 @@ from sklearn.preprocessing import StandardScaler
 
 from sklembed import (
     ContrastiveProjector,
-    EarlyFusionClassifier,
-    LateFusionClassifier,
+    FusionClassifier,
     PerModalityUnion,
 )
 
@@ -263,11 +262,12 @@ def test_a_search_over_a_union_runs_with_callbacks(clusters):
     assert record.tasks.count(("network", "epoch")) == 2 * (2 * 2 + 1)
 
 
-@pytest.mark.parametrize("Head", [EarlyFusionClassifier, LateFusionClassifier])
-def test_heads_tell_of_every_epoch_and_stop_when_asked(clusters, Head):
+@pytest.mark.parametrize("join", ["early", "late"])
+def test_heads_tell_of_every_epoch_and_stop_when_asked(clusters, join):
     X, y = clusters
     blocks = {"odd": slice(1, None, 2), "even": slice(0, None, 2)}
-    head = Head((8,), blocks=blocks, max_epochs=5, random_state=0)
+    options = {"hidden_layer_sizes": (8,), "max_epochs": 5, "random_state": 0}
+    head = FusionClassifier(join, blocks=blocks, **options)
     record = Record(stop_after=3)
     stopped = clone(head).set_callbacks(record).fit(X, y)
     assert record.tasks == [("fit", "epoch")] * 3 + [(None, "fit")]

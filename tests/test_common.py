@@ -22,18 +22,15 @@ from sklembed import (
     ContrastiveProjector,
     CrossAttentionAdaptor,
     DecisionFusionClassifier,
-    EarlyFusionClassifier,
     FrozenEncoder,
-    LateFusionClassifier,
+    FusionClassifier,
+    FusionRegressor,
     ModalityGapAligner,
     PatchSegmenter,
     PerModalityUnion,
     SharedFusionEncoder,
     ZeroShotClassifier,
-    crossmodal,
-    fusion,
-    projection,
-    segmentation,
+    _trained,
 )
 
 CHEAP = {"n_components": 4, "hidden_layer_sizes": (8,), "max_epochs": 2}
@@ -47,7 +44,7 @@ SHARED |= {"dropout": 0.1, "input_dropout": 0.1, "standardize": True}
 
 # Rows are drawn into mini-batches, as by SGDClassifier: a row twice is not a row of weight 2.
 DRAWN = {"check_sample_weight_equivalence_on_dense_data"}
-DRAW = (ContrastiveProjector, EarlyFusionClassifier, LateFusionClassifier)
+DRAW = (ContrastiveProjector, FusionClassifier, FusionRegressor)
 
 
 def known_to_fail(estimator):
@@ -80,17 +77,17 @@ def known_to_fail(estimator):
         ModalityGapAligner(TWO, widths="resample"),
         ModalityGapAligner(TWO, method="whiten"),
         CanonicalAligner(blocks=TWO),
-        EarlyFusionClassifier(**HEAD, blocks=ONE),
-        LateFusionClassifier(**HEAD, blocks=TWO),
+        FusionClassifier("early", **HEAD, blocks=ONE),
+        FusionClassifier("late", **HEAD, blocks=TWO),
+        FusionRegressor("early", **HEAD, blocks=ONE),
+        FusionRegressor("late", **HEAD, blocks=TWO),
         DecisionFusionClassifier(LogisticRegression(), blocks=TWO),
         DecisionFusionClassifier(
             DecisionTreeClassifier(random_state=0), blocks=TWO, weights=None
         ),
         DecisionFusionClassifier(LogisticRegression(), blocks=TWO, weights=None),
         SharedFusionEncoder(**SHARED, blocks=TWO),
-        SharedFusionEncoder(
-            **SHARED, blocks=TWO, share_layer=False, mixup=True, chunk_size=16
-        ),
+        SharedFusionEncoder(**SHARED, blocks=TWO, share_layer=False, chunk_size=16),
         CrossAttentionAdaptor(**SHARED, blocks=TWO),
     ],
     expected_failed_checks=known_to_fail,
@@ -135,6 +132,11 @@ def numeric(n_rows=60):
     return rng.normal(size=(3, 6))[y] + rng.normal(size=(n_rows, 6)), y
 
 
+def numbers():
+    X, _ = numeric()
+    return X, X[:, 0] - X[:, 4]
+
+
 def one_sided():
     """Make two modalities of which the second tells little, so that weights are not equal."""
     X, y = numeric(240)
@@ -168,6 +170,8 @@ def patches(n_rows=60):
 
 
 HALVES = {"text": slice(0, 3), "image": slice(3, 6)}
+SMALL_HEAD = {"hidden_layer_sizes": (8,), "blocks": HALVES, "max_epochs": 2}
+SMALL_HEAD |= {"random_state": 0}
 CASES = {
     "FrozenEncoder": (FrozenEncoder(BACKEND, store=None), words),
     "ContrastiveProjector": (ContrastiveProjector(**CHEAP, random_state=0), numeric),
@@ -190,14 +194,9 @@ CASES = {
         numeric,
     ),
     "CanonicalAligner": (CanonicalAligner(blocks=HALVES), numeric),
-    "EarlyFusionClassifier": (
-        EarlyFusionClassifier((8,), blocks=HALVES, max_epochs=2, random_state=0),
-        numeric,
-    ),
-    "LateFusionClassifier": (
-        LateFusionClassifier((8,), blocks=HALVES, max_epochs=2, random_state=0),
-        numeric,
-    ),
+    "FusionClassifier": (FusionClassifier("early", **SMALL_HEAD), numeric),
+    "FusionClassifier, late": (FusionClassifier("late", **SMALL_HEAD), numeric),
+    "FusionRegressor": (FusionRegressor("early", **SMALL_HEAD), numbers),
     "DecisionFusionClassifier": (
         DecisionFusionClassifier(GaussianNB(var_smoothing=0.1), blocks=HALVES),
         one_sided,
@@ -355,7 +354,6 @@ EFFECTIVE_OF_HEADS = {
     "blocks": {"text": [0, 2, 4], "image": [1, 3, 5]},
     "dropout": 0.1,
     "modality_dropout": 0.9,
-    "class_weight": {0: 5.0},
     "max_epochs": 3,
     "batch_size": 16,
     "lr": 1e-2,
@@ -373,8 +371,6 @@ EFFECTIVE_OF_SHARED = {
     "input_dropout": 0.0,
     "temperature": 0.5,
     "direction_weight": 0.75,
-    "mixup": True,
-    "structure_weight": 1.0,
     "standardize": False,
     "chunk_size": 7,  # by what dropout draws
     "max_epochs": 3,
@@ -405,7 +401,6 @@ EFFECTIVE = {
         "target_type": "continuous",
         "passthrough": False,
         "class_weight": {0: 5.0},
-        "sampler": "balanced",
         "early_stopping": True,
         "dropout": 0.1,
         "standardize": False,
@@ -438,8 +433,8 @@ EFFECTIVE = {
         "shrinkage": 0.9,
         "weighted": False,
     },
-    "EarlyFusionClassifier": EFFECTIVE_OF_HEADS,
-    "LateFusionClassifier": EFFECTIVE_OF_HEADS,
+    "FusionClassifier": EFFECTIVE_OF_HEADS | {"join": "late", "class_weight": {0: 5.0}},
+    "FusionRegressor": EFFECTIVE_OF_HEADS | {"join": "late"},
     "DecisionFusionClassifier": {
         "estimator": LogisticRegression(C=0.01),
         "estimator__var_smoothing": 1.0,
@@ -520,7 +515,6 @@ SILENT = {
         "validation_fraction",
         "n_iter_no_change",
         "warm_start",
-        "keep_optimizer",
     },
     "PerModalityUnion": {"n_jobs", "missing_rows", "keep_unobserved"},
     "ModalityGapAligner": {
@@ -528,8 +522,8 @@ SILENT = {
         "random_state",
     },  # of unequal widths, and of the noise
     "CanonicalAligner": set(),
-    "EarlyFusionClassifier": SILENT_IN_HEADS,
-    "LateFusionClassifier": SILENT_IN_HEADS,
+    "FusionClassifier": SILENT_IN_HEADS,
+    "FusionRegressor": SILENT_IN_HEADS,
     "DecisionFusionClassifier": {"n_jobs"},
     "SharedFusionEncoder": SILENT_IN_SHARED,
     "CrossAttentionAdaptor": SILENT_IN_SHARED,
@@ -554,25 +548,24 @@ def test_every_parameter_that_set_params_sets_changes_the_result(case, name):
 
 
 @pytest.mark.parametrize(
-    ("module", "name"),
+    "name",
     [
-        (projection, "ContrastiveProjector, plain"),
-        (fusion, "EarlyFusionClassifier"),
-        (crossmodal, "SharedFusionEncoder"),
-        (segmentation, "PatchSegmenter"),
+        "ContrastiveProjector, plain",
+        "FusionClassifier",
+        "FusionRegressor",
+        "SharedFusionEncoder",
+        "PatchSegmenter",
     ],
 )
-def test_training_that_goes_on_is_stopped_by_the_same_rows(
-    module, case, name, monkeypatch
-):
+def test_a_resumed_training_has_the_same_validation_set(case, name, monkeypatch):
     estimator, X, y = case
-    held_back, split = [], module.hold_back
+    held_back, split = [], _trained.hold_back
 
     def watch(*arguments):
         train, valid = split(*arguments)
         held_back.append(sorted(valid))
         return train, valid
 
-    monkeypatch.setattr(module, "hold_back", watch)
+    monkeypatch.setattr(_trained, "hold_back", watch)
     estimator.set_params(warm_start=True, early_stopping=True).fit(X, y).fit(X, y)
     assert held_back[0] == held_back[1]

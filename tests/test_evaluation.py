@@ -38,9 +38,9 @@ from sklembed import (
     CallableBackend,
     ContrastiveProjector,
     DecisionFusionClassifier,
-    EarlyFusionClassifier,
     EmbeddingStore,
     FrozenEncoder,
+    FusionClassifier,
     PerModalityUnion,
 )
 from sklembed.evaluation import efficiency_report, few_label_curve
@@ -233,8 +233,12 @@ def texts():
 
 @pytest.mark.parametrize("arm", ["raw", "stored"])
 def test_torch_heads_are_trained_by_the_epoch(arm, text_backend, texts, tmp_path):
-    head = EarlyFusionClassifier(
-        (8,), blocks={"text": slice(0, 9)}, max_epochs=7, random_state=0
+    head = FusionClassifier(
+        "early",
+        hidden_layer_sizes=(8,),
+        blocks={"text": slice(0, 9)},
+        max_epochs=7,
+        random_state=0,
     )
     pipeline = make_pipeline(FrozenEncoder(text_backend), head)
     found = measure(arm, pipeline, *texts, tmp_path)
@@ -316,7 +320,7 @@ def test_breaking_even_is_the_least_number_that_pays(once, anew, read, epochs, f
 
 
 def test_heads_without_epochs_are_fitted_once():
-    assert _one_epoch(EarlyFusionClassifier()) == {"max_epochs": 1, "warm_start": True}
+    assert _one_epoch(FusionClassifier()) == {"max_epochs": 1, "warm_start": True}
     assert _one_epoch(MLPClassifier()) == {"max_iter": 1, "warm_start": True}
     assert _one_epoch(MLPClassifier(solver="lbfgs")) == {}
     assert _one_epoch(LogisticRegression()) == {}
@@ -1125,8 +1129,12 @@ def test_a_projector_takes_its_place(clusters):
         pretrained={"scaled": StandardScaler()},
         supervised={
             "cross-fitted": projector,
-            "early": EarlyFusionClassifier(
-                (4,), blocks={"all": slice(0, 20)}, max_epochs=2, random_state=0
+            "early": FusionClassifier(
+                "early",
+                hidden_layer_sizes=(4,),
+                blocks={"all": slice(0, 20)},
+                max_epochs=2,
+                random_state=0,
             ),
         },
         fractions=(0.2, 1.0),

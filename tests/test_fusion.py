@@ -21,11 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch import nn
 
-from sklembed import (
-    DecisionFusionClassifier,
-    EarlyFusionClassifier,
-    LateFusionClassifier,
-)
+from sklembed import DecisionFusionClassifier, FusionClassifier
 from sklembed._targets import encode_target
 from sklembed._torch import to_tensor
 from sklembed.fusion import decision as fusion_module
@@ -34,8 +30,7 @@ from sklembed.nn.layers import BatchNorm
 from sklembed.nn.losses import binary_cross_entropy, cross_entropy
 
 BLOCKS = {"text": slice(0, 6), "image": slice(6, 14)}
-HEADS = (EarlyFusionClassifier, LateFusionClassifier)
-each_head = pytest.mark.parametrize("Head", HEADS)
+each_join = pytest.mark.parametrize("join", ["early", "late"])
 
 
 def world(n_rows=300, n_classes=3, seed=0, noise=1.2):
@@ -46,10 +41,11 @@ def world(n_rows=300, n_classes=3, seed=0, noise=1.2):
     return (centres[y] + noise * rng.normal(size=(n_rows, 14))).astype(np.float32), y
 
 
-def small(Head, **options):
-    return Head(
-        **{"blocks": BLOCKS, "max_epochs": 15, "lr": 5e-3, "random_state": 0} | options
-    )
+SMALL = {"blocks": BLOCKS, "max_epochs": 15, "lr": 5e-3, "random_state": 0}
+
+
+def small(join, **options):
+    return FusionClassifier(join, **SMALL | options)
 
 
 def without(X, name, rows=slice(None)):
@@ -62,20 +58,22 @@ def without(X, name, rows=slice(None)):
 
 
 @pytest.mark.parametrize(
-    ("Head", "widths", "n_parameters"),
+    ("join", "widths", "n_parameters"),
     [
-        (EarlyFusionClassifier, (512, 512), 131_585),
-        (LateFusionClassifier, (512, 512), 66_049),
-        (EarlyFusionClassifier, (4096, 768), 623_105),
-        (LateFusionClassifier, (4096, 768), 311_809),
+        ("early", (512, 512), 131_585),
+        ("late", (512, 512), 66_049),
+        ("early", (4096, 768), 623_105),
+        ("late", (4096, 768), 311_809),
     ],
 )
-def test_heads_have_as_many_parameters_as_the_paper_s(Head, widths, n_parameters):
+def test_heads_have_as_many_parameters_as_the_paper_s(join, widths, n_parameters):
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(8, sum(widths))), np.arange(8) % 2
     blocks = {"text": slice(0, widths[0]), "image": slice(widths[0], sum(widths))}
-    units = (128,) if Head is EarlyFusionClassifier else (64,)
-    head = Head(units, blocks=blocks, max_epochs=1).fit(X, y)
+    units = (128,) if join == "early" else (64,)
+    head = FusionClassifier(
+        join, hidden_layer_sizes=units, blocks=blocks, max_epochs=1
+    ).fit(X, y)
     moments = ("mean", "scale", "running_mean", "running_var", "n_batches")
     counted = sum(v.size for k, v in head.weights_.items() if not k.endswith(moments))
     assert counted == n_parameters
@@ -178,11 +176,11 @@ def test_rows_that_lack_a_modality_do_not_touch_its_moments():
         torch.testing.assert_close(ours, expected)
 
 
-@each_head
-def test_numpy_says_what_the_module_says(Head):
+@each_join
+def test_numpy_says_what_the_module_says(join):
     X, y = world()
     X = without(X, "image", slice(0, 20))
-    head = small(Head, hidden_layer_sizes=(7, 5), max_epochs=3).fit(X, y)
+    head = small(join, hidden_layer_sizes=(7, 5), max_epochs=3).fit(X, y)
     module = FusionHead(
         [6, 8],
         [7, 5],
@@ -232,30 +230,30 @@ def test_hidden_modalities_are_as_many_as_asked_and_never_all_of_a_row():
 # Targets, weights, stopping
 
 
-@each_head
-def test_both_modalities_tell_more_than_either(Head):
+@each_join
+def test_both_modalities_tell_more_than_either(join):
     X, y = world(600, noise=1.8)
-    head = small(Head).fit(X[::2], y[::2])
+    head = small(join).fit(X[::2], y[::2])
     both = head.score(X[1::2], y[1::2])
     for name in BLOCKS:
         assert both > head.score(without(X, name)[1::2], y[1::2])
 
 
-@each_head
-def test_one_fit_serves_rows_that_lack_a_modality(Head):
+@each_join
+def test_one_fit_serves_rows_that_lack_a_modality(join):
     X, y = world(600, noise=1.0)
-    head = small(Head, max_epochs=30).fit(X[::2], y[::2])
+    head = small(join, max_epochs=30).fit(X[::2], y[::2])
     for name, other in (("text", "image"), ("image", "text")):
-        alone = small(Head, blocks={"it": slice(None)}, max_epochs=30)
+        alone = small(join, blocks={"it": slice(None)}, max_epochs=30)
         alone.fit(X[::2, BLOCKS[other]], y[::2])
         of_its_own = alone.score(X[1::2, BLOCKS[other]], y[1::2])
         assert head.score(without(X, name)[1::2], y[1::2]) > of_its_own - 0.06
 
 
-@each_head
-def test_two_classes_have_one_logit(Head):
+@each_join
+def test_two_classes_have_one_logit(join):
     X, y = world(n_classes=2)
-    head = small(Head).fit(X, np.array(["no", "yes"])[y])
+    head = small(join).fit(X, np.array(["no", "yes"])[y])
     logits, probabilities = head.decision_function(X), head.predict_proba(X)
     assert logits.shape == (300,)
     np.testing.assert_allclose(probabilities[:, 1], 1 / (1 + np.exp(-logits)))
@@ -263,30 +261,30 @@ def test_two_classes_have_one_logit(Head):
     assert (head.predict(X) == head.classes_[y]).mean() > 0.9
 
 
-@each_head
-def test_several_labels_are_each_a_choice_of_two(Head):
+@each_join
+def test_several_labels_are_each_a_choice_of_two(join):
     X, y = world(n_classes=4)
     labels = np.stack([y % 2, y // 2, y == 0], axis=1).astype(int)
-    head = small(Head, max_epochs=30).fit(X, labels)
+    head = small(join, max_epochs=30).fit(X, labels)
     assert head.predict_proba(X).shape == (300, 3)
     assert f1_score(labels, head.predict(X), average="micro") > 0.85
     rare = labels.copy()
     rare[60:, 2] = 0
     plain, balanced = (
-        small(Head, class_weight=w).fit(X, rare).predict(X)[:, 2].mean()
+        small(join, class_weight=w).fit(X, rare).predict(X)[:, 2].mean()
         for w in (None, "balanced")
     )
     assert balanced > plain
-    heavy = small(Head, class_weight={2: 20.0}).fit(X, rare).predict(X)[:, 2].mean()
+    heavy = small(join, class_weight={2: 20.0}).fit(X, rare).predict(X)[:, 2].mean()
     assert heavy > plain
 
 
-@each_head
-def test_balanced_weights_count_for_two_classes_too(Head):
+@each_join
+def test_balanced_weights_count_for_two_classes_too(join):
     X, y = world(800, n_classes=2, noise=2.5)
     rows = np.r_[np.flatnonzero(y == 0), np.flatnonzero(y == 1)[:40]]
     plain, balanced = (
-        small(Head, class_weight=weight).fit(X[rows], y[rows])
+        small(join, class_weight=weight).fit(X[rows], y[rows])
         for weight in (None, "balanced")
     )
     test_X, test_y = world(800, n_classes=2, seed=1, noise=2.5)
@@ -297,17 +295,17 @@ def test_balanced_weights_count_for_two_classes_too(Head):
     assert scores[1] > scores[0] + 0.03
 
 
-@each_head
-def test_a_row_of_weight_0_is_as_good_as_absent(Head):
+@each_join
+def test_a_row_of_weight_0_is_as_good_as_absent(join):
     X, y = world()
     weight = np.ones(300)
     weight[200:] = 0
     options = {"class_weight": "balanced", "max_epochs": 2}
-    weighted = small(Head, **options).fit(X, y, sample_weight=weight)
+    weighted = small(join, **options).fit(X, y, sample_weight=weight)
     X = X.copy()
     X[200:] = 100
     np.testing.assert_array_equal(
-        small(Head, **options).fit(X, y, sample_weight=weight).predict_proba(X[:200]),
+        small(join, **options).fit(X, y, sample_weight=weight).predict_proba(X[:200]),
         weighted.predict_proba(X[:200]),
     )
 
@@ -338,27 +336,27 @@ def test_losses_are_those_of_a_loop():
         torch.testing.assert_close(found, (bce * w).sum() / w.sum())
 
 
-@each_head
-def test_early_stopping_goes_back_to_the_best_epoch_moments_included(Head):
+@each_join
+def test_early_stopping_goes_back_to_the_best_epoch_moments_included(join):
     X, y = world(noise=3.0)
     options = {
         "early_stopping": True,
         "n_iter_no_change": 3,
         "validation_fraction": 0.3,
     }
-    head = small(Head, max_epochs=200, lr=0.02, **options).fit(X, y)
+    head = small(join, max_epochs=200, lr=0.02, **options).fit(X, y)
     losses = [epoch["valid_loss"] for epoch in head.history_]
     best = int(np.argmin(losses)) + 1
     assert head.n_iter_ == best + 3 < 200
-    again = small(Head, max_epochs=best, lr=0.02, **options).fit(X, y)
+    again = small(join, max_epochs=best, lr=0.02, **options).fit(X, y)
     for name, value in head.weights_.items():
         np.testing.assert_array_equal(value, again.weights_[name], err_msg=name)
 
 
-@each_head
-def test_a_warm_start_goes_on(Head):
+@each_join
+def test_a_warm_start_goes_on(join):
     X, y = world()
-    head = small(Head, max_epochs=2, warm_start=True).fit(X, y)
+    head = small(join, max_epochs=2, warm_start=True).fit(X, y)
     first = head.history_[-1]["train_loss"]
     head.fit(X, y)
     assert head.n_iter_ == 4
@@ -374,11 +372,11 @@ def test_a_warm_start_goes_on(Head):
         head.set_params(hidden_layer_sizes=(3,)).fit(X, y)
 
 
-@each_head
-def test_probabilities_can_be_calibrated_with_modalities_missing(Head):
+@each_join
+def test_probabilities_can_be_calibrated_with_modalities_missing(join):
     X, y = world(600, noise=2.0)
     X = without(X, "text", np.random.default_rng(0).random(600) < 0.3)
-    head = small(Head, max_epochs=60)
+    head = small(join, max_epochs=60)
     calibrated = CalibratedClassifierCV(head, method="temperature", cv=3).fit(
         X[::2], y[::2]
     )
@@ -386,89 +384,89 @@ def test_probabilities_can_be_calibrated_with_modalities_missing(Head):
     assert log_loss(y[1::2], calibrated.predict_proba(X[1::2])) < plain - 0.02
 
 
-@each_head
-def test_heads_can_be_searched_in_processes(Head):
+@each_join
+def test_heads_can_be_searched_in_processes(join):
     X, y = world()
     grid = {"dropout": [0.0, 0.5], "modality_dropout": [0.0, 0.5]}
-    search = GridSearchCV(small(Head, max_epochs=2), grid, cv=2, n_jobs=2).fit(X, y)
+    search = GridSearchCV(small(join, max_epochs=2), grid, cv=2, n_jobs=2).fit(X, y)
     assert set(search.best_params_) == set(grid)
 
 
 # Rows that lack modalities
 
 
-@each_head
-def test_rows_without_any_modality_train_nothing_and_get_the_prior(Head):
+@each_join
+def test_rows_without_any_modality_train_nothing_and_get_the_prior(join):
     X, y = world()
     bare = np.vstack([X, np.full((60, 14), np.nan, np.float32)])
     labels = np.r_[y, np.zeros(60, int)]
-    head = small(Head, max_epochs=2).fit(bare, labels)
-    fewer = small(Head, max_epochs=2).fit(X, y)
+    head = small(join, max_epochs=2).fit(bare, labels)
+    fewer = small(join, max_epochs=2).fit(X, y)
     for name, value in head.weights_.items():
         np.testing.assert_array_equal(value, fewer.weights_[name])
     np.testing.assert_allclose(head.predict_proba(bare)[-1], np.bincount(labels) / 360)
-    two = small(Head, max_epochs=2).fit(bare, labels > 0)
+    two = small(join, max_epochs=2).fit(bare, labels > 0)
     np.testing.assert_allclose(two.predict_proba(bare)[-1, 1], np.mean(labels > 0))
 
 
-@each_head
-def test_predictions_do_not_depend_on_the_batch(Head):
+@each_join
+def test_predictions_do_not_depend_on_the_batch(join):
     X, y = world()
     X = without(without(X, "text", slice(0, 90)), "image", slice(80, 120))
-    head = small(Head, max_epochs=2).fit(X, y)
+    head = small(join, max_epochs=2).fit(X, y)
     alone = np.vstack([head.predict_proba(row[None]) for row in X])
     np.testing.assert_allclose(head.predict_proba(X), alone, rtol=1e-10)
 
 
-@each_head
-def test_scattered_columns_make_the_same_head(Head):
+@each_join
+def test_scattered_columns_make_the_same_head(join):
     X, y = world()
     order = np.random.default_rng(0).permutation(14)
     place = np.argsort(order)
     scattered = {name: place[columns] for name, columns in BLOCKS.items()}
-    head = small(Head, max_epochs=2).fit(X, y)
-    other = small(Head, max_epochs=2, blocks=scattered).fit(X[:, order], y)
+    head = small(join, max_epochs=2).fit(X, y)
+    other = small(join, max_epochs=2, blocks=scattered).fit(X[:, order], y)
     np.testing.assert_array_equal(
         head.predict_proba(X), other.predict_proba(X[:, order])
     )
 
 
-@each_head
-def test_what_a_head_cannot_learn_from_is_refused(Head):
+@each_join
+def test_what_a_head_cannot_learn_from_is_refused(join):
     X, y = world()
     with pytest.raises(ValueError, match="y holds 1 class only"):
-        small(Head).fit(X, np.zeros(300))
+        small(join).fit(X, np.zeros(300))
     with pytest.raises(ValueError, match="Unknown label type"):
-        small(Head).fit(X, np.linspace(0, 1, 300))
+        small(join).fit(X, np.linspace(0, 1, 300))
     with pytest.raises(
         ValueError, match="NaN or None in 1 of 300 rows, first in row 2"
     ):
-        small(Head).fit(X, [None if i == 2 else "a" for i in range(300)])
+        small(join).fit(X, [None if i == 2 else "a" for i in range(300)])
     with pytest.raises(
         ValueError, match=r"\['text', 'image'\] are NaN in all 300 rows that"
     ):
-        small(Head).fit(X * np.nan, y)
+        small(join).fit(X * np.nan, y)
     with pytest.raises(ValueError, match="X has no names"):
-        small(Head, blocks=None).fit(X, y)
+        small(join, blocks=None).fit(X, y)
     with pytest.raises(
         ValueError, match="hidden_layer_sizes must hold positive integers"
     ):
-        small(Head, hidden_layer_sizes=(0,)).fit(X, y)
+        small(join, hidden_layer_sizes=(0,)).fit(X, y)
     with pytest.raises(
         ValueError, match="validation_fraction=0.9 leaves nothing to train on"
     ):
-        small(Head, early_stopping=True, validation_fraction=0.9).fit(X[:3], y[:3])
+        small(join, early_stopping=True, validation_fraction=0.9).fit(X[:3], y[:3])
     X[5, 2] = np.nan
     with pytest.raises(
         ValueError, match="NaN in 1 of 6 columns of row 5 of block 'text'"
     ):
-        small(Head).fit(X, y)
+        small(join).fit(X, y)
 
 
-@each_head
-def test_a_modality_that_no_row_has_is_ignored_in_prediction_too(Head):
+@each_join
+def test_a_modality_that_no_row_has_is_ignored_in_prediction_too(join):
     X, y = world()
-    head = small(Head, max_epochs=2, warm_start=True)
+    head = small(join, max_epochs=2, warm_start=True)
     with pytest.warns(
         UserWarning, match="Block 'image' is NaN in all rows that count"
     ) as caught:
@@ -489,12 +487,12 @@ def test_a_modality_that_no_row_has_is_ignored_in_prediction_too(Head):
     )
 
 
-@each_head
-def test_class_weights_of_unknown_labels_are_refused_by_name(Head):
+@each_join
+def test_class_weights_of_unknown_labels_are_refused_by_name(join):
     X, y = world(n_classes=4)
     labels = pd.DataFrame({"cat": y % 2, "dog": y // 2})
     by_name, by_number, plain = (
-        small(Head, max_epochs=2, class_weight=weight).fit(X, labels).predict_proba(X)
+        small(join, max_epochs=2, class_weight=weight).fit(X, labels).predict_proba(X)
         for weight in ({"dog": 20.0}, {1: 20.0}, None)
     )
     np.testing.assert_array_equal(by_name, by_number)
@@ -502,19 +500,19 @@ def test_class_weights_of_unknown_labels_are_refused_by_name(Head):
     with pytest.raises(
         ValueError, match=r"for the labels \['cow'\].*\['cat', 'dog', 0, 1\]"
     ):
-        small(Head, class_weight={"cow": 2.0, "cat": 2.0}).fit(X, labels)
+        small(join, class_weight={"cow": 2.0, "cat": 2.0}).fit(X, labels)
     with pytest.raises(ValueError, match=r"for the labels \['cat', 2\].*are \[0, 1\]"):
-        small(Head, class_weight={"cat": 2.0, 2: 1.0}).fit(X, labels.to_numpy())
+        small(join, class_weight={"cat": 2.0, 2: 1.0}).fit(X, labels.to_numpy())
     with pytest.raises(ValueError, match=r"for the labels \[0\].*are \[7, 8\]"):
-        small(Head, class_weight={0: 2.0}).fit(X, labels.set_axis([7, 8], axis=1))
+        small(join, class_weight={0: 2.0}).fit(X, labels.set_axis([7, 8], axis=1))
 
 
-@pytest.mark.parametrize("Head", [*HEADS, DecisionFusionClassifier])
-def test_class_weights_of_unknown_classes_are_refused_or_warned_of(Head):
+@pytest.mark.parametrize("join", ["early", "late", "decisions"])
+def test_class_weights_of_unknown_classes_are_refused_or_warned_of(join):
     def classifier(weights):
-        if Head is DecisionFusionClassifier:
+        if join == "decisions":
             return decisions(LogisticRegression(class_weight=weights))
-        return small(Head, max_epochs=1, class_weight=weights)
+        return small(join, max_epochs=1, class_weight=weights)
 
     X, y = world()
     with pytest.raises(
@@ -531,9 +529,7 @@ def test_class_weights_of_unknown_classes_are_refused_or_warned_of(Head):
 def test_balanced_weights_of_rare_labels_are_exact():
     X, y = world(4000)
     labels = np.stack([np.arange(4000) == 5, y == 0, np.ones(4000)], axis=1).astype(int)
-    head = small(LateFusionClassifier, class_weight="balanced", max_epochs=1).fit(
-        X, labels
-    )
+    head = small("late", class_weight="balanced", max_epochs=1).fit(X, labels)
     weights = head._find_label_weights(
         encode_target(labels, "multilabel"), np.ones(4000), None
     )
@@ -542,15 +538,15 @@ def test_balanced_weights_of_rare_labels_are_exact():
     )
 
 
-@each_head
-def test_rows_without_any_modality_get_a_rare_prior_as_it_is(Head):
+@each_join
+def test_rows_without_any_modality_get_a_rare_prior_as_it_is(join):
     X, _ = world(4000)
-    head = small(Head, max_epochs=1).fit(X, np.arange(4000) == 5)
+    head = small(join, max_epochs=1).fit(X, np.arange(4000) == 5)
     bare = np.full((1, 14), np.nan)
     np.testing.assert_allclose(head.predict_proba(bare)[0], [1 - 1 / 4000, 1 / 4000])
 
 
-@pytest.mark.parametrize("Classifier", [*HEADS, DecisionFusionClassifier])
+@pytest.mark.parametrize("Classifier", [FusionClassifier, DecisionFusionClassifier])
 def test_cells_that_are_not_numbers_are_refused_by_column_and_row(Classifier):
     frame = pd.DataFrame({"text__0": [1.0, 2.0, 3.0], "image__0": [1.0, 2.0, 3.0]})
     arguments = (

@@ -1,12 +1,10 @@
 """Blocks: the columns of one wide table that belong to one modality, and the rows that lack it."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import numpy as np
-from sklearn.preprocessing import StandardScaler
 from sklearn.utils import assert_all_finite, check_array
 
 Block = slice | np.ndarray
@@ -233,30 +231,3 @@ def observed_rows(
             "SimpleImputer."
         )
     return ~missing
-
-
-def moments(
-    batches: Iterable[np.ndarray], weights: Iterable[np.ndarray | None] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and scale of each column of a block that comes in batches, so as not to copy it.
-
-    The scale of a constant column is 1, also where rounding to float32 has left it a little. Rows
-    count by `weights`, an array for each batch.
-    """
-    scaler = StandardScaler()
-    for batch, weight in zip(
-        batches, repeat(None) if weights is None else weights, strict=False
-    ):
-        scaler.partial_fit(batch, sample_weight=weight)
-    mean, scale = scaler.mean_, scaler.scale_
-    constant = scale <= 10 * np.finfo(np.float32).eps * np.abs(mean)
-    return mean.astype(np.float32), np.where(constant, 1, scale).astype(np.float32)
-
-
-def n_trained(weights: Mapping[str, np.ndarray]) -> int:
-    """Count the numbers of a network that are trained: all but the moments of its blocks."""
-    return sum(
-        v.size
-        for name, v in weights.items()
-        if not name.startswith(("mean_", "scale_"))
-    )

@@ -70,7 +70,7 @@ def efficiency_report(pipeline, X, y, *, test_size=0.25, n_epochs=2, random_stat
         neither read nor written, and what its `memory` would spare is computed.
 
         A head with the parameters `max_epochs` and `warm_start`, such as
-        :class:`EarlyFusionClassifier`, or scikit-learn's ``MLPClassifier`` is trained an epoch at a
+        :class:`FusionClassifier`, or scikit-learn's ``MLPClassifier`` is trained an epoch at a
         time; `n_epochs` overrides its own number, and its optimiser starts anew with each. Any
         other classifier has no epochs: it is fitted once, and `n_epochs` still says how often the
         raw arm encodes.
@@ -329,10 +329,13 @@ def _is_ours(step):
 
 def _train_by_torch(device):
     """Train a head on next to nothing: torch imports and starts parts of itself on first use."""
-    from sklembed.fusion import EarlyFusionClassifier
+    from sklembed.fusion import FusionClassifier
 
-    head = EarlyFusionClassifier(
-        (2,), blocks={"all": slice(0, 2)}, max_epochs=1, device=device
+    head = FusionClassifier(
+        hidden_layer_sizes=(2,),
+        blocks={"all": slice(0, 2)},
+        max_epochs=1,
+        device=device,
     )
     head.fit(np.eye(4, 2, dtype=np.float32), [0, 1, 0, 1])
 

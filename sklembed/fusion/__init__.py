@@ -1,6 +1,6 @@
-"""Classifiers of several modalities: joined within one network, or by their decisions."""
+"""Estimators of several modalities: one network on all, or one classifier for each."""
 
 from sklembed.fusion.decision import DecisionFusionClassifier
-from sklembed.fusion.neural import EarlyFusionClassifier, LateFusionClassifier
+from sklembed.fusion.neural import FusionClassifier, FusionRegressor
 
-__all__ = ["DecisionFusionClassifier", "EarlyFusionClassifier", "LateFusionClassifier"]
+__all__ = ["DecisionFusionClassifier", "FusionClassifier", "FusionRegressor"]

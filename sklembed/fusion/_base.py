@@ -1,30 +1,21 @@
-"""What trained and decision fusion share: the table, the class prior and probabilities."""
+"""The table of blocks, class priors and probabilities of the fusion estimators."""
 
 import warnings
 
 import numpy as np
 from scipy.special import expit, softmax
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import (
-    validate_data,
-)
+from sklearn.utils.validation import validate_data
 
 from sklembed._table.blocks import observed_in_block, resolve_blocks
 from sklembed._targets import encode_target
-from sklembed._validation import (
-    check_no_missing_label,
-    check_vectors,
-)
+from sklembed._validation import check_no_missing_label, check_vectors
 
-TINY = np.finfo(
-    np.float64
-).tiny  # what a probability of 0 is raised to before its logarithm
+TINY = np.finfo(np.float64).tiny  # lower limit of probabilities before the logarithm
 
 
-def check_table(estimator, X, y, *, dtype, reset):
-    """Check a table of blocks and its labels; set what is learnt of both."""
-    if y is not None:
-        check_no_missing_label(y)
+def check_table(estimator, X, y, *, dtype, reset, **options):
+    """Validate a table of blocks and its target; `reset` sets the blocks."""
     check_vectors(X, estimator)
     X, y = validate_data(
         estimator,
@@ -35,10 +26,7 @@ def check_table(estimator, X, y, *, dtype, reset):
         ensure_min_samples=2,
         multi_output=True,
         reset=reset,
-    )
-    check_classification_targets(y)
-    target = encode_target(
-        y, "multilabel" if y.ndim == 2 and y.shape[1] > 1 else "multiclass"
+        **options,
     )
     if reset:
         names = getattr(estimator, "feature_names_in_", None)
@@ -47,19 +35,31 @@ def check_table(estimator, X, y, *, dtype, reset):
         estimator.widths_ = {
             name: len(columns[part]) for name, part in estimator.blocks_.items()
         }
-    elif not np.array_equal(estimator.classes_, target.classes):
+    return X, y
+
+
+def check_labelled_table(estimator, X, y, *, dtype, reset):
+    """Validate a table of blocks and its labels; set the blocks and the classes."""
+    if y is not None:
+        check_no_missing_label(y)
+    X, y = check_table(estimator, X, y, dtype=dtype, reset=reset)
+    check_classification_targets(y)
+    several_labels = y.ndim == 2 and y.shape[1] > 1
+    target = encode_target(y, "multilabel" if several_labels else "multiclass")
+    if not (reset or np.array_equal(estimator.classes_, target.classes)):
         raise ValueError(
-            f"warm_start goes on with the classes {estimator.classes_.tolist()}, but y holds "
-            f"{target.classes.tolist()}. Clone the classifier to start anew."
+            f"With warm_start, y must have the classes {estimator.classes_.tolist()} of the "
+            f"previous fit; got {target.classes.tolist()}. Clone the classifier to fit a new "
+            "network."
         )
     estimator.classes_ = target.classes
-    two = target.kind == "multiclass" and len(target.classes) == 2
-    estimator.target_type_ = "binary" if two else target.kind
+    binary = target.kind == "multiclass" and len(target.classes) == 2
+    estimator.target_type_ = "binary" if binary else target.kind
     return X, target
 
 
 def warn_ignored(name, reason):
-    """Warn of a block of which nothing can be learned."""
+    """Warn about a block from which nothing can be learned."""
     warnings.warn(
         f"Block {name!r} {reason}, so nothing can be learned from it. It is ignored, in prediction "
         "too.",
@@ -68,21 +68,23 @@ def warn_ignored(name, reason):
 
 
 def observed_modalities(X, blocks):
-    """Tell which modalities each row has."""
-    return np.stack([observed_in_block(X, *block) for block in blocks.items()], axis=1)
+    """Return a mask (n_samples, n_modalities) of the observed modalities of each row."""
+    masks = [observed_in_block(X, name, columns) for name, columns in blocks.items()]
+    return np.stack(masks, axis=1)
 
 
 def by_modality(X, blocks):
-    """Return the table with modalities side by side in their order, and which each row has."""
-    there = observed_modalities(X, blocks)
-    order = np.concatenate(
-        [np.arange(X.shape[1])[columns] for columns in blocks.values()]
-    )
-    return (X if (np.diff(order) == 1).all() else X[:, order]), there
+    """Return the table with its columns in the order of blocks, and the observed modalities."""
+    observed = observed_modalities(X, blocks)
+    columns = np.arange(X.shape[1])
+    order = np.concatenate([columns[part] for part in blocks.values()])
+    if (order != columns).any():
+        X = X[:, order]
+    return X, observed
 
 
 def find_prior(target, weight):
-    """Return the share of each class, or of rows with each label, by weight."""
+    """Return the weighted proportion of each class, or of the rows with each label."""
     if target.kind == "multilabel":
         return np.average(target.values, axis=0, weights=weight)
     shares = np.bincount(target.values, weights=weight, minlength=len(target.classes))
@@ -100,21 +102,23 @@ def logits_of_prior(prior, target_type):
 
 
 def to_log_prior(prior, target_type):
-    """Return finite logarithms of the prior, for each label of "not" and "yes"."""
+    """Return finite logarithms of the prior; for labels, of absence and presence."""
     if target_type == "multilabel":
         prior = np.stack([1 - prior, prior], axis=-1)
     return np.log(np.maximum(prior, TINY))
 
 
 def probabilities(logits, target_type):
-    """Turn logits into probabilities."""
+    """Return the probabilities of classes or labels."""
     if target_type == "binary":
         return expit(np.stack([-logits, logits], axis=1))
-    return softmax(logits, axis=1) if target_type == "multiclass" else expit(logits)
+    if target_type == "multiclass":
+        return softmax(logits, axis=1)
+    return expit(logits)
 
 
 def decided(probabilities, classes, target_type):
-    """Name the likeliest class, or mark the labels that are likelier than not."""
+    """Return the most probable class, or the labels with a probability above 0.5."""
     if target_type == "multilabel":
         return (probabilities > 0.5).astype(np.int64)
     return classes[probabilities.argmax(axis=1)]

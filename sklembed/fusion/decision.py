@@ -34,7 +34,7 @@ from sklembed._validation import (
 )
 from sklembed.fusion._base import (
     TINY,
-    check_table,
+    check_labelled_table,
     decided,
     find_prior,
     observed_modalities,
@@ -285,7 +285,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
             a classifier takes no `sample_weight`, or a classifier has no `predict_proba`.
         """
         check_routing_enabled(params, self)
-        X, target = check_table(self, X, y, dtype=FLOAT_DTYPES, reset=True)
+        X, target = check_labelled_table(self, X, y, dtype=FLOAT_DTYPES, reset=True)
         estimators = self._check_estimators(sample_weight)
         weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
         metadata = self._route(sample_weight, weight, params)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class SeededDropout(nn.Module):
-    """Dropout that draws from its own generator, so that threads neither share nor disturb one."""
+    """Dropout with its own generator, so that threads do not share random state."""
 
     def __init__(self, p: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -16,46 +16,62 @@ class SeededDropout(nn.Module):
         self.generator = generator
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zero each entry with probability p and scale the rest, in training only."""
+        """Zero each entry with probability p and scale the rest; identity in evaluation."""
         if not self.training or self.p == 0.0:
             return x
-        # Numbers of x's own type throughout: products of bool and float are slower than the draw.
-        kept = torch.rand(x.shape, generator=self.generator, device=x.device).ge_(
+        # The mask has the dtype of x, because products of bool and float are slower.
+        mask = torch.rand(x.shape, generator=self.generator, device=x.device).ge_(
             self.p
         )
-        return x * kept.div_(1.0 - self.p)
+        return x * mask.div_(1.0 - self.p)
 
 
-class StackedLinear(nn.Module):
-    """A linear layer of each of several networks, applied at once by one batched product.
+class SeededLinear(nn.Module):
+    """A linear layer, or a stack of linear layers that are applied in one batched product.
 
-    All networks start from the same weights, drawn as `torch.nn.Linear` draws them.
+    Parameters
+    ----------
+    n_in, n_out : int
+        Widths of input and output.
+    n_networks : int or None
+        Number of stacked layers. All start from the same weights. None is a single layer, whose
+        weights have no leading axis.
+    generator : torch.Generator
+        Source of the weights, which are drawn as by `torch.nn.Linear`.
     """
 
     def __init__(
-        self, n_in: int, n_out: int, *, n_networks: int, generator: torch.Generator
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        n_networks: int | None = None,
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
         bound = 1.0 / math.sqrt(n_in)
         weight = torch.empty(n_out, n_in, device=generator.device)
         bias = torch.empty(n_out, device=generator.device)
-        for drawn in (weight, bias):
-            nn.init.uniform_(drawn, -bound, bound, generator=generator)
-        self.weight = nn.Parameter(weight.repeat(n_networks, 1, 1))
-        self.bias = nn.Parameter(bias.repeat(n_networks, 1))
+        for parameter in (weight, bias):
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        if n_networks is not None:
+            weight = weight.repeat(n_networks, 1, 1)
+            bias = bias.repeat(n_networks, 1)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (n_networks, batch, n_in) to (n_networks, batch, n_out)."""
-        if len(self.weight) == 1:  # a plain product will do
-            return F.linear(x, self.weight.squeeze(0), self.bias.squeeze(0))
+        """Map (..., batch, n_in) to (..., batch, n_out)."""
+        if self.weight.ndim == 2:
+            return F.linear(x, self.weight, self.bias)
         return torch.baddbmm(self.bias[:, None, :], x, self.weight.transpose(1, 2))
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation whose running moments are plain averages at first.
+    """Batch normalisation whose running moments start as plain averages.
 
-    So they are right after few batches. A batch of fewer than two rows has no moments of its own
-    and is normalised by the running ones. Parameters have a leading axis of one network.
+    The running moments are therefore accurate after few batches. A batch of one row is normalised
+    by the running moments.
     """
 
     running_mean: Tensor
@@ -64,19 +80,25 @@ class BatchNorm(nn.Module):
 
     def __init__(self, n_features: int, device: torch.device) -> None:
         super().__init__()
-        shape = (1, n_features)
-        self.weight = nn.Parameter(torch.ones(shape, device=device))
-        self.bias = nn.Parameter(torch.zeros(shape, device=device))
-        self.register_buffer("running_mean", torch.zeros(shape, device=device))
-        self.register_buffer("running_var", torch.ones(shape, device=device))
-        self.register_buffer("n_batches", torch.zeros(1, device=device))
+        self.weight = nn.Parameter(torch.ones(n_features, device=device))
+        self.bias = nn.Parameter(torch.zeros(n_features, device=device))
+        self.register_buffer("running_mean", torch.zeros(n_features, device=device))
+        self.register_buffer("running_var", torch.ones(n_features, device=device))
+        self.register_buffer("n_batches", torch.zeros((), device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (rows, n_features)."""
-        learns = self.training and len(x) > 1
+        """Normalise x (batch, n_features)."""
         momentum = 0.0
-        if learns:
+        update = self.training and len(x) > 1
+        if update:
             self.n_batches.add_(1)
             momentum = max(0.1, 1.0 / float(self.n_batches))
-        moments = self.running_mean[0], self.running_var[0]
-        return F.batch_norm(x, *moments, self.weight[0], self.bias[0], learns, momentum)
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            update,
+            momentum,
+        )

@@ -1,4 +1,4 @@
-"""The decoder that makes masks of frozen patches; every picture is decoded by itself."""
+"""The decoder of PatchSegmenter."""
 
 import math
 from collections.abc import Sequence
@@ -9,32 +9,33 @@ from torch import Tensor, nn
 
 from sklembed.nn.layers import SeededDropout
 
-_MOST_GROUPS, _LEAST_OF_GROUP = 8, 4  # of a group normalisation, and channels of each
+_MAX_GROUPS = 8  # of a group normalisation
+_MIN_CHANNELS = 4  # of a group
 
 
 class PatchDecoder(nn.Module):
-    """Upsample patches step by step (SETR, arXiv 2012.15840); finer maps join on the way (U-Net).
+    """Upsample patches step by step (SETR, arXiv 2012.15840) with skip connections (U-Net).
 
-    Pictures come packed: the patches of one map after another, the coarsest map first. Each hidden
-    layer is a 3 x 3 convolution, group normalisation and ReLU. The first works on the coarsest map;
-    each of the others doubles the grid, or brings it to that of the next finer map, which is
-    projected to its width and joined. Without hidden layers, all maps are brought to the finest
-    grid and a linear map follows.
+    The input has the patches of all maps of an image in one row, the coarsest map first. A hidden
+    layer is a 3 x 3 convolution, group normalisation and ReLU. The first layer works on the
+    coarsest map. Each of the others doubles the grid, or resizes it to that of the next finer
+    map, which is projected and concatenated. Without hidden layers, all maps are resized to the
+    finest grid and mapped linearly. Images of a batch do not influence each other.
 
     Parameters
     ----------
     grids : sequence of (int, int)
-        Rows and columns of each map's patches.
+        Rows and columns of each map.
     widths : sequence of int
-        Width of each map's patches.
+        Width of the patches of each map.
     hidden_layer_sizes : sequence of int
-        Channels of the hidden layers, at least as many as maps, or none.
+        Channels of the hidden layers: at least as many as maps, or none.
     n_classes : int
-        Channels of the output.
+        Number of output channels.
     dropout : float
-        Probability of zeroing a number of a patch in training.
+        Dropout probability of the entries of a patch during training.
     generator : torch.Generator
-        Source of the initial weights and of dropout, on the module's device.
+        Source of the initial weights and of dropout, on the device of the module.
     """
 
     def __init__(
@@ -51,38 +52,32 @@ class PatchDecoder(nn.Module):
         self.grids, self.widths = list(grids), list(widths)
         self.generator = generator
         self.dropout = SeededDropout(dropout, generator)
+        self.projections = nn.ModuleList()
+        self.layers = nn.ModuleList()
         for i, width in enumerate(self.widths):
             self.register_buffer(f"mean_{i}", torch.empty(width))
             self.register_buffer(f"scale_{i}", torch.empty(width))
-        own = list(hidden_layer_sizes[: len(self.widths)])
-        self.projections = nn.ModuleList(
-            nn.Conv2d(width, size, 1)
-            for width, size in zip(self.widths, own, strict=False)
-        )
-        joined = [
-            n_in + n_own
-            for n_in, n_own in zip([0, *hidden_layer_sizes], own, strict=False)
-        ]
-        joined += hidden_layer_sizes[len(own) - 1 : -1] if own else []
-        self.layers = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(n_in, n_out, 3, padding=1),
-                nn.GroupNorm(_n_groups(n_out), n_out),
-                nn.ReLU(),
-            )
-            for n_in, n_out in zip(joined, hidden_layer_sizes, strict=True)
-        )
-        n_last = hidden_layer_sizes[-1] if hidden_layer_sizes else sum(self.widths)
-        self.output = nn.Conv2d(n_last, n_classes, 1)
+        n_channels = 0
+        for i, size in enumerate(hidden_layer_sizes):
+            if i < len(self.widths):
+                self.projections.append(nn.Conv2d(self.widths[i], size, 1))
+                n_channels += size
+            convolution = nn.Conv2d(n_channels, size, 3, padding=1)
+            norm = nn.GroupNorm(_n_groups(size), size)
+            self.layers.append(nn.Sequential(convolution, norm, nn.ReLU()))
+            n_channels = size
+        if not hidden_layer_sizes:
+            n_channels = sum(self.widths)
+        self.output = nn.Conv2d(n_channels, n_classes, 1)
 
     def initialize(self, moments: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Draw the weights as torch's layers do, from the generator; set mean and scale."""
+        """Draw the weights from the generator, as torch's layers do; set mean and scale."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 assert module.bias is not None
                 bound = 1.0 / math.sqrt(module.weight[0].numel())
-                for drawn in (module.weight, module.bias):
-                    nn.init.uniform_(drawn, -bound, bound, generator=self.generator)
+                for parameter in (module.weight, module.bias):
+                    nn.init.uniform_(parameter, -bound, bound, generator=self.generator)
             elif isinstance(module, nn.GroupNorm):
                 module.reset_parameters()
         for i, (mean, scale) in enumerate(moments):
@@ -90,54 +85,53 @@ class PatchDecoder(nn.Module):
             getattr(self, f"scale_{i}").copy_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map packed pictures (1, batch, n_packed) to logits (1, batch, n_classes, rows, columns).
+        """Map packed patches (batch, n_packed) to logits (batch, n_classes, rows, columns).
 
-        The grid is the last layer's; `resized` brings logits to the size of masks.
+        The grid is that of the last layer; `resized` resizes logits to the size of masks.
         """
-        maps = self.unpack(x.squeeze(0))
+        maps = self.unpack(x)
         if not len(self.layers):
             finest = self.grids[-1]
-            logits: Tensor = self.output(
-                torch.cat([resized(m, finest) for m in maps], dim=1)
-            )
-            return logits[None]
-        maps = [
-            project(part) for project, part in zip(self.projections, maps, strict=True)
-        ]
-        z = self.layers[0](maps[0])  # (batch, channels, rows, columns)
+            z = torch.cat([resized(part, finest) for part in maps], dim=1)
+        else:
+            z = self._decode(maps)
+        logits: Tensor = self.output(z)
+        return logits
+
+    def _decode(self, maps: list[Tensor]) -> Tensor:
+        """Run the hidden layers on maps (batch, width, rows, columns)."""
+        z = self.layers[0](self.projections[0](maps[0]))
         for i, layer in enumerate(self.layers[1:], start=1):
             if i < len(maps):
-                z = torch.cat([resized(z, self.grids[i]), maps[i]], dim=1)
+                skip = self.projections[i](maps[i])
+                z = torch.cat([resized(z, self.grids[i]), skip], dim=1)
             else:
                 z = resized(z, (2 * z.shape[2], 2 * z.shape[3]))
-            z = layer(z)
-        logits = self.output(z)
-        return logits[None]
+            z = layer(z)  # (batch, channels, rows, columns)
+        return z
 
     def unpack(self, x: Tensor) -> list[Tensor]:
-        """Split packed pictures into standardised maps (batch, width, rows, columns)."""
-        sizes = [
-            math.prod(grid) * width
-            for grid, width in zip(self.grids, self.widths, strict=True)
-        ]
-        maps = []
-        for i, part in enumerate(torch.split(x, sizes, dim=1)):
-            part = part.reshape(len(x), *self.grids[i], self.widths[i])
+        """Return standardised maps (batch, width, rows, columns) with dropout."""
+        maps, start = [], 0
+        for i, (grid, width) in enumerate(zip(self.grids, self.widths, strict=True)):
+            stop = start + math.prod(grid) * width
+            part = x[:, start:stop].reshape(len(x), *grid, width)
             part = (part - getattr(self, f"mean_{i}")) / getattr(self, f"scale_{i}")
             maps.append(self.dropout(part).permute(0, 3, 1, 2))
+            start = stop
         return maps
 
 
 def _n_groups(n_channels: int) -> int:
-    """Return how many groups channels are normalised in; a channel alone would lose its mean."""
-    n = math.gcd(_MOST_GROUPS, n_channels)
-    while n > 1 and n_channels // n < _LEAST_OF_GROUP:
-        n //= 2
-    return n
+    """Return the number of groups of channels; normalising a single channel removes its mean."""
+    n_groups = math.gcd(_MAX_GROUPS, n_channels)
+    while n_groups > 1 and n_channels // n_groups < _MIN_CHANNELS:
+        n_groups //= 2
+    return n_groups
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring maps (batch, channels, rows, columns) to another size, bilinearly."""
+    """Resize maps (batch, channels, rows, columns) by bilinear interpolation."""
     if maps.shape[2:] == size:
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
