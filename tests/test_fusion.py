@@ -8,26 +8,34 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import TransformedTargetRegressor
 from sklearn.datasets import make_classification
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, SGDClassifier
-from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, roc_auc_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    f1_score,
+    log_loss,
+    r2_score,
+    roc_auc_score,
+)
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch import nn
 
-from sklembed import DecisionFusionClassifier, FusionClassifier
+from sklembed import DecisionFusionClassifier, FusionClassifier, FusionRegressor
 from sklembed._targets import encode_target
 from sklembed._torch import to_tensor
 from sklembed.fusion import decision as fusion_module
 from sklembed.nn.fusion import FusionHead
 from sklembed.nn.layers import BatchNorm
-from sklembed.nn.losses import binary_cross_entropy, cross_entropy
+from sklembed.nn.losses import binary_cross_entropy, cross_entropy, squared_error
 
 BLOCKS = {"text": slice(0, 6), "image": slice(6, 14)}
 each_join = pytest.mark.parametrize("join", ["early", "late"])
@@ -105,7 +113,7 @@ def test_training_steps_are_those_of_torch_s_own_layers(kind):
         [6, 8],
         [5],
         3,
-        fusion=kind,
+        join=kind,
         dropout=0.0,
         modality_dropout=0.0,
         generator=generator,
@@ -117,17 +125,17 @@ def test_training_steps_are_those_of_torch_s_own_layers(kind):
     assert len(order) == len(list(ours.parameters()))
     with torch.no_grad():
         for source, target in zip(_sorted_like(ours, kind), order, strict=True):
-            target.copy_(source[0])
+            target.copy_(source)
     X, y = (torch.from_numpy(a) for a in world(32))
     for head in (ours, plain):
         optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
         for _ in range(3):
-            logits = head(X[None])[0] if head is ours else run_plain(kind, head, X)
+            logits = head(X) if head is ours else run_plain(kind, head, X)
             optimizer.zero_grad()
             F.cross_entropy(logits, y).backward()
             optimizer.step()
     for source, target in zip(_sorted_like(ours, kind), order, strict=True):
-        torch.testing.assert_close(source[0], target, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(source, target, atol=1e-5, rtol=1e-4)
 
 
 def _sorted_like(ours, kind):
@@ -142,8 +150,8 @@ def test_running_moments_are_averages_at_first():
     ours, plain = BatchNorm(5, torch.device("cpu")), nn.BatchNorm1d(5)
     for batch in batches:
         torch.testing.assert_close(ours(batch), plain(batch))
-    torch.testing.assert_close(ours.running_mean[0], batches.mean(dim=(0, 1)))
-    torch.testing.assert_close(ours.running_var[0], batches.var(dim=1).mean(dim=0))
+    torch.testing.assert_close(ours.running_mean, batches.mean(dim=(0, 1)))
+    torch.testing.assert_close(ours.running_var, batches.var(dim=1).mean(dim=0))
     before = ours.running_mean.clone()
     assert (
         ours(batches[0, :1]).isfinite().all()
@@ -159,7 +167,7 @@ def test_rows_that_lack_a_modality_do_not_touch_its_moments():
             [6, 8],
             [5],
             3,
-            fusion="late",
+            join="late",
             dropout=0.0,
             modality_dropout=0.0,
             generator=torch.Generator().manual_seed(0),
@@ -168,8 +176,8 @@ def test_rows_that_lack_a_modality_do_not_touch_its_moments():
         )
         for _ in range(2)
     ]
-    heads[0](torch.from_numpy(without(X, "image", slice(10, 40)))[None])
-    heads[1](torch.from_numpy(X[:10])[None])
+    heads[0](torch.from_numpy(without(X, "image", slice(10, 40))))
+    heads[1](torch.from_numpy(X[:10]))
     for ours, expected in zip(
         heads[0].chains[1].buffers(), heads[1].chains[1].buffers(), strict=True
     ):
@@ -185,21 +193,15 @@ def test_numpy_says_what_the_module_says(join):
         [6, 8],
         [7, 5],
         3,
-        fusion=head._fusion,
+        join=head.join,
         dropout=0.2,
         modality_dropout=0.3,
         generator=torch.Generator(),
         mean=to_tensor(head.weights_["mean"], "cpu"),
         scale=to_tensor(head.weights_["scale"], "cpu"),
     )
-    shared = ("mean", "scale")
-    module.load_state_dict(
-        {
-            k: to_tensor(v if k in shared else v[None], "cpu")
-            for k, v in head.weights_.items()
-        }
-    )
-    logits = module.eval()(torch.from_numpy(X)[None])[0].detach().numpy()
+    module.load_state_dict({k: to_tensor(v, "cpu") for k, v in head.weights_.items()})
+    logits = module.eval()(torch.from_numpy(X)).detach().numpy()
     np.testing.assert_allclose(head.decision_function(X), logits, atol=1e-5)
 
 
@@ -209,7 +211,7 @@ def test_hidden_modalities_are_as_many_as_asked_and_never_all_of_a_row():
         [1, 1, 1],
         [2],
         2,
-        fusion="late",
+        join="late",
         dropout=0.0,
         modality_dropout=0.4,
         generator=generator,
@@ -218,13 +220,13 @@ def test_hidden_modalities_are_as_many_as_asked_and_never_all_of_a_row():
     )
     there = torch.ones(20_000, 3, dtype=torch.bool)
     there[::2, 0] = False
-    shown = head._shown(there)
+    shown = head._drop_modalities(there)
     assert shown.any(dim=-1).all()
     assert not shown[::2, 0].any()
     three, two = shown[1::2].float().mean(), shown[::2, 1:].float().mean()
     assert three == pytest.approx(1 - (0.4 - 0.4**3 / 3), abs=0.01)
     assert two == pytest.approx(1 - (0.4 - 0.4**2 / 2), abs=0.01)
-    assert head.eval()._shown(there).equal(there)
+    assert head.eval()._drop_modalities(there).equal(there)
 
 
 # Targets, weights, stopping
@@ -312,28 +314,25 @@ def test_a_row_of_weight_0_is_as_good_as_absent(join):
 
 def test_losses_are_those_of_a_loop():
     rng = np.random.default_rng(0)
-    logits, weight = (
-        torch.from_numpy(rng.normal(size=(2, 5, 3))),
-        torch.rand(2, 5).double(),
-    )
-    codes = torch.from_numpy(rng.integers(3, size=(2, 5)))
-    labels = torch.from_numpy(rng.integers(2, size=(2, 5, 3)).astype(float))
+    logits = torch.from_numpy(rng.normal(size=(5, 3)))
+    weight = torch.from_numpy(rng.random(5))
+    codes = torch.from_numpy(rng.integers(3, size=5))
+    labels = torch.from_numpy(rng.integers(2, size=(5, 3)).astype(float))
     pos_weight = torch.tensor([1.0, 2.0, 0.5]).double()
-    for network in range(2):
-        one, w = logits[network], weight[network]
-        nll = [-one[i].log_softmax(0)[codes[network, i]] for i in range(5)]
-        expected = sum(w[i] * nll[i] for i in range(5)) / w.sum()
-        torch.testing.assert_close(
-            cross_entropy(logits, codes, weight)[network], expected
-        )
-        torch.testing.assert_close(cross_entropy(logits, codes)[network], sum(nll) / 5)
-        p = one.sigmoid()
-        y = labels[network]
-        bce = -(pos_weight * y * p.log() + (1 - y) * (1 - p).log()).mean(dim=1)
-        found = binary_cross_entropy(logits, labels, weight, pos_weight=pos_weight)[
-            network
-        ]
-        torch.testing.assert_close(found, (bce * w).sum() / w.sum())
+    nll = torch.stack([-logits[i].log_softmax(0)[codes[i]] for i in range(5)])
+    weighted = (nll * weight).sum() / weight.sum()
+    torch.testing.assert_close(cross_entropy(logits, codes, weight), weighted)
+    torch.testing.assert_close(cross_entropy(logits, codes), nll.mean())
+    p = logits.sigmoid()
+    bce = -(pos_weight * labels * p.log() + (1 - labels) * (1 - p).log()).mean(dim=1)
+    torch.testing.assert_close(
+        binary_cross_entropy(logits, labels, weight, pos_weight=pos_weight),
+        (bce * weight).sum() / weight.sum(),
+    )
+    errors = torch.stack([(logits[i] - labels[i]).pow(2).sum() / 3 for i in range(5)])
+    torch.testing.assert_close(
+        squared_error(logits, labels, weight), (errors * weight).sum() / weight.sum()
+    )
 
 
 @each_join
@@ -362,13 +361,9 @@ def test_a_warm_start_goes_on(join):
     assert head.n_iter_ == 4
     assert [epoch["epoch"] for epoch in head.history_] == [1, 2, 3, 4]
     assert head.history_[-1]["train_loss"] < first
-    with pytest.raises(
-        ValueError, match=r"goes on with the classes \[0, 1, 2\].*Clone"
-    ):
+    with pytest.raises(ValueError, match=r"must have the classes \[0, 1, 2\].*Clone"):
         head.fit(X, y + 1)
-    with pytest.raises(
-        ValueError, match="layers of the shapes .* Clone the classifier"
-    ):
+    with pytest.raises(ValueError, match="has the structure .* Clone the estimator"):
         head.set_params(hidden_layer_sizes=(3,)).fit(X, y)
 
 
@@ -443,7 +438,7 @@ def test_what_a_head_cannot_learn_from_is_refused(join):
     ):
         small(join).fit(X, [None if i == 2 else "a" for i in range(300)])
     with pytest.raises(
-        ValueError, match=r"\['text', 'image'\] are NaN in all 300 rows that"
+        ValueError, match=r"\['text', 'image'\] are NaN in all rows of positive"
     ):
         small(join).fit(X * np.nan, y)
     with pytest.raises(ValueError, match="X has no names"):
@@ -452,9 +447,7 @@ def test_what_a_head_cannot_learn_from_is_refused(join):
         ValueError, match="hidden_layer_sizes must hold positive integers"
     ):
         small(join, hidden_layer_sizes=(0,)).fit(X, y)
-    with pytest.raises(
-        ValueError, match="validation_fraction=0.9 leaves nothing to train on"
-    ):
+    with pytest.raises(ValueError, match="validation_fraction=0.9 splits 3 rows"):
         small(join, early_stopping=True, validation_fraction=0.9).fit(X[:3], y[:3])
     X[5, 2] = np.nan
     with pytest.raises(
@@ -468,7 +461,7 @@ def test_a_modality_that_no_row_has_is_ignored_in_prediction_too(join):
     X, y = world()
     head = small(join, max_epochs=2, warm_start=True)
     with pytest.warns(
-        UserWarning, match="Block 'image' is NaN in all rows that count"
+        UserWarning, match="Block 'image' is NaN in all rows of positive weight"
     ) as caught:
         head.fit(without(X, "image"), y)
     assert len(caught) == 1
@@ -530,7 +523,7 @@ def test_balanced_weights_of_rare_labels_are_exact():
     X, y = world(4000)
     labels = np.stack([np.arange(4000) == 5, y == 0, np.ones(4000)], axis=1).astype(int)
     head = small("late", class_weight="balanced", max_epochs=1).fit(X, labels)
-    weights = head._find_label_weights(
+    weights = head._label_weights(
         encode_target(labels, "multilabel"), np.ones(4000), None
     )
     np.testing.assert_allclose(
@@ -981,3 +974,145 @@ def test_a_classifier_may_get_probabilities_in_fit_only():
         ValueError, match="(?s)block 'text'.*has no predict_proba.*CalibratedClass"
     ):
         decisions(grid).fit(X, y)
+
+
+# Numeric targets
+
+
+def numeric_world(n_rows=400, seed=0):
+    """Make two modalities with noise of a latent vector, and a target far from 0 and 1."""
+    rng = np.random.default_rng(seed)
+    latent = rng.normal(size=(n_rows, 3))
+    directions = np.random.default_rng(7).normal(size=(3, 14))
+    X = latent @ directions + 0.5 * rng.normal(size=(n_rows, 14))
+    y = 100 + 30 * np.sin(latent[:, 0]) + 10 * latent[:, 1]
+    return X.astype(np.float32), y
+
+
+def small_regressor(join, **options):
+    return FusionRegressor(join, **SMALL | {"max_epochs": 40} | options)
+
+
+@each_join
+def test_the_regressor_is_as_good_as_a_multi_layer_perceptron(join):
+    X, y = numeric_world(600)
+    perceptron = TransformedTargetRegressor(
+        make_pipeline(
+            StandardScaler(),
+            MLPRegressor(hidden_layer_sizes=(64,), max_iter=300, random_state=0),
+        ),
+        transformer=StandardScaler(),
+    )
+    expected = perceptron.fit(X[:400], y[:400]).score(X[400:], y[400:])
+    assert expected > 0.7
+    options = {"hidden_layer_sizes": (64,), "max_epochs": 20}
+    ours = small_regressor(join, dropout=0.0, modality_dropout=0.0, **options)
+    ours.fit(X[:400], y[:400])
+    assert ours.score(X[400:], y[400:]) > expected - 0.04
+
+
+@each_join
+def test_one_regressor_serves_rows_without_a_modality(join):
+    X, y = numeric_world(800)
+    test = slice(400, 800)
+    regressor = small_regressor(join).fit(X[:400], y[:400])
+    without_dropout = small_regressor(join, modality_dropout=0.0).fit(X[:400], y[:400])
+    for name in BLOCKS:
+        incomplete = without(X, name)[test]
+        score = regressor.score(incomplete, y[test])
+        assert 0.4 < score < regressor.score(X[test], y[test])
+        assert score > without_dropout.score(incomplete, y[test])
+
+
+@each_join
+def test_the_regressor_predicts_the_mean_without_any_modality(join):
+    X, y = numeric_world()
+    X[:40] = np.nan
+    weight = np.random.default_rng(0).random(400)
+    regressor = small_regressor(join, max_epochs=2).fit(X, y, sample_weight=weight)
+    mean = np.average(y, weights=weight)
+    np.testing.assert_allclose(regressor.predict(X)[:40], mean, rtol=1e-6)
+    assert len(np.unique(regressor.predict(X)[40:])) > 300
+
+
+@each_join
+def test_the_regressor_predicts_several_outputs_in_their_units(join):
+    X, y = numeric_world()
+    outputs = np.stack([y, -1000 * y, np.full(len(y), 7.0)], axis=1)
+    regressor = small_regressor(join).fit(X, outputs)
+    predicted = regressor.predict(X)
+    assert predicted.shape == (400, 3)
+    assert r2_score(outputs[:, :2], predicted[:, :2]) > 0.7
+    np.testing.assert_allclose(predicted[:, 2], 7.0, atol=0.5)
+    assert small_regressor(join, max_epochs=1).fit(X, y).predict(X).shape == (400,)
+    column = small_regressor(join, max_epochs=1).fit(X, y[:, None])
+    assert column.predict(X).shape == (400, 1)
+
+
+@each_join
+def test_the_predictions_of_numpy_are_those_of_the_module(join):
+    X, y = numeric_world()
+    X = without(X, "image", slice(0, 20))
+    regressor = small_regressor(join, max_epochs=2).fit(X, y)
+    module = FusionHead(
+        **regressor.structure_,
+        dropout=0.5,
+        modality_dropout=0.3,
+        generator=torch.Generator(),
+        mean=torch.from_numpy(regressor.weights_["mean"]),
+        scale=torch.from_numpy(regressor.weights_["scale"]),
+    )
+    state = {k: to_tensor(v, "cpu") for k, v in regressor.weights_.items()}
+    module.load_state_dict(state)
+    outputs = module.eval()(torch.from_numpy(X)).detach().numpy()[:, 0]
+    expected = outputs * regressor.target_scale_ + regressor.target_mean_
+    np.testing.assert_allclose(regressor.predict(X), expected, rtol=1e-4)
+
+
+@each_join
+def test_the_regressor_resumes_and_stops_early(join):
+    X, y = numeric_world()
+    regressor = small_regressor(join, max_epochs=2, warm_start=True).fit(X, y)
+    mean = regressor.target_mean_
+    regressor.fit(X, y + 1)
+    assert regressor.n_iter_ == 4
+    assert regressor.target_mean_ == mean
+    with pytest.raises(ValueError, match=r"shape of the previous fit.*Clone"):
+        regressor.fit(X, np.stack([y, y], axis=1))
+    options = {"early_stopping": True, "n_iter_no_change": 3, "max_epochs": 300}
+    stopped = small_regressor(join, **options, lr=0.02).fit(X, y)
+    losses = [epoch["valid_loss"] for epoch in stopped.history_]
+    assert stopped.n_iter_ == int(np.argmin(losses)) + 4 < 300
+
+
+def test_targets_that_are_not_numbers_are_refused():
+    X, y = numeric_world()
+    with pytest.raises(ValueError, match="contains NaN"):
+        small_regressor("early").fit(X, np.where(y > 120, np.nan, y))
+    with pytest.raises(ValueError, match="could not convert string"):
+        small_regressor("early").fit(X, ["many"] * 400)
+
+
+@each_join
+def test_a_saved_head_predicts_the_same(join, tmp_path):
+    X, y = numeric_world()
+    regressor = small_regressor(join, max_epochs=2).fit(X, y)
+    regressor.save(tmp_path / "regressor")
+    loaded = FusionRegressor.load(tmp_path / "regressor")
+    np.testing.assert_array_equal(loaded.predict(X), regressor.predict(X))
+    assert loaded.blocks == BLOCKS
+    X, y = world()
+    classifier = small(join, max_epochs=2).fit(X, np.array(["a", "b", "c"])[y])
+    classifier.save(tmp_path / "classifier")
+    loaded = FusionClassifier.load(tmp_path / "classifier")
+    np.testing.assert_array_equal(loaded.predict(X), classifier.predict(X))
+    with pytest.raises(ValueError, match="expected a FusionRegressor"):
+        FusionRegressor.load(tmp_path / "classifier")
+
+
+def test_join_can_be_searched():
+    X, y = numeric_world(120)
+    search = GridSearchCV(
+        small_regressor("early", max_epochs=2), {"join": ["early", "late"]}, cv=2
+    )
+    assert set(search.fit(X, y).cv_results_["param_join"]) == {"early", "late"}

@@ -9,8 +9,8 @@ from sklearn.multioutput import MultiOutputClassifier
 from sklembed import ContrastiveProjector
 from sklembed._targets import encode_target
 from sklembed.projection import gate as _gate
+from sklembed.projection.forward import project, reduce
 from sklembed.projection.gate import choose
-from sklembed.projection.projector import _project, _reduce
 
 NAMES = ("passthrough", "projection", "both")
 
@@ -222,8 +222,8 @@ def test_in_each_world_the_gate_chooses_what_new_rows_confirm(right, seed):
     assert all(score.shape == (5,) for score in projector.gate_scores_.values())
 
     X, y = world(rng, 2000)
-    reduced = _reduce(projector.components_, X.astype(np.float32))
-    projected = _project(projector.weights_, X.astype(np.float32), "cosine")
+    reduced = reduce(projector.components_, X.astype(np.float32))
+    projected = project(projector.weights_, X.astype(np.float32), "cosine")
     Z = dict(
         zip(NAMES, (reduced, projected, np.hstack([projected, reduced])), strict=True)
     )

@@ -111,7 +111,7 @@ def test_what_the_gate_lets_through_is_saved(
         {"hidden_layer_sizes": [9, 5]},
         {"class_weight": {0: 2.0, 1: 1.0, 2: 0.5}},
         {"cv": None, "lr": np.float32(0.01), "max_epochs": np.int64(2)},
-        {"keep_optimizer": True, "early_stopping": True},
+        {"early_stopping": True},
         {"skorch_params": {"optimizer__betas": (0.8, 0.9)}},
     ],
     ids=str,
@@ -152,7 +152,7 @@ def test_a_projector_is_saved_over_another(clusters, tmp_path):
 
 def test_a_loaded_projector_goes_on_training_as_the_saved_one(clusters, tmp_path):
     X, y = clusters
-    projector = small(keep_optimizer=True, passthrough=False).fit(X, y)
+    projector = small(passthrough=False).fit(X, y)
     loaded = round_trip(projector, tmp_path)
     np.testing.assert_array_equal(
         loaded.partial_fit(X, y).transform(X), projector.partial_fit(X, y).transform(X)

@@ -33,7 +33,7 @@ from sklembed import (
 )
 from sklembed.nn.losses import LOSSES
 from sklembed.nn.projection import Projection
-from sklembed.projection.projector import _product
+from sklembed.projection.forward import product
 
 
 def small(**options):
@@ -80,11 +80,10 @@ def test_numpy_transform_equals_the_torch_module(clusters, hidden, similarity):
         mean=torch.zeros(20),
         scale=torch.ones(20),
     )
-    stacked = {k: torch.from_numpy(v) for k, v in projector.weights_.items()}
-    stacked |= {k: v[None] for k, v in stacked.items() if k.startswith("layers")}
-    module.load_state_dict(stacked)
+    weights = {k: torch.from_numpy(v) for k, v in projector.weights_.items()}
+    module.load_state_dict(weights)
     with torch.inference_mode():
-        expected = module.eval()(torch.from_numpy(X)[None])[0]
+        expected = module.eval()(torch.from_numpy(X))
     if similarity == "cosine":
         expected = torch.nn.functional.normalize(expected, dim=1)
     np.testing.assert_allclose(projector.transform(X), expected.numpy(), atol=1e-5)
@@ -273,9 +272,7 @@ def test_a_fold_without_an_observed_row_to_train_on_is_refused(clusters):
     X = X.copy()
     X[30:] = np.nan
     folds = [(np.r_[30:90], np.r_[0:30]), (np.r_[0:30], np.r_[30:90])]
-    with pytest.raises(
-        ValueError, match="Fold 0 of cv has 0 observed rows to train on"
-    ):
+    with pytest.raises(ValueError, match="Fold 0 of cv has 0 observed training rows"):
         small(cv=folds).fit_transform(X, np.arange(90) % 2)
 
 
@@ -567,6 +564,6 @@ def test_a_product_s_row_depends_on_that_row_alone(n_features, n_columns):
         rows = rng.normal(size=(20, n_features)).astype(np.float32)
         matrix = rng.normal(size=(n_columns, n_features)).astype(np.float32).T
         order = rng.permutation(20)
-        together = _product(rows, matrix)
-        np.testing.assert_array_equal(_product(rows[order], matrix), together[order])
+        together = product(rows, matrix)
+        np.testing.assert_array_equal(product(rows[order], matrix), together[order])
         np.testing.assert_allclose(together, rows @ matrix, rtol=1e-5, atol=1e-6)

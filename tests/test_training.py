@@ -1,4 +1,4 @@
-"""The door to skorch: weights and history come out, and nothing else is left behind."""
+"""Training returns weights and history, and leaves nothing else behind."""
 
 import threading
 from dataclasses import replace
@@ -30,11 +30,9 @@ def regression():
 
 def squared_error(output, target, weight):
     losses = (output - target).square().mean(dim=-1)  # (n_networks, batch)
-    return (
-        losses.mean(dim=-1)
-        if weight is None
-        else (losses * weight).sum(-1) / weight.sum(-1)
-    )
+    if weight is None:
+        return losses.mean(dim=-1)
+    return (losses * weight).sum(-1) / weight.sum(-1)
 
 
 def fit(data, *, dropout=0.2, seed=0, rows=None, more=None, **options):
@@ -43,7 +41,7 @@ def fit(data, *, dropout=0.2, seed=0, rows=None, more=None, **options):
     def make_module(generator):
         return Projection(
             [5, 8, 2],
-            n_networks=1 if rows is None else len(rows),
+            n_networks=None if rows is None else len(rows),
             dropout=dropout,
             generator=generator,
             mean=torch.zeros(5),
@@ -54,7 +52,7 @@ def fit(data, *, dropout=0.2, seed=0, rows=None, more=None, **options):
         make_module,
         squared_error,
         *data,
-        [Rows(np.arange(len(data[0])))] if rows is None else rows,
+        Rows(np.arange(len(data[0]))) if rows is None else rows,
         TrainingOptions(**(OPTIONS | {"seed": seed} | options)),
         **more,
     )
@@ -196,16 +194,6 @@ def test_every_row_is_seen_once_an_epoch(regression):
         assert sorted(seen[network]) == sorted(rows.train.tolist())
 
 
-def test_odds_decide_how_often_a_row_is_drawn(regression):
-    X, Y = (torch.from_numpy(array) for array in regression)
-    X[:, 0] = torch.arange(100)
-    odds = np.where(np.arange(100) < 10, 9.0, 1.0)  # ten rows as often as the ninety
-    batches = Batches(Dataset(X, Y), 50, rows=[Rows(np.arange(100), odds=odds)], seed=0)
-    drawn = np.concatenate([x[0, :, 0].numpy() for _ in range(50) for x, _ in batches])
-    assert len(drawn) == 5000
-    assert abs((drawn < 10).mean() - 0.5) < 0.03
-
-
 def test_each_network_goes_back_to_its_best_epoch(regression):
     """One network is given targets that turn round, so that it gets worse on its own rows."""
     X, Y = regression
@@ -224,38 +212,27 @@ def test_each_network_goes_back_to_its_best_epoch(regression):
     assert np.isfinite(losses).all()
 
 
-def test_training_goes_on_from_weights_and_moments(regression):
-    """Two times three epochs equal six, if the optimiser's moments are kept."""
-    whole, _ = fit(regression, dropout=0.0, max_epochs=6, batch_size=100)
-
-    def three(start):
-        options = TrainingOptions(
-            **(OPTIONS | {"seed": 0, "batch_size": 100, "keep_optimizer": True})
-        )
-        return train(
-            lambda generator: Projection(
-                [5, 8, 2],
-                dropout=0.0,
-                generator=generator,
-                mean=torch.zeros(5),
-                scale=torch.ones(5),
-            ),
-            squared_error,
-            *regression,
-            [Rows(np.arange(100))],
-            options,
-            start=start,
-        )
-
-    first = three(None)
-    second = three(first)
-    forgetful = three(replace(first, optimizer_state={}))
-    np.testing.assert_allclose(
-        whole["layers.0.weight"], second.weights["layers.0.weight"], atol=1e-6
+def test_training_resumes_from_weights_with_other_batches(regression):
+    start = Trained(*fit(regression, max_epochs=2))
+    weights, history = fit(regression, max_epochs=3, more={"start": start})
+    assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4, 5]
+    assert history[:2] == start.history
+    assert history[-1]["train_loss"] < history[1]["train_loss"]
+    # The third epoch of an uninterrupted training draws batches from the same generator.
+    uninterrupted, _ = fit(regression, max_epochs=5)
+    assert not np.array_equal(
+        weights["layers.0.weight"], uninterrupted["layers.0.weight"]
     )
-    assert not np.allclose(
-        whole["layers.0.weight"], forgetful.weights["layers.0.weight"], atol=1e-4
-    )
+
+
+def test_a_single_network_is_a_stack_of_one_without_its_axis(regression):
+    X, y = regression
+    single, history = fit((X, y), rows=None)
+    stack, history_of_stack = fit((X, y), rows=[Rows(np.arange(100))])
+    for name, value in single.items():
+        expected = stack[name][0] if name.startswith("layers") else stack[name]
+        np.testing.assert_allclose(value, expected, atol=1e-5)
+    assert [e["epoch"] for e in history] == [e["epoch"] for e in history_of_stack]
 
 
 def test_a_partial_last_batch_is_trained_on(regression):
@@ -284,6 +261,6 @@ def test_a_compiled_network_is_trained_alike(regression, early_stopping):
     assert weights.keys() == plain.keys()
     for name, value in plain.items():
         np.testing.assert_allclose(weights[name], value, atol=1e-5)
-    start = {"start": Trained(weights, history, {})}
+    start = {"start": Trained(weights, history)}
     gone_on, _ = fit(regression, rows=rows, skorch_params=compiled, more=start)
     assert gone_on.keys() == plain.keys()
