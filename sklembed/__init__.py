@@ -1,43 +1,79 @@
-"""Strong, cheap, trustworthy classifiers from frozen embeddings, in scikit-learn."""
+"""Strong, cheap, trustworthy models from frozen embeddings, in scikit-learn."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sklembed import datasets, evaluation, metrics, plots
+    from sklembed.alignment import CanonicalAligner, ModalityGapAligner
+    from sklembed.crossmodal import CrossAttentionAdaptor, SharedFusionEncoder
+    from sklembed.encoders import (
+        CallableBackend,
+        EmbeddingStore,
+        FrozenEncoder,
+        prefetch,
+    )
+    from sklembed.fusion import (
+        DecisionFusionClassifier,
+        FusionClassifier,
+        FusionRegressor,
+    )
+    from sklembed.projection import ContrastiveProjector
+    from sklembed.segmentation import PatchSegmenter
+    from sklembed.union import PerModalityUnion
+    from sklembed.zero_shot import ZeroShotClassifier
 
 __version__ = "0.1.0"
+__all__ = [
+    "CallableBackend",
+    "CanonicalAligner",
+    "ContrastiveProjector",
+    "CrossAttentionAdaptor",
+    "DecisionFusionClassifier",
+    "EmbeddingStore",
+    "FrozenEncoder",
+    "FusionClassifier",
+    "FusionRegressor",
+    "ModalityGapAligner",
+    "PatchSegmenter",
+    "PerModalityUnion",
+    "SharedFusionEncoder",
+    "ZeroShotClassifier",
+    "datasets",
+    "evaluation",
+    "metrics",
+    "plots",
+    "prefetch",
+]
 
-# Public name -> the module that defines it. Loaded on first use, so that `import sklembed` costs
-# milliseconds and who only unions or loads data never pays for torch.
-_HOMES = {
-    "CallableBackend": "sklembed.encoders",
-    "CanonicalAligner": "sklembed.alignment",
-    "ContrastiveProjector": "sklembed.projection",
-    "CrossAttentionAdaptor": "sklembed.crossmodal",
-    "DecisionFusionClassifier": "sklembed.fusion",
-    "EmbeddingStore": "sklembed.encoders",
-    "FrozenEncoder": "sklembed.encoders",
-    "FusionClassifier": "sklembed.fusion",
-    "FusionRegressor": "sklembed.fusion",
-    "ModalityGapAligner": "sklembed.alignment",
-    "PatchSegmenter": "sklembed.segmentation",
-    "PerModalityUnion": "sklembed.union",
-    "SharedFusionEncoder": "sklembed.crossmodal",
-    "ZeroShotClassifier": "sklembed.zero_shot",
-    "datasets": "sklembed",
-    "evaluation": "sklembed",
-    "metrics": "sklembed",
-    "plots": "sklembed",
-    "prefetch": "sklembed.encoders",
+# The module of each public name. Names are imported on first use, so that `import sklembed` takes
+# milliseconds and code that only unions or loads data does not import torch.
+_MODULES = {
+    "CallableBackend": "encoders",
+    "CanonicalAligner": "alignment",
+    "ContrastiveProjector": "projection",
+    "CrossAttentionAdaptor": "crossmodal",
+    "DecisionFusionClassifier": "fusion",
+    "EmbeddingStore": "encoders",
+    "FrozenEncoder": "encoders",
+    "FusionClassifier": "fusion",
+    "FusionRegressor": "fusion",
+    "ModalityGapAligner": "alignment",
+    "PatchSegmenter": "segmentation",
+    "PerModalityUnion": "union",
+    "SharedFusionEncoder": "crossmodal",
+    "ZeroShotClassifier": "zero_shot",
+    "prefetch": "encoders",
 }
 
-__all__ = sorted(_HOMES)
 
-
-def __getattr__(name):
-    if name not in _HOMES:
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
         raise AttributeError(f"module 'sklembed' has no attribute {name!r}")
-    if _HOMES[name] == "sklembed":  # a module, not a name in one
+    if name not in _MODULES:  # a public module
         return importlib.import_module(f"sklembed.{name}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(f"sklembed.{_MODULES[name]}"), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return [*globals(), *__all__]

@@ -1,10 +1,13 @@
-"""What importing costs, and that the public names are where they are said to be."""
+"""The cost of imports, the public names, their types, and texts that estimators share."""
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from sklearn.base import BaseEstimator
 
 import sklembed
 
@@ -73,3 +76,77 @@ def test_the_package_is_typed():
     from importlib.resources import files
 
     assert (files("sklembed") / "py.typed").is_file()
+
+
+PROGRAM = """
+import sklembed
+
+sklembed.ContrastiveProjector(n_components=16, lr=1e-3)
+sklembed.FusionClassifier("late", blocks={{"all": slice(None)}})
+sklembed.FrozenEncoder("a/model", batch_size=8)
+sklembed.PerModalityUnion([])
+sklembed.{call}
+"""
+CALLS_WITH_AN_UNKNOWN_KEYWORD = [
+    "CanonicalAligner(n_component=2)",
+    "ContrastiveProjector(n_component=16)",
+    "CrossAttentionAdaptor(mixup=True)",
+    "DecisionFusionClassifier(weight=None)",
+    "EmbeddingStore(dtypes='float16')",
+    "FrozenEncoder('a/model', store_dtype='float16')",
+    "FusionClassifier(fusion='late')",
+    "FusionRegressor(class_weight='balanced')",
+    "ModalityGapAligner(kind='shift')",
+    "PatchSegmenter(grid=(2, 2))",
+    "PerModalityUnion([], n_job=2)",
+    "SharedFusionEncoder(structure_weight=1.0)",
+    "ZeroShotClassifier(class_names=[])",
+]
+
+
+def test_mypy_rejects_unknown_keywords_of_public_classes(tmp_path):
+    api = pytest.importorskip("mypy.api")
+    program = tmp_path / "program.py"
+    calls = "\nsklembed.".join(CALLS_WITH_AN_UNKNOWN_KEYWORD)
+    program.write_text(PROGRAM.format(call=calls))
+    options = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
+    report, _, _ = api.run([*options, str(program)])
+    for call in CALLS_WITH_AN_UNKNOWN_KEYWORD:
+        assert f'for "{call.split("(")[0]}"' in report, report
+    assert f"Found {len(CALLS_WITH_AN_UNKNOWN_KEYWORD)} errors" in report, report
+
+
+# Parameters whose meaning differs between estimators.
+OF_THEIR_OWN = {"class_weight", "cv", "temperature", "weights", "output", "modality"}
+OF_THEIR_OWN |= {"hidden_layer_sizes", "n_components", "batch_size", "dropout", "store"}
+OF_THEIR_OWN |= {"passthrough", "standardize", "verbose", "classes"}
+
+
+def parameter_texts(estimator):
+    """Return the first sentence of each parameter's description, by name."""
+    section = re.search(
+        r"\nParameters\n-+\n(.*?)\n\n\w+\n---", inspect.getdoc(estimator), re.DOTALL
+    )
+    texts = {}
+    for entry in re.split(r"\n(?=\S)", section.group(1)):
+        header, description = entry.split("\n", 1)
+        first_sentence = " ".join(description.split()).split(". ")[0].rstrip(".")
+        for parameter in header.split(" : ")[0].split(", "):
+            texts[parameter] = first_sentence
+    return texts
+
+
+def test_a_shared_parameter_has_one_text():
+    texts = {}
+    for name in sklembed.__all__:
+        estimator = getattr(sklembed, name)
+        if isinstance(estimator, type) and issubclass(estimator, BaseEstimator):
+            for parameter, text in parameter_texts(estimator).items():
+                texts.setdefault(parameter, {}).setdefault(text, []).append(name)
+    assert {"random_state", "device", "blocks", "early_stopping"} <= texts.keys()
+    differing = {
+        parameter: by_text
+        for parameter, by_text in texts.items()
+        if len(by_text) > 1 and parameter not in OF_THEIR_OWN
+    }
+    assert not differing

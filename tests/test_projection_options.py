@@ -668,7 +668,7 @@ def test_where_no_fold_is_possible_the_projection_is_plain_with_a_warning(
     plain = small(n_components=2, cv=None)
     np.testing.assert_array_equal(Z, plain.fit_transform(X, labels))
     np.testing.assert_array_equal(Z, plain.transform(X))
-    with pytest.warns(UserWarning, match="No folds can be made"):
+    with pytest.warns(UserWarning, match="No folds of the"):
         assert small(passthrough="auto", n_components=2).fit(X, labels).gate_ == "both"
 
 

@@ -100,7 +100,7 @@ class PatchDecoder(nn.Module):
 
     def _decode(self, maps: list[Tensor]) -> Tensor:
         """Run the hidden layers on maps (batch, width, rows, columns)."""
-        z = self.layers[0](self.projections[0](maps[0]))
+        z: Tensor = self.layers[0](self.projections[0](maps[0]))
         for i, layer in enumerate(self.layers[1:], start=1):
             if i < len(maps):
                 skip = self.projections[i](maps[i])
