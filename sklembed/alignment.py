@@ -282,9 +282,10 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _fit(self, X):
         """Learn from training rows; return them aligned, which are observed, and their dtype."""
         check_vectors(X, self)
+        table = X
         X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite="allow-nan")
         names = getattr(self, "feature_names_in_", None)
-        self.blocks_ = resolve_blocks(self.blocks, names, X.shape[1])
+        self.blocks_ = resolve_blocks(self.blocks, names, X.shape[1], table)
         self.width_ = self._common_width(X)
         rows, observed = self._all_unit_rows(X)
         for name, seen in observed.items():
@@ -504,9 +505,10 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
             asked for than the narrower modality has columns.
         """
         check_vectors(X, self)
+        table = X
         X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite="allow-nan")
         names = getattr(self, "feature_names_in_", None)
-        self.blocks_ = resolve_blocks(self.blocks, names, X.shape[1])
+        self.blocks_ = resolve_blocks(self.blocks, names, X.shape[1], table)
         rows, observed, paired = self._check_pairs(X)
         self.means_ = _centroids(rows)
         pairs, whitenings, shrinkages = [], [], []

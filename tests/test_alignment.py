@@ -256,13 +256,16 @@ def test_shift_and_noise_can_be_searched():
         ({"blocks": {"a": slice(0, 4), "b": slice(5, 10)}}, "column 4 is in 0 of"),
         (
             {"blocks": {"a": slice(0, 10), "b": slice(10, 12)}},
-            "Block 'b' holds none of the",
+            "Block 'b' selects none of the",
         ),
         (
             {"blocks": {"a": [0, 11], "b": slice(2, 10)}},
-            "asks for column 11, but X has",
+            "selects column 11, but X has",
         ),
-        ({"blocks": {"a": "x", "b": slice(2, 10)}}, "asks for column 'x'.*no names"),
+        (
+            {"blocks": {"a": "x", "b": slice(2, 10)}},
+            "selects column 'x' by name.*no column names",
+        ),
         (
             {"blocks": None},
             r"X has no names.*set_output\(transform='pandas'\).*or pass blocks",
@@ -279,10 +282,10 @@ def test_what_cannot_be_aligned_is_refused(options, message):
 def test_names_that_name_no_modality_are_refused():
     X = pd.DataFrame(two_cones()[:, :3], columns=["text__0", "image__0", "text__1"])
     with pytest.raises(
-        ValueError, match="columns of 'text' do not stand side by side: 'text__1'"
+        ValueError, match="columns of 'text' are not contiguous: 'text__1' follows"
     ):
         ModalityGapAligner().fit(X)
-    with pytest.raises(ValueError, match="Column 'size' names no modality"):
+    with pytest.raises(ValueError, match="Column 'size' has no modality in its name"):
         ModalityGapAligner().fit(X.rename(columns={"text__1": "size"}))
 
 

@@ -1,13 +1,184 @@
-"""Missing rows of a block, a block by itself, and columns of tokens."""
+"""Selections of columns, missing rows of a block, one block alone, and token columns."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pytest
+from sklearn.compose import ColumnTransformer, make_column_selector
+from sklearn.naive_bayes import GaussianNB
 
-from sklembed._table.blocks import check_one_block, known_block, observed_rows
+from sklembed import (
+    CanonicalAligner,
+    DecisionFusionClassifier,
+    ModalityGapAligner,
+    PerModalityUnion,
+)
+from sklembed._table.blocks import (
+    check_one_block,
+    known_block,
+    observed_rows,
+    resolve_blocks,
+)
 from sklembed._table.tokens import pad_tokens, read_tokens, token_columns
+
+# Selections
+
+NAMES = ["height", "width", "depth", "weight"]
+
+
+def in_container(container):
+    """Make a table whose last two columns are float32."""
+    values = np.random.default_rng(0).normal(size=(30, 4))
+    if container == "numpy":
+        return values
+    frame = pd.DataFrame(values, columns=NAMES)
+    frame = frame.astype({"depth": np.float32, "weight": np.float32})
+    return frame if container == "pandas" else pl.from_pandas(frame)
+
+
+BY_POSITION = {
+    "positions": [[0, 1], [2, 3]],
+    "tuples": [(0, 1), (2, 3)],
+    "array": [np.array([0, 1]), np.array([2, 3])],
+    "from the end": [[-4, -3], [-2, -1]],
+    "slices": [slice(0, 2), slice(2, None)],
+    "slices from the end": [slice(None, -2), slice(-2, None)],
+    "masks": [[True, True, False, False], np.array([False, False, True, True])],
+    "callables of positions": [lambda X: [0, 1], lambda X: [2, X.shape[1] - 1]],
+    "callables of slices": [lambda X: slice(0, 2), lambda X: slice(2, 4)],
+    "callables of masks": [lambda X: np.arange(4) < 2, lambda X: np.arange(4) > 1],
+}
+BY_NAME = {
+    "names": [NAMES[:2], NAMES[2:]],
+    "index": [pd.Index(NAMES[:2]), np.array(NAMES[2:])],
+    "slices of names": [slice("height", "width"), slice("depth", None)],
+    "slices up to a name": [slice(None, "width"), slice("depth", "weight")],
+    "callables of names": [lambda X: X.columns[:2], lambda X: list(X.columns[2:])],
+}
+SELECTOR = [
+    make_column_selector(dtype_include=np.float64),
+    make_column_selector(dtype_include=np.float32),
+]
+SELECTIONS = [
+    *[(c, *BY_POSITION[f]) for f in BY_POSITION for c in ("numpy", "pandas", "polars")],
+    *[(c, *BY_NAME[f]) for f in BY_NAME for c in ("pandas", "polars")],
+    ("pandas", *SELECTOR),
+    ("pandas", pd.Series([True, True, False, False]), make_column_selector("^[dw]e")),
+]
+
+
+@pytest.mark.parametrize(("container", "first", "last"), SELECTIONS)
+def test_blocks_and_branches_take_every_selection_of_column_transformer(
+    container, first, last
+):
+    X = in_container(container)
+    values = np.asarray(X)
+    union = PerModalityUnion([("a", "passthrough", first), ("b", "passthrough", last)])
+    np.testing.assert_array_equal(union.fit_transform(X), values)
+    expected = {"a": slice(0, 2), "b": slice(2, 4)}
+    y = np.arange(30) % 2
+    blocks = {"a": first, "b": last}
+    for estimator in (
+        ModalityGapAligner(blocks),
+        CanonicalAligner(blocks=blocks),
+        DecisionFusionClassifier(GaussianNB(), blocks=blocks),
+    ):
+        assert estimator.fit(X, y).blocks_ == expected
+    branches = [("b", "passthrough", last), ("a", "passthrough", first)]
+    np.testing.assert_array_equal(
+        PerModalityUnion(branches).fit_transform(X),
+        ColumnTransformer(branches).fit_transform(X),
+    )
+
+
+def test_scalars_select_a_block_of_one_column():
+    blocks = {"a": 0, "b": "width", "c": np.int64(-1), "d": lambda X: "depth"}
+    X = in_container("pandas")
+    found = resolve_blocks(blocks, NAMES, 4, X)
+    assert found == {
+        "a": slice(0, 1),
+        "b": slice(1, 2),
+        "c": slice(3, 4),
+        "d": slice(2, 3),
+    }
+    union = PerModalityUnion([(name, "passthrough", blocks[name]) for name in blocks])
+    expected = X[["height", "width", "weight", "depth"]]
+    np.testing.assert_array_equal(union.fit_transform(X), expected)
+
+
+def test_scattered_columns_are_positions_in_the_order_of_the_selection():
+    blocks = {"a": ["weight", "height"], "b": slice(2, 0, -1)}
+    found = resolve_blocks(blocks, NAMES, 4)
+    assert [columns.tolist() for columns in found.values()] == [[3, 0], [2, 1]]
+    found = resolve_blocks({"a": slice(None, None, -1)}, None, 4)
+    assert found["a"].tolist() == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("colour", r"selects column 'colour', which is not in X. X has the columns"),
+        (["colour"], "selects column 'colour', which is not in X"),
+        (slice("colour", None), "selects column 'colour'"),
+        (slice(None, "colour"), "selects column 'colour'"),
+        (lambda X: ["colour"], "selects column 'colour'"),
+        ([[0]], r"selects column \[0\], which is not in X"),
+        (7, "selects column 7, but X has n_features=4"),
+        ([0, -5], "selects column -5, but X has n_features=4"),
+        (
+            [True, False],
+            "selects columns by a mask of 2 values, but X has n_features=4",
+        ),
+        (None, "selects columns by None. Use a name, a position"),
+        (True, "selects columns by True. Use"),
+        (1.5, "selects columns by 1.5. Use"),
+        (slice(0.5, 2), r"selects columns by slice\(0.5, 2, None\)"),
+    ],
+)
+def test_invalid_selections_are_refused_with_the_block_or_branch(columns, message):
+    X = in_container("pandas")
+    with pytest.raises(ValueError, match=f"Block 'b' {message}"):
+        ModalityGapAligner({"a": [0], "b": columns}).fit(X)
+    with pytest.raises(ValueError, match=f"Branch 'b' {message}"):
+        PerModalityUnion([("b", "passthrough", columns)]).fit(X)
+
+
+@pytest.mark.parametrize("columns", ["width", ["width"], slice("width", None)])
+def test_names_do_not_select_from_an_array(columns):
+    X = in_container("numpy")
+    message = "selects column 'width' by name, but X has no column names. Pass a DataF"
+    with pytest.raises(ValueError, match=f"Block 'b' {message}"):
+        ModalityGapAligner({"a": [0], "b": columns}).fit(X)
+    with pytest.raises(ValueError, match=f"Branch 'b' {message}"):
+        PerModalityUnion([("b", "passthrough", columns)]).fit(X)
+
+
+@pytest.mark.parametrize(
+    "columns", [[], slice(0, 0), np.zeros(4, dtype=bool), lambda X: []]
+)
+def test_a_block_without_columns_is_refused(columns):
+    with pytest.raises(ValueError, match="'b' selects none of the n_features=4 col"):
+        ModalityGapAligner({"a": slice(0, 4), "b": columns}).fit(in_container("numpy"))
+
+
+def test_a_column_in_no_block_or_in_several_is_refused():
+    for columns, message in (
+        (["depth"], r"column 'weight' is in 0 of the blocks \['a', 'b'\] \(1 such"),
+        (slice(1, None), "column 'width' is in 2 of the blocks"),
+        ([2, 3, 3], "column 'weight' is in 2 of the blocks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve_blocks({"a": [0, 1], "b": columns}, NAMES, 4)
+
+
+def test_a_callable_needs_the_table():
+    with pytest.raises(ValueError, match="'a' selects columns by a callable, but the"):
+        resolve_blocks({"a": lambda X: [0]}, NAMES, 4)
+
+
+# Missing rows, and one block alone
 
 
 def test_a_row_of_nan_is_missing():

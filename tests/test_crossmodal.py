@@ -1059,7 +1059,7 @@ def test_blocks_that_are_not_there_are_refused(Encoder):
     with pytest.raises(ValueError, match="X has no names"):
         small(Encoder, blocks=None).fit(X)
     with pytest.raises(
-        ValueError, match="'sound' asks for column 20, but X has n_features=12"
+        ValueError, match="'sound' selects column 20, but X has n_features=12"
     ):
         small(Encoder, blocks=BLOCKS | {"sound": [20]}).fit(X)
     with pytest.raises(ValueError, match="column 5 is in 2 of the blocks"):

@@ -155,7 +155,7 @@ def test_which_columns_are_left_is_settled_in_fit_by_name(table, text):
     moved = table[["flag", "width", "depth", "note", "height"]].assign(extra=1.0)
     np.testing.assert_array_equal(union.transform(moved), expected)
     with pytest.raises(
-        ValueError, match="Branch 'remainder' asks for column 'depth', which is no"
+        ValueError, match="Branch 'remainder' selects column 'depth', which is no"
     ):
         union.transform(table.drop(columns="depth"))
 
@@ -178,7 +178,7 @@ def test_columns_of_one_name_cannot_be_told_apart(table):
         [SIZE, ("n", "drop", "note")], remainder="passthrough"
     ).fit(table)
     twice = table.rename(columns={"note": "depth"})
-    message = "'remainder' asks for column 'depth', but X has 2 columns of that name. Rename them"
+    message = "'remainder' selects column 'depth', but X has 2 columns of that name. Rename them"
     with pytest.raises(ValueError, match=message):
         union.transform(twice)
 

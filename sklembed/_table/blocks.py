@@ -1,63 +1,68 @@
-"""Blocks: the columns of one wide table that belong to one modality, and the rows that lack it."""
+"""Blocks: the columns of one table that belong to one modality."""
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 from sklearn.utils import assert_all_finite, check_array
 
+from sklembed._table.columns import as_table, resolve_columns
+
 Block = slice | np.ndarray
 
 
 def resolve_blocks(
-    blocks: Mapping[str, Any] | None, names: Sequence[str] | None, n_features: int
+    blocks: Mapping[str, Any] | None,
+    names: Sequence[str] | None,
+    n_features: int,
+    X: Any = None,
 ) -> dict[str, Block]:
-    """Find the columns of each modality, which between them hold every column once.
+    """Find the columns of each modality; every column must be in exactly one block.
 
     Parameters
     ----------
     blocks : mapping of str to columns, or None
-        Columns are a slice of positions, a name or a position, a list of these, or a mask. None
-        reads them from names such as ``text__0, text__1, image__0``, which PerModalityUnion gives.
+        The columns of each modality, in any form that `resolve_columns` accepts. None
+        reads them from names such as ``text__0, text__1, image__0``, as PerModalityUnion
+        produces.
     names : sequence of str or None
-        Names of the columns, if they have any.
+        Column names, if there are any.
     n_features : int
-        How many columns there are.
+        Number of columns.
+    X : DataFrame, array-like or None, default=None
+        The table that callables take. None if they are not supported.
 
     Returns
     -------
     blocks : dict of str to slice or ndarray of int
-        A slice where the columns stand side by side.
+        A slice if the columns are contiguous.
 
     Raises
     ------
     ValueError
-        If columns have no names that say, a block holds no column, or a column is in no block or
-        in two.
+        If a column name has no block prefix, a selection is invalid, a block has no
+        columns, or a column is in no block or in several.
     """
     if blocks is None:
-        found = _read_from_names(names)
+        positions = _read_from_names(names)
     else:
-        found = {
-            name: _positions(name, cols, names, n_features)
-            for name, cols in blocks.items()
-        }
-    times = np.bincount(
-        [column for cols in found.values() for column in cols], minlength=n_features
-    )
-    wrong = np.flatnonzero(times != 1)
-    if len(wrong):
-        column = int(wrong[0]) if names is None else names[wrong[0]]
+        positions = _select_positions(blocks, names, n_features, X)
+    n_blocks = np.zeros(n_features, dtype=np.intp)
+    for columns in positions.values():
+        np.add.at(n_blocks, columns, 1)
+    invalid = np.flatnonzero(n_blocks != 1)
+    if len(invalid):
+        column = int(invalid[0]) if names is None else names[invalid[0]]
         raise ValueError(
-            f"Every column belongs to one block, but column {column!r} is in {times[wrong[0]]} of "
-            f"the blocks {list(found)} ({len(wrong)} such columns of n_features={n_features})."
+            f"Every column belongs to one block, but column {column!r} is in "
+            f"{n_blocks[invalid[0]]} of the blocks {list(positions)} ({len(invalid)} "
+            f"such columns of n_features={n_features})."
         )
-    return {name: _as_slice(columns) for name, columns in found.items()}
+    return {name: _as_slice(columns) for name, columns in positions.items()}
 
 
 def observed_in_block(X: np.ndarray, name: str, columns: Block) -> np.ndarray:
-    """Tell which rows of a table have one modality, as `observed_rows` does of its columns."""
+    """Return a mask of the rows that have one modality; see `observed_rows`."""
     try:
         return observed_rows(X[:, columns], f" of block {name!r}")
     except ValueError as error:
@@ -66,45 +71,49 @@ def observed_in_block(X: np.ndarray, name: str, columns: Block) -> np.ndarray:
 
 
 def check_one_block(estimator: Any, X: Any, name: str, dtype: Any) -> np.ndarray:
-    """Return the columns of one modality that come without the others, checked.
+    """Validate the columns of one modality, passed without the other modalities.
 
     Raises
     ------
     ValueError
-        If `fit` has seen no such block, the width is another, columns are those of another block or
-        stand in another order, a value is infinite, or a row is torn.
+        If `fit` had no such block, the width differs, columns are those of another block
+        or in another order, a value is infinite, or NaN fills only part of a row.
     """
-    seen = np.arange(estimator.n_features_in_)[known_block(name, estimator.blocks_)]
-    check_names(X, name, getattr(estimator, "feature_names_in_", None), seen)
+    columns = known_block(name, estimator.blocks_)
+    positions = np.arange(estimator.n_features_in_)[columns]
+    check_names(X, name, getattr(estimator, "feature_names_in_", None), positions)
     X = check_array(X, dtype=dtype, ensure_all_finite="allow-nan")
-    if X.shape[1] != len(seen):
+    if X.shape[1] != len(positions):
         raise ValueError(
-            f"Block {name!r} has {len(seen)} columns; got {X.shape[1]}. Give the columns of that "
-            "modality alone."
+            f"Block {name!r} has {len(positions)} columns; got {X.shape[1]}. Pass only the "
+            "columns of that modality."
         )
     observed_in_block(X, name, slice(None))
     return X
 
 
-def check_names(X: Any, name: str, fitted: np.ndarray | None, seen: np.ndarray) -> None:
-    """Refuse columns that `fit` has seen in another block or order; other names say nothing."""
+def check_names(
+    X: Any, name: str, fitted: np.ndarray | None, positions: np.ndarray
+) -> None:
+    """Refuse fitted column names of another block or order; new names are ignored."""
     if fitted is None or not hasattr(X, "columns"):
         return
     names = list(X.columns)
-    if set(names) & set(fitted) and names != list(fitted[seen]):
+    expected = list(fitted[positions])
+    if set(names) & set(fitted) and names != expected:
         raise ValueError(
             f"The feature names should be those of block {name!r} in their order, "
-            f"{list(fitted[seen][:3])} …; got {names[:3]} …."
+            f"{expected[:3]} …; got {names[:3]} …."
         )
 
 
 def known_block(name: str, blocks: Mapping[str, Block]) -> Block:
-    """Return the columns of a block that was seen in fit.
+    """Return the columns of a block by name.
 
     Raises
     ------
     ValueError
-        If there is none of that name.
+        If `fit` had no such block.
     """
     if name not in blocks:
         raise ValueError(f"There is no modality {name!r}; fit has seen {list(blocks)}.")
@@ -112,77 +121,54 @@ def known_block(name: str, blocks: Mapping[str, Block]) -> Block:
 
 
 def _read_from_names(names: Sequence[str] | None) -> dict[str, list[int]]:
-    """Read blocks from the names of columns, which must stand side by side."""
+    """Read contiguous blocks from the prefixes of column names."""
     if names is None:
         raise ValueError(
-            "blocks=None reads the modalities from column names such as 'text__0', but X has no "
-            "names. Call set_output(transform='pandas') on the pipeline or the union, or pass "
-            "blocks, for example {'text': slice(0, 384), 'image': slice(384, 1664)}."
+            "blocks=None reads the modalities from column names such as 'text__0', but X "
+            "has no names. Call set_output(transform='pandas') on the pipeline or the "
+            "union, or pass blocks, for example {'text': slice(0, 384), 'image': "
+            "slice(384, 1664)}."
         )
-    found: dict[str, list[int]] = {}
-    last = None
+    positions: dict[str, list[int]] = {}
+    previous = None
     for position, name in enumerate(names):
         block, separator, _ = name.partition("__")
         if not separator or not block:
             raise ValueError(
-                f"Column {name!r} names no modality: with blocks=None columns are called "
-                "'<modality>__…', as PerModalityUnion calls them. Rename it, or pass blocks."
+                f"Column {name!r} has no modality in its name: with blocks=None columns "
+                "are named '<modality>__…', as by PerModalityUnion. Rename it, or pass "
+                "blocks."
             )
-        if block in found and block != last:
+        if block in positions and block != previous:
             raise ValueError(
-                f"The columns of {block!r} do not stand side by side: {name!r} comes after one of "
-                f"{last!r}. Sort the columns, or pass blocks."
+                f"The columns of {block!r} are not contiguous: {name!r} follows a column "
+                f"of {previous!r}. Sort the columns, or pass blocks."
             )
-        found.setdefault(block, []).append(position)
-        last = block
-    return found
-
-
-def _positions(
-    block: str, columns: Any, names: Sequence[str] | None, n_features: int
-) -> list[int]:
-    """Turn a block's columns into positions."""
-    if isinstance(columns, slice):
-        positions = list(range(*columns.indices(n_features)))
-    else:
-        chosen = [columns] if isinstance(columns, str | Integral) else list(columns)
-        if len(chosen) == n_features and all(
-            isinstance(c, bool | np.bool_) for c in chosen
-        ):
-            chosen = np.flatnonzero(chosen).tolist()  # a mask
-        positions = [_position(block, column, names, n_features) for column in chosen]
-    if not positions:
-        raise ValueError(
-            f"Block {block!r} holds none of the n_features={n_features} columns."
-        )
+        positions.setdefault(block, []).append(position)
+        previous = block
     return positions
 
 
-def _position(
-    block: str, column: str | int, names: Sequence[str] | None, n_features: int
-) -> int:
-    """Find one column."""
-    if isinstance(column, str):
-        known = [] if names is None else list(names)
-        if column in known:
-            return known.index(column)
-        raise ValueError(
-            f"Block {block!r} asks for column {column!r}, which X does not have; it has "
-            + (
-                f"{known[:5]} …"
-                if known
-                else "no names: pass positions, or a DataFrame."
+def _select_positions(
+    blocks: Mapping[str, Any], names: Sequence[str] | None, n_features: int, X: Any
+) -> dict[str, list[int]]:
+    """Resolve the columns of each block to positions."""
+    if X is not None:
+        X = as_table(X)
+    positions = {}
+    for block, columns in blocks.items():
+        positions[block], _ = resolve_columns(
+            columns, n_features, owner=f"Block {block!r}", names=names, table=X
+        )
+        if not positions[block]:
+            raise ValueError(
+                f"Block {block!r} selects none of the n_features={n_features} columns."
             )
-        )
-    if not -n_features <= column < n_features:
-        raise ValueError(
-            f"Block {block!r} asks for column {column}, but X has n_features={n_features}."
-        )
-    return int(column) % n_features
+    return positions
 
 
 def _as_slice(positions: list[int]) -> Block:
-    """Return a slice, which copies nothing, where positions stand side by side."""
+    """Return contiguous positions as a slice, which selects without a copy."""
     start, stop = positions[0], positions[-1] + 1
     if positions == list(range(start, stop)):
         return slice(start, stop)
@@ -192,42 +178,44 @@ def _as_slice(positions: list[int]) -> Block:
 def observed_rows(
     X: np.ndarray, where: str = "", names: Sequence[str] | None = None
 ) -> np.ndarray:
-    """Tell which rows of a numeric block hold values, and refuse infinities and torn rows.
+    """Return a mask of the rows with values; refuse infinity and partly missing rows.
 
     Parameters
     ----------
     X : ndarray of shape (n_samples, n_features)
-        One modality's columns; a missing modality is a row of NaN.
-    where : str
-        Added to the row in the error message.
-    names : sequence of str or None
-        Names of the columns, for the error message.
+        The columns of one modality. A missing modality is a row of NaN.
+    where : str, default=""
+        Text after the row number in the error message.
+    names : sequence of str or None, default=None
+        Column names, for the error message.
 
     Returns
     -------
     observed : ndarray of shape (n_samples,), dtype bool
-        True where the row holds values.
+        True where the row has values.
 
     Raises
     ------
     ValueError
-        If X holds an infinity, or NaN fills only some of a row's columns.
+        If X contains infinity, or NaN in only some columns of a row.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(X.sum(axis=1)).all():  # the usual case, in one pass over X
+        # A finite sum proves a finite row, so most tables take one pass without a mask.
+        if np.isfinite(X.sum(axis=1)).all():
             return np.ones(len(X), dtype=bool)
         assert_all_finite(X, allow_nan=True, input_name="X")
     nan = np.isnan(X)
     missing = nan.all(axis=1)
-    torn = np.flatnonzero(nan.any(axis=1) & ~missing)
-    if len(torn):
-        row = torn[0]
-        column = int(nan[row].argmax())
-        first = "" if names is None else f", first in {names[column]!r}"
+    partial_rows = np.flatnonzero(nan.any(axis=1) & ~missing)
+    if len(partial_rows):
+        row = partial_rows[0]
+        column = ""
+        if names is not None:
+            column = f", first in {names[int(nan[row].argmax())]!r}"
         raise ValueError(
-            f"Input X contains NaN in {nan[row].sum()} of {X.shape[1]} columns of row {row}{where}"
-            f"{first} ({len(torn)} such rows in all). A row of NaN throughout is a missing "
-            "modality; single missing numbers have to be imputed first, for example by "
-            "SimpleImputer."
+            f"Input X contains NaN in {nan[row].sum()} of {X.shape[1]} columns of row "
+            f"{row}{where}{column} ({len(partial_rows)} such rows in all). A missing "
+            "modality is a row with NaN in all columns; impute single missing numbers "
+            "first, for example with SimpleImputer."
         )
     return ~missing

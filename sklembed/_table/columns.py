@@ -1,4 +1,4 @@
-"""Rows, columns and missing cells of one table, be it pandas, polars or numpy."""
+"""Rows, columns and missing cells of one table in pandas, polars or numpy."""
 
 import numbers
 from collections.abc import Hashable, Mapping
@@ -9,89 +9,88 @@ from sklearn import get_config
 
 
 def is_frame(X):
-    """Tell a pandas or polars DataFrame from an array."""
+    """Return whether X is a pandas or polars DataFrame, not an array."""
     return hasattr(X, "columns") and hasattr(X, "shape")
 
 
 def as_table(X):
-    """Return X as a table with rows and columns: a DataFrame as it is, anything else as an array.
+    """Return X as a table: a DataFrame unchanged, anything else as an array.
 
     Raises
     ------
     TypeError
-        If X is sparse, or a container that has to be converted first, such as a dict, a pyarrow
-        Table, a polars LazyFrame or a dataset of Hugging Face.
+        If X is sparse, or a container to be converted first, such as a dict, a pyarrow
+        Table, a polars LazyFrame or a Hugging Face dataset.
     ValueError
-        If X is not two-dimensional, or has no row or no column.
+        If X is not two-dimensional, or has no rows or no columns.
     """
     if hasattr(X, "toarray"):
         raise TypeError(
-            "Sparse data was passed for X, but dense data is required. Use X.toarray(), or a "
-            "DataFrame."
+            "Sparse data was passed for X, but dense data is required. Use "
+            "X.toarray(), or a DataFrame."
         )
     _check_eager(X)
     if not is_frame(X):
         table = np.asarray(X)
         if table.dtype.kind in "US" and not isinstance(X, np.ndarray):
-            table = np.asarray(
-                X, dtype=object
-            )  # else NaN beside texts becomes the text "nan"
+            # Among texts, numpy would turn NaN into the text "nan".
+            table = np.asarray(X, dtype=object)
         if table.ndim != 2:
             raise ValueError(
-                f"Expected 2D array, got {table.ndim}D array instead: X must be one table with "
-                f"rows and columns, but it is {_article(type(X).__name__)}. {_way_to_a_table(X)}"
+                f"Expected 2D array, got {table.ndim}D array instead: X must be one "
+                f"table with rows and columns, but it is {_article(type(X).__name__)}. "
+                f"{_way_to_a_table(X)}"
             )
         X = table
-    n_rows, n_columns = X.shape
-    if n_rows == 0:
-        raise ValueError(
-            f"Found array with 0 sample(s) (shape={X.shape}) while a minimum of 1 is required: the "
-            "table is empty."
-        )
-    if n_columns == 0:
-        raise ValueError(
-            f"Found array with 0 feature(s) (shape={X.shape}) while a minimum of 1 is required: "
-            "the table has no columns."
-        )
+    for number, kind in zip(X.shape, ("sample", "feature"), strict=True):
+        if number == 0:
+            raise ValueError(
+                f"Found array with 0 {kind}(s) (shape={X.shape}) while a minimum of 1 "
+                "is required."
+            )
     return X
 
 
 def _check_eager(X):
-    """Refuse containers of columns that are neither pandas nor polars, and say what to call."""
+    """Refuse tables that are neither pandas nor polars, and name the conversion."""
+    # A column of a DataFrame may be named like the methods below, hence this comes first.
     if isinstance(X, pd.DataFrame | pd.Series | np.ndarray) or hasattr(X, "to_frame"):
-        return  # before the methods below, the names of which a pandas column may bear
-    call = None
+        return
+    conversion = _conversion(X)
+    if conversion is None:
+        return
+    container = type(X).__name__
+    package = type(X).__module__.split(".")[0]
+    if package != "builtins":
+        container = f"{package} {container}"
+    raise TypeError(
+        "X must be a pandas or polars DataFrame, or an array with rows and columns; "
+        f"got {_article(container)}. Pass {conversion}."
+    )
+
+
+def _conversion(X):
+    """Return the call that makes a DataFrame of a container, None if X is not one."""
     if isinstance(X, Mapping):
-        call = "pd.DataFrame(X)"
-        split = next(
-            (name for name, part in X.items() if hasattr(part, "to_pandas")), None
-        )
-        if split is not None and not hasattr(
-            X[split], "to_frame"
-        ):  # a dataset with splits
-            call = f"one part of it, such as X[{split!r}].to_pandas()"
-    elif not hasattr(X, "get_column_index"):  # polars, not lazy
-        methods = ("toPandas", "to_pandas", "collect", "df")
-        call = next((f"X.{method}()" for method in methods if hasattr(X, method)), None)
-    if call is not None:
-        package = type(X).__module__.split(".")[0]
-        container = (
-            type(X).__name__
-            if package == "builtins"
-            else f"{package} {type(X).__name__}"
-        )
-        raise TypeError(
-            "X must be a pandas or polars DataFrame, or an array with rows and columns; got "
-            f"{_article(container)}. Pass {call}."
-        )
+        for split, part in X.items():
+            if hasattr(part, "to_pandas") and not hasattr(part, "to_frame"):
+                return f"one part of it, such as X[{split!r}].to_pandas()"
+        return "pd.DataFrame(X)"
+    if hasattr(X, "get_column_index"):  # a polars DataFrame that is not lazy
+        return None
+    for method in ("toPandas", "to_pandas", "collect", "df"):
+        if hasattr(X, method):
+            return f"X.{method}()"
+    return None
 
 
-def _article(name):
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+def _article(noun):
+    article = "an" if noun[0].lower() in "aeiou" else "a"
+    return f"{article} {noun}"
 
 
 def _way_to_a_table(X):
-    """Say how a value that is not two-dimensional becomes a table."""
+    """Return the advice on how to turn a value into a two-dimensional table."""
     if hasattr(X, "to_frame"):
         return "Pass X.to_frame() if it is a column, or X.to_frame().T if it is a row."
     if isinstance(X, list | tuple) and X and isinstance(X[0], Mapping):
@@ -99,59 +98,130 @@ def _way_to_a_table(X):
     if not np.ndim(X):
         return "Pass a DataFrame."
     return (
-        "Reshape your data either using array.reshape(-1, 1) if it has a single feature or "
-        "array.reshape(1, -1) if it contains a single sample."
+        "Reshape your data either using array.reshape(-1, 1) if it has a single "
+        "feature or array.reshape(1, -1) if it contains a single sample."
     )
 
 
-def column_positions(X, columns, *, owner):
-    """Turn a column selection, in any form that ColumnTransformer takes, into positions.
+def resolve_columns(columns, n_columns, *, owner, names=None, table=None):
+    """Resolve a column selection, in any form of ColumnTransformer, to positions.
 
     Parameters
     ----------
-    X : DataFrame or ndarray of shape (n_samples, n_features)
-        The table.
-    columns : str, int, slice, list of these, boolean mask, or callable taking X
-        The selection. Strings name columns of a DataFrame; integers are positions.
+    columns : str, int, slice, list of str or int, boolean mask, or callable
+        The selection. Strings are column names, integers are positions. A slice of
+        names includes its end. A callable takes the table and returns a selection.
+    n_columns : int
+        Number of columns of the table.
     owner : str
-        Who asks, for the error message.
+        Subject of error messages, such as "Branch 'text'".
+    names : sequence of hashable or None, default=None
+        Column names. If None, columns can be selected by position only.
+    table : DataFrame, ndarray or None, default=None
+        The table, for a callable.
 
     Returns
     -------
     positions : list of int
-        The selected positions; empty if nothing is selected, as by a selector of dtypes.
-    scalar : bool
-        Whether a single column was named by a scalar, which is handed on one-dimensional.
+        The selected positions. May be empty, as for a selector of dtypes.
+    is_scalar : bool
+        Whether a scalar selected a single column, which is then one-dimensional.
 
     Raises
     ------
     ValueError
-        If a named column is absent or not the only one of its name, or a position is out of range.
+        If a column does not exist, several columns have the name, a mask has another
+        length, the selection has another form, or there is no table for a callable.
     """
     if callable(columns):
-        columns = columns(X)
-    names = _positions_by_name(X) if is_frame(X) else None
-    scalar = isinstance(columns, str | numbers.Integral) and not isinstance(
-        columns, bool
-    )
-    if scalar:
-        columns = [columns]
-    if isinstance(columns, slice):
-        columns = _slice_positions(columns, names, X.shape[1], owner)
-    columns = list(columns)
-    if columns and all(isinstance(column, bool | np.bool_) for column in columns):
-        if len(columns) != X.shape[1]:
+        if table is None:
             raise ValueError(
-                f"{owner} selects by a mask of {len(columns)} values, but X has {X.shape[1]} "
-                "columns."
+                f"{owner} selects columns by a callable, but there is no table to pass "
+                "to it. Select them by name or position."
             )
-        columns = list(np.flatnonzero(columns))
-    return [_position(column, names, X.shape[1], owner) for column in columns], scalar
+        columns = columns(table)
+    positions_by_name = _positions_by_name(names)
+    if isinstance(columns, str | numbers.Integral) and not isinstance(columns, bool):
+        return [_position(columns, positions_by_name, n_columns, owner)], True
+    try:
+        if isinstance(columns, slice):
+            columns = _slice_positions(columns, positions_by_name, n_columns, owner)
+        columns = list(columns)
+    except TypeError as error:
+        raise ValueError(
+            f"{owner} selects columns by {columns!r}. Use a name, a position, a list or "
+            "slice of these, a boolean mask, or a callable."
+        ) from error
+    if pd.api.types.infer_dtype(columns, skipna=False) == "boolean":
+        if len(columns) != n_columns:
+            raise ValueError(
+                f"{owner} selects columns by a mask of {len(columns)} values, but X has "
+                f"n_features={n_columns}."
+            )
+        return np.flatnonzero(columns).tolist(), False
+    positions = [
+        _position(column, positions_by_name, n_columns, owner) for column in columns
+    ]
+    return positions, False
+
+
+def column_positions(X, columns, *, owner):
+    """Resolve a column selection on a table: `resolve_columns` with its own names."""
+    names = getattr(X, "columns", None)
+    return resolve_columns(columns, X.shape[1], owner=owner, names=names, table=X)
+
+
+def _positions_by_name(names):
+    """Map each name to its positions, which should be one; None without names."""
+    if names is None:
+        return None
+    positions = {}
+    for position, name in enumerate(names):
+        positions.setdefault(name, []).append(position)
+    return positions
+
+
+def _slice_positions(columns, positions_by_name, n_columns, owner):
+    start, stop = columns.start, columns.stop
+    if isinstance(start, str):
+        start = _position(start, positions_by_name, n_columns, owner)
+    if isinstance(stop, str):
+        # As in pandas and ColumnTransformer, a slice of names includes its end.
+        stop = _position(stop, positions_by_name, n_columns, owner) + 1
+    return range(*slice(start, stop, columns.step).indices(n_columns))
+
+
+def _position(column, positions_by_name, n_columns, owner):
+    if isinstance(column, numbers.Integral) and not isinstance(column, bool):
+        if not -n_columns <= column < n_columns:
+            raise ValueError(
+                f"{owner} selects column {column}, but X has n_features={n_columns}."
+            )
+        return int(column) % n_columns
+    if positions_by_name is None:
+        raise ValueError(
+            f"{owner} selects column {column!r} by name, but X has no column names. "
+            "Pass a DataFrame, or select by position."
+        )
+    if not isinstance(column, Hashable) or column not in positions_by_name:
+        raise ValueError(
+            f"{owner} selects column {column!r}, which is not in X. X has the columns "
+            f"{list(positions_by_name)}."
+        )
+    positions = positions_by_name[column]
+    if len(positions) > 1:
+        raise ValueError(
+            f"{owner} selects column {column!r}, but X has {len(positions)} columns of "
+            "that name. Rename them."
+        )
+    return positions[0]
 
 
 def take_columns(X, positions, *, scalar=False):
-    """Select columns by position; a scalar selection comes back one-dimensional."""
-    key = positions[0] if scalar else list(positions)
+    """Select columns by position; a scalar selection is returned one-dimensional."""
+    key = list(positions)
+    if scalar:
+        key = positions[0]
     return X.iloc[:, key] if hasattr(X, "iloc") else X[:, key]
 
 
@@ -161,28 +231,29 @@ def take_rows(X, rows):
         return X.iloc[rows]
     if isinstance(X, list | tuple):
         return type(X)(X[row] for row in rows)
-    return X[rows] if hasattr(X, "__getitem__") else np.asarray(X)[rows]
+    if hasattr(X, "__getitem__"):
+        return X[rows]
+    return np.asarray(X)[rows]
 
 
 def missing_cells(X):
-    """Tell which cells of a table or column are None, NaN or NA; the result has the same shape."""
+    """Return a mask of the shape of X, true where a cell is None, NaN or NA."""
     if hasattr(X, "to_pandas"):  # polars: nulls of any type, and NaN
         X = np.asarray(X.to_numpy(), dtype=object)
     return np.asarray(pd.isna(X))
 
 
 def missing_dates(X):
-    """Return the columns of dates, times or durations of which a cell is missing."""
-    if is_frame(X):
-        dates = [
-            name
-            for name, dtype in zip(X.columns, X.dtypes, strict=True)
-            if _is_date(dtype)
-        ]
-        return [name for name in dates if missing_cells(X[name]).any()]
-    if _is_date(X.dtype) and missing_cells(X).any():
-        return [getattr(X, "name", None)]
-    return []
+    """Return the names of columns of dates, times or durations with missing cells."""
+    if not is_frame(X):
+        if _is_date(X.dtype) and missing_cells(X).any():
+            return [getattr(X, "name", None)]
+        return []
+    incomplete = []
+    for name, dtype in zip(X.columns, X.dtypes, strict=True):
+        if _is_date(dtype) and missing_cells(X[name]).any():
+            incomplete.append(name)
+    return incomplete
 
 
 def _is_date(dtype):
@@ -192,7 +263,7 @@ def _is_date(dtype):
 
 
 def as_pandas(X):
-    """Return a polars table or column as pandas; anything else as it is."""
+    """Return a polars table or column as pandas; anything else unchanged."""
     if not hasattr(X, "to_pandas"):
         return X
     if is_frame(X):
@@ -201,19 +272,19 @@ def as_pandas(X):
 
 
 def missing_as_nan(X):
-    """Return X with NaN for None and pd.NA where its cells are objects or text.
+    """Return X with NaN for None and pd.NA in columns of objects or text.
 
-    Imputers and encoders of categories recognise NaN in any column, but None only in some and
-    pd.NA in none that holds text. Columns of numbers, and polars tables, are returned as they are.
+    Imputers and encoders of categories recognise NaN in any column, but None only in
+    some, and pd.NA in no column of text. Numeric columns and polars tables are returned
+    unchanged.
     """
     if isinstance(X, pd.DataFrame):
-        positions = [i for i, dtype in enumerate(X.dtypes) if _hides_missing(dtype)]
-        if positions:
-            X = X.copy(deep=False)
-        for position in positions:
-            X.isetitem(position, missing_as_nan(X.iloc[:, position]))
-        return X
-    if isinstance(X, pd.Series) and _hides_missing(X.dtype):
+        copied = X.copy(deep=False)
+        for position, dtype in enumerate(X.dtypes):
+            if _may_contain_none(dtype):
+                copied.isetitem(position, missing_as_nan(X.iloc[:, position]))
+        return copied
+    if isinstance(X, pd.Series) and _may_contain_none(X.dtype):
         cells = missing_as_nan(X.to_numpy(dtype=object))
         return pd.Series(cells, index=X.index, name=X.name, dtype=object)
     if isinstance(X, np.ndarray) and X.dtype == object:
@@ -221,37 +292,38 @@ def missing_as_nan(X):
     return X
 
 
-def _hides_missing(dtype):
-    """Tell whether a pandas column of this dtype may hold None, or pd.NA among texts."""
+def _may_contain_none(dtype):
+    """Return whether a pandas column of this dtype may contain None, or pd.NA as text."""
     if pd.api.types.is_object_dtype(dtype):
         return True
     return pd.api.types.is_string_dtype(dtype) and dtype.na_value is pd.NA
 
 
 def holds_objects(X):
-    """Tell which columns of a table hold objects, texts or categories; none of polars does."""
-    dtypes = list(X.dtypes) if is_frame(X) else [X.dtype]
-    return np.array([_is_of_objects(dtype) for dtype in dtypes])
+    """Return a mask of the columns of objects, text or categories; none in polars."""
+    if is_frame(X):
+        return np.array([_is_object(dtype) for dtype in X.dtypes])
+    return np.array([_is_object(X.dtype)])
 
 
-def _is_of_objects(dtype):
+def _is_object(dtype):
     if isinstance(dtype, pd.CategoricalDtype):
         return True
     return pd.api.types.is_object_dtype(dtype) or pd.api.types.is_string_dtype(dtype)
 
 
 def empty_as_objects(X, expected):
-    """Return X with NaN of dtype object in columns without a value of which objects are expected.
+    """Return X with object dtype in empty columns that are expected to have objects.
 
-    Readers take a column without any value for one of numbers, and encoders of categories cannot
-    compare numbers with texts.
+    File readers take a column without any value for a numeric one, and encoders of
+    categories cannot compare numbers with text.
 
     Parameters
     ----------
     X : DataFrame, Series or ndarray
         The table or column.
     expected : ndarray of bool
-        What `holds_objects` returned of the training rows.
+        The result of `holds_objects` for the training rows.
     """
     if not (isinstance(X, pd.DataFrame | pd.Series | np.ndarray) and len(X)):
         return X
@@ -270,57 +342,6 @@ def empty_as_objects(X, expected):
 
 
 def output_container(estimator):
-    """Return what `set_output`, or else the global configuration, says that transform returns."""
+    """Return the container set by `set_output`, or else by the global configuration."""
     config = getattr(estimator, "_sklearn_output_config", {})
     return config.get("transform") or get_config()["transform_output"]
-
-
-def _positions_by_name(X):
-    """Find the columns of each name, of which there should be one."""
-    positions = {}
-    for position, name in enumerate(X.columns):
-        positions.setdefault(name, []).append(position)
-    return positions
-
-
-def _slice_positions(columns, names, n_columns, owner):
-    if isinstance(columns.start, str) or isinstance(columns.stop, str):
-        start = (
-            None
-            if columns.start is None
-            else _position(columns.start, names, n_columns, owner)
-        )
-        # As in pandas and ColumnTransformer, a slice of names includes its end.
-        stop = (
-            None
-            if columns.stop is None
-            else _position(columns.stop, names, n_columns, owner) + 1
-        )
-        columns = slice(start, stop, columns.step)
-    return range(*columns.indices(n_columns))
-
-
-def _position(column, names, n_columns, owner):
-    if isinstance(column, numbers.Integral):
-        if not -n_columns <= column < n_columns:
-            raise ValueError(
-                f"{owner} asks for column {column}, but X has {n_columns} columns."
-            )
-        return int(column) % n_columns
-    if names is None:
-        raise ValueError(
-            f"{owner} asks for column {column!r} by name, but X is an array without names. Pass a "
-            "DataFrame, or select by position."
-        )
-    found = names.get(column, []) if isinstance(column, Hashable) else []
-    if not found:
-        raise ValueError(
-            f"{owner} asks for column {column!r}, which is not in X. X has the columns "
-            f"{list(names)}."
-        )
-    if len(found) > 1:
-        raise ValueError(
-            f"{owner} asks for column {column!r}, but X has {len(found)} columns of that name. "
-            "Rename them."
-        )
-    return found[0]

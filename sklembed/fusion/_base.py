@@ -17,6 +17,7 @@ TINY = np.finfo(np.float64).tiny  # lower limit of probabilities before the loga
 def check_table(estimator, X, y, *, dtype, reset, **options):
     """Validate a table of blocks and its target; `reset` sets the blocks."""
     check_vectors(X, estimator)
+    table = X
     X, y = validate_data(
         estimator,
         X,
@@ -30,7 +31,7 @@ def check_table(estimator, X, y, *, dtype, reset, **options):
     )
     if reset:
         names = getattr(estimator, "feature_names_in_", None)
-        estimator.blocks_ = resolve_blocks(estimator.blocks, names, X.shape[1])
+        estimator.blocks_ = resolve_blocks(estimator.blocks, names, X.shape[1], table)
         columns = np.arange(X.shape[1])
         estimator.widths_ = {
             name: len(columns[part]) for name, part in estimator.blocks_.items()
