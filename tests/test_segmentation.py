@@ -974,7 +974,7 @@ BAD_MASKS = {
     "a vector": (np.zeros(8), r"got shape \(8,\)"),
     "a picture": (
         np.zeros((8, 8, 3)),
-        r"got shape \(8, 8, 3\) \(a picture\? Take one channel",
+        r"got shape \(8, 8, 3\) \(an image\? Take one channel",
     ),
     "no pixel": (np.zeros((0, 8)), r"got shape \(0, 8\)"),
     "None": (None, "got None"),
