@@ -1,4 +1,4 @@
-"""ModalityGapAligner and CanonicalAligner: modalities brought into one space, in closed form."""
+"""ModalityGapAligner and CanonicalAligner: closed-form alignment of modalities."""
 
 from itertools import combinations
 from numbers import Integral, Real
@@ -20,60 +20,63 @@ from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_dat
 from sklembed._table.blocks import check_one_block, observed_in_block, resolve_blocks
 from sklembed._validation import check_vectors
 
-# Methods that compare modalities coordinate by coordinate.
-_OF_EQUAL_WIDTHS = {"shift", "unit_shift", "procrustes"}
+# These methods compare modalities coordinate by coordinate.
+_METHODS_OF_EQUAL_WIDTHS = {"shift", "unit_shift", "procrustes"}
 
 
 class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
-    """Move the embeddings of several modalities towards each other.
+    """Close the gap between the embeddings of several modalities.
 
-    Embeddings of different modalities lie in cones of their own, also in models that were trained
-    to share one space [2]_. The aligner scales rows to unit length, moves those of each modality
-    by `shift` of the way to where `method` wants them, and scales them again. All is learnt from
-    the training rows, without labels.
+    Embeddings of different modalities lie in separate cones, even for models that were
+    trained to share one space [2]_. The aligner scales rows to unit length, moves the rows
+    of each modality by a fraction `shift` towards the position that `method` defines, and
+    scales them to unit length again. Everything is learned from the training rows, without
+    labels.
 
-    For two modalities and ``method="shift"`` this is the alignment of [1]_: each moves by half of
-    ``shift`` times the gap, the difference of the two centroids. That paper's code computes the gap
-    over training and test rows together; this one never sees the test rows.
+    For two modalities and ``method="shift"`` this is the alignment of [1]_: each modality
+    moves by half of ``shift`` times the gap, the difference of the two centroids. The code
+    of that paper computes the gap over training and test rows together; this estimator
+    never uses the test rows.
 
-    A row may lack a modality: its block is NaN throughout, and stays so.
+    Rows may lack a modality: all columns of its block are NaN, and stay NaN.
 
     Parameters
     ----------
     blocks : dict of str to columns, or None, default=None
-        The columns of each modality: a slice, or a list of positions or names. None reads them
-        from names such as ``text__0``, which :class:`PerModalityUnion` gives under
+        The columns of each modality: a slice, a list of positions or names, a boolean
+        mask, or a callable that takes the table. If None, blocks are read from column
+        names such as ``text__0``, as :class:`PerModalityUnion` produces under
         ``set_output(transform="pandas")``.
 
     method : {"shift", "unit_shift", "center", "procrustes", "whiten"}, default="shift"
-        Where rows are wanted:
+        The position of the aligned rows:
 
-        - "shift": moved by what takes their modality's centroid to the grand centroid, the mean
-          of the centroids [1]_.
-        - "unit_shift": moved in that direction, in units of length instead of the gap's own size
-          (delta of [2]_).
-        - "center": without their modality's centroid (I0T-post [3]_).
-        - "procrustes": turned by the rotation that brings them closest to the first block's rows;
-          needs rows with both modalities.
-        - "whiten": centred, and with equal variance in all directions, by a covariance with
-          Ledoit and Wolf's shrinkage.
+        - "shift": translated so that the modality's centroid coincides with the grand
+          centroid, the mean of the centroids [1]_.
+        - "unit_shift": translated in that direction, by a distance in units of length
+          instead of the size of the gap (delta of [2]_).
+        - "center": translated so that the modality's centroid is zero (I0T-post [3]_).
+        - "procrustes": rotated by the orthogonal matrix that brings them closest to the
+          rows of the first block. Requires rows with both modalities.
+        - "whiten": centered and scaled to equal variance in all directions, with the
+          Ledoit-Wolf estimate of the covariance.
 
     shift : float, default=1.0
-        How far rows move: 0 leaves them, as unit vectors, where they are, 1 takes them all the
-        way; lambda of [1]_. Negative values widen the gap.
+        Fraction of the way that rows move (lambda of [1]_). 0 leaves the unit vectors
+        unchanged, 1 moves them the whole way, and negative values widen the gap.
 
     noise_std : float, default=0.0
-        Standard deviation of Gaussian noise on the aligned training rows, added by `fit_transform`
-        alone [4]_.
+        Standard deviation of Gaussian noise that `fit_transform`, but not `transform`,
+        adds to the aligned training rows [4]_.
 
     widths : {"error", "resample"}, default="error"
-        What becomes of modalities of unequal width, for the methods that compare them coordinate
-        by coordinate ("shift", "unit_shift", "procrustes"): an error, or all are stretched to the
-        widest by linear interpolation, as in [1]_. Coordinates of unrelated spaces have nothing to
-        do with each other, stretched or not.
+        Treatment of modalities of unequal width by the methods that compare coordinates
+        ("shift", "unit_shift", "procrustes"). "error" raises an error. "resample"
+        stretches all modalities to the widest by linear interpolation, as in [1]_.
+        Coordinates of unrelated spaces do not correspond, with or without resampling.
 
     random_state : int, RandomState instance or None, default=None
-        Seeds the noise.
+        Seeds the noise. Pass an int for reproducible results.
 
     Attributes
     ----------
@@ -81,36 +84,37 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         The columns of each modality in `X`.
 
     width_ : int or None
-        The width that modalities were resampled to; None where they were left alone.
+        Width to which modalities were resampled; None without resampling.
 
     centroids_ : dict of str to ndarray
-        Mean of each modality's unit rows.
+        Mean of the unit rows of each modality.
 
     grand_centroid_ : ndarray or None
-        Mean of the centroids; None where widths differ.
+        Mean of the centroids; None if widths differ.
 
     offsets_ : dict of str to ndarray
-        What is added to the rows of each modality, at a `shift` of 1.
+        Translation of the rows of each modality at ``shift=1``.
 
     maps_ : dict of str to ndarray
-        What they are multiplied by before, by "procrustes" and "whiten"; else empty.
+        Matrix by which rows are multiplied before the translation. Empty unless `method`
+        is "procrustes" or "whiten".
 
     gap_before_ : float
-        Distance of the centroids of the training rows, the mean over pairs of modalities; NaN where
-        widths differ.
+        Distance of the centroids of the training rows, averaged over pairs of modalities;
+        NaN if widths differ.
 
     gap_after_ : float
-        The same for the aligned rows.
+        The same distance for the aligned training rows.
 
     n_features_in_ : int
         Number of columns seen during fit.
 
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Their names, where `X` has them.
+        Names of the columns seen during fit. Defined only if `X` has string column names.
 
     See Also
     --------
-    CanonicalAligner : Learns from pairs, and needs no equal widths.
+    CanonicalAligner : Learns from pairs, and accepts unequal widths.
     sklembed.metrics.modality_gap : The distance of two centroids.
 
     References
@@ -128,12 +132,13 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     >>> from sklembed import ModalityGapAligner
     >>> rng = np.random.default_rng(0)
     >>> X = rng.normal(size=(100, 8)) + np.repeat([2.0, -2.0], 4)
-    >>> aligner = ModalityGapAligner(blocks={"text": slice(0, 4), "image": slice(4, 8)}).fit(X)
+    >>> blocks = {"text": slice(0, 4), "image": slice(4, 8)}
+    >>> aligner = ModalityGapAligner(blocks).fit(X)
     >>> round(float(aligner.gap_before_), 2), round(float(aligner.gap_after_), 2)
     (1.84, 0.16)
     """
 
-    _keeps_missing_rows = True  # missing in, missing out: PerModalityUnion reads this
+    _keeps_missing_rows = True  # for PerModalityUnion: NaN rows stay NaN
     _parameter_constraints: dict = {
         "blocks": [dict, None],
         "method": [
@@ -164,15 +169,15 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X, y=None):
-        """Learn where each modality lies.
+        """Learn the centroids and the alignment of each modality.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Embeddings of all modalities side by side; a missing one is a block of NaN.
+            Embeddings of all modalities side by side. A missing modality is NaN.
 
         y : None
-            Not used.
+            Ignored.
 
         Returns
         -------
@@ -182,15 +187,15 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If there are fewer than two modalities, one is missing in all rows, widths differ, or a
-            block is NaN in part of a row.
+            If there are fewer than two modalities, one is missing in all rows, widths
+            differ, or NaN fills only part of a block in a row.
         """
         self._fit(X)
         return self
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit_transform(self, X, y=None):
-        """Learn where each modality lies, align the training rows, and add noise to them.
+        """Learn the alignment, align the training rows, and add noise to them.
 
         Parameters
         ----------
@@ -198,12 +203,12 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             Embeddings, as for `fit`.
 
         y : None
-            Not used.
+            Ignored.
 
         Returns
         -------
         Z : ndarray of shape (n_samples, n_features_out)
-            Aligned rows, of unit length in each block but for the noise.
+            Aligned rows, of unit length in each block before noise is added.
         """
         aligned, observed, dtype = self._fit(X)
         Z = self._join(aligned, observed).astype(dtype, copy=False)
@@ -213,12 +218,12 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return Z
 
     def transform(self, X):
-        """Align rows; never adds noise.
+        """Align rows, without noise.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Embeddings; a missing one is a block of NaN.
+            Embeddings. A missing modality is NaN.
 
         Returns
         -------
@@ -231,8 +236,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False
         )
         rows, observed = self._all_unit_rows(X)
-        aligned = {name: self._aligned(name, rows[name]) for name in rows}
-        return self._join(aligned, observed).astype(X.dtype, copy=False)
+        return self._join(self._align_all(rows), observed).astype(X.dtype, copy=False)
 
     def encode(self, X, modality):
         """Align rows of one modality.
@@ -240,7 +244,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : array-like of shape (n_samples, n_columns)
-            The columns of that modality alone, in the order of its block.
+            The columns of that modality only, in the order of its block.
 
         modality : str
             Name of the block.
@@ -248,39 +252,40 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         Z : ndarray of shape (n_samples, n_columns_out)
-            Aligned rows, the same as the modality's block of `transform`.
+            Aligned rows, equal to the modality's block in the output of `transform`.
 
         Raises
         ------
         ValueError
-            If there is no such block, or the width is not that seen in `fit`.
+            If there is no such block, or its width differs from that in `fit`.
         """
         check_is_fitted(self)
         check_vectors(X, self)
         X = check_one_block(self, X, modality, FLOAT_DTYPES)
         rows, observed = self._unit_rows(X, modality, slice(None))
-        return _scattered(
-            self._aligned(modality, rows).astype(X.dtype, copy=False), observed
-        )
+        aligned = self._align(modality, rows).astype(X.dtype, copy=False)
+        return _scattered(aligned, observed)
 
     def get_feature_names_out(self, input_features=None):
-        """Name the output columns as those of the input, or ``<block>__<number>`` if resampled.
+        """Get output feature names: the input names, or ``<block>__<number>`` if resampled.
 
         Parameters
         ----------
         input_features : array-like of str or None, default=None
-            Names of the input columns; by default those seen in `fit`.
+            Names of the input columns. None means those seen during fit.
 
         Returns
         -------
         names : ndarray of shape (n_features_out,), dtype object
-            The names.
+            The output feature names.
         """
         names = super().get_feature_names_out(input_features)
-        return names if self.width_ is None else _numbered(self.blocks_, self.width_)
+        if self.width_ is None:
+            return names
+        return _numbered_names(self.blocks_, self.width_)
 
     def _fit(self, X):
-        """Learn from training rows; return them aligned, which are observed, and their dtype."""
+        """Learn the alignment; return aligned rows, masks of observed rows, and the dtype."""
         check_vectors(X, self)
         table = X
         X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite="allow-nan")
@@ -288,108 +293,111 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.blocks_ = resolve_blocks(self.blocks, names, X.shape[1], table)
         self.width_ = self._common_width(X)
         rows, observed = self._all_unit_rows(X)
-        for name, seen in observed.items():
-            if not seen.any():
+        for name, mask in observed.items():
+            if not mask.any():
                 raise ValueError(
-                    f"Block {name!r} is NaN in all {len(X)} rows, so there is no centroid to move. "
-                    "Leave it out, or check the step before."
+                    f"Block {name!r} is NaN in all {len(X)} rows, so it has no centroid. "
+                    "Leave it out, or check the previous step."
                 )
         self.centroids_ = _centroids(rows)
-        equal = len({len(centroid) for centroid in self.centroids_.values()}) == 1
-        self.grand_centroid_ = (
-            np.mean(list(self.centroids_.values()), axis=0) if equal else None
-        )
-        self.gap_before_ = _gap(self.centroids_) if equal else np.nan
+        self.gap_before_ = _gap(self.centroids_)
+        self.grand_centroid_ = None
+        if not np.isnan(self.gap_before_):  # widths are equal
+            self.grand_centroid_ = np.mean(list(self.centroids_.values()), axis=0)
         self.maps_, self.offsets_ = self._find_maps(rows, observed)
-        aligned = {name: self._aligned(name, rows[name]) for name in rows}
-        self.gap_after_ = _gap(_centroids(aligned)) if equal else np.nan
+        aligned = self._align_all(rows)
+        self.gap_after_ = _gap(_centroids(aligned))
         return aligned, observed, X.dtype
 
     def _common_width(self, X):
-        """Return the width that all modalities are stretched to, None if they are left alone."""
-        widths = {
-            name: X[:1, columns].shape[1] for name, columns in self.blocks_.items()
-        }
+        """Return the width to which modalities are resampled, None without resampling."""
+        widths = {}
+        for name, columns in self.blocks_.items():
+            widths[name] = X[:1, columns].shape[1]
         if len(widths) < 2:
             raise ValueError(
-                f"A gap needs at least two modalities, but the n_features={X.shape[1]} columns "
-                f"hold the blocks {list(widths)} only."
+                "A gap needs at least two modalities, but the "
+                f"n_features={X.shape[1]} columns have the blocks {list(widths)} only."
             )
-        if len(set(widths.values())) == 1 or self.method not in _OF_EQUAL_WIDTHS:
+        are_equal = len(set(widths.values())) == 1
+        if are_equal or self.method not in _METHODS_OF_EQUAL_WIDTHS:
             return None
         if self.widths == "error":
             raise ValueError(
-                f"method={self.method!r} needs modalities of equal width, but got {widths}. Bring "
-                "them into one space first (CanonicalAligner), reduce each to the same number of "
-                "components, use method='center', or pass widths='resample' as arXiv 2406.02601 "
-                "does."
+                f"method={self.method!r} needs modalities of equal width, but got "
+                f"{widths}. Project them into one space first (CanonicalAligner), reduce "
+                "each to the same number of components, use method='center', or pass "
+                "widths='resample' as in arXiv 2406.02601."
             )
         return max(widths.values())
 
     def _all_unit_rows(self, X):
-        """Return `_unit_rows` of every modality."""
-        found = {
-            name: self._unit_rows(X, name, columns)
-            for name, columns in self.blocks_.items()
-        }
-        return ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
+        """Return the unit rows of every modality, and masks of the observed rows."""
+        rows, observed = {}, {}
+        for name, columns in self.blocks_.items():
+            rows[name], observed[name] = self._unit_rows(X, name, columns)
+        return rows, observed
 
     def _unit_rows(self, X, name, columns):
-        """Return a modality's observed rows, of unit length and the common width; and which.
+        """Return the observed rows of a modality, with unit length, and their mask.
 
-        They are of double precision, as rows that lie close together would cancel in single.
+        Rows are float64, because differences of nearly equal rows would cancel in float32.
         """
         observed = observed_in_block(X, name, columns)
-        part = X[observed][:, columns].astype(np.float64, copy=False)
-        part = normalize(part) if len(part) else part
-        return part if self.width_ is None else _resample(part, self.width_), observed
+        rows = X[observed][:, columns].astype(np.float64, copy=False)
+        rows = _normalized(rows, copy=True)
+        if self.width_ is not None:
+            rows = _resample(rows, self.width_)
+        return rows, observed
 
     def _find_maps(self, rows, observed):
-        """Return the matrices and offsets that take rows to where `method` wants them."""
-        maps, centroids = {}, self.centroids_
-        if self.method in ("shift", "unit_shift"):
-            # For two modalities, twice the distance to the grand centroid is that of the two.
-            distances = [
-                np.linalg.norm(self.grand_centroid_ - c) for c in centroids.values()
-            ]
-            size = 2 * np.mean(distances) if self.method == "unit_shift" else 1.0
-            size = max(size, np.finfo(np.float64).tiny)
-            offsets = {
-                name: (self.grand_centroid_ - c) / size for name, c in centroids.items()
-            }
-        elif self.method == "center":
-            offsets = {name: -centroid for name, centroid in centroids.items()}
-        elif self.method == "procrustes":
+        """Return the matrix and the offset that `method` defines for each modality."""
+        maps, offsets = {}, {}
+        if self.method == "procrustes":
             maps = _rotations(rows, observed)
-            offsets = {
-                name: np.zeros_like(centroid) for name, centroid in centroids.items()
-            }
-        else:
-            maps = {
-                name: _whitening_matrix(_centred(part, centroids[name]))
-                / np.sqrt(part.shape[1])
-                for name, part in rows.items()
-            }
-            offsets = {name: -centroids[name] @ maps[name] for name in rows}
+        for name, centroid in self.centroids_.items():
+            if self.method == "center":
+                offsets[name] = -centroid
+            elif self.method == "procrustes":
+                offsets[name] = np.zeros_like(centroid)
+            elif self.method == "whiten":
+                whitening = _whitening_matrix(_centered(rows[name], centroid))
+                maps[name] = whitening / np.sqrt(len(centroid))
+                offsets[name] = -centroid @ maps[name]
+            else:
+                offsets[name] = self.grand_centroid_ - centroid
+        if self.method == "unit_shift":
+            # The gap of two modalities is twice the distance to the grand centroid.
+            distances = [np.linalg.norm(offset) for offset in offsets.values()]
+            gap = max(2 * np.mean(distances), np.finfo(np.float64).tiny)
+            for name in offsets:
+                offsets[name] = offsets[name] / gap
         return maps, offsets
 
-    def _aligned(self, name, rows):
+    def _align_all(self, rows):
+        return {name: self._align(name, rows[name]) for name in rows}
+
+    def _align(self, name, rows):
         """Move unit rows of one modality, and scale them to unit length again."""
-        wanted = rows @ self.maps_[name] if self.maps_ else rows
-        wanted = wanted + self.offsets_[name]
-        moved = rows + self.shift * (wanted - rows)
-        return normalize(moved, copy=False) if len(moved) else moved
+        target = rows
+        if self.maps_:
+            target = rows @ self.maps_[name]
+        target = target + self.offsets_[name]
+        return _normalized(rows + self.shift * (target - rows))
 
     def _join(self, rows, observed):
-        """Put modalities side by side, NaN where a row lacks one."""
-        columns = self.blocks_
+        """Write the rows of each modality into its columns, NaN where it is missing."""
+        blocks = self.blocks_
+        n_columns = self.n_features_in_
         if self.width_ is not None:
-            starts = np.arange(len(columns)) * self.width_
-            columns = {
-                name: slice(start, start + self.width_)
-                for name, start in zip(columns, starts, strict=True)
-            }
-        return _side_by_side(rows, observed, columns)
+            n_columns = self.width_ * len(blocks)
+            positions = np.arange(n_columns).reshape(-1, self.width_)
+            blocks = dict(zip(blocks, positions, strict=True))
+        n_rows = len(next(iter(observed.values())))
+        Z = np.empty((n_rows, n_columns))
+        for name, columns in blocks.items():
+            Z[:, columns] = _scattered(rows[name], observed[name])
+        return Z
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -398,39 +406,42 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
 
 class CanonicalAligner(TransformerMixin, BaseEstimator):
-    """Project two modalities to where their rows correlate most.
+    """Project two modalities onto the directions in which they correlate most.
 
-    Canonical correlation analysis in closed form: each modality is whitened, and the singular
-    vectors of what remains between them are the directions, with their correlations. Rows are
-    scaled to unit length there and, if `weighted`, each direction by the root of its correlation,
-    so that inner products are the similarity of canonical similarity analysis [1]_,
-    ``sum_k rho_k x_k y_k``.
+    This is canonical correlation analysis in closed form. Each modality is whitened, and
+    the singular value decomposition of the cross-covariance gives the directions and their
+    correlations. Projections are scaled to unit length and, if `weighted`, each direction
+    by the root of its correlation. Inner products then equal the similarity of canonical
+    similarity analysis [1]_, ``sum_k rho_k x_k y_k``.
 
-    Pairs are the rows that have both modalities; rows with one help to whiten it. All rows are
-    projected; a missing modality stays NaN.
+    Pairs are the rows that have both modalities. Rows with one modality contribute to its
+    mean and covariance. All rows are projected; a missing modality stays NaN.
 
     Parameters
     ----------
     n_components : int or None, default=None
-        Number of directions; None takes as many as the narrower modality has columns.
+        Number of directions. None means the number of columns of the narrower modality.
 
     blocks : dict of str to columns, or None, default=None
-        The columns of the two modalities, as for :class:`ModalityGapAligner`.
+        The columns of each modality: a slice, a list of positions or names, a boolean
+        mask, or a callable that takes the table. If None, blocks are read from column
+        names such as ``text__0``, as :class:`PerModalityUnion` produces under
+        ``set_output(transform="pandas")``.
 
     shrinkage : float or "auto", default="auto"
-        How far each covariance is drawn towards a multiple of the identity, from 0 to less than 1.
-        The covariance between the modalities shrinks with them, so that no correlation exceeds 1.
-        "auto" takes the share of the covariance's squared norm that is sampling noise. With fewer
-        rows than columns and no shrinkage all correlations are 1.
+        Shrinkage of each covariance towards a multiple of the identity, from 0 to less
+        than 1. The cross-covariance shrinks with them, so that no correlation exceeds 1.
+        "auto" uses the fraction of the covariance's squared norm that is sampling noise.
+        With fewer rows than columns and no shrinkage, all correlations are 1.
 
     weighted : bool, default=True
-        Whether directions weigh by their correlation.
+        Whether to weight directions by the root of their correlation.
 
     Attributes
     ----------
     correlations_ : ndarray of shape (n_components,)
-        The canonical correlations on the training rows, falling, by the covariances after
-        shrinkage; 0 beyond the number of directions in which the rows vary.
+        Canonical correlations on the training rows, in decreasing order, from the
+        covariances after shrinkage. 0 beyond the rank of the data.
 
     blocks_ : dict of str to slice or ndarray
         The columns of each modality in `X`.
@@ -439,13 +450,13 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         Mean of each modality.
 
     maps_ : dict of str to ndarray of shape (n_columns, n_components)
-        The directions of each modality, 0 where the correlation is 0 for lack of one.
+        The directions of each modality, 0 beyond the rank of the data.
 
     n_features_in_ : int
         Number of columns seen during fit.
 
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Their names, where `X` has them.
+        Names of the columns seen during fit. Defined only if `X` has string column names.
 
     References
     ----------
@@ -460,12 +471,13 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
     >>> shared = rng.normal(size=(500, 2))
     >>> text = shared @ rng.normal(size=(2, 5)) + rng.normal(size=(500, 5))
     >>> image = shared @ rng.normal(size=(2, 7)) + rng.normal(size=(500, 7))
-    >>> aligner = CanonicalAligner(2, blocks={"text": slice(0, 5), "image": slice(5, 12)})
-    >>> aligner.fit(np.hstack([text, image])).correlations_.round(2)
+    >>> blocks = {"text": slice(0, 5), "image": slice(5, 12)}
+    >>> aligner = CanonicalAligner(2, blocks=blocks).fit(np.hstack([text, image]))
+    >>> aligner.correlations_.round(2)
     array([0.67, 0.6 ])
     """
 
-    _keeps_missing_rows = True  # missing in, missing out: PerModalityUnion reads this
+    _keeps_missing_rows = True  # for PerModalityUnion: NaN rows stay NaN
     _parameter_constraints: dict = {
         "n_components": [Interval(Integral, 1, None, closed="left"), None],
         "blocks": [dict, None],
@@ -483,15 +495,15 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X, y=None):
-        """Find the directions in which the modalities of a row correlate.
+        """Find the directions in which the two modalities of a row correlate.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Embeddings of both modalities side by side; a missing one is a block of NaN.
+            Embeddings of both modalities side by side. A missing modality is NaN.
 
         y : None
-            Not used.
+            Ignored.
 
         Returns
         -------
@@ -501,8 +513,8 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If there are not two modalities, fewer than two rows have both, or more components are
-            asked for than the narrower modality has columns.
+            If the number of modalities is not two, fewer than two rows have both, or
+            `n_components` exceeds the number of columns of the narrower modality.
         """
         check_vectors(X, self)
         table = X
@@ -511,32 +523,29 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         self.blocks_ = resolve_blocks(self.blocks, names, X.shape[1], table)
         rows, observed, paired = self._check_pairs(X)
         self.means_ = _centroids(rows)
-        pairs, whitenings, shrinkages = [], [], []
+        whitenings, whitened, remaining = [], [], 1.0
         for name, part in rows.items():
-            centred = _centred(part, self.means_[name])
-            shrinkage = (
-                _noise_share(centred) if self.shrinkage == "auto" else self.shrinkage
-            )
-            axes, roots, _ = _whitening(centred, shrinkage)
-            pairs.append(centred[paired[observed[name]]])
+            centered = _centered(part, self.means_[name])
+            shrinkage = self.shrinkage
+            if shrinkage == "auto":
+                shrinkage = _noise_fraction(centered)
+            axes, roots, _ = _whitening(centered, shrinkage)
             whitenings.append(axes * roots)
-            shrinkages.append(shrinkage)
-        a, b = (
-            part @ whitening for part, whitening in zip(pairs, whitenings, strict=True)
-        )
-        # The cross-covariance shrinks too, else correlations could be more than 1.
-        remaining = np.sqrt((1 - shrinkages[0]) * (1 - shrinkages[1]))
+            whitened.append(centered[paired[observed[name]]] @ whitenings[-1])
+            remaining *= 1 - shrinkage
+        # The cross-covariance shrinks too, otherwise correlations could exceed 1.
+        a, b = whitened
         left, correlations, right = linalg.svd(
-            remaining * a.T @ b / len(a), full_matrices=False
+            np.sqrt(remaining) * a.T @ b / len(a), full_matrices=False
         )
-        n_components = self.n_components or min(part.shape[1] for part in pairs)
+        n_components = self.n_components
+        if n_components is None:
+            n_components = min(len(whitenings[0]), len(whitenings[1]))
         self.correlations_ = _padded(correlations.clip(0, 1), n_components)
-        self.maps_ = {
-            name: _padded(whitening @ directions, n_components)
-            for name, whitening, directions in zip(
-                rows, whitenings, (left, right.T), strict=True
-            )
-        }
+        self.maps_ = {}
+        directions = (left, right.T)
+        for i, name in enumerate(rows):
+            self.maps_[name] = _padded(whitenings[i] @ directions[i], n_components)
         return self
 
     def transform(self, X):
@@ -545,7 +554,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Embeddings; a missing one is a block of NaN.
+            Embeddings. A missing modality is NaN.
 
         Returns
         -------
@@ -567,7 +576,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : array-like of shape (n_samples, n_columns)
-            The columns of that modality alone, in the order of its block.
+            The columns of that modality only, in the order of its block.
 
         modality : str
             Name of the block.
@@ -575,50 +584,40 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         Returns
         -------
         Z : ndarray of shape (n_samples, n_components)
-            Projections, the same as the modality's block of `transform`.
+            Projections, equal to the modality's block in the output of `transform`.
 
         Raises
         ------
         ValueError
-            If there is no such block, or the width is not that seen in `fit`.
+            If there is no such block, or its width differs from that in `fit`.
         """
         check_is_fitted(self)
         check_vectors(X, self)
         X = check_one_block(self, X, modality, FLOAT_DTYPES)
         return self._project(X, modality)
 
-    def _project(self, X, name):
-        """Project one modality's columns, NaN where a row lacks it."""
-        observed = observed_in_block(X, name, slice(None))
-        # In double precision: in single, columns far from 0 would cancel.
-        rows = (X[observed] - self.means_[name]) @ self.maps_[name]
-        rows = normalize(rows, copy=False) if len(rows) else rows
-        if self.weighted:
-            rows *= np.sqrt(self.correlations_)
-        return _scattered(rows.astype(X.dtype, copy=False), observed)
-
     def get_feature_names_out(self, input_features=None):
-        """Name the output columns ``<block>__<number>``.
+        """Get output feature names: ``<block>__<number>``.
 
         Parameters
         ----------
         input_features : None
-            Not used.
+            Ignored.
 
         Returns
         -------
         names : ndarray of shape (n_features_out,), dtype object
-            The names.
+            The output feature names.
         """
         check_is_fitted(self)
-        return _numbered(self.blocks_, len(self.correlations_))
+        return _numbered_names(self.blocks_, len(self.correlations_))
 
     def _check_pairs(self, X):
-        """Return the rows of each modality, which are observed, and which have both."""
+        """Return the rows of each modality, masks of observed rows, and of rows with both."""
         if len(self.blocks_) != 2:
             raise ValueError(
-                f"CanonicalAligner pairs two modalities, but the n_features={X.shape[1]} columns "
-                f"hold the blocks {list(self.blocks_)}."
+                "CanonicalAligner pairs two modalities, but the "
+                f"n_features={X.shape[1]} columns have the blocks {list(self.blocks_)}."
             )
         rows, observed = {}, {}
         for name, columns in self.blocks_.items():
@@ -627,16 +626,27 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         paired = np.logical_and(*observed.values())
         if paired.sum() < 2:
             raise ValueError(
-                f"Only {paired.sum()} of n_samples={len(X)} rows have both modalities; at least "
-                "two are needed to tell what correlates."
+                f"Only {paired.sum()} of n_samples={len(X)} rows have both modalities; at "
+                "least two are needed to estimate correlations."
             )
-        narrower = min(part.shape[1] for part in rows.values())
+        first, second = rows.values()
+        narrower = min(first.shape[1], second.shape[1])
         if (self.n_components or 1) > narrower:
             raise ValueError(
-                f"n_components={self.n_components}, but the narrower modality has {narrower} "
-                "columns. Ask for no more than that."
+                f"n_components={self.n_components}, but the narrower modality has "
+                f"{narrower} columns. Use at most that many components."
             )
         return rows, observed, paired
+
+    def _project(self, X, name):
+        """Project the columns of one modality, NaN where it is missing."""
+        observed = observed_in_block(X, name, slice(None))
+        # The means are float64: in float32, columns far from 0 would cancel.
+        rows = (X[observed] - self.means_[name]) @ self.maps_[name]
+        rows = _normalized(rows)
+        if self.weighted:
+            rows *= np.sqrt(self.correlations_)
+        return _scattered(rows.astype(X.dtype, copy=False), observed)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -644,13 +654,18 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         return tags
 
 
+def _normalized(rows, copy=False):
+    """Scale rows to unit length; scikit-learn alone refuses a table without rows."""
+    return normalize(rows, copy=copy) if len(rows) else rows
+
+
 def _centroids(rows):
-    """Return the mean of each modality's rows, summed in double precision."""
+    """Return the mean of the rows of each modality, summed in float64."""
     return {name: part.mean(axis=0, dtype=np.float64) for name, part in rows.items()}
 
 
-def _centred(rows, mean):
-    """Subtract the mean in double precision; what rounding leaves of a constant column is 0."""
+def _centered(rows, mean):
+    """Subtract the mean in float64, with exact zeros in constant columns."""
     deviations = rows - mean
     rounding = 10 * np.finfo(np.float64).eps * np.abs(mean)
     deviations[:, np.abs(deviations).max(axis=0) <= rounding] = 0.0
@@ -658,125 +673,117 @@ def _centred(rows, mean):
 
 
 def _gap(centroids):
-    """Return the distance of two centroids, averaged over pairs of modalities."""
-    pairs = combinations(centroids.values(), 2)
-    return float(np.mean([np.linalg.norm(a - b) for a, b in pairs]))
+    """Return the mean distance over pairs of centroids; NaN if their widths differ."""
+    distances = []
+    for a, b in combinations(centroids.values(), 2):
+        if len(a) != len(b):
+            return np.nan
+        distances.append(np.linalg.norm(a - b))
+    return float(np.mean(distances))
 
 
 def _resample(rows, width):
     """Stretch rows to a width by linear interpolation between their coordinates."""
-    places = np.linspace(0, rows.shape[1] - 1, width)
-    left = np.floor(places).astype(int)
+    positions = np.linspace(0, rows.shape[1] - 1, width)
+    left = np.floor(positions).astype(int)
     right = np.minimum(left + 1, rows.shape[1] - 1)
-    part = (places - left).astype(rows.dtype)
-    return rows[:, left] * (1 - part) + rows[:, right] * part
+    fraction = (positions - left).astype(rows.dtype)
+    return rows[:, left] * (1 - fraction) + rows[:, right] * fraction
 
 
 def _rotations(rows, observed):
-    """Find the rotation of each modality onto the first, by rows that have both."""
-    (reference, target), *others = rows.items()
+    """Return the rotation of each modality onto the first, from rows with both."""
+    reference, *names = rows
+    target = rows[reference]
     rotations = {reference: np.eye(target.shape[1])}
-    for name, part in others:
-        both = observed[reference] & observed[name]
-        if not both.any():
+    for name in names:
+        paired = observed[reference] & observed[name]
+        if not paired.any():
             raise ValueError(
-                f"method='procrustes' turns {name!r} onto {reference!r} by rows that have both, "
-                "and there are none. Use method='shift' or 'center'."
+                f"method='procrustes' rotates {name!r} onto {reference!r} by rows that "
+                "have both, and there are none. Use method='shift' or 'center'."
             )
-        source, goal = part[both[observed[name]]], target[both[observed[reference]]]
-        rotations[name] = linalg.orthogonal_procrustes(
-            source.astype(np.float64), goal.astype(np.float64)
-        )[0]
+        rotations[name], _ = linalg.orthogonal_procrustes(
+            rows[name][paired[observed[name]]], target[paired[observed[reference]]]
+        )
     return rotations
 
 
-def _noise_share(centred):
-    """Estimate how much of a covariance's squared norm is sampling noise.
+def _noise_fraction(centered):
+    """Estimate the fraction of a covariance's squared norm that is sampling noise.
 
-    This is the shrinkage towards 0 that minimises the expected squared error. Shrinkage towards
-    the identity is 1 where the covariance is the identity already, however well it is known.
+    This is the shrinkage towards 0 that minimises the expected squared error. The optimal
+    shrinkage towards the identity is no substitute: it is 1 if the covariance is the
+    identity, even if the estimate has no noise.
     """
-    n_rows, n_columns = centred.shape
-    by_rows = n_rows < n_columns
-    gram = centred @ centred.T if by_rows else centred.T @ centred
+    n_rows, n_columns = centered.shape
+    if n_rows < n_columns:  # the smaller Gram matrix has the same norm
+        gram = centered @ centered.T
+    else:
+        gram = centered.T @ centered
     squared_norm = np.square(gram).sum() / n_rows**2
     if n_columns == 1 or squared_norm == 0:
         return 0.0
-    # Mean over rows of |x x' - S|^2, the variance of the mean S of the x x' times n_rows.
-    spread = np.square(np.square(centred).sum(axis=1)).mean() - squared_norm
+    # Mean over rows of |x x' - S|^2: n_rows times the variance of S, the mean of x x'.
+    spread = np.square(np.square(centered).sum(axis=1)).mean() - squared_norm
     return float(np.clip(spread / n_rows / squared_norm, 0.0, 1.0 - 1.0 / n_rows))
 
 
-def _whitening(centred, shrinkage):
-    """Find the inverse root of a covariance drawn towards a multiple of the identity.
+def _whitening(centered, shrinkage):
+    """Return the inverse root of a covariance shrunk towards a multiple of the identity.
 
     Returns
     -------
     axes : ndarray of shape (n_columns, n_axes)
         Directions in which the rows vary, at most as many as there are rows or columns.
     roots : ndarray of shape (n_axes,)
-        The inverse root along each of them; 0 for a direction without variance.
+        The inverse root along each axis; 0 for an axis without variance.
     rest : float
-        The inverse root in all directions that are orthogonal to the axes.
+        The inverse root in all directions orthogonal to the axes.
     """
-    n_rows, n_columns = centred.shape
+    n_rows, n_columns = centered.shape
     if n_rows < n_columns:
-        _, lengths, axes = linalg.svd(centred, full_matrices=False)
+        _, lengths, axes = linalg.svd(centered, full_matrices=False)
         variances, axes = np.square(lengths) / n_rows, axes.T
     else:
-        variances, axes = linalg.eigh(centred.T @ centred / n_rows)
-    drawn_to = shrinkage * variances.sum() / n_columns
-    variances = (1 - shrinkage) * variances + drawn_to
-    # Directions without variance have no scale to be brought to 1; they are dropped.
+        variances, axes = linalg.eigh(centered.T @ centered / n_rows)
+    target = shrinkage * variances.sum() / n_columns
+    variances = (1 - shrinkage) * variances + target
+    # Axes without variance cannot be scaled to unit variance; they are dropped.
     smallest = variances.max() * n_columns * np.finfo(np.float64).eps
     empty = variances <= smallest
     roots = np.where(empty, 0.0, 1 / np.sqrt(np.where(empty, 1.0, variances)))
     rest = 0.0
-    if len(variances) < n_columns and drawn_to > smallest:
-        rest = 1 / np.sqrt(drawn_to)
+    if len(variances) < n_columns and target > smallest:
+        rest = 1 / np.sqrt(target)
     return axes, roots, rest
 
 
-def _whitening_matrix(centred):
-    """Return the symmetric matrix that whitens, with Ledoit and Wolf's shrinkage."""
-    shrinkage = (
-        ledoit_wolf_shrinkage(centred, assume_centered=True)
-        if centred.shape[1] > 1
-        else 0.0
-    )
-    axes, roots, rest = _whitening(centred, shrinkage)
+def _whitening_matrix(centered):
+    """Return the symmetric whitening matrix, with Ledoit-Wolf shrinkage."""
+    shrinkage = 0.0
+    if centered.shape[1] > 1:
+        shrinkage = ledoit_wolf_shrinkage(centered, assume_centered=True)
+    axes, roots, rest = _whitening(centered, shrinkage)
     return (axes * (roots - rest)) @ axes.T + rest * np.eye(len(axes))
 
 
 def _padded(array, width):
-    """Cut the last axis to a width, or fill it up with zeros."""
-    filled = np.zeros((*array.shape[:-1], width))
+    """Cut the last axis to a width, or pad it with zeros."""
+    padded = np.zeros((*array.shape[:-1], width))
     n_columns = min(width, array.shape[-1])
-    filled[..., :n_columns] = array[..., :n_columns]
-    return filled
-
-
-def _side_by_side(rows, observed, columns):
-    """Write the observed rows of each modality into its columns, and NaN where there are none."""
-    n_rows = len(next(iter(observed.values())))
-    width = sum(part.shape[1] for part in rows.values())
-    dtype = next(iter(rows.values())).dtype
-    Z = np.full((n_rows, width), np.nan, dtype=dtype)
-    for name, part in rows.items():
-        places = np.arange(width)[columns[name]]
-        Z[np.ix_(observed[name], places)] = part
-    return Z
+    padded[..., :n_columns] = array[..., :n_columns]
+    return padded
 
 
 def _scattered(rows, observed):
-    """Write observed rows where they belong, and NaN where there are none."""
+    """Write rows to their positions in the table, NaN where the modality is missing."""
     Z = np.full((len(observed), rows.shape[1]), np.nan, dtype=rows.dtype)
     Z[observed] = rows
     return Z
 
 
-def _numbered(blocks, width):
-    """Name columns by block and number."""
-    return np.array(
-        [f"{name}__{i}" for name in blocks for i in range(width)], dtype=object
-    )
+def _numbered_names(blocks, width):
+    """Return feature names of a block and a number."""
+    names = [f"{name}__{i}" for name in blocks for i in range(width)]
+    return np.array(names, dtype=object)

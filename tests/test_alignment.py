@@ -1,4 +1,4 @@
-"""Alignment: the formulas of the papers, and nothing learnt from rows that come later."""
+"""Alignment: the formulas of the papers, and nothing learned from rows that come later."""
 
 import numpy as np
 import pandas as pd
@@ -118,7 +118,7 @@ def test_whitened_directions_vary_alike():
     np.testing.assert_allclose(np.cov(whitened.T, bias=True), np.eye(5) / 5, atol=0.01)
 
 
-def test_the_gap_is_learnt_from_training_rows_alone():
+def test_the_gap_is_learned_from_training_rows_alone():
     X = two_cones(100)
     far_away = X.copy()
     far_away[50:] *= -3  # other test rows

@@ -260,7 +260,7 @@ def test_parameters_reach_into_the_remainder(table, text):
         union.set_params(remainder__colour=1)
 
 
-def test_a_clone_has_the_options_and_none_of_what_was_learnt(table, text):
+def test_a_clone_has_the_options_and_none_of_what_was_learned(table, text):
     options = {
         "remainder": StandardScaler(with_mean=False),
         "transformer_weights": {"text": 2.0},
