@@ -1,4 +1,4 @@
-"""PerModalityUnion: one branch for each modality of a table, joined side by side."""
+"""PerModalityUnion: one branch for each modality of a table, concatenated."""
 
 import warnings
 from collections import Counter, defaultdict
@@ -55,8 +55,8 @@ from sklembed._table.tokens import token_columns
 from sklembed._validation import check_routing_enabled
 
 _MISSING_ROWS = ("auto", "skip", "pass", "error")
-# The dense copy of a sparse output is copied once more, into the joined table. Half a GiB is a
-# million rows of 64 columns; what is larger is the user's decision, not a default.
+# The dense copy of a sparse output is copied once more, into the joined table. Half a GiB
+# is a million rows of 64 columns. Anything larger should be an explicit decision.
 _LARGEST_DENSE_OUTPUT = 2**29
 # These ignore NaN in fit and return it in transform.
 _KEEP_MISSING = (
@@ -71,96 +71,97 @@ _KEEP_MISSING = (
 
 
 class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
-    """Send each modality of a table through a branch of its own and join the results.
+    """Apply a transformer to each modality of a table and concatenate the outputs.
 
-    A branch is a transformer, often a pipeline of an encoder and a projector, with the columns it
-    reads, as in :class:`~sklearn.compose.ColumnTransformer`. Its output is a *block*: columns named
-    ``<branch>__…``, side by side in the joined table.
+    A branch is a transformer, often a pipeline of an encoder and a projector, with the
+    columns that it reads, as in :class:`~sklearn.compose.ColumnTransformer`. Its output is
+    a *block*: contiguous columns of the joined table, named ``<branch>__…``.
 
-    A row may lack a modality: all cells that a branch reads are None or NaN. A transformer that
-    handles missing values, such as an imputer or a one-hot encoder, is given these rows, as in
-    :class:`~sklearn.compose.ColumnTransformer`. Any other transformer, such as an encoder, a
-    projector or PCA, is not, neither in fit nor in transform, and the row's block is NaN. The
-    parameter `missing_rows` changes this for each branch. Downstream, XGBoost and
-    :class:`~sklearn.ensemble.HistGradientBoostingClassifier` take NaN as it is; put a
+    A row may lack a modality: all cells that the branch reads are None or NaN. Transformers
+    that handle missing values, such as imputers and one-hot encoders, receive these rows,
+    as in :class:`~sklearn.compose.ColumnTransformer`. Other transformers, such as encoders,
+    projectors and PCA, do not receive them in fit or transform, and the block is NaN in
+    these rows. The parameter `missing_rows` overrides this for each branch. XGBoost and
+    :class:`~sklearn.ensemble.HistGradientBoostingClassifier` accept NaN; put a
     :class:`~sklearn.impute.SimpleImputer` before other classifiers.
 
-    A branch may also return tokens, as ``FrozenEncoder(output="tokens")`` does: one object column
-    whose cells are float arrays of shape (n_tokens, n_features). Its block is that column, None
-    where a row lacks the modality. Tokens stand beside numbers in a DataFrame only: call
+    A branch may also return tokens, as ``FrozenEncoder(output="tokens")`` does: one object
+    column whose cells are float arrays of shape (n_tokens, n_features), and None where the
+    modality is missing. Only a DataFrame can contain both tokens and numbers: call
     ``set_output(transform="pandas")``.
 
     Parameters
     ----------
     transformers : list of (str, transformer, columns) tuples
-        The branches. A name must not contain ``__`` and is used to set parameters, as in
-        ``set_params(text__frozenencoder__normalize=True)``, or to replace the whole branch.
-        "passthrough" hands the columns on as they are, "drop" leaves the branch out. Columns are
-        a name, a position, a list or slice of these, a boolean mask or a callable that takes the
-        table; a single name or position is handed to the transformer as a one-dimensional column.
-        A branch whose selection is empty is skipped.
+        The branches. A name must not contain ``__``. It is used to set parameters, as in
+        ``set_params(text__frozenencoder__normalize=True)``, and to replace the branch.
+        "passthrough" passes the columns through unchanged, "drop" omits the branch.
+        Columns are a name, a position, a list or slice of these, a boolean mask or a
+        callable that takes the table. A single name or position is passed to the
+        transformer as a one-dimensional column. A branch without columns is skipped.
 
     remainder : {"drop", "passthrough"} or transformer, default="drop"
-        What becomes of the columns that no branch names. They are dropped, or they are read by a
-        last branch called "remainder", which hands them on as they are or has this transformer.
-        `fit` settles which columns are left; the columns of a branch that is "drop" are not.
+        Treatment of the columns that no branch selects. "passthrough" or a transformer
+        makes them a last branch, called "remainder". `fit` determines these columns, which
+        do not include the columns of a branch that is "drop".
 
     n_jobs : int or None, default=None
-        Branches to run at once.
+        Number of jobs to run in parallel, as in scikit-learn: None means 1, and -1 means
+        all processors.
 
     transformer_weights : dict of str to float or None, default=None
-        What the block of a branch is multiplied by, in each cell if these are tokens; 1 for
-        branches that are not in it.
+        Factor by which the block of each branch is multiplied, also if its cells are
+        tokens. The default factor of a branch is 1.
 
     add_indicator : bool, default=False
-        Whether to add a last block, "missing", with one column for each branch, that is 1 where the
-        row lacks the branch's modality and 0 elsewhere.
+        Whether to add a last block, "missing", with one column for each branch: 1 where
+        the modality is missing, 0 elsewhere.
 
     missing_rows : {"auto", "skip", "pass", "error"} or dict of str to these, default="auto"
-        What to do with rows that lack a branch's modality. A dict sets it for some branches; the
-        others have "auto".
+        Treatment of rows in which the modality of a branch is missing. A dict sets it for
+        single branches; the default of a branch is "auto".
 
-        - "auto": "pass" if the transformer handles missing values itself, "skip" otherwise. A
-          transformer handles them if its tag ``input_tags.allow_nan`` is true and it does not
-          merely return NaN for NaN, as scalers, feature selectors and encoders do. A pipeline
-          does if one of its steps handles them and no step before cannot take NaN.
-        - "skip": the transformer is not given these rows, and their block is NaN.
-        - "pass": the transformer is given all rows, with NaN for None in columns of objects.
+        - "auto": "pass" if the transformer handles missing values, "skip" otherwise. A
+          transformer handles them if its tag ``input_tags.allow_nan`` is true and it does
+          not merely return NaN for NaN, as scalers, feature selectors and encoders do. A
+          pipeline handles them if one of its steps does and all earlier steps accept NaN.
+        - "skip": the transformer does not receive these rows, and their block is NaN.
+        - "pass": the transformer receives all rows, with NaN for None in object columns.
         - "error": raise an error that names the branch, before any branch is run.
 
     keep_unobserved : bool, default=False
-        Whether to keep a branch whose modality no row has in fit, as a block of NaN, instead of
-        raising an error. The block has as many columns as the transformer can name without being
-        fitted, otherwise one. In transform it is NaN for all rows, with a warning if some have the
-        modality.
+        Whether to keep a branch whose modality is missing in all rows of fit, as a block
+        of NaN, instead of raising an error. The block has as many columns as the
+        transformer can name before fit, otherwise one. In transform it is NaN for all
+        rows, with a warning if the modality is observed in some.
 
     Attributes
     ----------
     transformers_ : list of (str, transformer, columns) tuples
-        The fitted branches, without the dropped ones; the remainder, if there is one, is the last.
-        The transformer of a branch that selects no column or is in `unobserved_` is not fitted.
+        The fitted branches without dropped ones; the remainder is the last. The
+        transformer of a branch without columns or in `unobserved_` is not fitted.
 
     named_transformers_ : :class:`~sklearn.utils.Bunch`
-        The fitted branches by name.
+        The fitted transformers by name of the branch.
 
     blocks_ : dict of str to slice
-        The columns of the output that each branch fills, and those of the indicator.
+        The output columns of each branch, and of the indicator.
 
     holds_tokens_ : dict of str to bool
-        Whether that block is a column of tokens.
+        Whether the block is a column of tokens.
 
     unobserved_ : list of str
-        The branches whose modality no row had in fit, see `keep_unobserved`.
+        The branches whose modality was missing in all rows of fit, see `keep_unobserved`.
 
     n_features_in_ : int
         Number of columns seen during fit.
 
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Their names, where `X` has them.
+        Names of the columns seen during fit. Defined only if `X` has string column names.
 
     See Also
     --------
-    sklearn.compose.ColumnTransformer : Gives all rows to each transformer.
+    sklearn.compose.ColumnTransformer : Passes all rows to each transformer.
 
     Examples
     --------
@@ -169,10 +170,12 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     >>> from sklembed import CallableBackend, FrozenEncoder, PerModalityUnion
     >>> def load():
     ...     return lambda texts: [[len(text), text.count(" ")] for text in texts]
-    >>> shape = CallableBackend(load, name="lengths", version="1", modality="text", n_features=2)
+    >>> lengths = CallableBackend(
+    ...     load, name="lengths", version="1", modality="text", n_features=2
+    ... )
     >>> X = pd.DataFrame({"note": ["a red cat", None, "blue"], "size": [1.0, 2.0, None]})
     >>> union = PerModalityUnion([
-    ...     ("text", FrozenEncoder(shape, store=None), "note"),
+    ...     ("text", FrozenEncoder(lengths, store=None), "note"),
     ...     ("table", StandardScaler(), ["size"]),
     ... ]).set_output(transform="pandas")
     >>> union.fit_transform(X)
@@ -215,12 +218,12 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         self.keep_unobserved = keep_unobserved
 
     def get_params(self, deep=True):
-        """Get the parameters of the union and, if deep, its branches and their parameters.
+        """Get the parameters of the union and, if deep, of its branches.
 
         Parameters
         ----------
         deep : bool, default=True
-            Whether to look into the branches.
+            Whether to include the branches and their parameters.
 
         Returns
         -------
@@ -228,20 +231,21 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             Parameter names mapped to their values.
         """
         params = super().get_params(deep=False)
-        if deep:
-            for name, transformer in self._transformers_by_name():
-                params[name] = transformer
-                if hasattr(transformer, "get_params"):
-                    nested = transformer.get_params(deep=True)
-                    params |= {f"{name}__{key}": value for key, value in nested.items()}
+        if not deep:
+            return params
+        for name, (transformer, _) in self._all_branches().items():
+            params[name] = transformer
+            if hasattr(transformer, "get_params"):
+                for key, value in transformer.get_params(deep=True).items():
+                    params[f"{name}__{key}"] = value
         return params
 
     def set_params(self, **params):
         """Set parameters of the union, replace branches, or set parameters within them.
 
-        If the union is fitted, parameters within a branch are also set on its fitted transformer,
-        so that they take effect in `transform`. A branch that is replaced has to be fitted again;
-        until then `transform` raises an error.
+        If the union is fitted, parameters within a branch are also set on its fitted
+        transformer, so that they take effect in `transform`. After a branch is replaced,
+        `transform` raises an error until `fit` is called again.
 
         Parameters
         ----------
@@ -258,9 +262,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         within = _params_within_branches(params, self.get_params(deep=True))
         if "transformers" in params:
             self.transformers = params.pop("transformers")
-        if _are_branches(self.transformers) and any(
-            n in params for n, _, _ in self.transformers
-        ):
+        if _are_branches(self.transformers):
             self.transformers = [
                 (name, params.pop(name, transformer), columns)
                 for name, transformer, columns in self.transformers
@@ -273,7 +275,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     @with_callbacks
     @_fit_context(prefer_skip_nested_validation=False)  # branches validate themselves
     def fit(self, X, y=None, **params):
-        """Fit each branch on the rows that have its modality, or on all; see `missing_rows`.
+        """Fit each branch on all rows or on those with its modality; see `missing_rows`.
 
         Parameters
         ----------
@@ -284,8 +286,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             Targets.
 
         **params : dict
-            Metadata for the branches; needs ``sklearn.set_config(enable_metadata_routing=True)``.
-            What has one entry a row is cut to the branch's rows.
+            Metadata for the branches. Requires
+            ``sklearn.set_config(enable_metadata_routing=True)``. Metadata with one entry
+            per row is restricted to the rows of each branch.
 
         Returns
         -------
@@ -295,9 +298,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a selected column is absent, a branch name is not allowed, a weight is of no branch,
-            no row has a branch's modality, a row lacks one that `missing_rows` requires, or the
-            output of a branch is sparse and too large to be made dense.
+            If a selected column does not exist, a branch name or a weight is invalid, a
+            modality is missing in all rows or in a row where `missing_rows` requires it,
+            or the sparse output of a branch is too large for a dense array.
         """
         self._fit_branches(_fit_branch, "fit", X, y, params)
         return self
@@ -305,7 +308,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     @with_callbacks
     @_fit_context(prefer_skip_nested_validation=False)
     def fit_transform(self, X, y=None, **params):
-        """Fit each branch, and join what their `fit_transform` returns for the training rows.
+        """Fit each branch and join the outputs of its `fit_transform`.
 
         Parameters
         ----------
@@ -321,14 +324,14 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         blocks : ndarray or DataFrame of shape (n_samples, n_features_out)
-            The joined blocks, NaN where a row lacks the modality. An ndarray of dtype object if all
-            are tokens; None where these are missing.
+            The joined blocks, NaN where a modality is missing. If all blocks are tokens,
+            an ndarray of dtype object, None where a modality is missing.
 
         Raises
         ------
         ValueError
-            For what `fit` raises it, or if the output cannot hold tokens: it is polars, or numbers
-            stand beside them and it is not pandas.
+            As in `fit`, or if the output container cannot contain tokens: it is polars, or
+            it is not pandas and other blocks are numbers.
         TypeError
             If a branch returns neither numbers nor tokens.
         """
@@ -338,12 +341,12 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return self._join(outputs, parts, X)
 
     def transform(self, X, **params):
-        """Run each branch on the rows that it is given, see `missing_rows`, and join the results.
+        """Run each branch on its rows, see `missing_rows`, and join the outputs.
 
         Parameters
         ----------
         X : DataFrame or array-like of shape (n_samples, n_features)
-            The table. Columns that a name selected are found by name, in any order.
+            The table. Columns that were selected by name may be in any order.
 
         **params : dict
             Metadata for the branches, as for `fit`.
@@ -351,15 +354,15 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         blocks : ndarray or DataFrame of shape (n_samples, n_features_out)
-            The joined blocks, NaN where a row lacks the modality. An ndarray of dtype object if all
-            are tokens; None where these are missing.
+            The joined blocks, NaN where a modality is missing. If all blocks are tokens,
+            an ndarray of dtype object, None where a modality is missing.
 
         Raises
         ------
         ValueError
-            For what `fit` raises it, if a branch was replaced by `set_params` after fit, or if the
-            output cannot hold tokens: it is polars, or numbers stand beside them and it is not
-            pandas.
+            As in `fit`, if `set_params` replaced a branch after fit, or if the output
+            container cannot contain tokens: it is polars, or it is not pandas and other
+            blocks are numbers.
         TypeError
             If a branch returns neither numbers nor tokens.
         """
@@ -371,27 +374,23 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         X = as_table(X)
         if not (is_frame(X) and hasattr(self, "feature_names_in_")):
             validate_data(self, X, reset=False, skip_check_array=True)
-        parts = [
-            part._replace(cells=empty_as_objects(part.cells, self._objects[part.name]))
-            for part in self._parts(X, self.transformers_)
-        ]
+        parts = []
+        for part in self._parts(X, self.transformers_):
+            cells = empty_as_objects(part.cells, self._objects[part.name])
+            parts.append(part._replace(cells=cells))
         self._warn_of_unobserved(parts)
-        outputs = self._run(
-            {
-                part.name: delayed(_noting_branch)(
-                    _transform_branch,
-                    part,
-                    _cut_to_rows(routed[part.name]["transform"], part.rows, len(X)),
-                )
-                for part in parts
-                if len(part.rows) and part.name not in self.unobserved_
-            },
-            parts,
-        )
-        return self._join(outputs, parts, X)
+        calls = {}
+        for part in parts:
+            if len(part.rows) and part.name not in self.unobserved_:
+                metadata = _cut_to_rows(routed[part.name], part)
+                call = delayed(_run_branch)(_transform_branch, part, metadata)
+                calls[part.name] = call
+        return self._join(self._run(calls, parts), parts, X)
 
     def iter_parts(self, X):
-        """Yield what fit gives each branch of a table; the union need not be fitted.
+        """Yield the part of a table that fit passes to each branch.
+
+        The union need not be fitted.
 
         Parameters
         ----------
@@ -401,14 +400,14 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Yields
         ------
         name : str
-            The branch. Those that fit does not run are left out: dropped branches, and branches
-            that select no column or whose modality no row has. The remainder is the last.
+            Name of the branch; the remainder is the last. Branches that fit does not run
+            are omitted: dropped branches, and those without columns or observed rows.
 
         transformer : transformer or "passthrough"
             Its transformer, not fitted.
 
         part : DataFrame, Series or ndarray
-            The columns that it reads, of the rows that have the modality, or of all rows if the
+            The columns that it reads, of the rows with the modality, or of all rows if the
             transformer handles missing values.
         """
         X = as_table(X)
@@ -418,57 +417,51 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     @property
     def named_transformers_(self):
-        """The fitted branches by name."""
+        """The fitted transformers by name of the branch."""
         return Bunch(**{name: fitted for name, fitted, _ in self.transformers_})
 
     def get_feature_names_out(self, input_features=None):
-        """Name the output columns ``<branch>__<the branch's own name>`` or ``missing__<branch>``.
+        """Get output feature names: ``<branch>__<name>`` and ``missing__<branch>``.
 
         Parameters
         ----------
         input_features : array-like of str or None, default=None
-            Names of the input columns; by default those seen in `fit`.
+            Names of the input columns. None means those seen during fit.
 
         Returns
         -------
         names : ndarray of shape (n_features_out,), dtype object
-            The names; a branch that cannot name its columns has them numbered.
+            The output feature names. Columns of a branch without feature names are
+            numbered.
         """
         check_is_fitted(self)
-        seen = getattr(self, "feature_names_in_", input_features)
+        names_in = getattr(self, "feature_names_in_", input_features)
+        if names_in is None:
+            names_in = self._input_names()
         if input_features is not None and (
             len(input_features) != self.n_features_in_
-            or list(input_features) != list(seen)
+            or list(input_features) != list(names_in)
         ):
             raise ValueError(
-                f"input_features must equal the {self.n_features_in_} columns seen in fit; got "
-                f"{list(input_features)}."
+                f"input_features must equal the {self.n_features_in_} columns seen in fit; "
+                f"got {list(input_features)}."
             )
-        if input_features is None:
-            input_features = getattr(
-                self, "feature_names_in_", [f"x{i}" for i in range(self.n_features_in_)]
-            )
-        names = []
+        names, indicator_names = [], []
         for name, transformer, columns in self.transformers_:
-            width = _width_of(self.blocks_[name])
-            if not width:
+            if not _selects(columns):
                 continue
-            columns_out = _feature_names(
-                transformer, _names_of(columns, input_features)
-            )
+            indicator_names.append(f"missing__{name}")
+            width = _width_of(self.blocks_[name])
+            columns_out = _feature_names(transformer, _names_of(columns, names_in))
             if columns_out is None or len(columns_out) != width:
                 columns_out = range(width)
             names += [f"{name}__{column}" for column in columns_out]
         if self._has_indicator:
-            names += [
-                f"missing__{name}"
-                for name, _, columns in self.transformers_
-                if _selects(columns)
-            ]
+            names += indicator_names
         return np.asarray(names, dtype=object)
 
     def get_metadata_routing(self):
-        """Say which metadata goes to which branch.
+        """Get the metadata routing of the branches.
 
         Returns
         -------
@@ -476,7 +469,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             The routing, see scikit-learn's user guide on metadata routing.
         """
         router = MetadataRouter(owner=self)
-        for name, transformer in self._transformers_by_name():
+        for name, (transformer, _) in self._all_branches().items():
             transformer = _as_transformer(transformer)
             mapping = MethodMapping().add(caller="fit", callee="fit")
             if hasattr(transformer, "fit_transform"):
@@ -489,7 +482,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return router
 
     def _fit_branches(self, run, caller, X, y, params):
-        """Fit all branches; return their outputs by name, what each was given, and the table."""
+        """Fit all branches; return their outputs by name, their parts, and the table."""
         check_routing_enabled(params, self)
         self._check_transformers()
         self._check_by_branch()
@@ -502,199 +495,188 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             raise ValueError(
                 "All branches are 'drop'; keep at least one, or set remainder."
             )
-        parts = [
-            part._replace(transformer=clone(_as_transformer(part.transformer)))
-            for part in self._parts(X, branches)
-        ]
+        parts = []
+        for part in self._parts(X, branches):
+            transformer = clone(_as_transformer(part.transformer))
+            parts.append(part._replace(transformer=transformer))
         self.unobserved_ = self._check_unobserved(parts)
-        fitted_parts = [part for part in parts if len(part.observed)]
+        observed_parts = [part for part in parts if len(part.observed)]
         context = self._init_callback_context(
-            max_subtasks=len(fitted_parts), sequential_subtasks=False
+            max_subtasks=len(observed_parts), sequential_subtasks=False
         )
         _callbacks.begin(self, context, X, y)
-        tasks = {  # before the loop: it pickles the union, of which they change an attribute
-            part.name: _callbacks.subtask(
-                context, f"fit-{part.name}", 0, task_id=number
+        calls = {}
+        for number, part in enumerate(observed_parts):
+            y_part = None if y is None else take_rows(y, part.rows)
+            metadata = _cut_to_rows(routed[part.name], part)
+            task = _callbacks.subtask(context, f"fit-{part.name}", 0, task_id=number)
+            calls[part.name] = delayed(_run_branch)(
+                _fit_with_callbacks, part, y_part, metadata, run, self, task
             )
-            for number, part in enumerate(fitted_parts)
-        }
-        results = self._run(
-            {
-                part.name: delayed(_noting_branch)(
-                    _fit_with_callbacks,
-                    part,
-                    None if y is None else take_rows(y, part.rows),
-                    {
-                        method: _cut_to_rows(metadata, part.rows, len(X))
-                        for method, metadata in routed[part.name].items()
-                    },
-                    run,
-                    self,
-                    tasks[part.name],
-                )
-                for part in fitted_parts
-            },
-            parts,
-        )
+        results = self._run(calls, parts)
         for part in parts:
             if part.name not in results:
-                results[part.name] = _unfitted_result(part, X)
-        self.transformers_ = [
-            (part.name, results[part.name].transformer, part.columns) for part in parts
-        ]
-        widths = {part.name: results[part.name].width for part in parts}
-        if self.add_indicator:
-            widths["missing"] = sum(_selects(part.columns) for part in parts)
-        self.blocks_ = _side_by_side(widths)
-        self.holds_tokens_ = dict.fromkeys(self.blocks_, False) | {
-            part.name: results[part.name].holds_tokens for part in parts
-        }
-        self._objects = {
-            part.name: holds_objects(part.cells) if _selects(part.columns) else None
-            for part in parts
-        }
-        self._replaced = []
+                results[part.name] = _unfitted_result(part, self._input_names())
+        self._set_results(parts, results)
         _callbacks.end(self, context, X, y)
-        return {name: result.output for name, result in results.items()}, parts, X
+        outputs = {name: result.output for name, result in results.items()}
+        return outputs, parts, X
+
+    def _set_results(self, parts, results):
+        """Set the fitted attributes that describe the branches and their blocks."""
+        self.transformers_, self.holds_tokens_, self._objects = [], {}, {}
+        widths, n_selecting = {}, 0
+        for part in parts:
+            result = results[part.name]
+            self.transformers_.append((part.name, result.transformer, part.columns))
+            self.holds_tokens_[part.name] = result.holds_tokens
+            self._objects[part.name] = None
+            widths[part.name] = result.width
+            if _selects(part.columns):
+                self._objects[part.name] = holds_objects(part.cells)
+                n_selecting += 1
+        if self.add_indicator:
+            self.holds_tokens_["missing"] = False
+            widths["missing"] = n_selecting
+        self.blocks_ = _side_by_side(widths)
+        self._replaced = []
 
     def _run(self, calls, parts):
         """Run delayed calls of branches; return their results by name.
 
-        Encoders and what is trained on their vectors come last: they take hours where the others
-        take seconds, and what those refuse should be refused before.
+        Encoders, and transformers trained on their vectors, are run last. They may take
+        hours where others take seconds, so invalid input of the others should fail first.
         """
-        costly = {part.name for part in parts if _is_costly(part.transformer)}
-        cheap_names = [name for name in calls if name not in costly]
-        costly_names = [name for name in calls if name in costly]
+        cheap, costly = {}, {}
+        for part in parts:
+            if part.name in calls:
+                batch = costly if _is_costly(part.transformer) else cheap
+                batch[part.name] = calls[part.name]
         results = {}
-        for names in (cheap_names, costly_names):
-            outcomes = Parallel(n_jobs=self.n_jobs)(calls[name] for name in names)
-            results |= zip(names, outcomes, strict=True)
+        for batch in (cheap, costly):
+            outputs = Parallel(n_jobs=self.n_jobs)(batch.values())
+            results |= zip(batch, outputs, strict=True)
         return results
 
-    def _transformers_by_name(self):
-        """List the name and the transformer of each branch, the remainder last."""
-        branches = self.transformers if _are_branches(self.transformers) else []
-        named = [(name, transformer) for name, transformer, _ in branches]
-        return [*named, ("remainder", self.remainder)]
+    def _all_branches(self):
+        """Return the transformer and the columns of each branch by name.
+
+        The remainder, which has no columns before fit, is the last.
+        """
+        branches = {}
+        if _are_branches(self.transformers):
+            for name, transformer, columns in self.transformers:
+                branches[name] = transformer, columns
+        return branches | {"remainder": (self.remainder, None)}
 
     def _branches(self, X):
-        """List the branches that are run, the remainder last, with their columns fixed."""
+        """List the branches to run, the remainder last, with their columns resolved."""
         branches = list(self.transformers)
-        if not _is_dropped(self.remainder) and (left := _columns_left(X, branches)):
-            branches.append(("remainder", self.remainder, left))
-        return [
-            (
-                name,
-                transformer,
-                _resolve(X, name, columns, flat=not _is_passthrough(transformer)),
-            )
-            for name, transformer, columns in branches
-            if not _is_dropped(transformer)
-        ]
+        if not _is_dropped(self.remainder):
+            columns = _remaining_columns(X, branches)
+            if columns:
+                branches.append(("remainder", self.remainder, columns))
+        resolved = []
+        for name, transformer, columns in branches:
+            if not _is_dropped(transformer):
+                flat = not _is_passthrough(transformer)
+                columns = _resolve(X, name, columns, flat=flat)
+                resolved.append((name, transformer, columns))
+        return resolved
 
     def _parts(self, X, branches):
-        """Cut out of the table what each branch is given: its columns, and some rows or all."""
+        """List the part of the table that each branch receives."""
         parts = []
         for name, transformer, columns in branches:
             if not _selects(columns):
-                nothing = np.array([], dtype=np.intp)
-                parts.append(
-                    _Part(name, transformer, columns, None, nothing, nothing, len(X))
-                )
+                empty = np.array([], dtype=np.intp)
+                part = _Part(name, transformer, columns, None, empty, empty, len(X))
+                parts.append(part)
                 continue
             cells = _select(X, name, columns)
             rows = observed = np.flatnonzero(~_missing_rows(cells))
             treatment = self._treatment(name, transformer)
             if treatment == "error" and len(observed) < len(X):
-                raise _lacking_error(name, columns, observed, len(X))
+                raise _missing_modality_error(name, columns, observed, len(X))
             if treatment == "pass":
                 rows = np.arange(len(X))
-                # scikit-learn reads polars as arrays, in which a missing text is None.
-                is_read_as_array = _is_of_sklearn(transformer)
-                cells = missing_as_nan(as_pandas(cells) if is_read_as_array else cells)
+                if _is_of_sklearn(transformer):
+                    # It reads polars as an array, in which a missing text is None.
+                    cells = as_pandas(cells)
+                cells = missing_as_nan(cells)
             else:
                 cells = take_rows(cells, rows)
             _check_dates(name, transformer, cells)
-            parts.append(
-                _Part(name, transformer, columns, cells, rows, observed, len(X))
-            )
+            part = _Part(name, transformer, columns, cells, rows, observed, len(X))
+            parts.append(part)
         return parts
 
     def _treatment(self, name, transformer):
-        """Return what becomes of rows that lack a modality: "skip", "pass" or "error"."""
+        """Return the treatment of missing rows by a branch: "skip", "pass" or "error"."""
         setting = self.missing_rows
         if isinstance(setting, dict):
             setting = setting.get(name, "auto")
-        if setting == "auto":
-            reaction = _reaction_to_nan(transformer)
-            return "pass" if reaction is not None and reaction.handles else "skip"
-        return setting
+        if setting != "auto":
+            return setting
+        reaction = _reaction_to_nan(transformer)
+        return "pass" if reaction is not None and reaction.handles else "skip"
 
     def _check_unobserved(self, parts):
-        """Return the branches that no row has; raise an error unless they are to be kept."""
-        unobserved = [
-            part for part in parts if not len(part.observed) and _selects(part.columns)
-        ]
-        if unobserved and not self.keep_unobserved:
-            part = unobserved[0]
-            raise ValueError(
-                f"Branch {part.name!r} has nothing to learn from: column {part.columns!r} is "
-                f"missing in all {part.n_rows} rows. Check the column, drop the branch, or set "
-                "keep_unobserved=True to keep it as a block of NaN."
-            )
-        return [part.name for part in unobserved]
+        """Return the branches without any observed row; refuse them unless allowed."""
+        unobserved = []
+        for part in parts:
+            if len(part.observed) or not _selects(part.columns):
+                continue
+            if not self.keep_unobserved:
+                raise ValueError(
+                    f"Branch {part.name!r} has nothing to learn from: column "
+                    f"{part.columns!r} is missing in all {part.n_rows} rows. Check the "
+                    "column, drop the branch, or set keep_unobserved=True to keep it as a "
+                    "block of NaN."
+                )
+            unobserved.append(part.name)
+        return unobserved
 
     def _warn_of_unobserved(self, parts):
-        """Warn of rows that have a modality which no row had in fit."""
-        surplus = {
-            part.name: len(part.observed)
-            for part in parts
-            if part.name in self.unobserved_ and len(part.observed)
-        }
-        if surplus:
+        """Warn if a modality that was missing in all rows of fit is observed."""
+        n_observed = {}
+        for part in parts:
+            if part.name in self.unobserved_ and len(part.observed):
+                n_observed[part.name] = len(part.observed)
+        if n_observed:
             warnings.warn(
-                f"No row had the modality of the branches {list(surplus)} in fit, so their blocks "
-                f"are NaN, but now {max(surplus.values())} rows have it. Fit again on rows that "
-                "have it, or set the branches to 'drop'.",
+                f"The modalities of the branches {list(n_observed)} were missing in all "
+                "rows of fit, so their blocks are NaN, but now they are observed in up to "
+                f"{max(n_observed.values())} rows. Fit again on rows that have them, or "
+                "set the branches to 'drop'.",
                 UserWarning,
                 stacklevel=4,
             )
 
-    def _all_branches(self):
-        """Return the transformer and the columns of each branch by name, with the remainder."""
-        branches = self.transformers if _are_branches(self.transformers) else []
-        by_name = {
-            name: (transformer, columns) for name, transformer, columns in branches
-        }
-        return by_name | {"remainder": (self.remainder, None)}
-
     def _set_fitted_params(self, within, before):
-        """Set parameters on the fitted branches, and note which branches were replaced."""
+        """Set parameters on the fitted branches, and record the replaced branches."""
         after = self._all_branches()
-        replaced = [
-            name
-            for name in before | after
-            if not _is_same_branch(before.get(name), after.get(name))
-        ]
-        self._replaced = list(dict.fromkeys([*self._replaced, *replaced]))
+        for name in before | after:
+            is_same = _is_same_branch(before.get(name), after.get(name))
+            if not is_same and name not in self._replaced:
+                self._replaced = [*self._replaced, name]
         for name, transformer, _ in self.transformers_:
             if within[name] and name not in self._replaced:
                 transformer.set_params(**within[name])
 
     def _check_not_replaced(self):
-        """Refuse to run branches that are not those set now."""
+        """Refuse to run if branches were replaced after fit."""
         if self._replaced:
             raise ValueError(
-                f"The branches {self._replaced} were replaced by set_params after fit, so the "
-                "fitted branches are no longer those of the union. Call fit again."
+                f"The branches {self._replaced} were replaced by set_params after fit, so "
+                "the fitted branches are out of date. Call fit again."
             )
 
     def _check_transformers(self):
-        """Refuse what is no list of branches, and what is no transformer in one."""
+        """Refuse invalid lists of branches, transformers and names."""
         if not self.transformers:
             raise ValueError(
-                "transformers is empty; give at least one (name, transformer, columns)."
+                "transformers is empty; pass at least one (name, transformer, columns)."
             )
         if not _are_branches(self.transformers):
             raise ValueError(
@@ -702,10 +684,9 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 f"{self.transformers!r}."
             )
         for name, transformer, _ in self.transformers:
-            if not (
-                _is_dropped(transformer)
-                or hasattr(_as_transformer(transformer), "transform")
-            ):
+            if _is_dropped(transformer):
+                continue
+            if not hasattr(_as_transformer(transformer), "transform"):
                 raise TypeError(
                     f"Branch {name!r} needs a transformer, 'passthrough' or 'drop'; got "
                     f"{transformer!r}."
@@ -713,75 +694,87 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         self._check_names([name for name, _, _ in self.transformers])
 
     def _check_names(self, names):
-        """Refuse names of branches that could not be told apart later."""
-        for name, times in Counter(names).items():
-            if times > 1:
+        """Refuse names of branches that are ambiguous."""
+        for name, count in Counter(names).items():
+            if count > 1:
                 raise ValueError(
-                    f"Branch names must differ, but {name!r} stands {times} times."
+                    f"Branch names must be unique, but {name!r} occurs {count} times."
                 )
             if not isinstance(name, str) or not name or "__" in name:
                 raise ValueError(
-                    f"A branch name is a string without '__', which separates the branch from its "
-                    f"columns; got {name!r}."
+                    "A branch name is a string without '__', which separates the branch "
+                    f"from its columns; got {name!r}."
                 )
             if name in self.get_params(deep=False):
                 raise ValueError(
-                    f"{name!r} is a parameter of the union; name the branch otherwise."
+                    f"{name!r} is a parameter of the union; use another branch name."
                 )
             if name == "missing" and self.add_indicator:
                 raise ValueError(
-                    "'missing' is the block that add_indicator adds; name the branch otherwise."
+                    "'missing' is the block that add_indicator adds; use another branch "
+                    "name."
                 )
 
     def _check_by_branch(self):
-        """Refuse settings of branches that there are not, and values that are not allowed."""
-        known = [name for name, _ in self._transformers_by_name()]
-        settings = self.missing_rows if isinstance(self.missing_rows, dict) else {}
+        """Refuse settings of unknown branches, and invalid values."""
+        names = list(self._all_branches())
+        settings = {}
+        if isinstance(self.missing_rows, dict):
+            settings = self.missing_rows
         for name, setting in settings.items():
-            if name not in known:
+            if name not in names:
                 raise ValueError(
-                    f"missing_rows has a setting for {name!r}, but the branches are {known}."
+                    f"missing_rows has a setting for {name!r}, but the branches are "
+                    f"{names}."
                 )
             if setting not in _MISSING_ROWS:
                 raise ValueError(
-                    f"missing_rows must be one of {list(_MISSING_ROWS)}; got {setting!r} for "
-                    f"branch {name!r}."
+                    f"missing_rows must be one of {list(_MISSING_ROWS)}; got {setting!r} "
+                    f"for branch {name!r}."
                 )
         for name, weight in (self.transformer_weights or {}).items():
-            if name not in known:
+            if name not in names:
                 raise ValueError(
-                    f"transformer_weights has a weight for {name!r}, but the branches are {known}."
+                    f"transformer_weights has a weight for {name!r}, but the branches are "
+                    f"{names}."
                 )
             if not (isinstance(weight, Real) and 0 <= weight < np.inf):
                 raise ValueError(
-                    f"A weight is a finite number that is not negative; got {weight!r} for branch "
-                    f"{name!r}."
+                    "A weight is a finite number that is not negative; got "
+                    f"{weight!r} for branch {name!r}."
                 )
 
     def _join(self, outputs, parts, X):
-        """Scatter each branch's rows into its block, leaving the others missing, and weight it."""
-        tokens = [
-            part.name
-            for part in parts
-            # Fit may have been shown a cell that gave none, such as an image that is damaged.
-            if self.holds_tokens_[part.name] or _holds_tokens(outputs.get(part.name))
-        ]
+        """Scatter the rows of each branch into its block, and weight the block."""
+        tokens = []
+        for part in parts:
+            # All cells of fit may have been without tokens, such as damaged images.
+            if self.holds_tokens_[part.name] or _holds_tokens(outputs.get(part.name)):
+                tokens.append(part.name)
         self._check_container(tokens)
-        arrays = {
-            part.name: _as_array(
-                outputs[part.name], part, self.blocks_[part.name], part.name in tokens
-            )
-            for part in parts
-            if outputs.get(part.name) is not None
-        }
-        dtypes = [array.dtype for array in arrays.values() if array.dtype != object]
+        arrays, dtypes = {}, []
+        for part in parts:
+            if outputs.get(part.name) is not None:
+                array = _as_array(
+                    outputs[part.name],
+                    part,
+                    self.blocks_[part.name],
+                    part.name in tokens,
+                )
+                arrays[part.name] = array
+                if part.name not in tokens:
+                    dtypes.append(array.dtype)
         joined = np.full(
             (len(X), max(block.stop for block in self.blocks_.values())),
             np.nan,
             dtype=np.result_type(*dtypes) if dtypes else np.float64,
         )
-        blocks = {name: joined[:, block] for name, block in self._filled_blocks.items()}
-        blocks |= {name: np.full((len(X), 1), None, dtype=object) for name in tokens}
+        blocks = {}
+        for name, block in self.blocks_.items():
+            if name in tokens:
+                blocks[name] = np.full((len(X), 1), None, dtype=object)
+            elif _width_of(block):
+                blocks[name] = joined[:, block]
         weights = self.transformer_weights or {}
         for part in parts:
             if part.name in arrays:
@@ -798,29 +791,35 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return joined
 
     def _check_container(self, tokens):
-        """Refuse output that cannot hold the tokens of these branches."""
+        """Refuse an output container that cannot contain the tokens of these branches."""
+        if not tokens:
+            return
         container = output_container(self)
-        numbers = [name for name in self._filled_blocks if name not in tokens]
-        if tokens and container == "polars":
+        if container == "polars":
             raise ValueError(
-                f"Branches {tokens} give tokens, one object column each of arrays of different "
-                "lengths, which polars does not have. Use set_output(transform='pandas')."
+                f"Branches {tokens} return tokens, object columns of arrays of different "
+                "lengths, which polars does not support. Use "
+                "set_output(transform='pandas')."
             )
-        if tokens and numbers and container != "pandas":
+        numeric = []
+        for name, block in self.blocks_.items():
+            if _width_of(block) and name not in tokens:
+                numeric.append(name)
+        if numeric and container != "pandas":
             raise ValueError(
-                f"Branches {tokens} give tokens, but {numbers} numbers, and only a DataFrame holds "
-                "both. Call set_output(transform='pandas') on the union or its pipeline, or give "
-                "each kind a union of its own."
+                f"Branches {tokens} return tokens and {numeric} return numbers, and only a "
+                "DataFrame can contain both. Call set_output(transform='pandas') on the "
+                "union or its pipeline, or use one union for tokens and one for numbers."
             )
 
-    @property
-    def _filled_blocks(self):
-        """The blocks that have a column."""
-        return {name: block for name, block in self.blocks_.items() if _width_of(block)}
+    def _input_names(self):
+        """Return the names of the columns seen in fit, or x0, x1, … without names."""
+        default = [f"x{i}" for i in range(self.n_features_in_)]
+        return getattr(self, "feature_names_in_", default)
 
     @property
     def _has_indicator(self):
-        """Whether fit added the indicator; the parameter may have been set since."""
+        """Whether fit added the indicator; the parameter may have changed since."""
         return len(self.blocks_) > len(self.transformers_)
 
     def _sk_visual_block_(self):
@@ -831,28 +830,28 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.input_tags.string = True
-        # Single numbers that are missing reach every branch.
-        tags.input_tags.allow_nan = all(
-            _is_dropped(transformer) or _reaction_to_nan(transformer) is not None
-            for _, transformer in self._transformers_by_name()
-        )
+        # Every branch receives rows in which only some cells are missing.
+        tags.input_tags.allow_nan = True
+        for transformer, _ in self._all_branches().values():
+            if not _is_dropped(transformer) and _reaction_to_nan(transformer) is None:
+                tags.input_tags.allow_nan = False
         return tags
 
 
 class _Part(NamedTuple):
-    """What a branch is given of a table, and which of the table's rows have its modality."""
+    """The part of a table that a branch receives, and the rows with its modality."""
 
     name: str
     transformer: Any
     columns: Any
-    cells: Any  # its columns, of these rows:
+    cells: Any  # the columns, of these rows:
     rows: np.ndarray
     observed: np.ndarray
     n_rows: int  # of the table
 
 
 class _Fitted(NamedTuple):
-    """A fitted branch, what it returned for the training rows, and what its block is."""
+    """A fitted branch, its output for the training rows, and the form of its block."""
 
     transformer: Any
     output: Any
@@ -861,12 +860,10 @@ class _Fitted(NamedTuple):
 
 
 class _Reaction(NamedTuple):
-    """How a transformer that takes rows of NaN treats them."""
+    """The output of a transformer that accepts rows of NaN."""
 
-    handles: (
-        bool  # it returns something else than a row of NaN, at least in some columns
-    )
-    keeps: bool  # it may return NaN, at least in some columns
+    handles: bool  # at least some columns are not NaN
+    keeps: bool  # some columns may be NaN
 
 
 _KEEPS = _Reaction(handles=False, keeps=True)
@@ -874,41 +871,38 @@ _FILLS = _Reaction(handles=True, keeps=False)
 
 
 def _reaction_to_nan(transformer):
-    """Tell how a transformer treats rows of NaN; None if it cannot take them."""
+    """Return the reaction of a transformer to rows of NaN; None if it refuses them."""
     if transformer is None or _is_passthrough(transformer):
         return _KEEPS
     if isinstance(transformer, Pipeline):
-        return _reaction_in_sequence([step for _, step in transformer.steps])
+        return _reaction_in_sequence(transformer.steps)
     if isinstance(transformer, PerModalityUnion):
         return _reaction_of_union(transformer)
     if isinstance(transformer, FeatureUnion):
-        return _reaction_side_by_side(
-            [inner for _, inner in transformer.transformer_list]
-        )
+        return _reaction_side_by_side(dict(transformer.transformer_list).values())
     if isinstance(transformer, ColumnTransformer):
         inner = [inner for _, inner, _ in transformer.transformers]
         return _reaction_side_by_side([*inner, transformer.remainder])
     if isinstance(transformer, FunctionTransformer):
-        # Whether the function fills NaN cannot be read from it.
+        # Whether the function fills NaN is unknown.
         return None if transformer.validate else _KEEPS
     if _keeps_missing_rows(transformer):
         return _KEEPS
     if not hasattr(transformer, "__sklearn_tags__"):
         return None
     if not get_tags(transformer).input_tags.allow_nan:
-        wrapped = _estimators_within(transformer)
+        wrapped = _wrapped_estimators(transformer)
         return _reaction_side_by_side(wrapped) if wrapped else None
     if isinstance(transformer, OrdinalEncoder):
-        return _Reaction(
-            handles=True, keeps=bool(pd.isna(transformer.encoded_missing_value))
-        )
+        keeps = bool(pd.isna(transformer.encoded_missing_value))
+        return _Reaction(handles=True, keeps=keeps)
     return _KEEPS if isinstance(transformer, _KEEP_MISSING) else _FILLS
 
 
 def _reaction_in_sequence(steps):
-    """Tell how a pipeline treats rows of NaN: up to the first step that leaves no NaN."""
+    """Return the reaction of a pipeline, up to the first step that leaves no NaN."""
     handles = False
-    for step in steps:
+    for _, step in steps:
         reaction = _reaction_to_nan(step)
         if reaction is None:
             return None
@@ -919,59 +913,60 @@ def _reaction_in_sequence(steps):
 
 
 def _reaction_side_by_side(transformers):
-    """Tell how transformers of which each is given the rows treat rows of NaN."""
-    reactions = [
-        _reaction_to_nan(inner) for inner in transformers if not _is_dropped(inner)
-    ]
-    if None in reactions:
-        return None
-    return _Reaction(
-        handles=any(reaction.handles for reaction in reactions),
-        keeps=any(reaction.keeps for reaction in reactions) or not reactions,
-    )
+    """Return the joint reaction of transformers that each receive the rows."""
+    reactions = []
+    for transformer in transformers:
+        if not _is_dropped(transformer):
+            reactions.append(_reaction_to_nan(transformer))
+    return _joint_reaction(reactions)
 
 
 def _reaction_of_union(union):
-    """Tell how a union within a branch treats rows of NaN, which it hides from some branches."""
+    """Return the reaction of a nested union, whose branches may skip rows of NaN."""
     reactions = []
-    for name, transformer in union._transformers_by_name():
-        if not _is_dropped(transformer):
-            treatment = union._treatment(name, transformer)
-            if treatment == "error":
-                return None
-            if (
-                treatment == "pass"
-            ):  # also where the parameter says so of any transformer
-                reaction = _reaction_to_nan(transformer)
-                keeps = reaction is None or reaction.keeps
-                reactions.append(_Reaction(handles=True, keeps=keeps))
-            else:
-                reactions.append(_KEEPS)
-    return _Reaction(
-        handles=any(reaction.handles for reaction in reactions),
-        keeps=any(reaction.keeps for reaction in reactions) or not reactions,
-    )
+    for name, (transformer, _) in union._all_branches().items():
+        if _is_dropped(transformer):
+            continue
+        treatment = union._treatment(name, transformer)
+        if treatment == "error":
+            return None
+        if treatment == "skip":
+            reactions.append(_KEEPS)
+        else:  # "pass" may be set for any transformer, so its reaction may be unknown
+            reaction = _reaction_to_nan(transformer) or _KEEPS
+            reactions.append(_Reaction(handles=True, keeps=reaction.keeps))
+    return _joint_reaction(reactions)
+
+
+def _joint_reaction(reactions):
+    """Return the reaction of concatenated outputs; None if one refuses NaN."""
+    if None in reactions:
+        return None
+    handles, keeps = False, not reactions
+    for reaction in reactions:
+        handles = handles or reaction.handles
+        keeps = keeps or reaction.keeps
+    return _Reaction(handles, keeps)
 
 
 def _keeps_missing_rows(transformer):
-    """Tell whether a transformer of this package returns NaN where its input is missing."""
+    """Return whether a transformer of this package returns NaN where cells are missing."""
     return getattr(transformer, "_keeps_missing_rows", False) is True
 
 
-def _estimators_within(transformer):
-    """List the estimators among a transformer's parameters, as those that a wrapper has."""
-    params = (
-        transformer.get_params(deep=False) if hasattr(transformer, "get_params") else {}
-    )
-    return [
-        value
-        for value in params.values()
-        if hasattr(value, "get_params") and not isinstance(value, type)
-    ]
+def _wrapped_estimators(transformer):
+    """List the estimators among the parameters of a transformer, which it may wrap."""
+    if not hasattr(transformer, "get_params"):
+        return []
+    wrapped = []
+    for value in transformer.get_params(deep=False).values():
+        if hasattr(value, "get_params") and not isinstance(value, type):
+            wrapped.append(value)
+    return wrapped
 
 
 def _is_costly(transformer):
-    """Tell whether a branch holds an encoder or what is trained on its vectors."""
+    """Return whether a branch contains an encoder or is trained on its vectors."""
     if not hasattr(transformer, "get_params"):
         return False
     steps = [transformer, *transformer.get_params(deep=True).values()]
@@ -979,18 +974,18 @@ def _is_costly(transformer):
 
 
 def _are_branches(transformers):
-    """Tell whether `transformers` has the right form; get_params is asked before it is checked."""
-    return isinstance(transformers, list) and all(
-        isinstance(branch, tuple | list) and len(branch) == 3 for branch in transformers
-    )
+    """Return whether `transformers` is well-formed; get_params precedes validation."""
+    if not isinstance(transformers, list):
+        return False
+    return all(isinstance(b, tuple | list) and len(b) == 3 for b in transformers)
 
 
 def _params_within_branches(params, before):
-    """Group the parameters that are set within branches by branch."""
+    """Group parameters within branches by branch."""
     within = defaultdict(dict)
     for key, value in params.items():
         name, _, inner = key.partition("__")
-        # What get_params returned of the unfitted branch must not replace what is fitted.
+        # An unfitted step that get_params returned must not replace the fitted one.
         is_same = value is before.get(key) and (
             isinstance(value, list) or hasattr(value, "get_params")
         )
@@ -1000,113 +995,114 @@ def _params_within_branches(params, before):
 
 
 def _is_same_branch(before, after):
-    """Tell whether a branch is the same: the transformer itself, and the same columns."""
+    """Return whether a branch has the same transformer object and equal columns."""
     if before is None or after is None:
         return False
-    return all(
-        new is old or (isinstance(new, str | int | slice | list | tuple) and new == old)
-        for old, new in zip(before, after, strict=True)
-    )
+    for old, new in zip(before, after, strict=True):
+        is_comparable = isinstance(new, str | int | slice | list | tuple)
+        if new is not old and not (is_comparable and new == old):
+            return False
+    return True
 
 
 def _is_dropped(transformer):
     return isinstance(transformer, str) and transformer == "drop"
 
 
-def _columns_left(X, branches):
-    """Return the positions of the columns that no branch names, be it run or dropped."""
-    named = set()
+def _remaining_columns(X, branches):
+    """Return the positions of columns that no branch selects, dropped or not."""
+    selected = []
     for name, _, columns in branches:
-        named.update(column_positions(X, columns, owner=f"Branch {name!r}")[0])
-    return [position for position in range(X.shape[1]) if position not in named]
+        selected += column_positions(X, columns, owner=f"Branch {name!r}")[0]
+    return np.setdiff1d(np.arange(X.shape[1]), selected).tolist()
 
 
 def _resolve(X, name, columns, *, flat):
-    """Fix a selection, as names where the table has them, to be found again; else positions.
+    """Resolve a selection to names if the table has them, otherwise to positions.
 
-    A scalar stays one, and so hands on a flat column, if `flat`.
+    In transform, names select the same columns in any order. A scalar remains a scalar,
+    which selects a one-dimensional column, if `flat`.
     """
-    positions, scalar = column_positions(X, columns, owner=f"Branch {name!r}")
-    named = is_frame(X) and all(isinstance(column, str) for column in X.columns)
-    resolved = [X.columns[position] for position in positions] if named else positions
-    return resolved[0] if scalar and flat else resolved
+    resolved, is_scalar = column_positions(X, columns, owner=f"Branch {name!r}")
+    if is_frame(X) and all(isinstance(column, str) for column in X.columns):
+        resolved = [X.columns[position] for position in resolved]
+    return resolved[0] if is_scalar and flat else resolved
 
 
 def _selects(columns):
-    """Tell whether a selection, as `_resolve` returns it, holds a column."""
+    """Return whether a selection, as `_resolve` returns it, has any column."""
     return not (isinstance(columns, list) and not columns)
 
 
 def _select(X, name, columns):
-    """Cut a branch's columns out of the table."""
+    """Return the columns of a branch."""
     positions, scalar = column_positions(X, columns, owner=f"Branch {name!r}")
     return take_columns(X, positions, scalar=scalar)
 
 
-def _names_in_table(columns, X):
-    """Name the columns of a table that a branch reads."""
-    return _names_of(
-        columns, X.columns if is_frame(X) else [f"x{i}" for i in range(X.shape[1])]
-    )
+def _names_of(columns, names_in):
+    """Return the names of selected columns, which are names or positions."""
+    if isinstance(columns, str | Integral):
+        columns = [columns]
+    return [c if isinstance(c, str) else names_in[c] for c in columns]
 
 
-def _names_of(columns, input_features):
-    """Name the input columns of a fitted branch, whose selection is names or positions."""
-    columns = [columns] if isinstance(columns, str | Integral) else columns
-    return [c if isinstance(c, str) else input_features[c] for c in columns]
-
-
-def _missing_rows(part):
-    """Tell which rows lack a modality: those with no value in any of its columns."""
-    missing = missing_cells(part)
-    return missing if missing.ndim == 1 else missing.all(axis=1)
+def _missing_rows(cells):
+    """Return a mask of the rows in which all cells are missing."""
+    missing = missing_cells(cells)
+    return missing.reshape(len(missing), -1).all(axis=1)
 
 
 def _check_dates(name, transformer, cells):
     """Refuse missing dates where they would silently become numbers."""
-    dates = missing_dates(cells) if _is_of_sklearn(transformer) else []
+    if not _is_of_sklearn(transformer):
+        return
+    dates = missing_dates(cells)
     if dates:
         raise ValueError(
-            f"Branch {name!r} reads the columns {dates}, in which dates are missing. Transformers "
-            "of scikit-learn do not recognise missing dates: they would take them for numbers "
-            "near -9e18. Turn the dates into numbers first, for example by skrub.TableVectorizer "
-            "or skrub.DatetimeEncoder."
+            f"Branch {name!r} reads the columns {dates}, in which dates are missing. "
+            "Transformers of scikit-learn do not recognise missing dates and would read "
+            "them as numbers near -9e18. Convert the dates to numbers first, for example "
+            "with skrub.TableVectorizer or skrub.DatetimeEncoder."
         )
 
 
 def _is_of_sklearn(transformer):
-    """Tell whether a transformer, or a pipeline's first, is one of scikit-learn's own."""
+    """Return whether a transformer, or the first of a pipeline, is from scikit-learn."""
     if isinstance(transformer, Pipeline) and transformer.steps:
         transformer = transformer.steps[0][1]
-    hands_on = isinstance(
+    passes_on = isinstance(
         transformer, FunctionTransformer | ColumnTransformer | FeatureUnion
     )
-    return type(transformer).__module__.startswith("sklearn.") and not hands_on
+    return type(transformer).__module__.startswith("sklearn.") and not passes_on
 
 
-def _lacking_error(name, columns, observed, n_rows):
-    lacking = np.setdiff1d(np.arange(n_rows), observed)
+def _missing_modality_error(name, columns, observed, n_rows):
+    missing = np.setdiff1d(np.arange(n_rows), observed)
     return ValueError(
-        f"{len(lacking)} of {n_rows} rows lack the modality of branch {name!r}, first row "
-        f"{lacking[0]}: column {columns!r} is missing. Fill the column, put an imputer into the "
-        f"branch, or set missing_rows={{{name!r}: 'skip'}} and put a SimpleImputer after the union."
+        f"The modality of branch {name!r} is missing in {len(missing)} of {n_rows} rows, "
+        f"first in row {missing[0]}: column {columns!r} has no value. Fill the column, add "
+        f"an imputer to the branch, or set missing_rows={{{name!r}: 'skip'}} and put a "
+        "SimpleImputer after the union."
     )
 
 
-def _cut_to_rows(metadata, rows, n_rows):
-    """Cut metadata that has one entry a row to the given rows, and leave the rest alone."""
-    return {
-        key: take_rows(value, rows) if _has_rows(value, n_rows) else value
-        for key, value in metadata.items()
-    }
+def _cut_to_rows(routed, part):
+    """Restrict metadata with one entry per row to the rows of a branch, by method."""
+    cut = {}
+    for method, metadata in routed.items():
+        cut[method] = {}
+        for key, value in metadata.items():
+            if _has_rows(value, part.n_rows):
+                value = take_rows(value, part.rows)
+            cut[method][key] = value
+    return cut
 
 
 def _has_rows(value, n_rows):
-    return (
-        hasattr(value, "__len__")
-        and not isinstance(value, str | dict)
-        and len(value) == n_rows
-    )
+    if not hasattr(value, "__len__") or isinstance(value, str | dict):
+        return False
+    return len(value) == n_rows
 
 
 def _is_passthrough(transformer):
@@ -1114,14 +1110,14 @@ def _is_passthrough(transformer):
 
 
 def _as_transformer(transformer):
-    """Return what stands for a branch's transformer: for "passthrough", the identity."""
+    """Return the transformer of a branch: the identity for "passthrough"."""
     if _is_passthrough(transformer):
         return FunctionTransformer(feature_names_out="one-to-one")
     return transformer
 
 
 def _fit_with_callbacks(part, y, params, run, union, task):
-    """Fit a branch as a task of the union; its transformer is handed the callbacks."""
+    """Fit a branch as a task of the union, with the callbacks of the union."""
     with _callbacks.fitting(union, task, part.transformer, part.cells, y):
         return run(part, y, params)
 
@@ -1131,7 +1127,7 @@ def _fit_branch(part, y, params):
     names = _feature_names(transformer)
     if names is not None and len(names) != 1 and _is_costly(transformer):
         return _Fitted(transformer, None, len(names), False)
-    # Only its cells tell a column of tokens from one of numbers, and whether output is sparse.
+    # Only the output of a row reveals whether a column has tokens, or output is sparse.
     row = np.searchsorted(part.rows, part.observed[0])
     output = _dense(transformer.transform(take_rows(part.cells, [row])), part)
     return _Fitted(transformer, None, _width(output), _holds_tokens(output))
@@ -1142,48 +1138,46 @@ def _fit_transform_branch(part, y, params):
     if hasattr(transformer, "fit_transform"):
         output = transformer.fit_transform(X, y, **params["fit_transform"])
     else:
-        output = transformer.fit(X, y, **params["fit"]).transform(
-            X, **params["transform"]
-        )
+        transformer = transformer.fit(X, y, **params["fit"])
+        output = transformer.transform(X, **params["transform"])
     output = _dense(output, part)
     return _Fitted(transformer, output, _width(output), _holds_tokens(output))
 
 
 def _transform_branch(part, params):
-    return _dense(part.transformer.transform(part.cells, **params), part)
+    return _dense(part.transformer.transform(part.cells, **params["transform"]), part)
 
 
-def _unfitted_result(part, X):
-    """Return what becomes of a branch that is not run: no column, or a block of NaN."""
+def _unfitted_result(part, names_in):
+    """Return the result of a branch that is not run: no column, or a block of NaN."""
     if not _selects(part.columns):
         return _Fitted(part.transformer, None, 0, False)
-    names = _feature_names(part.transformer, _names_in_table(part.columns, X))
-    width = len(names) if names is not None and len(names) else 1
-    holds_tokens = False
-    last = (
-        part.transformer[-1]
-        if isinstance(part.transformer, Pipeline)
-        else part.transformer
-    )
+    names = _feature_names(part.transformer, _names_of(part.columns, names_in))
+    width, holds_tokens = 1, False
+    if names is not None and len(names):
+        width = len(names)
+    last = part.transformer
+    if isinstance(last, Pipeline):
+        last = last[-1]
     if width == 1 and _keeps_missing_rows(last) and not get_tags(last).requires_fit:
-        # An encoder returns None for a missing cell if it returns tokens for others.
+        # An encoder that returns tokens returns None for a missing cell, otherwise NaN.
         vector = last.transform(np.array([[None]], dtype=object))
         holds_tokens = np.asarray(vector).dtype == object
     return _Fitted(part.transformer, None, width, holds_tokens)
 
 
 def _dense(output, part):
-    """Make sparse output dense, if that is small for the whole table."""
+    """Return sparse output as a dense array, unless the whole table would be too large."""
     if not hasattr(output, "toarray"):
         return output
     n_bytes = part.n_rows * output.shape[1] * output.dtype.itemsize
     if n_bytes > _LARGEST_DENSE_OUTPUT:
         raise ValueError(
-            f"Branch {part.name!r} returned a sparse matrix of {output.shape[1]} columns, which as "
-            f"a dense block of {part.n_rows} rows needs {n_bytes / 2**30:.1f} GiB; up to "
-            f"{_LARGEST_DENSE_OUTPUT / 2**30:.1f} GiB are made dense. End the branch with a "
-            "TruncatedSVD, limit its columns (max_features, max_categories, n_features), or make "
-            "its output dense yourself (sparse_output=False)."
+            f"Branch {part.name!r} returned a sparse matrix of {output.shape[1]} columns. "
+            f"A dense block of {part.n_rows} rows needs {n_bytes / 2**30:.1f} GiB; up to "
+            f"{_LARGEST_DENSE_OUTPUT / 2**30:.1f} GiB are converted. End the branch with a "
+            "TruncatedSVD, limit its columns (max_features, max_categories, n_features), "
+            "or make its output dense yourself (sparse_output=False)."
         )
     return output.toarray()
 
@@ -1193,14 +1187,14 @@ def _width(output):
     shape = np.shape(output)
     if len(shape) != 2:
         raise ValueError(
-            f"The output has shape {shape}, but a table is needed. A column that is selected by a "
-            "scalar is handed on one-dimensional: select it by a list, as in ['x']."
+            f"The output has shape {shape}, but must be two-dimensional. A scalar selects "
+            "a one-dimensional column: select it by a list, as in ['x']."
         )
     return shape[1]
 
 
 def _holds_tokens(output):
-    """Tell whether a branch's output is one column of tokens."""
+    """Return whether a branch's output is one column of tokens."""
     return np.shape(output)[1:] == (1,) and bool(token_columns(output).any())
 
 
@@ -1209,63 +1203,66 @@ def _width_of(block):
 
 
 def _side_by_side(widths):
-    """Turn the widths of blocks into the slices that they fill, one after the other."""
-    ends = np.cumsum(list(widths.values())).tolist()
-    return {
-        name: slice(end - width, end)
-        for (name, width), end in zip(widths.items(), ends, strict=True)
-    }
+    """Return the slices of consecutive blocks with these widths."""
+    blocks, start = {}, 0
+    for name, width in widths.items():
+        blocks[name] = slice(start, start + width)
+        start += width
+    return blocks
 
 
 def _fill(block, output, rows, weight):
-    """Scatter what a branch returned for these rows into its block, and weight it."""
+    """Scatter the output for these rows into a block, and weight it."""
     block[rows] = output
     if weight != 1:
         np.multiply(block, weight, out=block, where=~missing_cells(block))
 
 
 def _indicator(parts, n_rows):
-    """Say by 1 which rows lack each branch's modality."""
-    parts = [part for part in parts if _selects(part.columns)]
-    missing = np.ones((n_rows, len(parts)))
-    for column, part in enumerate(parts):
-        missing[part.observed, column] = 0
-    return missing
+    """Return an array with 1 where the modality of a branch is missing, else 0."""
+    columns = []
+    for part in parts:
+        if _selects(part.columns):
+            missing = np.ones(n_rows)
+            missing[part.observed] = 0
+            columns.append(missing)
+    return np.column_stack(columns)
 
 
-def _noting_branch(run, part, *rest):
-    """Run a branch; an error that leaves it says which branch it was and what rows it was given."""
+def _run_branch(run, part, *args):
+    """Run a branch, and add the branch and its rows to an error."""
     try:
-        return run(part, *rest)
+        return run(part, *args)
     except Exception as error:
         error.add_note(_note(part, str(error)))
         raise
 
 
 def _note(part, message):
-    """Say which branch it was, which rows it was given, and what often helps."""
-    n_lacking = part.n_rows - len(part.observed)
+    """Describe the branch and its rows, with advice for common errors."""
+    n_missing = part.n_rows - len(part.observed)
     all_rows = len(part.rows) == part.n_rows
-    rows = (
-        "all rows"
-        if all_rows
-        else f"the {len(part.rows)} of {part.n_rows} rows that it has"
-    )
+    rows = "all rows"
+    if not all_rows:
+        rows = f"the {len(part.rows)} of {part.n_rows} rows with its modality"
     note = (
-        f"This was in branch {part.name!r} of PerModalityUnion, which was given {rows}."
+        f"This was in branch {part.name!r} of PerModalityUnion, which received {rows}."
     )
-    if all_rows and n_lacking and _mentions(message, "nan", "none", "missing"):
+    if all_rows and n_missing and _mentions(message, "nan", "none", "missing"):
         note += (
-            f" {n_lacking} of these lack its modality; missing_rows={{{part.name!r}: 'skip'}} "
-            "leaves them out."
+            f" Its modality is missing in {n_missing} of these; "
+            f"missing_rows={{{part.name!r}: 'skip'}} excludes them."
         )
     if np.ndim(part.cells) == 1 and _mentions(message, "2d", "2-d", "dataframe"):
         note += (
-            f" It selects a single column by a scalar, which is one-dimensional; select "
+            " It selects a single column by a scalar, which is one-dimensional; select "
             f"[{part.columns!r}] instead."
         )
     if isinstance(part.columns, list) and _mentions(message, "'lower'"):
-        note += f" For a transformer of texts, select one column, as in {part.columns[0]!r}."
+        note += (
+            " A transformer of texts needs a single column: select "
+            f"{part.columns[0]!r} instead."
+        )
     return note
 
 
@@ -1274,7 +1271,7 @@ def _mentions(message, *words):
 
 
 def _feature_names(transformer, input_features=None):
-    """Ask a fitted transformer for its output names; None where it has none to give."""
+    """Return the output names of a transformer, None if it cannot name them."""
     try:
         return transformer.get_feature_names_out(input_features)
     except (AttributeError, ValueError):
@@ -1282,62 +1279,62 @@ def _feature_names(transformer, input_features=None):
 
 
 def _as_array(output, part, block, holds_tokens):
-    """Turn a branch's output into an array of numbers, or of tokens, of the expected shape."""
-    name = part.name
+    """Return the output of a branch as an array of numbers or tokens; check its shape."""
     output = np.asarray(output)
-    if holds_tokens or output.dtype.kind != "f":
-        try:
-            output = (
-                _checked_tokens(output) if holds_tokens else _as_floats(output, part)
-            )
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"Branch {name!r} returned {output.dtype} columns that are not numbers ({error}). "
-                "End the branch with a transformer that returns numbers, such as FrozenEncoder or "
-                "OneHotEncoder, or one column of tokens, such as FrozenEncoder(output='tokens')."
-            ) from error
+    try:
+        if holds_tokens:
+            output = _checked_tokens(output)
+        elif output.dtype.kind != "f":
+            output = _as_floats(output, part)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"Branch {part.name!r} returned {output.dtype} columns that are not numbers "
+            f"({error}). End the branch with a transformer that returns numbers, such as "
+            "FrozenEncoder or OneHotEncoder, or one column of tokens, such as "
+            "FrozenEncoder(output='tokens')."
+        ) from error
     expected = (len(part.rows), _width_of(block))
     if output.shape != expected:
         hint = ""
         if len(output) == 1 != len(part.rows) and isinstance(part.columns, list):
-            # Vectorizers of texts iterate over a table's columns, not over its rows.
+            # Vectorizers of texts iterate over the columns of a table, not its rows.
             hint = (
-                f" If the transformer takes a single column of texts, select {part.columns[0]!r} "
-                f"instead of {part.columns!r}."
+                " If the transformer takes a single column of texts, select "
+                f"{part.columns[0]!r} instead of {part.columns!r}."
             )
         raise ValueError(
-            f"Branch {name!r} returned shape {output.shape}; {expected} was expected.{hint}"
+            f"Branch {part.name!r} returned shape {output.shape}; {expected} was "
+            f"expected.{hint}"
         )
     return output
 
 
 def _as_floats(output, part):
-    """Turn objects into floats; text is refused, also a postal code that could be read as one."""
+    """Return objects as floats; refuse text, even numerals such as a postal code."""
     if output.dtype.kind in "OUS":
-        names = part.columns if isinstance(part.columns, list) else [part.columns]
-        if (
-            len(names) != np.shape(output)[-1]
-        ):  # the branch does not hand columns on as they are
+        names = part.columns
+        if not isinstance(names, list):
+            names = [names]
+        if len(names) != np.shape(output)[-1]:  # the columns are not the input columns
             names = range(np.shape(output)[-1])
         for name, cells in zip(names, np.atleast_2d(output.T), strict=True):
-            text = next((cell for cell in cells if isinstance(cell, str | bytes)), None)
-            if text is not None:
-                raise TypeError(f"column {name!r} has text, such as {text!r:.60}")
+            for cell in cells:
+                if isinstance(cell, str | bytes):
+                    raise TypeError(f"column {name!r} has text, such as {cell!r:.60}")
     return np.where(pd.isna(output), np.nan, output).astype(np.float64)
 
 
 def _checked_tokens(output):
-    """Refuse cells that are neither arrays of vectors nor missing; the missing become None."""
+    """Return cells of tokens with None where missing; refuse other cells."""
     missing = missing_cells(output)
     for cell in output[~missing]:
-        if not isinstance(cell, np.ndarray) or cell.ndim != 2 or cell.dtype.kind != "f":
-            is_array = isinstance(cell, np.ndarray)
-            got = (
-                f"{cell.dtype} of shape {cell.shape}"
-                if is_array
-                else type(cell).__name__
-            )
-            raise TypeError(
-                f"tokens are float arrays of shape (n_tokens, n_features), but a cell is {got}"
-            )
+        received = type(cell).__name__
+        if isinstance(cell, np.ndarray):
+            if cell.ndim == 2 and cell.dtype.kind == "f":
+                continue
+            received = f"{cell.dtype} of shape {cell.shape}"
+        raise TypeError(
+            "tokens are float arrays of shape (n_tokens, n_features), but a cell is "
+            f"{received}"
+        )
     return np.where(missing, None, output)

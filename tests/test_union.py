@@ -358,7 +358,7 @@ def test_dropping_a_branch_can_be_searched_over(table):
         ([("a__b", "passthrough", [0])], "string without '__'"),
         ([("", "passthrough", [0])], "string without '__'"),
         ([(3, "passthrough", [0])], "string without '__'"),
-        ([("a", "passthrough", [0]), ("a", "passthrough", [1])], "'a' stands 2 times"),
+        ([("a", "passthrough", [0]), ("a", "passthrough", [1])], "'a' occurs 2 times"),
         ([("n_jobs", "passthrough", [0])], "'n_jobs' is a parameter of the union"),
         ([("a", "passthrough")], r"tuples \(name, transformer, columns\)"),
         ([("a", "drop", [0])], "All branches are 'drop'"),
@@ -444,7 +444,7 @@ def test_large_sparse_output_is_refused_before_any_encoding(tmp_path, method, n_
         union.fit(small)
     before = encoded()
     message = (
-        r"Branch 'hashed' returned a sparse matrix of 1048576 columns, which as a dense block of "
+        r"Branch 'hashed' returned a sparse matrix of 1048576 columns. A dense block of "
         r"100 rows needs 0\.8 GiB; up to 0\.5 GiB .* TruncatedSVD, .*max_features.*sparse_output"
     )
     with pytest.raises(ValueError, match=message):
@@ -602,7 +602,7 @@ def test_errors_name_the_branch_and_the_rows_it_saw(table):
             table, ["x", "y", "y", "x", "y", "x"][:1] + ["x", "y", "x", "y", "x"]
         )
     assert caught.value.__notes__ == [
-        "This was in branch 'h' of PerModalityUnion, which was given the 4 of 6 rows that it has."
+        "This was in branch 'h' of PerModalityUnion, which received the 4 of 6 rows with its modality."
     ]
 
 

@@ -400,8 +400,8 @@ def test_rows_without_a_required_modality_are_an_error_before_any_branch_runs(
     ]
     union = PerModalityUnion(branches[1:], missing_rows=missing_rows)
     message = (
-        r"3 of 9 rows lack the modality of branch 'a', first row 2: column \['a'\] is missing. "
-        r"Fill .* imputer .*missing_rows={'a': 'skip'} and put a SimpleImputer after the union"
+        r"The modality of branch 'a' is missing in 3 of 9 rows, first in row 2: column "
+        r"\['a'\] has no value. Fill .* imputer .*missing_rows={'a': 'skip'} and put a SimpleImputer after the union"
     )
     for fit in (union.fit, union.fit_transform):
         with pytest.raises(ValueError, match=message):
@@ -447,8 +447,8 @@ def test_an_error_of_a_branch_names_the_setting_that_hides_the_rows(table):
     with pytest.raises(ValueError, match="unknown categories") as caught:
         union.transform(table.loc[[0, 2]])
     assert caught.value.__notes__ == [
-        "This was in branch 'c' of PerModalityUnion, which was given all rows. 1 of these lack its "
-        "modality; missing_rows={'c': 'skip'} leaves them out."
+        "This was in branch 'c' of PerModalityUnion, which received all rows. Its modality "
+        "is missing in 1 of these; missing_rows={'c': 'skip'} excludes them."
     ]
 
 
@@ -518,7 +518,8 @@ def test_later_rows_that_have_an_unobserved_modality_are_nan_with_one_warning(
     later = unobserved.assign(note=["a", "b", None, "c"])
     union.fit(unobserved)
     with pytest.warns(
-        UserWarning, match=r"branches \['text', 'again'\] in fit.* 3 rows"
+        UserWarning,
+        match=r"branches \['text', 'again'\] were missing in all rows of fit.* 3 rows",
     ) as caught:
         blocks = union.transform(later)
     assert len(caught) == 1

@@ -213,7 +213,7 @@ def test_an_error_in_the_remainder_says_where_it_was(table, text):
     with pytest.raises(ValueError, match="n_components=7") as caught:
         union.fit(table.fillna({"flag": 0}))
     assert caught.value.__notes__ == [
-        "This was in branch 'remainder' of PerModalityUnion, which was given all rows."
+        "This was in branch 'remainder' of PerModalityUnion, which received all rows."
     ]
 
 
@@ -924,7 +924,7 @@ def test_frames_inside_branches_change_nothing(table, words, tokens):
 
 
 def test_a_cell_without_tokens_at_fit_does_not_decide_for_later_ones():
-    """As with a damaged picture under errors='missing', which no union can know beforehand."""
+    """As with a damaged image under errors='missing', which fit cannot detect."""
 
     def split(column):
         cells = np.full((len(column), 1), None, dtype=object)
@@ -1000,8 +1000,8 @@ def test_tokens_beside_numbers_are_refused_where_the_output_is_no_frame(
     beside, numbers = ([], "missing") if indicator else ([SIZE], "size")
     union = PerModalityUnion([words, *beside], add_indicator=indicator).fit(table)
     message = (
-        rf"Branches \['words'\] give tokens, but \['{numbers}'\] numbers, and only a DataFrame "
-        r"holds both. Call set_output\(transform='pandas'\)"
+        rf"Branches \['words'\] return tokens and \['{numbers}'\] return numbers, and only a "
+        r"DataFrame can contain both. Call set_output\(transform='pandas'\)"
     )
     for run in (union.transform, union.fit_transform):
         with pytest.raises(ValueError, match=message):
@@ -1010,7 +1010,9 @@ def test_tokens_beside_numbers_are_refused_where_the_output_is_no_frame(
 
 def test_polars_has_no_column_of_tokens(table, words):
     union = PerModalityUnion([words]).set_output(transform="polars")
-    message = r"Branches \['words'\] give tokens.* polars does not have. Use set_output"
+    message = (
+        r"Branches \['words'\] return tokens.* polars does not support. Use set_output"
+    )
     with pytest.raises(ValueError, match=message):
         union.fit_transform(table)
     frame = union.set_output(transform="pandas").fit_transform(pl.from_pandas(table))
