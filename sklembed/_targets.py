@@ -46,8 +46,8 @@ class Target:
     classes : ndarray, list of ndarray or None
         The labels, a list of them if there are levels; None for numbers.
     strata : ndarray of shape (n_samples,) or None
-        Class codes by which folds and batches are balanced, those of the coarsest level.
-        None if a row has no single class.
+        Class codes by which folds and batches are balanced, those of the coarsest
+        level. None if a row has no single class.
     """
 
     kind: str
@@ -71,8 +71,8 @@ class Target:
     def looks_measured(self) -> bool:
         """Return whether classes look like whole numbers that were measured or counted.
 
-        Each level of several is examined. A level of a tree, where every label belongs to
-        one label of the level above, does not count.
+        Each level of several is examined. A level of a tree, where every label belongs
+        to one label of the level above, does not count.
         """
         if self.strata is None:
             return False
@@ -116,8 +116,8 @@ def encode_target(y, target_type: str = "auto") -> Target:
     Parameters
     ----------
     y : array-like of shape (n_samples,) or (n_samples, n_columns)
-        Class labels; numbers with a fraction; a 0/1 column for each label; or a column of
-        labels for each level of a tree, the coarsest first.
+        Class labels; numbers with a fraction; a 0/1 column for each label; or a column
+        of labels for each level of a tree, the coarsest first.
     target_type : {"auto", "multiclass", "multilabel", "continuous", "hierarchical"}
         Type of the target.
 
@@ -163,8 +163,8 @@ def _infer_type(y: np.ndarray) -> str:
     if kind not in _KINDS:
         raise ValueError(
             f"Unknown label type: y of shape {y.shape} is {kind!r}. Pass class labels, "
-            "numbers, a 0/1 column for each label, or a column of labels for each level of "
-            "a tree."
+            "numbers, a 0/1 column for each label, or a column of labels for each "
+            "level of a tree."
         )
     return _KINDS[kind]
 
@@ -177,8 +177,8 @@ def _multiclass(y: np.ndarray) -> Target:
 def _multilabel(y: np.ndarray) -> Target:
     if y.ndim != 2 or not np.isin(np.unique(y), (0, 1)).all():
         raise ValueError(
-            f"A multilabel y has a column of 0 and 1 for each label; got shape {y.shape} "
-            f"and the values {np.unique(y)[:5]}. See "
+            "A multilabel y has a column of 0 and 1 for each label; got shape "
+            f"{y.shape} and the values {np.unique(y)[:5]}. See "
             "sklearn.preprocessing.MultiLabelBinarizer."
         )
     if (y == y[0]).all():
@@ -227,8 +227,8 @@ def _numbers(y: np.ndarray) -> np.ndarray | None:
 def _hierarchical(y: np.ndarray) -> Target:
     if y.ndim != 2:
         raise ValueError(
-            "A hierarchical y has a column of labels for each level, the coarsest first; "
-            f"got shape {y.shape}."
+            "A hierarchical y has a column of labels for each level, the coarsest "
+            f"first; got shape {y.shape}."
         )
     classes, strata = encode_classes(y[:, 0])
     classes, codes = [classes], [strata]
@@ -256,9 +256,10 @@ def warn_if_measured(target: Target, y) -> None:
     finest = target.values.reshape(len(target.values), -1)[:, -1]
     warnings.warn(
         f"y holds {len(np.unique(finest))} distinct whole numbers or dates in "
-        f"{len(finest)} rows and was taken for {target.kind} labels, which have no order. "
-        "If they are measurements or counts, set target_type='continuous'. If they are "
-        f"labels, set target_type={target.kind!r}, which silences this warning.",
+        f"{len(finest)} rows and was taken for {target.kind} labels, which have no "
+        "order. If they are measurements or counts, set target_type='continuous'. If "
+        f"they are labels, set target_type={target.kind!r}, which silences this "
+        "warning.",
         UserWarning,
         stacklevel=3,
     )
@@ -280,9 +281,10 @@ def warn_if_tags(target: Target) -> None:
     for label, n in n_levels.items():
         if n > 1 and isinstance(label, str):
             warnings.warn(
-                f"y was taken for the levels of a tree, but {label!r} is a label of two "
-                "columns. If y contains lists of tags, pass a column of 0 and 1 for each "
-                "tag: sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y). If it "
+                f"y was taken for the levels of a tree, but {label!r} is a label of "
+                "two columns. If y contains lists of tags, pass a column of 0 and 1 "
+                "for each tag: "
+                "sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y). If it "
                 "contains levels, set target_type='hierarchical', which silences this "
                 "warning.",
                 UserWarning,

@@ -18,7 +18,7 @@ _ENCODE_FIRST = "Encode texts and images first, for example with FrozenEncoder."
 
 
 def check_no_missing_label(y) -> None:
-    """Refuse a target with missing labels or lists of labels, and name the first such row.
+    """Refuse a target with missing labels or lists of labels, and name the first row.
 
     Raises
     ------
@@ -30,8 +30,8 @@ def check_no_missing_label(y) -> None:
     rows = np.flatnonzero(missing.any(axis=tuple(range(1, missing.ndim))))
     if len(rows):
         raise ValueError(
-            f"Input y contains NaN or None in {len(rows)} of {len(missing)} rows, first "
-            f"in row {rows[0]}. Drop the rows without a label before fitting."
+            f"Input y contains NaN or None in {len(rows)} of {len(missing)} rows, "
+            f"first in row {rows[0]}. Drop the rows without a label before fitting."
         )
 
 
@@ -51,14 +51,14 @@ def check_no_label_lists(y) -> None:
     for row, cell in enumerate(_object_cells(y)):
         if isinstance(cell, _COLLECTIONS):
             raise ValueError(
-                f"Row {row} of y is {cell!r}, a {type(cell).__name__} of labels. If rows "
-                "have several labels, pass a column of 0 and 1 for each label: "
+                f"Row {row} of y is {cell!r}, a {type(cell).__name__} of labels. If "
+                "rows have several labels, pass a column of 0 and 1 for each label: "
                 "sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y)."
             )
 
 
 def _object_cells(y):
-    """Return the cells of a target that is one column of objects, else an empty list."""
+    """Return the cells of a target that is one column of objects, else no cells."""
     try:
         cells = np.asarray(y)
     except ValueError:  # rows of different lengths
@@ -88,9 +88,9 @@ def check_vectors(X, estimator) -> None:
     name = type(estimator).__name__
     if getattr(X, "ndim", 2) == 3:
         raise ValueError(
-            f"Found array with dim 3, of shape {X.shape}, but {name} takes pooled vectors, "
-            "one for each row. Set output='pooled' in the FrozenEncoder, or reduce X to "
-            "two dimensions."
+            f"Found array with dim 3, of shape {X.shape}, but {name} takes pooled "
+            "vectors, one for each row. Set output='pooled' in the FrozenEncoder, or "
+            "reduce X to two dimensions."
         )
     for column, cells in _object_columns(X):
         for row, cell in enumerate(cells):
@@ -197,8 +197,8 @@ def encode_classes(y) -> tuple[np.ndarray, np.ndarray]:
     classes, codes = sorted_labels(column_or_1d(y, warn=True))
     if len(classes) < 2:
         raise ValueError(
-            f"y holds 1 class only ({classes[0]} in all {len(codes)} rows); at least two "
-            "are needed."
+            f"y holds 1 class only ({classes[0]} in all {len(codes)} rows); at least "
+            "two are needed."
         )
     return classes, codes
 
@@ -216,8 +216,8 @@ def sorted_labels(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     except TypeError as error:
         kinds = sorted({type(label).__name__ for label in y})
         raise TypeError(
-            f"y mixes labels of the types {', '.join(kinds)}, which have no order. Make "
-            "them one type, for example all str."
+            f"y mixes labels of the types {', '.join(kinds)}, which have no order. "
+            "Make them one type, for example all str."
         ) from error
     return classes, codes.astype(np.int64)
 
@@ -233,8 +233,8 @@ def check_masks(y, name="y") -> list[np.ndarray]:
     Raises
     ------
     ValueError
-        If there are no masks, one is missing or not two-dimensional, or a label is not a
-        whole number from 0 to 65535. The message names the row.
+        If there are no masks, one is missing or not two-dimensional, or a label is not
+        a whole number from 0 to 65535. The message names the row.
     """
     masks = [_as_mask(raw, f"Row {row} of {name}") for row, raw in enumerate(y)]
     if not masks:
@@ -297,8 +297,8 @@ def check_routing_enabled(params, estimator) -> None:
     if params and not sklearn.get_config()["enable_metadata_routing"]:
         raise ValueError(
             f"{type(estimator).__name__} was given {sorted(params)}, which requires "
-            "metadata routing. Call sklearn.set_config(enable_metadata_routing=True), and "
-            "request the metadata where it is used, for example by "
+            "metadata routing. Call sklearn.set_config(enable_metadata_routing=True), "
+            "and request the metadata where it is used, for example by "
             "set_split_request(groups=True)."
         )
 

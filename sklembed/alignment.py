@@ -28,17 +28,17 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """Close the gap between the embeddings of several modalities.
 
     Embeddings of different modalities lie in separate cones, even for models that were
-    trained to share one space [2]_. The aligner scales rows to unit length, moves the rows
-    of each modality by a fraction `shift` towards the position that `method` defines, and
-    scales them to unit length again. Everything is learned from the training rows, without
-    labels.
+    trained to share one space [2]_. The aligner scales rows to unit length, moves the
+    rows of each modality by a fraction `shift` towards the position that `method`
+    defines, and scales them to unit length again. Everything is learned from the
+    training rows, without labels.
 
-    For two modalities and ``method="shift"`` this is the alignment of [1]_: each modality
-    moves by half of ``shift`` times the gap, the difference of the two centroids. The code
-    of that paper computes the gap over training and test rows together; this estimator
-    never uses the test rows.
+    For two modalities and ``method="shift"`` this is the alignment of [1]_: each
+    modality moves by half of ``shift`` times the gap, the difference of the two
+    centroids. The code of that paper computes the gap over training and test rows
+    together; this estimator never uses the test rows.
 
-    Rows may lack a modality: all columns of its block are NaN, and stay NaN.
+    A missing modality is NaN in all columns of its block, and stays NaN.
 
     Parameters
     ----------
@@ -96,12 +96,12 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Translation of the rows of each modality at ``shift=1``.
 
     maps_ : dict of str to ndarray
-        Matrix by which rows are multiplied before the translation. Empty unless `method`
-        is "procrustes" or "whiten".
+        Matrix by which rows are multiplied before the translation. Empty unless
+        `method` is "procrustes" or "whiten".
 
     gap_before_ : float
-        Distance of the centroids of the training rows, averaged over pairs of modalities;
-        NaN if widths differ.
+        Distance of the centroids of the training rows, averaged over pairs of
+        modalities; NaN if widths differ.
 
     gap_after_ : float
         The same distance for the aligned training rows.
@@ -110,7 +110,8 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Number of columns seen during fit.
 
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Names of the columns seen during fit. Defined only if `X` has string column names.
+        Names of the columns seen during fit. Defined only if `X` has string column
+        names.
 
     See Also
     --------
@@ -119,8 +120,8 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     References
     ----------
-    .. [1] Restrepo et al. Multimodal Deep Learning for Low-Resource Settings: A Vector Embedding
-       Alignment Approach. arXiv 2406.02601.
+    .. [1] Restrepo et al. Multimodal Deep Learning for Low-Resource Settings: A Vector
+       Embedding Alignment Approach. arXiv 2406.02601.
     .. [2] Liang et al. Mind the Gap. arXiv 2203.02053.
     .. [3] An et al. I0T: Embedding Standardization Method Towards Zero Modality Gap.
        arXiv 2412.14384.
@@ -267,7 +268,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return _scattered(aligned, observed)
 
     def get_feature_names_out(self, input_features=None):
-        """Get output feature names: the input names, or ``<block>__<number>`` if resampled.
+        """Get output feature names: input names, or ``<block>__<number>`` if resampled.
 
         Parameters
         ----------
@@ -285,7 +286,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return _numbered_names(self.blocks_, self.width_)
 
     def _fit(self, X):
-        """Learn the alignment; return aligned rows, masks of observed rows, and the dtype."""
+        """Learn the alignment; return the aligned rows, their masks and the dtype."""
         check_vectors(X, self)
         table = X
         X = validate_data(self, X, dtype=FLOAT_DTYPES, ensure_all_finite="allow-nan")
@@ -296,8 +297,8 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         for name, mask in observed.items():
             if not mask.any():
                 raise ValueError(
-                    f"Block {name!r} is NaN in all {len(X)} rows, so it has no centroid. "
-                    "Leave it out, or check the previous step."
+                    f"Block {name!r} is NaN in all {len(X)} rows, so it has no "
+                    "centroid. Leave it out, or check the previous step."
                 )
         self.centroids_ = _centroids(rows)
         self.gap_before_ = _gap(self.centroids_)
@@ -310,7 +311,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return aligned, observed, X.dtype
 
     def _common_width(self, X):
-        """Return the width to which modalities are resampled, None without resampling."""
+        """Return the width to resample modalities to, None without resampling."""
         widths = {}
         for name, columns in self.blocks_.items():
             widths[name] = X[:1, columns].shape[1]
@@ -325,9 +326,9 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if self.widths == "error":
             raise ValueError(
                 f"method={self.method!r} needs modalities of equal width, but got "
-                f"{widths}. Project them into one space first (CanonicalAligner), reduce "
-                "each to the same number of components, use method='center', or pass "
-                "widths='resample' as in arXiv 2406.02601."
+                f"{widths}. Project them into one space first (CanonicalAligner), "
+                "reduce each to the same number of components, use method='center', or "
+                "pass widths='resample' as in arXiv 2406.02601."
             )
         return max(widths.values())
 
@@ -341,7 +342,8 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _unit_rows(self, X, name, columns):
         """Return the observed rows of a modality, with unit length, and their mask.
 
-        Rows are float64, because differences of nearly equal rows would cancel in float32.
+        Rows are float64, because differences of nearly equal rows would cancel in
+        float32.
         """
         observed = observed_in_block(X, name, columns)
         rows = X[observed][:, columns].astype(np.float64, copy=False)
@@ -408,14 +410,14 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 class CanonicalAligner(TransformerMixin, BaseEstimator):
     """Project two modalities onto the directions in which they correlate most.
 
-    This is canonical correlation analysis in closed form. Each modality is whitened, and
-    the singular value decomposition of the cross-covariance gives the directions and their
-    correlations. Projections are scaled to unit length and, if `weighted`, each direction
-    by the root of its correlation. Inner products then equal the similarity of canonical
-    similarity analysis [1]_, ``sum_k rho_k x_k y_k``.
+    This is canonical correlation analysis in closed form. Each modality is whitened,
+    and the singular value decomposition of the cross-covariance gives the directions
+    and their correlations. Projections are scaled to unit length and, if `weighted`,
+    each direction by the root of its correlation. Inner products then equal the
+    similarity of canonical similarity analysis [1]_, ``sum_k rho_k x_k y_k``.
 
-    Pairs are the rows that have both modalities. Rows with one modality contribute to its
-    mean and covariance. All rows are projected; a missing modality stays NaN.
+    Pairs are the rows that have both modalities. Rows with one modality contribute to
+    its mean and covariance. All rows are projected; a missing modality stays NaN.
 
     Parameters
     ----------
@@ -430,9 +432,9 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
 
     shrinkage : float or "auto", default="auto"
         Shrinkage of each covariance towards a multiple of the identity, from 0 to less
-        than 1. The cross-covariance shrinks with them, so that no correlation exceeds 1.
-        "auto" uses the fraction of the covariance's squared norm that is sampling noise.
-        With fewer rows than columns and no shrinkage, all correlations are 1.
+        than 1. The cross-covariance shrinks with them, so that no correlation exceeds
+        1. "auto" uses the fraction of the covariance's squared norm that is sampling
+        noise. With fewer rows than columns and no shrinkage, all correlations are 1.
 
     weighted : bool, default=True
         Whether to weight directions by the root of their correlation.
@@ -456,12 +458,13 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         Number of columns seen during fit.
 
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Names of the columns seen during fit. Defined only if `X` has string column names.
+        Names of the columns seen during fit. Defined only if `X` has string column
+        names.
 
     References
     ----------
-    .. [1] Li et al. CSA: Data-efficient Mapping of Unimodal Features to Multimodal Features.
-       arXiv 2410.07610.
+    .. [1] Li et al. CSA: Data-efficient Mapping of Unimodal Features to Multimodal
+       Features. arXiv 2410.07610.
 
     Examples
     --------
@@ -613,7 +616,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         return _numbered_names(self.blocks_, len(self.correlations_))
 
     def _check_pairs(self, X):
-        """Return the rows of each modality, masks of observed rows, and of rows with both."""
+        """Return the rows of each modality, their masks, and the mask of paired rows."""
         if len(self.blocks_) != 2:
             raise ValueError(
                 "CanonicalAligner pairs two modalities, but the "
@@ -626,8 +629,8 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         paired = np.logical_and(*observed.values())
         if paired.sum() < 2:
             raise ValueError(
-                f"Only {paired.sum()} of n_samples={len(X)} rows have both modalities; at "
-                "least two are needed to estimate correlations."
+                f"Only {paired.sum()} of n_samples={len(X)} rows have both modalities; "
+                "at least two are needed to estimate correlations."
             )
         first, second = rows.values()
         narrower = min(first.shape[1], second.shape[1])
@@ -712,9 +715,9 @@ def _rotations(rows, observed):
 def _noise_fraction(centered):
     """Estimate the fraction of a covariance's squared norm that is sampling noise.
 
-    This is the shrinkage towards 0 that minimises the expected squared error. The optimal
-    shrinkage towards the identity is no substitute: it is 1 if the covariance is the
-    identity, even if the estimate has no noise.
+    This is the shrinkage towards 0 that minimises the expected squared error. The
+    optimal shrinkage towards the identity is no substitute: it is 1 if the covariance
+    is the identity, even if the estimate has no noise.
     """
     n_rows, n_columns = centered.shape
     if n_rows < n_columns:  # the smaller Gram matrix has the same norm
@@ -730,7 +733,7 @@ def _noise_fraction(centered):
 
 
 def _whitening(centered, shrinkage):
-    """Return the inverse root of a covariance shrunk towards a multiple of the identity.
+    """Return the inverse root of a covariance shrunk towards the identity.
 
     Returns
     -------

@@ -55,8 +55,8 @@ from sklembed._table.tokens import token_columns
 from sklembed._validation import check_routing_enabled
 
 _MISSING_ROWS = ("auto", "skip", "pass", "error")
-# The dense copy of a sparse output is copied once more, into the joined table. Half a GiB
-# is a million rows of 64 columns. Anything larger should be an explicit decision.
+# The dense copy of a sparse output is copied once more, into the joined table. Half a
+# GiB is a million rows of 64 columns. Larger copies should be an explicit decision.
 _LARGEST_DENSE_OUTPUT = 2**29
 # These ignore NaN in fit and return it in transform.
 _KEEP_MISSING = (
@@ -74,40 +74,41 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     """Apply a transformer to each modality of a table and concatenate the outputs.
 
     A branch is a transformer, often a pipeline of an encoder and a projector, with the
-    columns that it reads, as in :class:`~sklearn.compose.ColumnTransformer`. Its output is
-    a *block*: contiguous columns of the joined table, named ``<branch>__…``.
+    columns that it reads, as in :class:`~sklearn.compose.ColumnTransformer`. Its output
+    is a *block*: contiguous columns of the joined table, named ``<branch>__…``.
 
-    A row may lack a modality: all cells that the branch reads are None or NaN. Transformers
-    that handle missing values, such as imputers and one-hot encoders, receive these rows,
-    as in :class:`~sklearn.compose.ColumnTransformer`. Other transformers, such as encoders,
-    projectors and PCA, do not receive them in fit or transform, and the block is NaN in
-    these rows. The parameter `missing_rows` overrides this for each branch. XGBoost and
+    A modality is missing in a row if all cells that the branch reads are None or NaN.
+    Transformers that handle missing values, such as imputers and one-hot encoders,
+    receive these rows, as in :class:`~sklearn.compose.ColumnTransformer`. Other
+    transformers, such as encoders, projectors and PCA, do not receive them in fit or
+    transform, and the block is NaN in these rows. The parameter `missing_rows`
+    overrides this for each branch. XGBoost and
     :class:`~sklearn.ensemble.HistGradientBoostingClassifier` accept NaN; put a
     :class:`~sklearn.impute.SimpleImputer` before other classifiers.
 
-    A branch may also return tokens, as ``FrozenEncoder(output="tokens")`` does: one object
-    column whose cells are float arrays of shape (n_tokens, n_features), and None where the
-    modality is missing. Only a DataFrame can contain both tokens and numbers: call
-    ``set_output(transform="pandas")``.
+    A branch may also return tokens, as ``FrozenEncoder(output="tokens")`` does: one
+    object column whose cells are float arrays of shape (n_tokens, n_features), and None
+    where the modality is missing. Only a DataFrame can contain both tokens and numbers:
+    call ``set_output(transform="pandas")``.
 
     Parameters
     ----------
     transformers : list of (str, transformer, columns) tuples
-        The branches. A name must not contain ``__``. It is used to set parameters, as in
-        ``set_params(text__frozenencoder__normalize=True)``, and to replace the branch.
-        "passthrough" passes the columns through unchanged, "drop" omits the branch.
-        Columns are a name, a position, a list or slice of these, a boolean mask or a
-        callable that takes the table. A single name or position is passed to the
+        The branches. A name must not contain ``__``. It is used to set parameters, as
+        in ``set_params(text__frozenencoder__normalize=True)``, and to replace the
+        branch. "passthrough" passes the columns through unchanged, "drop" omits the
+        branch. Columns are a name, a position, a list or slice of these, a boolean mask
+        or a callable that takes the table. A single name or position is passed to the
         transformer as a one-dimensional column. A branch without columns is skipped.
 
     remainder : {"drop", "passthrough"} or transformer, default="drop"
         Treatment of the columns that no branch selects. "passthrough" or a transformer
-        makes them a last branch, called "remainder". `fit` determines these columns, which
-        do not include the columns of a branch that is "drop".
+        makes them a last branch, called "remainder". `fit` determines these columns,
+        which do not include the columns of a branch that is "drop".
 
     n_jobs : int or None, default=None
-        Number of jobs to run in parallel, as in scikit-learn: None means 1, and -1 means
-        all processors.
+        Number of jobs to run in parallel, as in scikit-learn: None means 1, and -1
+        means all processors.
 
     transformer_weights : dict of str to float or None, default=None
         Factor by which the block of each branch is multiplied, also if its cells are
@@ -118,20 +119,22 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         the modality is missing, 0 elsewhere.
 
     missing_rows : {"auto", "skip", "pass", "error"} or dict of str to these, default="auto"
-        Treatment of rows in which the modality of a branch is missing. A dict sets it for
-        single branches; the default of a branch is "auto".
+        Treatment of rows in which the modality of a branch is missing. A dict sets it
+        for single branches; the default of a branch is "auto".
 
         - "auto": "pass" if the transformer handles missing values, "skip" otherwise. A
-          transformer handles them if its tag ``input_tags.allow_nan`` is true and it does
-          not merely return NaN for NaN, as scalers, feature selectors and encoders do. A
-          pipeline handles them if one of its steps does and all earlier steps accept NaN.
+          transformer handles them if its tag ``input_tags.allow_nan`` is true and it
+          does not merely return NaN for NaN, as scalers, feature selectors and encoders
+          do. A pipeline handles them if one of its steps does and all earlier steps
+          accept NaN.
         - "skip": the transformer does not receive these rows, and their block is NaN.
-        - "pass": the transformer receives all rows, with NaN for None in object columns.
+        - "pass": the transformer receives all rows, with NaN for None in object
+          columns.
         - "error": raise an error that names the branch, before any branch is run.
 
     keep_unobserved : bool, default=False
-        Whether to keep a branch whose modality is missing in all rows of fit, as a block
-        of NaN, instead of raising an error. The block has as many columns as the
+        Whether to keep a branch whose modality is missing in all rows of fit, as a
+        block of NaN, instead of raising an error. The block has as many columns as the
         transformer can name before fit, otherwise one. In transform it is NaN for all
         rows, with a warning if the modality is observed in some.
 
@@ -151,13 +154,15 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Whether the block is a column of tokens.
 
     unobserved_ : list of str
-        The branches whose modality was missing in all rows of fit, see `keep_unobserved`.
+        The branches whose modality was missing in all rows of fit, see
+        `keep_unobserved`.
 
     n_features_in_ : int
         Number of columns seen during fit.
 
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Names of the columns seen during fit. Defined only if `X` has string column names.
+        Names of the columns seen during fit. Defined only if `X` has string column
+        names.
 
     See Also
     --------
@@ -244,14 +249,14 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         """Set parameters of the union, replace branches, or set parameters within them.
 
         If the union is fitted, parameters within a branch are also set on its fitted
-        transformer, so that they take effect in `transform`. After a branch is replaced,
-        `transform` raises an error until `fit` is called again.
+        transformer, so that they take effect in `transform`. After a branch is
+        replaced, `transform` raises an error until `fit` is called again.
 
         Parameters
         ----------
         **params : dict
-            For example ``n_jobs=2``, ``image="drop"``, ``text__pca__n_components=64`` or
-            ``remainder__with_mean=False``.
+            For example ``n_jobs=2``, ``image="drop"``, ``text__pca__n_components=64``
+            or ``remainder__with_mean=False``.
 
         Returns
         -------
@@ -275,7 +280,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     @with_callbacks
     @_fit_context(prefer_skip_nested_validation=False)  # branches validate themselves
     def fit(self, X, y=None, **params):
-        """Fit each branch on all rows or on those with its modality; see `missing_rows`.
+        """Fit each branch, on the rows that `missing_rows` selects.
 
         Parameters
         ----------
@@ -287,8 +292,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
         **params : dict
             Metadata for the branches. Requires
-            ``sklearn.set_config(enable_metadata_routing=True)``. Metadata with one entry
-            per row is restricted to the rows of each branch.
+            ``sklearn.set_config(enable_metadata_routing=True)``. Metadata with one
+            entry per row is restricted to the rows of each branch.
 
         Returns
         -------
@@ -299,8 +304,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         ------
         ValueError
             If a selected column does not exist, a branch name or a weight is invalid, a
-            modality is missing in all rows or in a row where `missing_rows` requires it,
-            or the sparse output of a branch is too large for a dense array.
+            modality is missing in all rows or in a row where `missing_rows` requires
+            it, or the sparse output of a branch is too large for a dense array.
         """
         self._fit_branches(_fit_branch, "fit", X, y, params)
         return self
@@ -324,14 +329,14 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         blocks : ndarray or DataFrame of shape (n_samples, n_features_out)
-            The joined blocks, NaN where a modality is missing. If all blocks are tokens,
-            an ndarray of dtype object, None where a modality is missing.
+            The joined blocks, NaN where a modality is missing. If all blocks are
+            tokens, an ndarray of dtype object, None where a modality is missing.
 
         Raises
         ------
         ValueError
-            As in `fit`, or if the output container cannot contain tokens: it is polars, or
-            it is not pandas and other blocks are numbers.
+            As in `fit`, or if the output container cannot contain tokens: it is polars,
+            or it is not pandas and other blocks are numbers.
         TypeError
             If a branch returns neither numbers nor tokens.
         """
@@ -341,7 +346,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return self._join(outputs, parts, X)
 
     def transform(self, X, **params):
-        """Run each branch on its rows, see `missing_rows`, and join the outputs.
+        """Run each branch, on the rows that `missing_rows` selects, and join the outputs.
 
         Parameters
         ----------
@@ -354,8 +359,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         blocks : ndarray or DataFrame of shape (n_samples, n_features_out)
-            The joined blocks, NaN where a modality is missing. If all blocks are tokens,
-            an ndarray of dtype object, None where a modality is missing.
+            The joined blocks, NaN where a modality is missing. If all blocks are
+            tokens, an ndarray of dtype object, None where a modality is missing.
 
         Raises
         ------
@@ -400,15 +405,16 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         Yields
         ------
         name : str
-            Name of the branch; the remainder is the last. Branches that fit does not run
-            are omitted: dropped branches, and those without columns or observed rows.
+            Name of the branch; the remainder is the last. Branches that fit does not
+            run are omitted: dropped branches, and those without columns or observed
+            rows.
 
         transformer : transformer or "passthrough"
             Its transformer, not fitted.
 
         part : DataFrame, Series or ndarray
-            The columns that it reads, of the rows with the modality, or of all rows if the
-            transformer handles missing values.
+            The columns that it reads, of the rows with the modality, or of all rows if
+            the transformer handles missing values.
         """
         X = as_table(X)
         for part in self._parts(X, self._branches(X)):
@@ -443,8 +449,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             or list(input_features) != list(names_in)
         ):
             raise ValueError(
-                f"input_features must equal the {self.n_features_in_} columns seen in fit; "
-                f"got {list(input_features)}."
+                f"input_features must equal the {self.n_features_in_} columns seen in "
+                f"fit; got {list(input_features)}."
             )
         names, indicator_names = [], []
         for name, transformer, columns in self.transformers_:
@@ -482,7 +488,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return router
 
     def _fit_branches(self, run, caller, X, y, params):
-        """Fit all branches; return their outputs by name, their parts, and the table."""
+        """Fit all branches; return outputs by name, parts, and the table."""
         check_routing_enabled(params, self)
         self._check_transformers()
         self._check_by_branch()
@@ -545,7 +551,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         """Run delayed calls of branches; return their results by name.
 
         Encoders, and transformers trained on their vectors, are run last. They may take
-        hours where others take seconds, so invalid input of the others should fail first.
+        hours where others take seconds, so invalid input of the others should fail
+        first.
         """
         cheap, costly = {}, {}
         for part in parts:
@@ -612,7 +619,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return parts
 
     def _treatment(self, name, transformer):
-        """Return the treatment of missing rows by a branch: "skip", "pass" or "error"."""
+        """Return how a branch treats missing rows: "skip", "pass" or "error"."""
         setting = self.missing_rows
         if isinstance(setting, dict):
             setting = setting.get(name, "auto")
@@ -631,8 +638,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 raise ValueError(
                     f"Branch {part.name!r} has nothing to learn from: column "
                     f"{part.columns!r} is missing in all {part.n_rows} rows. Check the "
-                    "column, drop the branch, or set keep_unobserved=True to keep it as a "
-                    "block of NaN."
+                    "column, drop the branch, or set keep_unobserved=True to keep it "
+                    "as a block of NaN."
                 )
             unobserved.append(part.name)
         return unobserved
@@ -645,10 +652,10 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 n_observed[part.name] = len(part.observed)
         if n_observed:
             warnings.warn(
-                f"The modalities of the branches {list(n_observed)} were missing in all "
-                "rows of fit, so their blocks are NaN, but now they are observed in up to "
-                f"{max(n_observed.values())} rows. Fit again on rows that have them, or "
-                "set the branches to 'drop'.",
+                f"The modalities of the branches {list(n_observed)} were missing in "
+                "all rows of fit, so their blocks are NaN, but now they are observed "
+                f"in up to {max(n_observed.values())} rows. Fit again on rows that "
+                "have them, or set the branches to 'drop'.",
                 UserWarning,
                 stacklevel=4,
             )
@@ -668,8 +675,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         """Refuse to run if branches were replaced after fit."""
         if self._replaced:
             raise ValueError(
-                f"The branches {self._replaced} were replaced by set_params after fit, so "
-                "the fitted branches are out of date. Call fit again."
+                f"The branches {self._replaced} were replaced by set_params after fit, "
+                "so the fitted branches are out of date. Call fit again."
             )
 
     def _check_transformers(self):
@@ -688,8 +695,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 continue
             if not hasattr(_as_transformer(transformer), "transform"):
                 raise TypeError(
-                    f"Branch {name!r} needs a transformer, 'passthrough' or 'drop'; got "
-                    f"{transformer!r}."
+                    f"Branch {name!r} needs a transformer, 'passthrough' or 'drop'; "
+                    f"got {transformer!r}."
                 )
         self._check_names([name for name, _, _ in self.transformers])
 
@@ -702,8 +709,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 )
             if not isinstance(name, str) or not name or "__" in name:
                 raise ValueError(
-                    "A branch name is a string without '__', which separates the branch "
-                    f"from its columns; got {name!r}."
+                    "A branch name is a string without '__', which separates the "
+                    f"branch from its columns; got {name!r}."
                 )
             if name in self.get_params(deep=False):
                 raise ValueError(
@@ -711,8 +718,8 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 )
             if name == "missing" and self.add_indicator:
                 raise ValueError(
-                    "'missing' is the block that add_indicator adds; use another branch "
-                    "name."
+                    "'missing' is the block that add_indicator adds; use another "
+                    "branch name."
                 )
 
     def _check_by_branch(self):
@@ -729,14 +736,14 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 )
             if setting not in _MISSING_ROWS:
                 raise ValueError(
-                    f"missing_rows must be one of {list(_MISSING_ROWS)}; got {setting!r} "
-                    f"for branch {name!r}."
+                    f"missing_rows must be one of {list(_MISSING_ROWS)}; got "
+                    f"{setting!r} for branch {name!r}."
                 )
         for name, weight in (self.transformer_weights or {}).items():
             if name not in names:
                 raise ValueError(
-                    f"transformer_weights has a weight for {name!r}, but the branches are "
-                    f"{names}."
+                    f"transformer_weights has a weight for {name!r}, but the branches "
+                    f"are {names}."
                 )
             if not (isinstance(weight, Real) and 0 <= weight < np.inf):
                 raise ValueError(
@@ -791,14 +798,14 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return joined
 
     def _check_container(self, tokens):
-        """Refuse an output container that cannot contain the tokens of these branches."""
+        """Refuse an output container that does not support tokens of these branches."""
         if not tokens:
             return
         container = output_container(self)
         if container == "polars":
             raise ValueError(
-                f"Branches {tokens} return tokens, object columns of arrays of different "
-                "lengths, which polars does not support. Use "
+                f"Branches {tokens} return tokens, object columns of arrays of "
+                "different lengths, which polars does not support. Use "
                 "set_output(transform='pandas')."
             )
         numeric = []
@@ -807,9 +814,10 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 numeric.append(name)
         if numeric and container != "pandas":
             raise ValueError(
-                f"Branches {tokens} return tokens and {numeric} return numbers, and only a "
-                "DataFrame can contain both. Call set_output(transform='pandas') on the "
-                "union or its pipeline, or use one union for tokens and one for numbers."
+                f"Branches {tokens} return tokens and {numeric} return numbers, and "
+                "only a DataFrame can contain both. Call "
+                "set_output(transform='pandas') on the union or its pipeline, or use "
+                "one union for tokens and one for numbers."
             )
 
     def _input_names(self):
@@ -950,7 +958,7 @@ def _joint_reaction(reactions):
 
 
 def _keeps_missing_rows(transformer):
-    """Return whether a transformer of this package returns NaN where cells are missing."""
+    """Return whether a transformer of this package keeps missing rows as NaN."""
     return getattr(transformer, "_keeps_missing_rows", False) is True
 
 
@@ -1061,14 +1069,14 @@ def _check_dates(name, transformer, cells):
     if dates:
         raise ValueError(
             f"Branch {name!r} reads the columns {dates}, in which dates are missing. "
-            "Transformers of scikit-learn do not recognise missing dates and would read "
-            "them as numbers near -9e18. Convert the dates to numbers first, for example "
-            "with skrub.TableVectorizer or skrub.DatetimeEncoder."
+            "Transformers of scikit-learn do not recognise missing dates and would "
+            "read them as numbers near -9e18. Convert the dates to numbers first, for "
+            "example with skrub.TableVectorizer or skrub.DatetimeEncoder."
         )
 
 
 def _is_of_sklearn(transformer):
-    """Return whether a transformer, or the first of a pipeline, is from scikit-learn."""
+    """Return whether a transformer, or a pipeline's first, is of scikit-learn."""
     if isinstance(transformer, Pipeline) and transformer.steps:
         transformer = transformer.steps[0][1]
     passes_on = isinstance(
@@ -1080,10 +1088,10 @@ def _is_of_sklearn(transformer):
 def _missing_modality_error(name, columns, observed, n_rows):
     missing = np.setdiff1d(np.arange(n_rows), observed)
     return ValueError(
-        f"The modality of branch {name!r} is missing in {len(missing)} of {n_rows} rows, "
-        f"first in row {missing[0]}: column {columns!r} has no value. Fill the column, add "
-        f"an imputer to the branch, or set missing_rows={{{name!r}: 'skip'}} and put a "
-        "SimpleImputer after the union."
+        f"The modality of branch {name!r} is missing in {len(missing)} of {n_rows} "
+        f"rows, first in row {missing[0]}: column {columns!r} has no value. Fill the "
+        f"column, add an imputer to the branch, or set missing_rows={{{name!r}: "
+        f"'skip'}} and put a SimpleImputer after the union."
     )
 
 
@@ -1167,17 +1175,18 @@ def _unfitted_result(part, names_in):
 
 
 def _dense(output, part):
-    """Return sparse output as a dense array, unless the whole table would be too large."""
+    """Return sparse output as a dense array, unless that would be too large."""
     if not hasattr(output, "toarray"):
         return output
     n_bytes = part.n_rows * output.shape[1] * output.dtype.itemsize
     if n_bytes > _LARGEST_DENSE_OUTPUT:
         raise ValueError(
-            f"Branch {part.name!r} returned a sparse matrix of {output.shape[1]} columns. "
-            f"A dense block of {part.n_rows} rows needs {n_bytes / 2**30:.1f} GiB; up to "
-            f"{_LARGEST_DENSE_OUTPUT / 2**30:.1f} GiB are converted. End the branch with a "
-            "TruncatedSVD, limit its columns (max_features, max_categories, n_features), "
-            "or make its output dense yourself (sparse_output=False)."
+            f"Branch {part.name!r} returned a sparse matrix of {output.shape[1]} "
+            f"columns. A dense block of {part.n_rows} rows needs {n_bytes / 2**30:.1f} "
+            f"GiB; up to {_LARGEST_DENSE_OUTPUT / 2**30:.1f} GiB are converted. End "
+            "the branch with a TruncatedSVD, limit its columns (max_features, "
+            "max_categories, n_features), or make its output dense yourself "
+            "(sparse_output=False)."
         )
     return output.toarray()
 
@@ -1187,8 +1196,8 @@ def _width(output):
     shape = np.shape(output)
     if len(shape) != 2:
         raise ValueError(
-            f"The output has shape {shape}, but must be two-dimensional. A scalar selects "
-            "a one-dimensional column: select it by a list, as in ['x']."
+            f"The output has shape {shape}, but must be two-dimensional. A scalar "
+            "selects a one-dimensional column: select it by a list, as in ['x']."
         )
     return shape[1]
 
@@ -1279,7 +1288,7 @@ def _feature_names(transformer, input_features=None):
 
 
 def _as_array(output, part, block, holds_tokens):
-    """Return the output of a branch as an array of numbers or tokens; check its shape."""
+    """Return the output of a branch as numbers or tokens; check its shape."""
     output = np.asarray(output)
     try:
         if holds_tokens:
@@ -1288,10 +1297,10 @@ def _as_array(output, part, block, holds_tokens):
             output = _as_floats(output, part)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"Branch {part.name!r} returned {output.dtype} columns that are not numbers "
-            f"({error}). End the branch with a transformer that returns numbers, such as "
-            "FrozenEncoder or OneHotEncoder, or one column of tokens, such as "
-            "FrozenEncoder(output='tokens')."
+            f"Branch {part.name!r} returned {output.dtype} columns that are not "
+            f"numbers ({error}). End the branch with a transformer that returns "
+            "numbers, such as FrozenEncoder or OneHotEncoder, or one column of tokens, "
+            "such as FrozenEncoder(output='tokens')."
         ) from error
     expected = (len(part.rows), _width_of(block))
     if output.shape != expected:

@@ -602,7 +602,8 @@ def test_errors_name_the_branch_and_the_rows_it_saw(table):
             table, ["x", "y", "y", "x", "y", "x"][:1] + ["x", "y", "x", "y", "x"]
         )
     assert caught.value.__notes__ == [
-        "This was in branch 'h' of PerModalityUnion, which received the 4 of 6 rows with its modality."
+        "This was in branch 'h' of PerModalityUnion, which received the 4 of 6 rows "
+        "with its modality."
     ]
 
 

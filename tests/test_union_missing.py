@@ -401,7 +401,8 @@ def test_rows_without_a_required_modality_are_an_error_before_any_branch_runs(
     union = PerModalityUnion(branches[1:], missing_rows=missing_rows)
     message = (
         r"The modality of branch 'a' is missing in 3 of 9 rows, first in row 2: column "
-        r"\['a'\] has no value. Fill .* imputer .*missing_rows={'a': 'skip'} and put a SimpleImputer after the union"
+        r"\['a'\] has no value. Fill .* imputer .*missing_rows={'a': 'skip'} "
+        r"and put a SimpleImputer after the union"
     )
     for fit in (union.fit, union.fit_transform):
         with pytest.raises(ValueError, match=message):

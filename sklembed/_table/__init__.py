@@ -1,1 +1,1 @@
-"""The table that estimators take: its columns, its blocks, and its columns of tokens."""
+"""The table that estimators take: its columns, blocks and token columns."""

@@ -23,8 +23,8 @@ def resolve_blocks(
     ----------
     blocks : mapping of str to columns, or None
         The columns of each modality, in any form that `resolve_columns` accepts. None
-        reads them from names such as ``text__0, text__1, image__0``, as PerModalityUnion
-        produces.
+        reads them from names such as ``text__0, text__1, image__0``, as
+        PerModalityUnion produces.
     names : sequence of str or None
         Column names, if there are any.
     n_features : int
@@ -76,8 +76,8 @@ def check_one_block(estimator: Any, X: Any, name: str, dtype: Any) -> np.ndarray
     Raises
     ------
     ValueError
-        If `fit` had no such block, the width differs, columns are those of another block
-        or in another order, a value is infinite, or NaN fills only part of a row.
+        If `fit` had no such block, the width differs, columns are those of another
+        block or in another order, a value is infinite, or NaN fills only part of a row.
     """
     columns = known_block(name, estimator.blocks_)
     positions = np.arange(estimator.n_features_in_)[columns]
@@ -85,8 +85,8 @@ def check_one_block(estimator: Any, X: Any, name: str, dtype: Any) -> np.ndarray
     X = check_array(X, dtype=dtype, ensure_all_finite="allow-nan")
     if X.shape[1] != len(positions):
         raise ValueError(
-            f"Block {name!r} has {len(positions)} columns; got {X.shape[1]}. Pass only the "
-            "columns of that modality."
+            f"Block {name!r} has {len(positions)} columns; got {X.shape[1]}. Pass only "
+            "the columns of that modality."
         )
     observed_in_block(X, name, slice(None))
     return X
@@ -135,14 +135,14 @@ def _read_from_names(names: Sequence[str] | None) -> dict[str, list[int]]:
         block, separator, _ = name.partition("__")
         if not separator or not block:
             raise ValueError(
-                f"Column {name!r} has no modality in its name: with blocks=None columns "
-                "are named '<modality>__…', as by PerModalityUnion. Rename it, or pass "
-                "blocks."
+                f"Column {name!r} has no modality in its name: with blocks=None "
+                "columns are named '<modality>__…', as by PerModalityUnion. Rename it, "
+                "or pass blocks."
             )
         if block in positions and block != previous:
             raise ValueError(
-                f"The columns of {block!r} are not contiguous: {name!r} follows a column "
-                f"of {previous!r}. Sort the columns, or pass blocks."
+                f"The columns of {block!r} are not contiguous: {name!r} follows a "
+                f"column of {previous!r}. Sort the columns, or pass blocks."
             )
         positions.setdefault(block, []).append(position)
         previous = block

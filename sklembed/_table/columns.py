@@ -53,7 +53,7 @@ def as_table(X):
 
 def _check_eager(X):
     """Refuse tables that are neither pandas nor polars, and name the conversion."""
-    # A column of a DataFrame may be named like the methods below, hence this comes first.
+    # This comes first, because a column may have the name of a method below.
     if isinstance(X, pd.DataFrame | pd.Series | np.ndarray) or hasattr(X, "to_frame"):
         return
     conversion = _conversion(X)
@@ -149,14 +149,14 @@ def resolve_columns(columns, n_columns, *, owner, names=None, table=None):
         columns = list(columns)
     except TypeError as error:
         raise ValueError(
-            f"{owner} selects columns by {columns!r}. Use a name, a position, a list or "
-            "slice of these, a boolean mask, or a callable."
+            f"{owner} selects columns by {columns!r}. Use a name, a position, a list "
+            "or slice of these, a boolean mask, or a callable."
         ) from error
     if pd.api.types.infer_dtype(columns, skipna=False) == "boolean":
         if len(columns) != n_columns:
             raise ValueError(
-                f"{owner} selects columns by a mask of {len(columns)} values, but X has "
-                f"n_features={n_columns}."
+                f"{owner} selects columns by a mask of {len(columns)} values, but X "
+                f"has n_features={n_columns}."
             )
         return np.flatnonzero(columns).tolist(), False
     positions = [
@@ -293,7 +293,7 @@ def missing_as_nan(X):
 
 
 def _may_contain_none(dtype):
-    """Return whether a pandas column of this dtype may contain None, or pd.NA as text."""
+    """Return whether a pandas column may contain None, or pd.NA among texts."""
     if pd.api.types.is_object_dtype(dtype):
         return True
     return pd.api.types.is_string_dtype(dtype) and dtype.na_value is pd.NA
