@@ -267,7 +267,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         within = _params_within_branches(params, self.get_params(deep=True))
         if "transformers" in params:
             self.transformers = params.pop("transformers")
-        if _are_branches(self.transformers):
+        if self._all_branches().keys() & (params.keys() - {"remainder"}):
             self.transformers = [
                 (name, params.pop(name, transformer), columns)
                 for name, transformer, columns in self.transformers
