@@ -238,7 +238,7 @@ class _CrossModalEncoder(TransformerMixin, TrainedEstimator):
 
     def _read(self, X, *, reset):
         """Return the rows of each modality: vectors (n_samples, 1, width), or cells of tokens."""
-        tokens = token_columns(X)
+        table, tokens = X, token_columns(X)
         columns = None
         if tokens.any() or (not reset and any(self.holds_tokens_.values())):
             X = as_table(X)
@@ -250,7 +250,7 @@ class _CrossModalEncoder(TransformerMixin, TrainedEstimator):
                 self, X, dtype=np.float32, ensure_all_finite="allow-nan", reset=reset
             )
         if reset:
-            self._find_blocks(X, tokens, columns)
+            self._find_blocks(as_table(table), tokens, columns)
         parts = {}
         for name, block in self.blocks_.items():
             if tokens.any() and tokens[block].any() and not self.holds_tokens_[name]:
@@ -274,7 +274,7 @@ class _CrossModalEncoder(TransformerMixin, TrainedEstimator):
             for position in np.flatnonzero(tokens):
                 if "__" not in names[position]:
                     names[position] += "__"
-        self.blocks_ = resolve_blocks(self.blocks, names, n_columns)
+        self.blocks_ = resolve_blocks(self.blocks, names, n_columns, X)
         if len(self.blocks_) < 2:
             raise ValueError(
                 f"A shared space requires at least two modalities, but the n_features={n_columns} "

@@ -11,9 +11,13 @@ from sklearn.naive_bayes import GaussianNB
 
 from sklembed import (
     CanonicalAligner,
+    CrossAttentionAdaptor,
     DecisionFusionClassifier,
+    FusionClassifier,
+    FusionRegressor,
     ModalityGapAligner,
     PerModalityUnion,
+    SharedFusionEncoder,
 )
 from sklembed._table.blocks import (
     check_one_block,
@@ -91,6 +95,22 @@ def test_blocks_and_branches_take_every_selection_of_column_transformer(
         PerModalityUnion(branches).fit_transform(X),
         ColumnTransformer(branches).fit_transform(X),
     )
+
+
+@pytest.mark.parametrize("form", ["selectors", "callables", "slices"])
+@pytest.mark.parametrize(
+    "Estimator",
+    [FusionClassifier, FusionRegressor, SharedFusionEncoder, CrossAttentionAdaptor],
+)
+def test_callables_of_trained_estimators_take_the_table_of_the_user(Estimator, form):
+    X, y = in_container("pandas"), np.arange(30) % 2
+    first, last = {
+        "selectors": SELECTOR,
+        "callables": BY_NAME["callables of names"],
+        "slices": BY_NAME["slices of names"],
+    }[form]
+    estimator = Estimator(blocks={"a": first, "b": last}, max_epochs=1)
+    assert estimator.fit(X, y).blocks_ == {"a": slice(0, 2), "b": slice(2, 4)}
 
 
 def test_scalars_select_a_block_of_one_column():
