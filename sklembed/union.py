@@ -383,7 +383,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         for part in self._parts(X, self.transformers_):
             cells = empty_as_objects(part.cells, self._objects[part.name])
             parts.append(part._replace(cells=cells))
-        self._warn_of_unobserved(parts)
+        self._warn_about_unobserved(parts)
         calls = {}
         for part in parts:
             if len(part.rows) and part.name not in self.unobserved_:
@@ -530,6 +530,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     def _set_results(self, parts, results):
         """Set the fitted attributes that describe the branches and their blocks."""
+        # _objects: in transform, a column without any value gets its dtype of fit.
         self.transformers_, self.holds_tokens_, self._objects = [], {}, {}
         widths, n_selecting = {}, 0
         for part in parts:
@@ -644,7 +645,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             unobserved.append(part.name)
         return unobserved
 
-    def _warn_of_unobserved(self, parts):
+    def _warn_about_unobserved(self, parts):
         """Warn if a modality that was missing in all rows of fit is observed."""
         n_observed = {}
         for part in parts:

@@ -1,4 +1,4 @@
-"""Alignment: the formulas of the papers, and nothing learned from rows that come later."""
+"""Alignment: the formulas of the papers, and no leakage from test rows."""
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ EQUAL = {"text": slice(0, 5), "image": slice(5, 10)}
 
 
 def two_cones(n_rows=80, seed=0, width=5):
-    """Make two modalities that lie in cones of their own, paired through a shared part."""
+    """Make two paired modalities that lie in separate cones."""
     rng = np.random.default_rng(seed)
     shared = rng.normal(size=(n_rows, 3))
     cones = rng.normal(size=(2, width)) * 2
@@ -128,8 +128,8 @@ def test_the_gap_is_learned_from_training_rows_alone():
             aligner.transform(table)[:50],
             ModalityGapAligner(EQUAL).fit(X[:50]).transform(X[:50]),
         )
-    # and in cross-validation: were the gap that of all rows, a label hidden in the test rows'
-    # own centroid would show
+    # In cross-validation, a gap computed over all rows would leak the centroid of the
+    # test rows.
     y = np.arange(100) % 2
     pipeline = make_pipeline(ModalityGapAligner(EQUAL), LogisticRegression())
     by_fold = cross_val_score(pipeline, X, y, cv=[(np.arange(50), np.arange(50, 100))])
@@ -348,7 +348,7 @@ def test_shrinkage_keeps_few_rows_from_correlating_by_chance():
 
 
 def isotropic(n_rows, width, seed=0, whiten=False):
-    """Make two modalities of uncorrelated columns of variance 1, which share four of them."""
+    """Make two modalities of uncorrelated columns of unit variance; four are shared."""
     rng = np.random.default_rng(seed)
     shared = rng.normal(size=(n_rows, 4))
     parts = []
@@ -386,7 +386,7 @@ def inverse_root(covariance):
 @pytest.mark.parametrize("n_missing", [0, 6])
 @pytest.mark.parametrize("width", [20, 70])
 def test_directions_are_those_of_the_covariances(width, n_missing, shrinkage):
-    """Of 40 rows; where columns are more, no matrix of columns by columns is decomposed."""
+    """With fewer rows than columns, the decomposition is of rows by rows."""
     rng = np.random.default_rng(0)
     X = rng.normal(size=(40, 3)) @ rng.normal(size=(3, width + 50))
     X += 3 + rng.normal(size=X.shape)
@@ -462,7 +462,7 @@ def test_degenerate_blocks_give_finite_rows(shape, width, n_rows):
 def test_a_far_column_of_float32_changes_no_projection(offset):
     X = two_cones(300).astype(np.float32)
     far = X + np.float32(offset)
-    X = (far - np.float32(offset)).astype(np.float64)  # what float32 has left of it
+    X = (far - np.float32(offset)).astype(np.float64)  # as rounded to float32
     aligner = CanonicalAligner(3, blocks=EQUAL)
     Z = aligner.fit_transform(X)
     Z_far = aligner.fit_transform(far)

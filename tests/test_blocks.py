@@ -1,4 +1,4 @@
-"""Selections of columns, missing rows of a block, one block alone, and token columns."""
+"""Column selections, missing rows, single blocks and token columns."""
 
 from types import SimpleNamespace
 
@@ -198,7 +198,7 @@ def test_a_callable_needs_the_table():
         resolve_blocks({"a": lambda X: [0]}, NAMES, 4)
 
 
-# Missing rows, and one block alone
+# Missing rows and single blocks
 
 
 def test_a_row_of_nan_is_missing():
@@ -206,7 +206,7 @@ def test_a_row_of_nan_is_missing():
     assert observed_rows(X).tolist() == [True, False, True]
 
 
-def test_a_row_that_is_half_there_is_refused_by_name():
+def test_a_partly_missing_row_is_refused_by_number():
     X = np.array([[1.0, 2.0], [np.nan, 5.0]])
     with pytest.raises(
         ValueError, match=r"contains NaN in 1 of 2 columns of row 1 \(1 such rows"
@@ -229,9 +229,9 @@ BLOCKS = {"text": slice(0, 2), "image": np.array([2, 4, 3])}
 def test_a_block_by_itself_is_checked_as_the_whole_table_is():
     X = np.array([[1, 2, 3], [np.nan] * 3])
     fitted = SimpleNamespace(blocks_=BLOCKS, n_features_in_=5)
-    found = check_one_block(fitted, X.tolist(), "image", np.float32)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, X)
+    checked = check_one_block(fitted, X.tolist(), "image", np.float32)
+    assert checked.dtype == np.float32
+    np.testing.assert_array_equal(checked, X)
     for X, message in (
         ([[1, 2]], "Block 'image' has 3 columns; got 2"),
         ([[1, np.nan, 2]], "NaN in 1 of 3 columns of row 0"),
@@ -251,7 +251,7 @@ def test_columns_of_another_block_or_order_are_refused_by_name():
         feature_names_in_=np.array(list("abcde"), dtype=object),
     )
     frame = pd.DataFrame(np.ones((2, 5)), columns=list("abcde"))
-    for columns in (list("ced"), list("vwx")):  # other names say nothing of order
+    for columns in (list("ced"), list("vwx")):  # new names are ignored
         named = frame[["c", "e", "d"]].set_axis(columns, axis=1)
         assert check_one_block(fitted, named, "image", np.float32).shape == (2, 3)
     for columns in (list("cde"), list("abc")):
@@ -270,14 +270,14 @@ def test_a_block_is_known_by_its_name():
 
 
 def column(*cells):
-    """Make an object column, which `np.array` would turn into a table of three dimensions."""
+    """Make a column of objects; `np.array` would make three dimensions of them."""
     made = np.empty((len(cells), 1), dtype=object)
     for row, cell in enumerate(cells):
         made[row, 0] = cell
     return made
 
 
-def test_columns_of_tokens_are_told_by_their_first_cell_that_is_there():
+def test_the_first_observed_cell_decides_whether_a_column_has_tokens():
     tokens = column(None, np.nan, np.ones((2, 3)), None)
     others = (
         column(*"abcd"),

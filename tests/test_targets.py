@@ -1,4 +1,4 @@
-"""Targets of every kind: what each is taken for, how it is encoded, and what is refused."""
+"""Targets of all types: how they are inferred and encoded, and which are refused."""
 
 import warnings
 from datetime import date
@@ -111,7 +111,7 @@ def test_a_column_of_classes_for_each_level_is_hierarchical(y):
         )
 
 
-# Named instead of told
+# Explicit types
 
 
 def test_classes_can_be_taken_for_numbers_and_numbers_for_classes():
@@ -147,7 +147,7 @@ def test_one_column_is_a_vector_unless_it_is_a_label():
     assert encode_target([[0], [1], [1]], "multilabel").values.shape == (3, 1)
 
 
-# Refused
+# Invalid targets
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_words_are_not_numbers():
         encode_target(["1", "lion"], "continuous")
 
 
-# Parts of a target
+# Subsets of a target
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_it_describes_itself(y, words):
         (LABELS, [0, 1, 3], False),
         ([0.5, 1.5, 2.5], [0, 1], True),
         ([0.5, 1.5, 2.5], [0], False),
-        (LEVELS, [0, 1], True),  # parted below the top
+        (LEVELS, [0, 1], True),  # differ below the coarsest level
         (LEVELS, [1, 2], False),
     ],
     ids=str,

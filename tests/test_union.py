@@ -1,4 +1,4 @@
-"""PerModalityUnion: branches see the rows that have their modality, and nothing else."""
+"""PerModalityUnion: branches receive the observed rows of their modality only."""
 
 from functools import partial
 from uuid import uuid4
@@ -31,7 +31,7 @@ from sklembed import (
 
 @pytest.fixture
 def table():
-    """Six rows: text, two numbers, and rows that lack either or one number."""
+    """Six rows of a text and two numbers, with missing texts and numbers."""
     return pd.DataFrame(
         {
             "note": ["a red cat", None, "a blue dog", "red", "blue", "a dog"],
@@ -57,7 +57,7 @@ def union(text_backend):
 
 
 class Recorder(TransformerMixin, BaseEstimator):
-    """Remember what fit and transform were given."""
+    """Record the arguments of fit."""
 
     def fit(self, X, y=None, sample_weight=None):
         self.fitted_on_, self.y_, self.sample_weight_ = X, y, sample_weight
@@ -99,7 +99,7 @@ def test_a_missing_modality_is_a_row_of_nan_in_its_block(union, table):
     assert not nan[:, :9].any(axis=1)[[0, 2, 3, 4, 5]].any()
     assert not nan[
         4, 9:
-    ].any()  # one of two numbers is there: the branch's imputer sees the row
+    ].any()  # one of two numbers is observed, so the imputer fills the row
 
 
 def test_a_branch_sees_only_the_rows_that_have_its_modality(table):
@@ -111,7 +111,7 @@ def test_a_branch_sees_only_the_rows_that_have_its_modality(table):
 
 
 def test_missing_rows_do_not_touch_the_others(union, table):
-    """Adding rows that lack a modality changes nothing for those that have it."""
+    """Rows with a missing modality have no influence on the other rows."""
     complete = table.dropna()
     union.set_params(missing_rows="skip")
     fitted = clone(union).fit(complete)
@@ -241,7 +241,7 @@ def test_a_branch_without_columns_is_skipped(table, columns, container):
 @pytest.mark.parametrize("container", ["default", "pandas", "polars"])
 def test_branches_without_any_column_give_a_table_without_columns(table, container):
     """As ColumnTransformer does."""
-    if container == "polars":  # before, it fails
+    if container == "polars":  # which fails in earlier versions
         pytest.importorskip("sklearn", minversion="1.9")
     branches = [("none", PCA(7), []), ("nothing", "passthrough", slice(0, 0))]
     union = PerModalityUnion(branches, add_indicator=True).set_output(
@@ -431,7 +431,7 @@ def test_sparse_output_is_made_dense(table, method):
 @pytest.mark.parametrize("n_jobs", [None, 2])
 @pytest.mark.parametrize("method", ["fit", "fit_transform", "transform"])
 def test_large_sparse_output_is_refused_before_any_encoding(tmp_path, method, n_jobs):
-    """Although the encoder is the first branch."""
+    """Even if the encoder is the first branch."""
     encoder, encoded = counting_encoder(tmp_path)
     branches = [
         ("encoded", make_pipeline(encoder, StandardScaler()), "note"),
@@ -453,7 +453,7 @@ def test_large_sparse_output_is_refused_before_any_encoding(tmp_path, method, n_
 
 
 def counting_encoder(folder):
-    """Return an encoder and a function that counts the batches it was run on, in any process."""
+    """Return an encoder, and a function that counts its batches in all processes."""
     backend = CallableBackend(
         partial(load_noting, folder),
         name="noting",
@@ -491,7 +491,7 @@ def test_metadata_is_routed_and_cut_to_the_branch_s_rows(table):
 
 
 def test_groups_reach_the_projector_s_splitter_through_a_pipeline():
-    """Routed from the pipeline's fit, through union and branch, cut to the observed rows."""
+    """Groups are routed from the pipeline's fit and restricted to observed rows."""
     rng = np.random.default_rng(0)
     X = rng.normal(size=(60, 4))
     X[:6, :2] = np.nan

@@ -1,4 +1,4 @@
-"""PerModalityUnion: which branches are given rows that lack their modality."""
+"""PerModalityUnion: which branches receive rows with a missing modality."""
 
 import pickle
 
@@ -64,7 +64,7 @@ ONE_HOT = OneHotEncoder(sparse_output=False, handle_unknown="ignore")
 
 
 class Filling(TransformerMixin, BaseEstimator):
-    """A transformer of another package, the tags of which say that it takes NaN."""
+    """A transformer of another package whose tags allow NaN."""
 
     def fit(self, X, y=None):
         self.n_rows_ = len(X)
@@ -80,7 +80,7 @@ class Filling(TransformerMixin, BaseEstimator):
 
 
 class Probabilities(TransformerMixin, BaseEstimator):
-    """A wrapper without tags of its own."""
+    """A wrapper that sets no tags."""
 
     def __init__(self, estimator):
         self.estimator = estimator
@@ -95,7 +95,7 @@ class Probabilities(TransformerMixin, BaseEstimator):
 
 @pytest.fixture
 def table():
-    """Nine rows, of which the third and the last have no number and the fourth has one."""
+    """Nine rows of two numbers; both are missing in two rows, one in another."""
     numbers = np.arange(18.0).reshape(9, 2)
     numbers[[2, 8]] = np.nan
     numbers[3, 0] = np.nan
@@ -170,8 +170,8 @@ NOT_HANDLING = {
 }
 
 
-def shown(transformer, X):
-    """Return the index of the rows that a branch is given."""
+def received_rows(transformer, X):
+    """Return the index of the rows that a branch receives."""
     union = PerModalityUnion([("numbers", transformer, ["a", "b"])])
     [(_, _, part)] = union.iter_parts(X)
     return part.index.tolist()
@@ -182,7 +182,7 @@ def test_a_transformer_that_handles_missing_values_is_given_all_rows(table, name
     transformer = HANDLING[name]
     takes_single_nan = "union" not in name and "projector" not in name
     X = table if takes_single_nan else table.dropna().reindex(range(9))
-    assert shown(transformer, X) == list(range(9))
+    assert received_rows(transformer, X) == list(range(9))
     union = PerModalityUnion([("numbers", transformer, ["a", "b"])], add_indicator=True)
     blocks = union.fit_transform(X, Y)
     assert np.isfinite(blocks).all()
@@ -197,7 +197,7 @@ def test_any_other_transformer_is_not_given_rows_without_the_modality(table, nam
     X = table.dropna().reindex(range(9))
     lacking = X["a"].isna().to_numpy()
     transformer = NOT_HANDLING[name]
-    assert shown(transformer, X) == X.dropna().index.tolist()
+    assert received_rows(transformer, X) == X.dropna().index.tolist()
     union = PerModalityUnion([("numbers", transformer, ["a", "b"])])
     for blocks in (union.fit_transform(X, Y), union.fit(X, Y).transform(X)):
         np.testing.assert_array_equal(np.isnan(blocks).all(axis=1), lacking)
@@ -269,7 +269,7 @@ def test_a_category_without_any_value_in_a_request_is_a_missing_category(
         X["ward"] = np.arange(12.0)
     union = PerModalityUnion([("category", encoder, ["sex", "ward"])]).fit(X)
     row = X.iloc[[2]]
-    csv = row.assign(sex=np.nan)  # as a reader of files understands an empty column
+    csv = row.assign(sex=np.nan)  # as file readers return an empty column
     assert csv["sex"].dtype == float
     np.testing.assert_array_equal(union.transform(csv), union.transform(row))
     assert csv["sex"].dtype == float
@@ -464,7 +464,7 @@ def test_the_union_takes_nan_where_every_branch_does():
     assert not allows_nan(make_pipeline(StandardScaler(), TruncatedSVD()))
 
 
-# Modalities that no training row has
+# Modalities that are missing in all training rows
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""PerModalityUnion: the remainder, weights, the indicator, mixed tables, and columns of tokens."""
+"""PerModalityUnion: remainder, weights, indicator, mixed tables and tokens."""
 
 import pickle
 import re
@@ -38,7 +38,7 @@ from sklembed import (
 
 @pytest.fixture
 def table():
-    """Six rows of a text, three numbers and a flag; the second row lacks the text and the flag."""
+    """Six rows of a text, three numbers and a flag, with missing cells."""
     return pd.DataFrame(
         {
             "note": ["a red cat", None, "a blue dog", "red", "blue", "a dog"],
@@ -60,7 +60,7 @@ SIZE = ("size", make_pipeline(SimpleImputer(), StandardScaler()), ["height", "wi
 
 
 class Recorder(TransformerMixin, BaseEstimator):
-    """Remember what fit was given."""
+    """Record the arguments of fit."""
 
     def fit(self, X, y=None, sample_weight=None, groups=None):
         self.fitted_on_, self.y_ = X, y
@@ -302,7 +302,7 @@ def test_metadata_is_routed_into_the_remainder_and_cut_to_its_rows(
         )
         table.loc["v", ["height", "width"]] = (
             np.nan
-        )  # beside its flag: all that is left
+        )  # all that remains, besides its flag
         pipeline = make_pipeline(union)
         pipeline.fit(table, np.arange(6), **{metadata: np.arange(6) / 10})
     fitted = pipeline[-1].named_transformers_["remainder"]
@@ -519,9 +519,7 @@ def test_weights_are_a_scaling_afterwards(table, text):
     for name, block in union.blocks_.items():
         expected[:, block] *= weights[name]
     found = weighted.fit_transform(table)
-    np.testing.assert_array_equal(
-        found, expected
-    )  # NaN where it was, under the weight 0 too
+    np.testing.assert_array_equal(found, expected)  # NaN stays NaN, even with weight 0
     np.testing.assert_array_equal(weighted.transform(table), found)
     assert (
         weighted.get_feature_names_out().tolist()
@@ -656,7 +654,7 @@ def test_the_indicator_is_named_under_set_output(table, text):
 
 
 def joined(part):
-    """Put a title and a body together, of which either may be missing."""
+    """Join a title and a body, either of which may be missing."""
     rows = np.asarray(part, dtype=object)
     texts = np.empty((len(rows), 1), dtype=object)
     texts[:, 0] = [
@@ -666,13 +664,13 @@ def joined(part):
 
 
 def one_name(_, names):
-    """Name the column that `joined` makes of several."""
+    """Name the output column of `joined`."""
     return ["+".join(names)]
 
 
 @pytest.fixture
 def mixed():
-    """120 rows in which each of four modalities is missing here and there."""
+    """120 rows with missing cells in each of four modalities."""
     rng = np.random.default_rng(0)
     y = np.repeat(["cat", "dog"], 60)
     sound = np.where(y == "cat", "aaa", "ooo")
@@ -850,7 +848,7 @@ WORDS, SIZES = "words__frozenencoder0", ["size__height", "size__width"]
 
 
 def assert_same_tokens(found, expected):
-    """Compare columns of tokens, of which None is one cell."""
+    """Compare token columns, in which None is a missing cell."""
     assert [cell is None for cell in found] == [cell is None for cell in expected]
     for a, b in zip(found, expected, strict=True):
         if a is not None:
@@ -859,7 +857,7 @@ def assert_same_tokens(found, expected):
 
 @pytest.fixture
 def tokens(words, table):
-    """What the encoder makes of the table's texts, without a union."""
+    """The tokens of the texts from the encoder, without a union."""
     return words[1].transform(table["note"])[:, 0]
 
 
@@ -891,7 +889,7 @@ def test_tokens_stand_beside_numbers_in_a_frame(table, words, text, tokens, n_jo
 def test_tokens_of_a_row_do_not_depend_on_the_rows_beside_it(
     table, words, tokens, method
 ):
-    """Not even where no row has a token, and numbers would be NaN."""
+    """Even if all rows are missing, which would be NaN for numbers."""
     union = PerModalityUnion([words, SIZE]).set_output(transform="pandas")
     getattr(union, method)(table)
     assert_same_tokens(union.transform(table)[WORDS], tokens)
