@@ -688,7 +688,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             )
         if not _are_branches(self.transformers):
             raise ValueError(
-                "transformers is a list of tuples (name, transformer, columns); got "
+                "transformers must be a list of tuples (name, transformer, columns); got "
                 f"{self.transformers!r}."
             )
         for name, transformer, _ in self.transformers:
@@ -710,7 +710,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 )
             if not isinstance(name, str) or not name or "__" in name:
                 raise ValueError(
-                    "A branch name is a string without '__', which separates the "
+                    "A branch name must be a string without '__', which separates the "
                     f"branch from its columns; got {name!r}."
                 )
             if name in self.get_params(deep=False):
@@ -748,7 +748,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 )
             if not (isinstance(weight, Real) and 0 <= weight < np.inf):
                 raise ValueError(
-                    "A weight is a finite number that is not negative; got "
+                    "A weight must be a finite number that is not negative; got "
                     f"{weight!r} for branch {name!r}."
                 )
 
@@ -756,27 +756,21 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         """Scatter the rows of each branch into its block, and weight the block."""
         tokens = []
         for part in parts:
-            # All cells of fit may have been without tokens, such as damaged images.
+            # In fit, all cells may have had no tokens, as damaged images have none.
             if self.holds_tokens_[part.name] or _holds_tokens(outputs.get(part.name)):
                 tokens.append(part.name)
         self._check_container(tokens)
         arrays, dtypes = {}, []
         for part in parts:
-            if outputs.get(part.name) is not None:
-                array = _as_array(
-                    outputs[part.name],
-                    part,
-                    self.blocks_[part.name],
-                    part.name in tokens,
-                )
-                arrays[part.name] = array
-                if part.name not in tokens:
-                    dtypes.append(array.dtype)
-        joined = np.full(
-            (len(X), max(block.stop for block in self.blocks_.values())),
-            np.nan,
-            dtype=np.result_type(*dtypes) if dtypes else np.float64,
-        )
+            name, output = part.name, outputs.get(part.name)
+            if output is not None:
+                width = _width_of(self.blocks_[name])
+                arrays[name] = _as_array(output, part, width, name in tokens)
+                if name not in tokens:
+                    dtypes.append(arrays[name].dtype)
+        n_columns = max(block.stop for block in self.blocks_.values())
+        dtype = np.result_type(*dtypes) if dtypes else np.float64
+        joined = np.full((len(X), n_columns), np.nan, dtype=dtype)
         blocks = {}
         for name, block in self.blocks_.items():
             if name in tokens:
@@ -1288,7 +1282,7 @@ def _feature_names(transformer, input_features=None):
         return None
 
 
-def _as_array(output, part, block, holds_tokens):
+def _as_array(output, part, width, holds_tokens):
     """Return the output of a branch as numbers or tokens; check its shape."""
     output = np.asarray(output)
     try:
@@ -1303,7 +1297,7 @@ def _as_array(output, part, block, holds_tokens):
             "numbers, such as FrozenEncoder or OneHotEncoder, or one column of tokens, "
             "such as FrozenEncoder(output='tokens')."
         ) from error
-    expected = (len(part.rows), _width_of(block))
+    expected = (len(part.rows), width)
     if output.shape != expected:
         hint = ""
         if len(output) == 1 != len(part.rows) and isinstance(part.columns, list):
