@@ -647,7 +647,7 @@ def test_of_three_modalities_the_one_of_noise_is_left_out():
     assert min(weights["text"], weights["image"]) > 0.2
 
 
-def test_weights_are_learnt_out_of_fold():
+def test_weights_are_learned_out_of_fold():
     X, y = world(noise=2.0)
     X[:, BLOCKS["image"]] = np.random.default_rng(0).normal(size=(300, 8))
     memorizer = KNeighborsClassifier(1)  # sure of everything on its own training rows
@@ -840,10 +840,10 @@ def test_folds_spread_classes_and_modalities():
 def test_a_modality_without_two_classes_is_ignored(weights):
     X, y = world()
     for table, reason in (
-        (without(X, "image"), "is NaN in all rows that count"),
+        (without(X, "image"), "is NaN in all rows of positive weight"),
         (
             without(X, "image", y != 0),
-            "observed in 100 rows that count, all of one class",
+            "observed in 100 rows, all of one class",
         ),
     ):
         with pytest.warns(UserWarning, match=f"Block 'image' .*{reason}.*ignored"):
