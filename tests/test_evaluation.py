@@ -49,10 +49,10 @@ from sklembed.evaluation.efficiency import (
     _fits_to_break_even,
     _measure,
     _Meter,
-    _metering,
+    _metered_encoders,
     _n_parameters,
-    _one_epoch,
-    _rows_that_show_all,
+    _rows_covering_columns,
+    _single_epoch_params,
     _split,
 )
 from sklembed.evaluation.few_labels import _auroc, _Fold, _order_of_labels
@@ -276,7 +276,7 @@ def test_the_head_sees_the_cross_fitted_features_in_both_arms(
 
 
 def test_a_reader_is_not_an_encoder(text_backend, store):
-    with _metering() as meter:
+    with _metered_encoders() as meter:
         encoder = FrozenEncoder(text_backend, store=store)
         for _ in range(2):
             encoder.transform(["a", "b", "a", None])
@@ -290,7 +290,7 @@ def test_time_that_encoders_share_counts_once():
     meter = _Meter()
 
     def work():
-        with meter.working(), meter.working():
+        with meter.timing(), meter.timing():
             time.sleep(0.2)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -320,10 +320,13 @@ def test_breaking_even_is_the_least_number_that_pays(once, anew, read, epochs, f
 
 
 def test_heads_without_epochs_are_fitted_once():
-    assert _one_epoch(FusionClassifier()) == {"max_epochs": 1, "warm_start": True}
-    assert _one_epoch(MLPClassifier()) == {"max_iter": 1, "warm_start": True}
-    assert _one_epoch(MLPClassifier(solver="lbfgs")) == {}
-    assert _one_epoch(LogisticRegression()) == {}
+    assert _single_epoch_params(FusionClassifier()) == {
+        "max_epochs": 1,
+        "warm_start": True,
+    }
+    assert _single_epoch_params(MLPClassifier()) == {"max_iter": 1, "warm_start": True}
+    assert _single_epoch_params(MLPClassifier(solver="lbfgs")) == {}
+    assert _single_epoch_params(LogisticRegression()) == {}
 
 
 def test_parameters_are_counted_where_they_are_known(clusters):
@@ -338,9 +341,9 @@ def test_parameters_are_counted_where_they_are_known(clusters):
 
 def test_warming_up_takes_rows_that_show_each_column():
     X = pd.DataFrame({"a": [None, "x", "y"], "b": [None, None, 1.0], "c": [None] * 3})
-    assert _rows_that_show_all(X).tolist() == [1, 2]
-    assert _rows_that_show_all(X[["c"]]).tolist() == [0]
-    assert _rows_that_show_all(
+    assert _rows_covering_columns(X).tolist() == [1, 2]
+    assert _rows_covering_columns(X[["c"]]).tolist() == [0]
+    assert _rows_covering_columns(
         [None, np.zeros((2, 2, 3)), np.zeros((4, 4, 3))]
     ).tolist() == [1]
 
@@ -368,7 +371,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(text_backend, store)
     ):
         efficiency_report(make_pipeline(encoder, "passthrough"), X, y)
     with pytest.raises(
-        ValueError, match=r"before 'logisticregression' holds a FrozenEncoder"
+        ValueError, match=r"before 'logisticregression' contains a FrozenEncoder"
     ):
         efficiency_report(make_pipeline(StandardScaler(), LogisticRegression()), X, y)
     with pytest.raises(ValueError, match="n_epochs must be at least 1; got 0"):

@@ -1,4 +1,4 @@
-"""The cost of training on stored or on repeated encodings: time, memory and disk."""
+"""Cost of training on stored embeddings and of encoding anew: time, memory and disk."""
 
 import math
 import sys
@@ -38,108 +38,110 @@ try:
 except ImportError:  # on Windows
     resource = None  # type: ignore[assignment]
 
-_NOT_TRAINED = (
-    "mean",
-    "scale",
-    "n_batches",
-    "num_batches_tracked",
-)  # among a head's weights
+# Statistics among a head's weights, which no gradient has trained.
+_NOT_TRAINED = ("mean", "scale", "n_batches", "num_batches_tracked")
 
 
 def efficiency_report(pipeline, X, y, *, test_size=0.25, n_epochs=2, random_state=None):
-    """Measure what encoding each cell once saves, against encoding it again in every epoch.
+    """Measure the cost of encoding each cell once, and of encoding it in every epoch.
 
-    [1]_ compares fusion of stored embeddings with the same heads on raw data, whose frozen encoders
-    run in every epoch, and computes the memory of both from the sizes of tensors. Here both are
-    run, each in a fresh process of its own, so that neither inherits the other's models or peak:
+    [1]_ compares fusion of stored embeddings with the same heads on raw data, where the
+    frozen encoders run in every epoch. It derives memory from the sizes of tensors.
+    Here both arms are run and measured. Each has a fresh process, so that neither
+    inherits models or peak memory from the other:
 
-    - "raw": encoders have no store. All training rows are encoded before every epoch of the head,
-      and the test rows whenever they are predicted.
-    - "stored": encoders share one fresh store on disk. The training rows are encoded once, the head
-      is trained for as many epochs on their vectors, and the vectors are read back once more, as
-      the next fit would, be it a fold or a candidate.
+    - "raw": encoders have no store. All training rows are encoded before every epoch of
+      the head, and the test rows at every prediction.
+    - "stored": encoders share one new store on disk. The training rows are encoded
+      once, and the head is trained on their vectors for the same number of epochs. The
+      vectors are then read back once, as the next fit on a fold or a candidate would
+      do.
 
-    Both arms train the head on the same features, those that `fit_transform` of the steps before it
-    returns; the later passes of the raw arm cost what they cost, and lead to equal vectors.
+    Both arms train the head on the same features, as returned by `fit_transform` of the
+    preceding steps. Later passes of the raw arm yield equal vectors and are only timed.
 
     Parameters
     ----------
     pipeline : :class:`~sklearn.pipeline.Pipeline`
-        Its last step is a classifier, the head. The steps before hold one :class:`FrozenEncoder` or
-        more, in branches and nested pipelines as well. It is cloned; its encoders' stores are
-        neither read nor written, and what its `memory` would spare is computed.
+        A pipeline that ends in a classifier, the head. The preceding steps contain one
+        or more :class:`FrozenEncoder`, also in branches and nested pipelines. The
+        pipeline is cloned. Stores of its encoders are neither read nor written, and its
+        `memory` is not used.
 
         A head with the parameters `max_epochs` and `warm_start`, such as
-        :class:`FusionClassifier`, or scikit-learn's ``MLPClassifier`` is trained an epoch at a
-        time; `n_epochs` overrides its own number, and its optimiser starts anew with each. Any
-        other classifier has no epochs: it is fitted once, and `n_epochs` still says how often the
-        raw arm encodes.
+        :class:`FusionClassifier`, or scikit-learn's ``MLPClassifier`` is trained one
+        epoch at a time. `n_epochs` overrides its number of epochs, and its optimizer
+        restarts in each. Any other classifier is fitted once; `n_epochs` then only sets
+        how often the raw arm encodes.
 
     X : DataFrame, array-like or list of shape (n_samples, ...)
-        The table that `pipeline` takes.
+        The input of `pipeline`.
 
     y : array-like of shape (n_samples,) or (n_samples, n_labels)
         Classes, or a 0/1 column for each label.
 
     test_size : float or int, default=0.25
-        The part of the rows, or their number, to test on. The split is stratified where each class
-        has rows enough.
+        Fraction or number of rows in the test set. The split is stratified if each
+        class has enough rows.
 
     n_epochs : int, default=2
-        Epochs of the head.
+        Number of epochs of the head.
 
     random_state : int, RandomState instance or None, default=None
-        Draws the test rows. The steps of the pipeline keep their own: give them integers for arms
-        of equal accuracy.
+        Seeds the split. Steps of the pipeline have their own seeds: pass integers there
+        to get equal accuracies in both arms.
 
     Returns
     -------
     report : DataFrame
         A row for each arm, "raw" and "stored", with the columns
 
-        - "encode s": seconds that encoders work on the training rows, over all epochs. Time in
-          which several are at work counts once.
-        - "fit s": seconds of all other training, of the head and of steps between.
-        - "predict s": seconds from the cells of the test rows to labels. The stored arm encodes
-          them, except for cells that training rows show as well, and stores their vectors.
-        - "predict again s": the same, a second time: the stored arm reads the vectors.
-        - "peak MiB": the most memory that the arm's process had resident, with data, libraries and
-          the models, which the stored arm loads to encode once and later fits on the same store do
-          not load; not that of an accelerator. NaN on Windows.
+        - "encode s": seconds in which encoders work on the training rows, over all
+          epochs. Time in which several encoders work at once counts once.
+        - "fit s": seconds of all other training, of the head and of intermediate steps.
+        - "predict s": seconds from the cells of the test rows to labels. The stored arm
+          encodes and stores cells that do not occur in training rows.
+        - "predict again s": the same for a second prediction, in which the stored arm
+          reads the vectors.
+        - "peak MiB": peak resident memory of the process, including data, libraries and
+          models, but not the memory of an accelerator. The stored arm loads the models
+          to encode once; later fits on the same store do not load them. NaN on Windows.
         - "stored bytes": size of the store's file, with the vectors of all rows.
-        - "cells encoded": how many cells went through a model, over all epochs and predictions;
-          within a pass each distinct cell goes once.
-        - "parameters trained": of the head; NaN where it has neither ``weights_`` nor ``coef_`` or
-          ``coefs_``.
+        - "cells encoded": number of cells that a model has encoded, over all epochs and
+          predictions. In each pass every distinct cell is encoded once.
+        - "parameters trained": number of trained parameters of the head. NaN if it has
+          none of ``n_parameters_``, ``weights_``, ``coef_`` and ``coefs_``.
         - "accuracy": on the test rows.
-        - "breaks even at epochs": the least number of epochs that take no less time to encode for,
-          raw, than encoding and storing once; NaN for the raw arm.
-        - "breaks even at fits": the same for fits, of which each needs all vectors once, encoded
-          anew in the raw arm and read back in the other after the first; infinite where reading is
-          no faster than encoding; NaN for the raw arm.
+        - "breaks even at epochs": the smallest number of epochs for which encoding in
+          each takes at least as long as encoding and storing once. NaN for the raw arm.
+        - "breaks even at fits": the smallest number of fits for which storing pays.
+          Each fit needs all vectors once: the raw arm encodes them, the other reads
+          them after the first fit. Infinite if reading is not faster than encoding; NaN
+          for the raw arm.
 
     Raises
     ------
     TypeError
-        If `pipeline` is no Pipeline, its last step no classifier, or `n_epochs` no integer.
+        If `pipeline` is not a Pipeline, its last step is not a classifier, or
+        `n_epochs` is not an integer.
     ValueError
-        If no step before the last holds an encoder, :func:`prefetch` cannot tell what reaches one,
-        `n_epochs` is below 1, or a label is missing.
+        If no step before the last contains an encoder, :func:`prefetch` cannot
+        determine the input of one, `n_epochs` is below 1, or a label is missing.
 
     Notes
     -----
-    Before the clock starts, each process encodes a few rows into nothing, and trains a head of a
-    few numbers where one of the pipeline's steps trains by torch, so that loading models and
-    libraries counts nowhere but in the memory. In either process parallel jobs are threads.
+    Loading of models and libraries affects only the memory. Before timing starts, each
+    process encodes a few rows, which are discarded. If a step trains with torch, a tiny
+    head is trained too. In both processes parallel jobs run as threads.
 
-    The pipeline and the rows travel to the processes by cloudpickle, so that functions and classes
-    of a script or notebook need no ``if __name__ == "__main__"``. The time of a pass depends on
-    what else the machine does: measure on one that is idle.
+    The pipeline and the rows are sent to the processes by cloudpickle. Functions and
+    classes of a script or notebook therefore need no ``if __name__ == "__main__"``. Run
+    the report on an otherwise idle machine, since other load affects the times.
 
     References
     ----------
-    .. [1] Restrepo et al. Multimodal Deep Learning for Low-Resource Settings: A Vector Embedding
-       Alignment Approach. arXiv 2406.02601.
+    .. [1] Restrepo et al. Multimodal Deep Learning for Low-Resource Settings: A Vector
+       Embedding Alignment Approach. arXiv 2406.02601.
 
     Examples
     --------
@@ -149,9 +151,12 @@ def efficiency_report(pipeline, X, y, *, test_size=0.25, n_epochs=2, random_stat
     >>> from sklembed.evaluation import efficiency_report
     >>> def load():
     ...     return lambda texts: [[len(text), text.count(" ")] for text in texts]
-    >>> shape = CallableBackend(load, name="lengths", version="1", modality="text", n_features=2)
-    >>> pipeline = make_pipeline(FrozenEncoder(shape), LogisticRegression())
-    >>> X = ["red", "blue", "green", "pink", "a red cat", "a blue dog", "a green cow", "a pink pig"]
+    >>> lengths = CallableBackend(
+    ...     load, name="lengths", version="1", modality="text", n_features=2
+    ... )
+    >>> pipeline = make_pipeline(FrozenEncoder(lengths), LogisticRegression())
+    >>> colours = ["red", "blue", "green", "pink"]
+    >>> X = [*colours, "a red cat", "a blue dog", "a green cow", "a pink pig"]
     >>> y = ["colour"] * 4 + ["animal"] * 4
     >>> report = efficiency_report(pipeline, X, y, n_epochs=3, random_state=0)
     >>> report[["cells encoded", "parameters trained", "accuracy"]]
@@ -164,39 +169,37 @@ def efficiency_report(pipeline, X, y, *, test_size=0.25, n_epochs=2, random_stat
     check_consistent_length(X, y)
     check_no_missing_label(y)
     split = _split(X, y, test_size, random_state)
-    arms = {
-        arm: _in_a_process_of_its_own(arm, clone(pipeline), split, n_epochs)
-        for arm in ("raw", "stored")
-    }
-    return _tabulate(arms)
+    figures = {}
+    for arm in ("raw", "stored"):
+        figures[arm] = _run_in_subprocess(arm, clone(pipeline), split, n_epochs)
+    return _tabulate(figures)
 
 
 def _check_pipeline(pipeline, n_epochs):
-    """Refuse what cannot be measured, before any work."""
+    """Validate the parameters before any work."""
     if not isinstance(pipeline, Pipeline):
         raise TypeError(
-            f"pipeline must be a scikit-learn Pipeline; got {pipeline!r}. Join the encoder and "
-            "the classifier by make_pipeline."
+            f"pipeline must be a scikit-learn Pipeline; got {pipeline!r}. Join the "
+            "encoder and the classifier by make_pipeline."
         )
     name, head = pipeline.steps[-1]
     if not is_a_classifier(head):
         raise TypeError(
-            f"The pipeline's last step must be a classifier; {name!r} is {head!r}. Append one, "
-            "such as LogisticRegression()."
+            f"The pipeline's last step must be a classifier; {name!r} is {head!r}. "
+            "Append one, such as LogisticRegression()."
         )
-    if all(path.split("__")[0] == name for path in _encoders(pipeline)):
+    if not _encoder_paths(pipeline[:-1]):
         raise ValueError(
-            f"No step of the pipeline before {name!r} holds a FrozenEncoder, so there is no "
-            f"encoding to measure; the steps are {[step for step, _ in pipeline.steps]}. Put one "
-            "before the classifier."
+            f"No step of the pipeline before {name!r} contains a FrozenEncoder; the "
+            f"steps are {list(pipeline.named_steps)}. Add one before the classifier."
         )
     check_at_least_one("n_epochs", n_epochs)
 
 
-def _encoders(pipeline):
-    """Return the paths of the encoders in a pipeline, as set_params takes them."""
-    found = pipeline.get_params(deep=True).items()
-    return [path for path, value in found if isinstance(value, FrozenEncoder)]
+def _encoder_paths(pipeline):
+    """Return the paths of the encoders in a pipeline, as in set_params."""
+    params = pipeline.get_params(deep=True).items()
+    return [path for path, value in params if isinstance(value, FrozenEncoder)]
 
 
 def _split(X, y, test_size, random_state):
@@ -209,8 +212,8 @@ def _split(X, y, test_size, random_state):
         return train_test_split(X, y, **options)
 
 
-def _in_a_process_of_its_own(arm, pipeline, split, n_epochs):
-    """Measure one arm; return a dict of figures."""
+def _run_in_subprocess(arm, pipeline, split, n_epochs):
+    """Measure one arm in a new process; return a dict of figures."""
     with (
         tempfile.TemporaryDirectory(prefix="sklembed-") as folder,
         ProcessPoolExecutor(max_workers=1) as executor,
@@ -228,49 +231,48 @@ def _in_a_process_of_its_own(arm, pipeline, split, n_epochs):
 def _measure(arm, pipeline, split, n_epochs, folder, config):
     """Train and predict as the arm does; return a dict of figures."""
     X, X_test, y, y_test = split
-    store = Path(folder) / "store.sqlite" if arm == "stored" else None
+    folder = Path(folder)
+    store = folder / "store.sqlite" if arm == "stored" else None
     with config_context(**config), parallel_config(backend="threading"):
-        _warm_up(pipeline, X, Path(folder) / "warm-up.sqlite")
+        _warm_up(pipeline, X, folder / "warm-up.sqlite")
         _set_stores(pipeline, store)
         features, head = pipeline[:-1], pipeline[-1]
-        with _metering() as meter:
-            figures = _train(features, head, X, y, n_epochs, meter, again=store is None)
+        with _metered_encoders() as meter:
+            figures = _train(features, head, X, y, n_epochs, meter, arm == "raw")
             if store is not None:
-                figures["reading pass s"] = _seconds_of_encoders(
-                    meter, features.transform, X
-                )
-            tick = perf_counter()
-            predicted = head.predict(features.transform(X_test))
-            tock = perf_counter()
-            head.predict(features.transform(X_test))
-            end = perf_counter()
+                seconds = _encoding_seconds(meter, features.transform, X)
+                figures["reading pass s"] = seconds
+            for key in ("predict s", "predict again s"):
+                start = perf_counter()
+                predicted = head.predict(features.transform(X_test))
+                figures[key] = perf_counter() - start
+    store_files = folder.glob("store.sqlite*")
     return figures | {
-        "predict s": tock - tick,
-        "predict again s": end - tock,
         "peak MiB": _peak_mib(),
-        "stored bytes": sum(
-            path.stat().st_size for path in Path(folder).glob("store.sqlite*")
-        ),
+        "stored bytes": sum(path.stat().st_size for path in store_files),
         "cells encoded": meter.cells,
         "parameters trained": _n_parameters(head),
         "accuracy": float(accuracy_score(y_test, predicted)),
     }
 
 
-def _train(features, head, X, y, n_epochs, meter, *, again):
-    """Train all steps; encode the rows for the first epoch or, if `again`, for each."""
-    one_epoch = _one_epoch(head)
-    head.set_params(**one_epoch)
+def _train(features, head, X, y, n_epochs, meter, encode_each_epoch):
+    """Train all steps; encode the rows for the first epoch only, or for each."""
+    epoch_params = _single_epoch_params(head)
+    head.set_params(**epoch_params)
     start = perf_counter()
-    # Features of the first pass serve all epochs: a step that is cross-fitted in fit_transform
-    # would show the head its own labels in transform.
+    # All epochs use the features of the first pass. After a cross-fitted step,
+    # transform would leak the labels of the training rows to the head.
     vectors = features.fit_transform(X, y)
     passes = [meter.seconds]
     for epoch in range(n_epochs):
-        if again and epoch > 0:
-            passes.append(_seconds_of_encoders(meter, features.transform, X))
-        if one_epoch or epoch == n_epochs - 1:
-            _fit_quietly(head, vectors, y)
+        if encode_each_epoch and epoch > 0:
+            passes.append(_encoding_seconds(meter, features.transform, X))
+        if epoch_params or epoch == n_epochs - 1:
+            with warnings.catch_warnings():
+                # A single epoch rarely converges.
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                head.fit(vectors, y)
     return {
         "encode s": sum(passes),
         "fit s": perf_counter() - start - sum(passes),
@@ -278,8 +280,8 @@ def _train(features, head, X, y, n_epochs, meter, *, again):
     }
 
 
-def _one_epoch(head):
-    """Return parameters by which `fit` trains one epoch and goes on; none if it has no epochs."""
+def _single_epoch_params(head):
+    """Return parameters by which `fit` adds one epoch, if the head has epochs."""
     parameters = head.get_params(deep=False)
     if {"max_epochs", "warm_start"} <= parameters.keys():
         return {"max_epochs": 1, "warm_start": True}
@@ -288,47 +290,43 @@ def _one_epoch(head):
     return {}
 
 
-def _fit_quietly(head, vectors, y):
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # an epoch alone seldom suffices
-        head.fit(vectors, y)
-
-
 def _set_stores(pipeline, store):
-    """Give all encoders a store, and have no step remember outputs."""
-    pipeline.set_params(**{f"{path}__store": store for path in _encoders(pipeline)})
+    """Set the store of all encoders, and disable the memory of all pipelines."""
+    pipeline.set_params(
+        **{f"{path}__store": store for path in _encoder_paths(pipeline)}
+    )
     for step in [pipeline, *pipeline.get_params(deep=True).values()]:
         if isinstance(step, Pipeline):
             step.set_params(memory=None)
 
 
-def _warm_up(pipeline, X, throwaway):
-    """Load all models and libraries, by encoding and training as little as can be."""
+def _warm_up(pipeline, X, temporary_store):
+    """Load all models and libraries by a minimum of encoding and training."""
     features = clone(pipeline[:-1])
-    _set_stores(features, throwaway)
-    prefetch(features, take_rows(X, _rows_that_show_all(X)))
-    steps = pipeline.get_params(deep=True).values()
-    devices = {s.device for s in steps if hasattr(s, "max_epochs") and _is_ours(s)}
+    _set_stores(features, temporary_store)
+    prefetch(features, take_rows(X, _rows_covering_columns(X)))
+    devices = set()
+    for step in pipeline.get_params(deep=True).values():
+        is_from_sklembed = type(step).__module__.startswith("sklembed.")
+        if is_from_sklembed and hasattr(step, "max_epochs"):
+            devices.add(step.device)
     for device in sorted(devices):
-        _train_by_torch(device)
+        _warm_up_torch(device)
 
 
-def _rows_that_show_all(X):
-    """Find a few rows in which each column has a cell."""
-    missing = missing_cells(pd.Series(X, dtype=object) if isinstance(X, list) else X)
-    there = ~missing.reshape(len(missing), -1)
-    rows = np.unique(there.argmax(axis=0)[there.any(axis=0)])
+def _rows_covering_columns(X):
+    """Return a few rows in which each column has a cell."""
+    if isinstance(X, list):
+        X = pd.Series(X, dtype=object)
+    missing = missing_cells(X)
+    observed = ~missing.reshape(len(missing), -1)
+    first_rows = observed.argmax(axis=0)
+    rows = np.unique(first_rows[observed.any(axis=0)])
     return rows if len(rows) else np.array([0])
 
 
-def _is_ours(step):
-    return type(step).__module__.startswith("sklembed.")
-
-
-def _train_by_torch(device):
-    """Train a head on next to nothing: torch imports and starts parts of itself on first use."""
+def _warm_up_torch(device):
+    """Train a tiny head, since torch imports and initializes modules on first use."""
     from sklembed.fusion import FusionClassifier
 
     head = FusionClassifier(
@@ -341,29 +339,29 @@ def _train_by_torch(device):
 
 
 class _Meter:
-    """Seconds in which at least one encoder of this process works, and the cells they encode."""
+    """Seconds in which at least one encoder of this process works; encoded cells."""
 
     def __init__(self):
         self.seconds = 0.0
         self.cells = 0
-        self._at_work = 0
-        self._since = 0.0
+        self._n_active = 0
+        self._start = 0.0
         self._lock = threading.Lock()
 
     @contextmanager
-    def working(self):
-        """Count the time spent here, which other threads may share."""
+    def timing(self):
+        """Count the time in the context; time shared with other threads counts once."""
         with self._lock:
-            if self._at_work == 0:
-                self._since = perf_counter()
-            self._at_work += 1
+            if self._n_active == 0:
+                self._start = perf_counter()
+            self._n_active += 1
         try:
             yield
         finally:
             with self._lock:
-                self._at_work -= 1
-                if self._at_work == 0:
-                    self.seconds += perf_counter() - self._since
+                self._n_active -= 1
+                if self._n_active == 0:
+                    self.seconds += perf_counter() - self._start
 
     def count(self, n_cells):
         """Count cells that were encoded."""
@@ -372,14 +370,14 @@ class _Meter:
 
 
 @contextmanager
-def _metering():
-    """Meter all encoders of this process, also those that pipelines clone."""
+def _metered_encoders():
+    """Meter all encoders of this process, also clones, by patching their class."""
     meter = _Meter()
 
     def timed(method):
         @wraps(method)
         def call(encoder, *args, **kwargs):
-            with meter.working():
+            with meter.timing():
                 return method(encoder, *args, **kwargs)
 
         return call
@@ -394,9 +392,10 @@ def _metering():
 
         return generate
 
+    originals = {}
     wrappers = {"fit_transform": timed, "transform": timed, "_encode": counted}
-    originals = {name: vars(FrozenEncoder)[name] for name in wrappers}
     for name, wrap in wrappers.items():
+        originals[name] = vars(FrozenEncoder)[name]
         setattr(FrozenEncoder, name, wrap(originals[name]))
     try:
         yield meter
@@ -405,19 +404,18 @@ def _metering():
             setattr(FrozenEncoder, name, method)
 
 
-def _seconds_of_encoders(meter, transform, X):
-    """Run a transform for nothing but the time that encoders take in it."""
+def _encoding_seconds(meter, transform, X):
+    """Run a transform, and return only the seconds in which encoders work."""
     before = meter.seconds
     transform(X)
     return meter.seconds - before
 
 
 def _peak_mib():
-    """Return the most memory this process has had, in MiB."""
+    """Return the peak memory of this process in MiB."""
+    # Linux: unlike ru_maxrss, VmHWM never includes the peak of the parent process.
     status = Path("/proc/self/status")
-    if (
-        status.exists()
-    ):  # elsewhere than here, the peak may include what the parent process had
+    if status.exists():
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 2**10
@@ -428,47 +426,52 @@ def _peak_mib():
 
 
 def _n_parameters(head):
-    """Count the numbers that a head has learnt, without the statistics it keeps; NaN if unknown."""
+    """Return the number of trained parameters of a head, or NaN if unknown."""
     if hasattr(head, "n_parameters_"):
         return head.n_parameters_
-    weights = getattr(head, "weights_", None)
-    if isinstance(weights, dict):
-        trained = [weight for name, weight in weights.items() if _is_trained(name)]
-        arrays = all(isinstance(weight, np.ndarray) for weight in trained)
-        return sum(weight.size for weight in trained) if arrays else math.nan
-    if hasattr(head, "coefs_"):  # layer by layer
+    if isinstance(getattr(head, "weights_", None), dict):
+        return _n_trained(head.weights_)
+    if hasattr(head, "coefs_"):  # one array per layer
         return sum(array.size for array in [*head.coefs_, *head.intercepts_])
     if hasattr(head, "coef_"):
-        return math.prod(np.shape(head.coef_)) + np.size(
-            getattr(head, "intercept_", ())
-        )
+        n_intercepts = np.size(getattr(head, "intercept_", ()))
+        return math.prod(np.shape(head.coef_)) + n_intercepts
     return math.nan
 
 
-def _is_trained(name):
-    return name.split(".")[-1] not in _NOT_TRAINED and "running" not in name
+def _n_trained(weights):
+    """Return the number of trained values in a dict of arrays; NaN for other values."""
+    n_trained = 0
+    for name, weight in weights.items():
+        if name.split(".")[-1] in _NOT_TRAINED or "running" in name:
+            continue
+        if not isinstance(weight, np.ndarray):
+            return math.nan
+        n_trained += weight.size
+    return n_trained
 
 
-def _tabulate(arms):
-    """Put the figures of both arms into one table, and say when storing pays."""
-    once, anew = arms["stored"]["encoding pass s"], arms["raw"]["encoding pass s"]
-    read = arms["stored"]["reading pass s"]
-    report = pd.DataFrame.from_dict(arms, orient="index").rename_axis("arm")
+def _tabulate(figures):
+    """Put the figures of both arms into one table, with the break-even points."""
+    raw, stored = figures["raw"], figures["stored"]
+    encode, store = raw["encoding pass s"], stored["encoding pass s"]
+    read = stored["reading pass s"]
+    report = pd.DataFrame.from_dict(figures, orient="index").rename_axis("arm")
     report = report.drop(columns=["encoding pass s", "reading pass s"])
-    report["breaks even at epochs"] = [math.nan, _epochs_to_break_even(once, anew)]
-    report["breaks even at fits"] = [math.nan, _fits_to_break_even(once, anew, read)]
+    report["breaks even at epochs"] = [math.nan, _epochs_to_break_even(store, encode)]
+    report["breaks even at fits"] = [math.nan, _fits_to_break_even(store, encode, read)]
     return report
 
 
-def _epochs_to_break_even(once, anew):
-    """Return the least N, from 1, with once <= N * anew, all in seconds."""
-    return float(max(1, math.ceil(once / anew))) if anew > 0 else math.inf
+def _epochs_to_break_even(store, encode):
+    """Return the smallest N >= 1 with store <= N * encode."""
+    if encode <= 0:
+        return math.inf
+    return float(max(1, math.ceil(store / encode)))
 
 
-def _fits_to_break_even(once, anew, read):
-    """Return the least k, from 1, with once + (k - 1) * read <= k * anew, all in seconds."""
-    return (
-        float(max(1, math.ceil((once - read) / (anew - read))))
-        if anew > read
-        else math.inf
-    )
+def _fits_to_break_even(store, encode, read):
+    """Return the smallest k >= 1 with store + (k - 1) * read <= k * encode."""
+    if encode <= read:
+        return math.inf
+    return float(max(1, math.ceil((store - read) / (encode - read))))
