@@ -1,6 +1,7 @@
-"""ZeroShotClassifier: classes told by texts, without a labelled row."""
+"""ZeroShotClassifier: classes described by texts, without labelled rows."""
 
 from collections.abc import Mapping
+from itertools import chain
 from numbers import Real
 
 import numpy as np
@@ -21,56 +22,58 @@ from sklembed._validation import (
     sorted_labels,
 )
 
-_PLACE = "{}"  # of the class's name, in a template
-_TEMPERATURE = 0.01  # of CLIP and SigLIP, where training has kept it
-_TEMPERATURES = (1e-3, 10.0)  # that calibration looks between
+_PLACEHOLDER = "{}"  # of the class name, in a template
+_TEMPERATURE = 0.01  # of CLIP; also the default for encoders without a temperature
+_TEMPERATURE_BOUNDS = (1e-3, 10.0)  # of calibration
 
 
 class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
-    """Classify rows by how alike they are to texts that describe the classes [1]_.
+    """Classify rows by their similarity to texts that describe the classes [1]_.
 
-    A class is the mean, scaled to unit length, of the unit vectors of its texts in a space that
-    texts share with the rows' modality. A row belongs to the class it is most alike to;
-    probabilities are the softmax of the cosines over a temperature. No labelled row is needed.
+    Texts and the rows' modality share an embedding space. A class embedding is the mean
+    of the unit vectors of its texts, scaled to unit length. The predicted class has the
+    largest cosine similarity to the row; probabilities are the softmax of the cosines
+    divided by a temperature. No labelled rows are needed.
 
     Parameters
     ----------
     encoder : estimator
-        What brings rows and texts into one space.
+        Maps rows and texts into one space.
 
-        - A cross-modal estimator, which has ``encode(X, modality)``: :class:`SharedFusionEncoder`,
-          :class:`CrossAttentionAdaptor`, :class:`CanonicalAligner`, :class:`ModalityGapAligner`.
-          It is cloned and fitted on the rows of `fit`; one that is fitted already, in
-          :class:`~sklearn.frozen.FrozenEstimator`, is used as it is.
-        - A :class:`FrozenEncoder` of a dual encoder such as CLIP or SigLIP. `X` is then the column
-          that it takes.
+        - A cross-modal estimator with a method ``encode(X, modality)``, such as
+          :class:`SharedFusionEncoder`, :class:`CrossAttentionAdaptor`,
+          :class:`CanonicalAligner` or :class:`ModalityGapAligner`. It is cloned and
+          fitted on the rows passed to `fit`. A fitted one is used without change if it
+          is wrapped in :class:`~sklearn.frozen.FrozenEstimator`.
+        - A :class:`FrozenEncoder` of a dual encoder such as CLIP or SigLIP. `X` is then
+          its input column.
 
     prompts : str, list of str or dict, default="a picture of {}"
-        The texts of a class: a template with ``{}`` for its name, several of them, whose vectors
-        are averaged, or for each class its text or texts.
+        The texts of a class: a template with ``{}`` for its name, or several templates,
+        whose vectors are averaged, or a dict with one or more texts for each class.
 
     classes : array-like of shape (n_classes,) or None, default=None
-        The classes; None takes those that `prompts` holds texts for, if it is a dict, else the
+        The classes. If None, the keys of `prompts` if it is a dict, otherwise the
         labels in `y`.
 
     text_encoder : transformer or None, default=None
-        Maps a list of texts to what the text block holds: the :class:`FrozenEncoder` of that
-        branch or, if more steps or a weight follow it there, the fitted branch itself,
-        ``union.named_transformers_["text"]``. Used as it is. None is the text tower of a dual
-        encoder.
+        Maps a list of texts to the vectors of the text block. Pass the
+        :class:`FrozenEncoder` of that branch or, if the branch has further steps or a
+        weight, the fitted branch ``union.named_transformers_["text"]``. It is not
+        fitted. If None, the text tower of a dual encoder is used.
 
     modality : str, default="image"
-        The block by which rows are classified. Of no use to a dual encoder.
+        The block by which rows are classified. Ignored by dual encoders.
 
     text_modality : str, default="text"
-        The block that texts are encoded as. Of no use to a dual encoder.
+        The block as which texts are encoded. Ignored by dual encoders.
 
     temperature : {"learnt", "calibrated"} or float, default="learnt"
-        What cosines are divided by. "learnt" is the temperature that `encoder` was trained with,
-        .01 where it has none. "calibrated" is the one under which the labels in `y` are likeliest;
-        rows that the encoder was trained on are closer to their texts than new ones, so give it
-        others, or wrap the classifier in
-        ``CalibratedClassifierCV(..., method="temperature")``.
+        Temperature by which cosines are divided. "learnt" is the temperature with which
+        `encoder` was trained, or 0.01 if it has none. "calibrated" maximizes the
+        likelihood of the labels in `y`. Rows on which the encoder was trained are
+        closer to their texts than new rows are. Calibrate on other rows, or wrap the
+        classifier in ``CalibratedClassifierCV(..., method="temperature")``.
 
     Attributes
     ----------
@@ -81,28 +84,30 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         The texts of each class.
 
     class_embeddings_ : ndarray of shape (n_classes, n_components), dtype float32
-        The classes in the shared space, of unit length.
+        The class embeddings, of unit length.
 
     temperature_ : float
         The temperature.
 
     encoder_ : estimator
-        The encoder, fitted.
+        The fitted encoder.
 
     n_features_in_ : int
-        Number of columns seen during fit, where it has seen any.
+        Number of columns seen during fit. Defined only if the encoder has it.
 
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Their names, where they have any.
+        Names of the columns seen during fit. Defined only if `X` has string column
+        names.
 
     See Also
     --------
-    SharedFusionEncoder : Learns the space from pairs.
+    SharedFusionEncoder : Learns a shared space from pairs.
 
     References
     ----------
-    .. [1] Radford et al. Learning Transferable Visual Models From Natural Language Supervision.
-       arXiv 2103.00020, section 3.1. LightCRL (arXiv 2403.04650) and others follow it.
+    .. [1] Radford et al. Learning Transferable Visual Models From Natural Language
+       Supervision. arXiv 2103.00020, section 3.1. LightCRL (arXiv 2403.04650) and
+       others follow it.
 
     Examples
     --------
@@ -112,10 +117,11 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
     >>> y = np.repeat(["cat", "dog", "cow"], 50)
     >>> means = {"cat": [3, 0, 0], "dog": [0, 3, 0], "cow": [0, 0, 3]}
     >>> text = np.array([means[name] for name in y]) + rng.normal(size=(150, 3))
-    >>> X = np.hstack([text, text @ rng.normal(size=(3, 5)) + rng.normal(size=(150, 5))])
+    >>> image = text @ rng.normal(size=(3, 5)) + rng.normal(size=(150, 5))
+    >>> X = np.hstack([text, image])
     >>> class Texts:
     ...     def transform(self, texts):
-    ...         return np.array([means[text.split()[-1]] for text in texts], dtype=float)
+    ...         return np.array([means[text.split()[-1]] for text in texts], float)
     >>> aligner = CanonicalAligner(blocks={"text": slice(0, 3), "image": slice(3, 8)})
     >>> classifier = ZeroShotClassifier(
     ...     aligner, classes=["cat", "cow", "dog"], text_encoder=Texts()
@@ -163,12 +169,12 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            What `encoder` is fitted on. A frozen one learns nothing: there `X` is looked at only to
-            calibrate, and may be None.
+            Training data of `encoder`. A frozen encoder uses it only for calibration;
+            otherwise it may be None.
 
         y : array-like of shape (n_samples,) or None, default=None
-            Labels. They name the classes, if nothing else does, and calibrate the temperature,
-            where that is asked for; otherwise they are not used.
+            Labels. They define the classes if neither `classes` nor a dict of `prompts`
+            does, and are used if the temperature is calibrated.
 
         Returns
         -------
@@ -178,25 +184,26 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If nothing names two classes, a template has no placeholder, a class has no text or the
-            same as another, there is no encoder of texts or no such block, rows to fit on or labels
-            to calibrate by are lacking, or a label is of no class.
+            If there are fewer than two classes, a template has no placeholder, a class
+            has no text or the same texts as another, there is no text encoder or block
+            of that name, rows to fit on or labels for calibration are missing, or a
+            label is not in the classes.
         """
         self.classes_, self.prompts_ = self._find_prompts(y)
         labels = self._calibration_labels(X, y)
-        texts = self._encode_texts(self._text_encoder())  # before anything is trained
+        texts = self._encode_texts(self._find_text_encoder())  # before any training
         self.encoder_ = clone(self.encoder)
-        if not self._is_dual():
+        if not self._has_dual_encoder():
             if X is None and not isinstance(self.encoder, FrozenEstimator):
                 raise ValueError(
-                    f"X is None, but the {type(self.encoder).__name__} has to be fitted on it. "
-                    "Give rows, or a fitted encoder as FrozenEstimator(encoder)."
+                    f"X is None, but {type(self.encoder).__name__} must be fitted. "
+                    "Pass rows, or a fitted encoder as FrozenEstimator(encoder)."
                 )
             self.encoder_.fit(X, None)
             known_block(self.modality, self.encoder_.blocks_)
-        self.class_embeddings_ = self._class_embeddings(texts)
+        self.class_embeddings_ = self._embed_classes(texts)
         if labels is not None:
-            self.temperature_ = _likeliest_temperature(self._cosines(X), labels)
+            self.temperature_ = _calibrate_temperature(self._cosines(X), labels)
         elif self.temperature == "learnt":
             self.temperature_ = getattr(self.encoder_, "temperature_", _TEMPERATURE)
         else:
@@ -204,13 +211,13 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict(self, X):
-        """Return the class that each row is most alike to.
+        """Return the class with the largest cosine similarity to each row.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Rows, as `encoder` takes them, with all their columns; blocks but that of `modality`
-            may be NaN.
+            Input of `encoder`, with all its columns. Blocks other than `modality` may
+            be NaN.
 
         Returns
         -------
@@ -251,13 +258,11 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         classes = self.classes
         if classes is None and y is not None:
             check_no_label_lists(y)
+            classes = y
+        if self.classes is None and isinstance(self.prompts, Mapping):
+            classes = list(self.prompts)
         if classes is None:
-            classes = list(self.prompts) if isinstance(self.prompts, Mapping) else y
-        if classes is None:
-            raise ValueError(
-                "Nothing names the classes: pass classes, prompts as a dict from classes to texts, "
-                "or y."
-            )
+            raise ValueError("No classes given. Pass classes, a dict of prompts, or y.")
         if np.any(pd.isna(np.asarray(classes))):
             raise ValueError(
                 f"A class is None or NaN: {list(classes)[:10]}. Leave it out."
@@ -265,62 +270,54 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         classes = sorted_labels(column_or_1d(classes))[0]
         if len(classes) < 2:
             raise ValueError(
-                f"Two classes are needed at least; got {classes.tolist()}."
+                f"At least two classes are needed; got {classes.tolist()}."
             )
-        texts = {label: self._texts_of(label) for label in classes.tolist()}
-        seen = {}
-        for label, own in texts.items():
-            twin = seen.setdefault(frozenset(own), label)
+        prompts = {label: self._class_texts(label) for label in classes.tolist()}
+        label_of_texts = {}
+        for label, texts in prompts.items():
+            twin = label_of_texts.setdefault(frozenset(texts), label)
             if twin != label:
                 raise ValueError(
-                    f"The classes {twin!r} and {label!r} have the same texts, {own[:3]}, so that "
-                    "nothing can tell them apart. Change the prompts."
+                    f"The classes {twin!r} and {label!r} have the same texts, "
+                    f"{texts[:3]}, and cannot be distinguished. Change the prompts."
                 )
-        return classes, texts
+        return classes, prompts
 
-    def _texts_of(self, label):
+    def _class_texts(self, label):
         """Return the texts of a class."""
         if isinstance(self.prompts, Mapping):
             if label not in self.prompts:
                 raise ValueError(
-                    f"prompts has no text for class {label!r}; it has some for "
-                    f"{list(self.prompts)[:10]}."
+                    f"prompts has no text for class {label!r}, only for "
+                    f"{list(self.prompts)[:10]}. Add its texts."
                 )
-            texts = self.prompts[label]
-            texts = (
-                [texts]
-                if isinstance(texts, str) or not np.iterable(texts)
-                else list(texts)
-            )
+            texts = _as_list(self.prompts[label])
         else:
-            templates = (
-                [self.prompts] if isinstance(self.prompts, str) else list(self.prompts)
-            )
-            lacking = [
-                t for t in templates if not isinstance(t, str) or _PLACE not in t
-            ]
-            if lacking:
-                raise ValueError(
-                    f"The template {lacking[0]!r} has no {_PLACE} for the class's name, so that "
-                    "all classes would get the same text. Put it in, or pass a dict from classes "
-                    "to texts."
-                )
-            texts = [template.replace(_PLACE, str(label)) for template in templates]
-        if not texts or not all(
-            isinstance(text, str) and text.strip() for text in texts
-        ):
+            texts = []
+            for template in _as_list(self.prompts):
+                if not isinstance(template, str) or _PLACEHOLDER not in template:
+                    raise ValueError(
+                        f"The template {template!r} has no {_PLACEHOLDER} for the "
+                        "class's name, so all classes would get the same text. Add it, "
+                        "or pass a dict from classes to texts."
+                    )
+                texts.append(template.replace(_PLACEHOLDER, str(label)))
+        valid = all(isinstance(text, str) and text.strip() for text in texts)
+        if not texts or not valid:
             raise ValueError(
-                f"The texts of class {label!r} must be words; got {texts!r}."
+                f"The texts of class {label!r} must be non-empty strings; got "
+                f"{texts!r}."
             )
         return texts
 
     def _calibration_labels(self, X, y):
-        """Return the position of each label among the classes, or None where none are asked for."""
+        """Return the position of each label in the classes, for calibration only."""
         if self.temperature != "calibrated":
             return None
         if y is None or X is None:
             raise ValueError(
-                "temperature='calibrated' needs labelled rows; X or y is None. Give both to fit."
+                "temperature='calibrated' needs labelled rows, but X or y is None. "
+                "Pass both to fit."
             )
         check_no_missing_label(y)
         y = column_or_1d(y, warn=True)
@@ -328,69 +325,71 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
             raise ValueError(
-                f"y holds {unknown.tolist()[0]!r}, which is none of the classes "
-                f"{self.classes_[:10].tolist()}, so there is nothing to calibrate by."
+                f"y has the label {unknown.tolist()[0]!r}, which is none of the "
+                f"classes {self.classes_[:10].tolist()}. Calibrate on rows of these "
+                "classes."
             )
         return np.searchsorted(self.classes_, y)
 
-    def _is_dual(self):
-        """Tell whether the encoder is a dual encoder, not one of blocks."""
+    def _has_dual_encoder(self):
+        """Return whether the encoder is a dual encoder and not a cross-modal one."""
         if hasattr(self.encoder, "encode"):
             return False
         if get_tags(self.encoder).requires_fit:
             raise ValueError(
-                f"A {type(self.encoder).__name__} as encoder has no method encode(X, modality), "
-                "and is no frozen dual encoder either. Pass a cross-modal estimator, and put the "
-                "steps before it into a pipeline: make_pipeline(union, ZeroShotClassifier(...))."
+                f"A {type(self.encoder).__name__} as encoder has no method encode(X, "
+                "modality), and is not a frozen dual encoder. Pass a cross-modal "
+                "estimator, and put preceding steps into a pipeline: "
+                "make_pipeline(union, ZeroShotClassifier(...))."
             )
         return True
 
-    def _text_encoder(self):
-        """Return what texts are encoded by, before anything is trained."""
+    def _find_text_encoder(self):
+        """Return the transformer that encodes texts."""
         if self.text_encoder is not None:
             return self.text_encoder
-        if not self._is_dual():
+        if not self._has_dual_encoder():
             raise ValueError(
-                f"{type(self.encoder).__name__} takes vectors, not texts: pass text_encoder, the "
-                f"FrozenEncoder of its block {self.text_modality!r}."
+                f"{type(self.encoder).__name__} takes vectors, not texts. Set "
+                "text_encoder to the FrozenEncoder of its block "
+                f"{self.text_modality!r}."
             )
         try:
             return clone(self.encoder).set_params(modality="text")
         except ValueError as error:
             raise ValueError(
-                f"{type(self.encoder).__name__} has no parameter modality, and so no text tower: "
-                "pass text_encoder."
+                f"{type(self.encoder).__name__} has no parameter modality, and so no "
+                "text tower. Set text_encoder."
             ) from error
 
-    def _encode_texts(self, encoder):
+    def _encode_texts(self, text_encoder):
         """Return the vectors, or tokens, of the texts of all classes."""
-        texts = [text for own in self.prompts_.values() for text in own]
+        texts = list(chain.from_iterable(self.prompts_.values()))
         try:
-            return encoder.transform(texts)
+            return text_encoder.transform(texts)
         except ValueError as error:
-            error.add_note(
-                "This was in encoding the prompts; they go through text_encoder."
-            )
+            error.add_note("This was in encoding the prompts by text_encoder.")
             raise
 
-    def _class_embeddings(self, texts):
-        """Return the unit vector of each class, given what its texts were encoded to."""
+    def _embed_classes(self, texts):
+        """Return the unit vector of each class from the vectors of its texts."""
         z = texts
-        if not self._is_dual():
+        if not self._has_dual_encoder():
             try:
                 z = self.encoder_.encode(texts, self.text_modality)
             except ValueError as error:
                 error.add_note(
-                    "This was in what text_encoder made of the prompts: it must give what the "
-                    f"block {self.text_modality!r} was made of."
+                    "This was in encoding the output of text_encoder, which must have "
+                    f"the columns of the block {self.text_modality!r}."
                 )
                 raise
         if z.dtype == object:
             raise ValueError(
-                f"{self.encoder!r} gives tokens, and a class is one vector. Set output='pooled'."
+                f"{self.encoder!r} returns tokens, but a class needs a single vector. "
+                "Set output='pooled'."
             )
         z = normalize(np.asarray(z, dtype=np.float32))
-        ends = np.cumsum([len(own) for own in self.prompts_.values()])[:-1]
+        ends = np.cumsum([len(texts) for texts in self.prompts_.values()])[:-1]
         return normalize(np.stack([part.mean(axis=0) for part in np.split(z, ends)]))
 
     @property
@@ -400,12 +399,12 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
 
     @property
     def feature_names_in_(self):
-        """Names of the columns seen during fit, where they have any."""
+        """Names of the columns seen during fit, if they are strings."""
         return self.encoder_.feature_names_in_
 
     def _cosines(self, X):
-        """Return the cosine of each row and class."""
-        if self._is_dual():
+        """Return the cosine similarity of each row and class."""
+        if self._has_dual_encoder():
             z = self.encoder_.transform(X)
         else:
             validate_data(self.encoder_, X, skip_check_array=True, reset=False)
@@ -416,8 +415,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         missing = np.flatnonzero(~observed_rows(z))
         if len(missing):
             raise ValueError(
-                f"Row {missing[0]} has no {self.modality!r} to be classified by ({len(missing)} "
-                "such rows). Leave them out."
+                f"Row {missing[0]} has no {self.modality!r}, by which rows are "
+                f"classified ({len(missing)} such rows). Leave them out."
             )
         return (normalize(z) @ self.class_embeddings_.T).astype(np.float64)
 
@@ -428,15 +427,20 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         return tags
 
 
-def _likeliest_temperature(cosines, labels):
-    """Return the temperature under which the labels are likeliest."""
+def _as_list(texts):
+    """Return one or more texts as a list."""
+    if isinstance(texts, str) or not np.iterable(texts):
+        return [texts]
+    return list(texts)
+
+
+def _calibrate_temperature(cosines, labels):
+    """Return the temperature that maximizes the likelihood of the labels."""
+    rows = np.arange(len(labels))
 
     def loss(log_temperature):
         logits = cosines / np.exp(log_temperature)
-        return np.mean(
-            logsumexp(logits, axis=1) - logits[np.arange(len(labels)), labels]
-        )
+        return np.mean(logsumexp(logits, axis=1) - logits[rows, labels])
 
-    return float(
-        np.exp(minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded").x)
-    )
+    bounds = np.log(_TEMPERATURE_BOUNDS)
+    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))

@@ -47,7 +47,7 @@ def texts():
 
 @pytest.fixture
 def animals():
-    """Captions and pictures of four animals: 200 rows of both blocks, and the names."""
+    """Captions and images of four animals: 200 rows of both blocks, and the names."""
     rng = np.random.default_rng(0)
     y = rng.permutation(np.repeat(NAMES, 50))
     text = count_names(y) + rng.normal(scale=0.2, size=(200, 4))
@@ -65,7 +65,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_pictures_are_told_by_words_alone_in_any_learnt_space(name, animals, texts):
+def test_images_are_classified_by_words_in_any_learned_space(name, animals, texts):
     X, y = animals
     classifier = ZeroShotClassifier(ENCODERS[name], classes=NAMES, text_encoder=texts)
     classifier.fit(X[:100])
@@ -155,7 +155,7 @@ def test_a_template_is_filled_with_the_label_whatever_its_type(animals, texts):
     }
 
 
-def test_y_names_the_classes_and_is_not_learnt_from(animals, texts):
+def test_y_names_the_classes_and_is_not_learned_from(animals, texts):
     X, y = animals
     classifier = ZeroShotClassifier(CanonicalAligner(blocks=BLOCKS), text_encoder=texts)
     shuffled = np.random.default_rng(1).permutation(y)
@@ -228,21 +228,24 @@ BAD = {
         "no {} for the class's name",
     ),
     "a class without a text": ({"prompts": {"ant": "ant"}}, "no text for class 'bee'"),
-    "an empty text": ({"prompts": dict.fromkeys(NAMES, " ")}, "must be words"),
-    "no text": ({"prompts": {name: [] for name in NAMES}}, "must be words"),
+    "an empty text": (
+        {"prompts": dict.fromkeys(NAMES, " ")},
+        "must be non-empty strings",
+    ),
+    "no text": ({"prompts": {name: [] for name in NAMES}}, "must be non-empty strings"),
     "the same texts": ({"prompts": dict.fromkeys(NAMES, "ant")}, "have the same texts"),
-    "no class": ({"classes": None}, "Nothing names the classes"),
-    "one class": ({"classes": ["ant"]}, "Two classes are needed"),
+    "no class": ({"classes": None}, "No classes given. Pass classes"),
+    "one class": ({"classes": ["ant"]}, "At least two classes are needed"),
     "a missing class": ({"classes": ["ant", None]}, "A class is None or NaN"),
     "a text that is a number": (
         {"prompts": dict.fromkeys(NAMES, 5)},
-        "must be words; got",
+        "must be non-empty strings; got",
     ),
     "an encoder that is a pipeline": (
         {"encoder": make_pipeline(CanonicalAligner(blocks=BLOCKS))},
         "A Pipeline as encoder has no method encode",
     ),
-    "no encoder of texts": ({"text_encoder": None}, "pass text_encoder"),
+    "no encoder of texts": ({"text_encoder": None}, "Set text_encoder"),
     "no such block": ({"modality": "sound"}, "no modality 'sound'"),
     "no such block of texts": ({"text_modality": "words"}, "no modality 'words'"),
     "no labels to calibrate by": ({"temperature": "calibrated"}, "needs labelled rows"),
@@ -273,7 +276,7 @@ def test_an_encoder_has_rows_to_be_fitted_on_or_is_frozen(texts):
 
 def test_an_encoder_that_gives_tokens_is_refused(animals, texts):
     adaptor = CrossAttentionAdaptor(8, **CHEAP | {"max_epochs": 1}, output="tokens")
-    with pytest.raises(ValueError, match="gives tokens.* output='pooled'"):
+    with pytest.raises(ValueError, match="returns tokens.* output='pooled'"):
         ZeroShotClassifier(adaptor, classes=NAMES, text_encoder=texts).fit(animals[0])
 
 
@@ -303,7 +306,7 @@ def test_an_encoder_without_texts_is_refused(image_backend):
     encoder = FrozenEncoder(image_backend, store=None)
     with pytest.raises(ValueError, match="modality='text', but") as caught:
         ZeroShotClassifier(encoder, classes=NAMES).fit(None)
-    assert "they go through text_encoder" in caught.value.__notes__[0]
+    assert "encoding the prompts by text_encoder" in caught.value.__notes__[0]
 
 
 def test_texts_of_another_width_are_laid_at_the_text_encoder_s_door(animals, texts):
@@ -312,7 +315,7 @@ def test_texts_of_another_width_are_laid_at_the_text_encoder_s_door(animals, tex
     aligner = CanonicalAligner(blocks=blocks)
     with pytest.raises(ValueError, match="has 3 columns; got 4") as caught:
         ZeroShotClassifier(aligner, classes=NAMES, text_encoder=texts).fit(X)
-    assert "what text_encoder made of the prompts" in caught.value.__notes__[0]
+    assert "encoding the output of text_encoder" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("shape", ["column", "short"])
