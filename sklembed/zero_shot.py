@@ -48,7 +48,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         - A :class:`FrozenEncoder` of a dual encoder such as CLIP or SigLIP. `X` is then
           its input column.
 
-    prompts : str, list of str or dict, default="a picture of {}"
+    prompts : str, list of str or dict, default="an image of {}"
         The texts of a class: a template with ``{}`` for its name, or several templates,
         whose vectors are averaged, or a dict with one or more texts for each class.
 
@@ -68,8 +68,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
     text_modality : str, default="text"
         The block as which texts are encoded. Ignored by dual encoders.
 
-    temperature : {"learnt", "calibrated"} or float, default="learnt"
-        Temperature by which cosines are divided. "learnt" is the temperature with which
+    temperature : {"learned", "calibrated"} or float, default="learned"
+        Temperature by which cosines are divided. "learned" is the temperature with which
         `encoder` was trained, or 0.01 if it has none. "calibrated" maximizes the
         likelihood of the labels in `y`. Rows on which the encoder was trained are
         closer to their texts than new rows are. Calibrate on other rows, or wrap the
@@ -138,7 +138,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         "modality": [str],
         "text_modality": [str],
         "temperature": [
-            StrOptions({"learnt", "calibrated"}),
+            StrOptions({"learned", "calibrated"}),
             Interval(Real, 0, None, closed="neither"),
         ],
     }
@@ -146,13 +146,13 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
     def __init__(
         self,
         encoder,
-        prompts="a picture of {}",
+        prompts="an image of {}",
         *,
         classes=None,
         text_encoder=None,
         modality="image",
         text_modality="text",
-        temperature="learnt",
+        temperature="learned",
     ):
         self.encoder = encoder
         self.prompts = prompts
@@ -204,7 +204,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         self.class_embeddings_ = self._embed_classes(texts)
         if labels is not None:
             self.temperature_ = _calibrate_temperature(self._cosines(X), labels)
-        elif self.temperature == "learnt":
+        elif self.temperature == "learned":
             self.temperature_ = getattr(self.encoder_, "temperature_", _TEMPERATURE)
         else:
             self.temperature_ = self.temperature

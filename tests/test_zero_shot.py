@@ -116,18 +116,18 @@ def test_a_frozen_encoder_is_used_as_it_is_and_needs_no_rows(animals, texts):
 def test_a_dual_encoder_brings_its_own_text_tower(kind, checkpoints):
     encoder = FrozenEncoder(checkpoints[kind], modality="image", store=None)
     rng = np.random.default_rng(0)
-    pictures = [
+    images = [
         Image.fromarray(p) for p in rng.integers(0, 255, (3, 40, 40, 3), dtype=np.uint8)
     ]
     classifier = ZeroShotClassifier(encoder, "the {}", classes=["cat", "dog"]).fit(None)
     tower = clone(encoder).set_params(modality="text")
-    words, seen = tower.transform(["the cat", "the dog"]), encoder.transform(pictures)
+    words, seen = tower.transform(["the cat", "the dog"]), encoder.transform(images)
     words /= np.linalg.norm(words, axis=1, keepdims=True)
     seen /= np.linalg.norm(seen, axis=1, keepdims=True)
     logits = seen @ words.T / 0.01
     expected = np.exp(logits - logits.max(axis=1, keepdims=True))
     expected /= expected.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(classifier.predict_proba(pictures), expected, rtol=1e-3)
+    np.testing.assert_allclose(classifier.predict_proba(images), expected, rtol=1e-3)
 
 
 def test_a_class_is_the_mean_of_the_unit_vectors_of_its_texts(animals, texts):
@@ -165,7 +165,7 @@ def test_y_names_the_classes_and_is_not_learned_from(animals, texts):
     )
 
 
-def test_the_learnt_temperature_is_the_encoder_s(animals, texts):
+def test_the_learned_temperature_is_the_encoder_s(animals, texts):
     X, _ = animals
     classifier = ZeroShotClassifier(
         ENCODERS["SharedFusionEncoder"], classes=NAMES, text_encoder=texts
@@ -224,7 +224,7 @@ def test_frames_and_pickles_do_the_same(animals, texts):
 
 BAD = {
     "a template without a place": (
-        {"prompts": "a picture"},
+        {"prompts": "an image"},
         "no {} for the class's name",
     ),
     "a class without a text": ({"prompts": {"ant": "ant"}}, "no text for class 'bee'"),
