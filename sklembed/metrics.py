@@ -1,8 +1,8 @@
-"""Measures of embeddings, and of masks; arrays in, floats out.
+"""Metrics of embeddings and of masks.
 
-Of embeddings: gaps between modalities, their shape, retrieval. A row of NaN throughout is a missing
-modality and is left out. Only directions count, except in `effective_rank`: rows are scaled to unit
-length; a row of zeros has no direction and stays zero.
+Embeddings: gaps between modalities, their distribution, and retrieval. A row of NaN is
+a missing modality and is excluded. Rows are scaled to unit length, except in
+`effective_rank`; a row of zeros stays zero.
 """
 
 from collections.abc import Iterator
@@ -20,55 +20,59 @@ from sklearn.utils.random import sample_without_replacement
 from sklembed._table.blocks import observed_rows
 from sklembed._validation import check_masks, check_no_missing_label, sorted_labels
 
-_CHUNK = 2**21  # numbers held at once, where all pairs of rows are met
-_TIE = 1e-6  # cosines no further apart are equal, but for rounding
+_CHUNK = 2**21  # numbers in memory at once when all pairs of rows are compared
+_TIE = 1e-6  # cosines that differ by at most this are equal up to rounding
 
 
 def dice_score(y_true, y_pred, *, empty="count", adjusted=False) -> float:
-    """Mean Dice coefficient of pictures: ``2 |P & T| / (|P| + |T|)`` of predicted and true pixels.
+    """Mean Dice coefficient of images, ``2 |P & T| / (|P| + |T|)``.
 
-    A picture's Dice is the mean over the classes that its mask or prediction shows; label 0 is
-    background, and none of them. What a picture counts for that shows nothing is where published
-    figures differ [1]_: if an empty prediction on an empty mask is 1, a predictor that never finds
-    anything scores the share of empty masks, which may look good. So report both
-    ``empty="count"`` and ``empty="skip"``, or the first adjusted for it.
+    P and T are the predicted and the true pixels of a class. The Dice coefficient of an
+    image is the mean over the classes in its mask or prediction; label 0 is background
+    and not a class.
+
+    Published figures differ in the score of empty masks [1]_. If an empty prediction on
+    an empty mask scores 1, always predicting background scores the fraction of empty
+    masks, which may look good. Report both ``empty="count"`` and ``empty="skip"``, or
+    the adjusted score.
 
     Parameters
     ----------
     y_true : sequence of array-like of shape (height, width)
-        True masks: whole numbers, a label for each pixel.
+        True masks: integers, a label for each pixel.
 
     y_pred : sequence of array-like of shape (height, width)
-        Predicted masks, each of the size of the true one.
+        Predicted masks, each of the size of the true mask.
 
     empty : {"count", "skip"}, default="count"
-        Whether pictures whose true mask is empty count, 1 if the prediction is empty as well, else
-        0; or are left out.
+        How to score images with an empty true mask. "count" scores 1 if the prediction
+        is empty too, otherwise 0. "skip" excludes the images.
 
     adjusted : bool, default=False
-        Whether to scale the mean so that predicting nothing anywhere scores 0, as
-        :func:`sklearn.metrics.balanced_accuracy_score` does for guessing: ``(score - e) / (1 - e)``
-        with e the share of empty masks. Below 0 is worse than predicting nothing.
+        Whether to scale the mean to ``(score - e) / (1 - e)``, where e is the fraction
+        of empty masks. Always predicting background then scores 0, as guessing does in
+        :func:`sklearn.metrics.balanced_accuracy_score`. Scores below 0 are worse.
 
     Returns
     -------
     score : float
-        1 is perfect; from 0, unless adjusted.
+        From 0 to 1; lower if adjusted.
 
     Raises
     ------
     ValueError
-        If there are not as many predictions as masks, sizes differ, a label is no whole number, or
-        all true masks are empty where these are skipped or adjusted for.
+        If the numbers or sizes of masks and predictions differ, a label is not an
+        integer, or all true masks are empty with ``empty="skip"`` or `adjusted`.
 
     See Also
     --------
-    iou_score : The same of intersection over union.
+    iou_score : Intersection over union.
 
     References
     ----------
-    .. [1] In the tables of arXiv 2401.01179 the same figure stands at 1, 10 and 100 % of the
-       labels; its code counts an empty prediction on an empty mask as 1.
+    .. [1] The tables of arXiv 2401.01179 have the same figure for 1, 10 and 100 % of
+           the
+       labels; its code scores an empty prediction on an empty mask as 1.
 
     Examples
     --------
@@ -76,44 +80,50 @@ def dice_score(y_true, y_pred, *, empty="count", adjusted=False) -> float:
     >>> from sklembed.metrics import dice_score
     >>> y_true = np.array([[[1, 1], [0, 0]], [[0, 0], [0, 0]]])
     >>> y_pred = np.array([[[1, 0], [0, 0]], [[0, 0], [0, 0]]])
-    >>> round(dice_score(y_true, y_pred), 3), round(dice_score(y_true, y_pred, empty="skip"), 3)
-    (0.833, 0.667)
-    >>> dice_score(y_true, np.zeros_like(y_true)), dice_score(y_true, 0 * y_true, adjusted=True)
+    >>> round(dice_score(y_true, y_pred), 3)
+    0.833
+    >>> round(dice_score(y_true, y_pred, empty="skip"), 3)
+    0.667
+    >>> background = np.zeros_like(y_true)
+    >>> dice_score(y_true, background), dice_score(y_true, background, adjusted=True)
     (0.5, 0.0)
     """
-    return _mask_score(
-        y_true, y_pred, empty, adjusted, lambda both, t, p: 2 * both / (t + p)
-    )
+
+    def dice(n_both, n_true, n_pred):
+        return 2 * n_both / (n_true + n_pred)
+
+    return _mask_score(y_true, y_pred, empty, adjusted, dice)
 
 
 def iou_score(y_true, y_pred, *, empty="count", adjusted=False) -> float:
-    """Mean intersection over union of pictures: ``|P & T| / |P | T|``, the Jaccard index.
+    """Mean intersection over union of images, ``|P & T| / |P | T|``.
 
-    As :func:`dice_score` in all else.
+    Also known as the Jaccard index. Images, classes and empty masks count as in
+    :func:`dice_score`.
 
     Parameters
     ----------
     y_true : sequence of array-like of shape (height, width)
-        True masks: whole numbers, a label for each pixel; 0 is background.
+        True masks: integers, a label for each pixel; 0 is background.
 
     y_pred : sequence of array-like of shape (height, width)
-        Predicted masks, each of the size of the true one.
+        Predicted masks, each of the size of the true mask.
 
     empty : {"count", "skip"}, default="count"
-        Whether pictures whose true mask is empty count, or are left out.
+        Whether images with an empty true mask count or are excluded.
 
     adjusted : bool, default=False
-        Whether to scale the mean so that predicting nothing anywhere scores 0.
+        Whether to scale the mean so that always predicting background scores 0.
 
     Returns
     -------
     score : float
-        1 is perfect; from 0, unless adjusted.
+        From 0 to 1; lower if adjusted.
 
     Raises
     ------
     ValueError
-        As `dice_score`.
+        In the same cases as `dice_score`.
 
     Examples
     --------
@@ -121,13 +131,15 @@ def iou_score(y_true, y_pred, *, empty="count", adjusted=False) -> float:
     >>> iou_score([[[1, 1], [0, 0]]], [[[1, 0], [0, 0]]])
     0.5
     """
-    return _mask_score(
-        y_true, y_pred, empty, adjusted, lambda both, t, p: both / (t + p - both)
-    )
+
+    def iou(n_both, n_true, n_pred):
+        return n_both / (n_true + n_pred - n_both)
+
+    return _mask_score(y_true, y_pred, empty, adjusted, iou)
 
 
 def modality_gap(A, B) -> float:
-    """Distance of two modalities' centroids [1]_.
+    """Distance between the centroids of two modalities [1]_.
 
     Parameters
     ----------
@@ -135,7 +147,7 @@ def modality_gap(A, B) -> float:
         Embeddings of one modality.
 
     B : array-like of shape (n_samples_B, n_features)
-        Embeddings of the other; rows need not be pairs.
+        Embeddings of the second modality; rows need not be pairs.
 
     Returns
     -------
@@ -145,11 +157,11 @@ def modality_gap(A, B) -> float:
     Raises
     ------
     ValueError
-        If widths differ, or a modality has no row.
+        If the numbers of columns differ, or a modality has no row.
 
     See Also
     --------
-    distributional_gap : Sees what centroids do not.
+    distributional_gap : Gap that also measures differences beyond the centroids.
 
     References
     ----------
@@ -162,15 +174,17 @@ def modality_gap(A, B) -> float:
     1.414...
     """
     A, B = _two_samples(A, B)
-    means = [_unit(part).mean(axis=0, dtype=np.float64) for part in (A, B)]
-    return float(np.linalg.norm(means[0] - means[1]))
+    centroid_A = _unit(A).mean(axis=0, dtype=np.float64)
+    centroid_B = _unit(B).mean(axis=0, dtype=np.float64)
+    return float(np.linalg.norm(centroid_A - centroid_B))
 
 
 def distributional_gap(A, B) -> float:
     """Energy distance of two modalities: ``2 E|a - b| - E|a - a'| - E|b - b'|``.
 
-    It is 0 only where the samples are distributed alike, while centroids can coincide without that
-    [1]_. Means are over all pairs of rows, a row and itself included, so that it is never negative.
+    It is 0 only if the two samples have the same distribution, whereas centroids of
+    different distributions can coincide [1]_. Means are over all pairs of rows,
+    including a row with itself, so that the gap is never negative.
 
     Parameters
     ----------
@@ -178,7 +192,7 @@ def distributional_gap(A, B) -> float:
         Embeddings of one modality.
 
     B : array-like of shape (n_samples_B, n_features)
-        Embeddings of the other; rows need not be pairs.
+        Embeddings of the second modality; rows need not be pairs.
 
     Returns
     -------
@@ -188,11 +202,11 @@ def distributional_gap(A, B) -> float:
     Raises
     ------
     ValueError
-        If widths differ, or a modality has no row.
+        If the numbers of columns differ, or a modality has no row.
 
     References
     ----------
-    .. [1] arXiv 2604.00279: a gap of centroids alone misleads.
+    .. [1] arXiv 2604.00279, on why the gap of centroids alone is misleading.
 
     Examples
     --------
@@ -201,14 +215,14 @@ def distributional_gap(A, B) -> float:
     >>> modality_gap(A, B), round(distributional_gap(A, B), 3)
     (0.0, 0.828)
     """
-    A, B = (_unit(part.astype(np.float64)) for part in _two_samples(A, B))
-    return float(
-        max(2 * _mean_distance(A, B) - _mean_distance(A, A) - _mean_distance(B, B), 0)
-    )
+    A, B = _two_samples(A, B)
+    A, B = _unit(A.astype(np.float64)), _unit(B.astype(np.float64))
+    gap = 2 * _mean_distance(A, B) - _mean_distance(A, A) - _mean_distance(B, B)
+    return float(max(gap, 0))
 
 
 def cone_concentration(A) -> float:
-    """Mean cosine of two distinct rows: how narrow the cone is in which a modality lies [1]_.
+    """Mean cosine of two distinct rows, which measures how narrow their cone is [1]_.
 
     Parameters
     ----------
@@ -218,7 +232,7 @@ def cone_concentration(A) -> float:
     Returns
     -------
     concentration : float
-        1 for rows of one direction, about 0 for rows of all directions.
+        1 if all rows have the same direction, about 0 if they have all directions.
 
     Raises
     ------
@@ -236,18 +250,20 @@ def cone_concentration(A) -> float:
     0.333...
     """
     A = _unit(_sample(A, at_least=2))
-    itself = row_norms(A, squared=True).sum(dtype=np.float64)
-    whole = np.square(A.sum(axis=0, dtype=np.float64)).sum()
-    return float((whole - itself) / (len(A) * (len(A) - 1)))
+    # |sum of rows|^2 is the sum of all inner products, of a row with itself too.
+    all_products = np.square(A.sum(axis=0, dtype=np.float64)).sum()
+    squared_norms = row_norms(A, squared=True).sum(dtype=np.float64)
+    return float((all_products - squared_norms) / (len(A) * (len(A) - 1)))
 
 
 def alignment(A, B, *, alpha=2) -> float:
-    """Mean distance of the two rows of a pair, to a power [1]_.
+    """Mean distance between the two rows of a pair, raised to a power [1]_.
 
     Parameters
     ----------
     A, B : array-like of shape (n_samples, n_features)
-        Embeddings of two modalities; row i of both is a pair, left out if it lacks either.
+        Embeddings of two modalities. Row i of A and of B is a pair, which is excluded
+        if either is missing.
 
     alpha : float, default=2
         The power.
@@ -255,16 +271,17 @@ def alignment(A, B, *, alpha=2) -> float:
     Returns
     -------
     alignment : float
-        0 where the two rows of every pair agree, at most ``2**alpha``.
+        0 if the two rows of every pair agree, at most ``2**alpha``.
 
     Raises
     ------
     ValueError
-        If widths or numbers of rows differ, no pair is left, or `alpha` is not positive.
+        If the shapes differ, there is no complete pair, or `alpha` is not positive.
 
     References
     ----------
-    .. [1] Wang and Isola. Understanding Contrastive Representation Learning through Alignment and
+    .. [1] Wang and Isola. Understanding Contrastive Representation Learning through
+           Alignment and
        Uniformity on the Hypersphere. arXiv 2005.10242.
 
     Examples
@@ -292,7 +309,7 @@ def uniformity(A, *, t=2) -> float:
     Returns
     -------
     uniformity : float
-        0 for rows of one direction; the lower, the more evenly rows are spread.
+        0 if all rows have the same direction; lower if rows are spread more evenly.
 
     Raises
     ------
@@ -301,7 +318,8 @@ def uniformity(A, *, t=2) -> float:
 
     References
     ----------
-    .. [1] Wang and Isola. Understanding Contrastive Representation Learning through Alignment and
+    .. [1] Wang and Isola. Understanding Contrastive Representation Learning through
+           Alignment and
        Uniformity on the Hypersphere. arXiv 2005.10242.
 
     Examples
@@ -312,24 +330,21 @@ def uniformity(A, *, t=2) -> float:
     """
     check_scalar(t, "t", Real, min_val=0, include_boundaries="neither")
     A = _unit(_sample(A, at_least=2).astype(np.float64))
-    parts = []
+    log_sums = []
     for rows, squares in _squared_distances(A, A):
-        squares[np.arange(len(squares)), np.arange(rows.start, rows.stop)] = (
-            np.inf
-        )  # itself
-        nearest = (
-            squares.min()
-        )  # its part is taken out, for the others may underflow with it
-        parts.append(np.log(np.exp(t * (nearest - squares)).sum()) - t * nearest)
-    return float(logsumexp(parts) - np.log(len(A) * (len(A) - 1)))
+        diagonal = np.arange(len(squares)), np.arange(rows.start, rows.stop)
+        squares[diagonal] = np.inf  # a row and itself are not a pair
+        nearest = squares.min()  # factored out, since exp(-t * squares) may underflow
+        log_sums.append(np.log(np.exp(t * (nearest - squares)).sum()) - t * nearest)
+    return float(logsumexp(log_sums) - np.log(len(A) * (len(A) - 1)))
 
 
 def retrieval_recall(A, B, *, k=1, labels=None) -> float:
-    """Share of queries that find a right row of the other modality among the `k` most alike.
+    """Fraction of queries with a correct row among the `k` most similar rows.
 
-    Cosines that differ from that of a query's best right row by at most 1e-6 tie with it. What ties
-    comes in random order, and the result is the expectation over these orders: embeddings that
-    have collapsed to a point score ``k / n_samples``, as chance does.
+    Rows tie with a query's best correct row if their cosines differ from its cosine by
+    at most 1e-6. The result is the expectation over random orders of ties. Embeddings
+    that have collapsed to a point therefore score ``k / n_samples``, the chance level.
 
     Parameters
     ----------
@@ -337,14 +352,15 @@ def retrieval_recall(A, B, *, k=1, labels=None) -> float:
         The queries.
 
     B : array-like of shape (n_samples, n_features)
-        What they search. Row i of both is a pair, left out on both sides if it lacks either.
+        The rows that are searched. Row i of A and of B is a pair, which is excluded on
+        both sides if either is missing.
 
     k : int, default=1
-        How many found rows count.
+        Number of most similar rows that count.
 
     labels : array-like of shape (n_samples,) or None, default=None
-        Rows of equal label, for example of equal title, are right for each other. None: only the
-        query's own row is right.
+        Rows of equal label, for example of equal title, count as correct matches. If
+        None, only the other row of the pair does.
 
     Returns
     -------
@@ -354,8 +370,8 @@ def retrieval_recall(A, B, *, k=1, labels=None) -> float:
     Raises
     ------
     ValueError
-        If widths or numbers of rows differ, no pair is left, a label is missing, or `k` is not
-        from 1 to the number of pairs.
+        If the shapes differ, there is no complete pair, a label is missing, or `k` is
+        not from 1 to the number of pairs.
 
     Examples
     --------
@@ -368,34 +384,38 @@ def retrieval_recall(A, B, *, k=1, labels=None) -> float:
     check_scalar(k, "k", Integral, min_val=1)
     if k > len(A):
         raise ValueError(
-            f"k={k} asks for more rows than there are: {len(A)} have both modalities. Lower k."
+            f"k must be at most the number of rows with both modalities, {len(A)}; got "
+            f"{k}."
         )
-    chunks = gen_batches(len(A), _chunk_rows(len(B)))
-    found = sum(_chances(A[r] @ B.T, codes[r, None] == codes, k).sum() for r in chunks)
-    return float(found / len(A))
+    n_hits = 0.0
+    for rows in gen_batches(len(A), _chunk_rows(len(B))):
+        is_correct = codes[rows, None] == codes
+        n_hits += _hit_probabilities(A[rows] @ B.T, is_correct, k).sum()
+    return float(n_hits / len(A))
 
 
 def pair_similarities(A, B, *, labels=None, max_negatives=100_000, random_state=None):
-    """Cosines of the rows of a pair, and of rows that are no pair.
+    """Cosines of positive pairs and of negative pairs.
 
     Parameters
     ----------
     A, B : array-like of shape (n_samples, n_features)
-        Embeddings of two modalities; row i of both is a pair, left out if it lacks either.
+        Embeddings of two modalities. Row i of A and of B is a pair, which is excluded
+        if either is missing.
 
     labels : array-like of shape (n_samples,) or None, default=None
-        Rows of equal label are not negatives either.
+        Rows of equal label are not negatives.
 
     max_negatives : int, default=100_000
-        If there are more negative pairs, that many of them are drawn, each at most once.
+        Maximum number of negative pairs. More pairs are sampled without replacement.
 
     random_state : int, RandomState instance or None, default=None
-        Seeds the draw.
+        Seeds the sample of negative pairs.
 
     Returns
     -------
     positive : ndarray of shape (n_pairs,)
-        Cosine of ``A[i]`` and ``B[i]``, in their order.
+        Cosines of ``A[i]`` and ``B[i]``, in the order of rows.
 
     negative : ndarray of shape (n_negatives,)
         Cosines of ``A[i]`` and ``B[j]`` of different rows or labels.
@@ -403,8 +423,8 @@ def pair_similarities(A, B, *, labels=None, max_negatives=100_000, random_state=
     Raises
     ------
     ValueError
-        If widths or numbers of rows differ, no pair is left, a label is missing, or no two rows
-        differ.
+        If the shapes differ, there is no complete pair, a label is missing, or no two
+        rows are a negative pair.
 
     Examples
     --------
@@ -422,9 +442,9 @@ def pair_similarities(A, B, *, labels=None, max_negatives=100_000, random_state=
 
 
 def effective_rank(A) -> float:
-    """Exponential of the entropy of the singular values, as shares of their sum (RankMe [1]_).
+    """Exponential of the entropy of the normalized singular values (RankMe [1]_).
 
-    Rows are neither centred nor scaled.
+    Singular values are divided by their sum. Rows are neither centered nor scaled.
 
     Parameters
     ----------
@@ -434,8 +454,8 @@ def effective_rank(A) -> float:
     Returns
     -------
     rank : float
-        From 1, for rows on one line through the origin, to the smaller number of rows and columns;
-        0 if all numbers are 0, which is the rank of such a matrix.
+        From 1, if all rows lie on one line through the origin, to the smaller of the
+        numbers of rows and columns. 0 if all values are 0.
 
     Raises
     ------
@@ -459,11 +479,11 @@ def effective_rank(A) -> float:
     return float(np.exp(entr(values / values.sum()).sum()))
 
 
-# What comes in
+# Validation
 
 
-def _checked(A, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return embeddings as floats, and which of their rows are not missing."""
+def _check_embeddings(A, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return embeddings as floats, and a mask of the observed rows."""
     A = check_array(
         A,
         dtype=[np.float64, np.float32],
@@ -478,56 +498,58 @@ def _checked(A, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sample(A, name: str = "A", at_least: int = 1) -> np.ndarray:
-    """Return the rows that are not missing."""
-    A, observed = _checked(A, name)
+    """Return the observed rows."""
+    A, observed = _check_embeddings(A, name)
     if observed.sum() < at_least:
         raise ValueError(
-            f"{name} needs {at_least} or more rows with values, but {observed.sum()} of its "
-            f"{len(A)} rows have any; rows of NaN are left out."
+            f"{name} needs {at_least} or more rows with values, but only "
+            f"{observed.sum()} of its {len(A)} rows have values; the others are NaN."
         )
     return A[observed]
 
 
 def _two_samples(A, B) -> tuple[np.ndarray, np.ndarray]:
-    """Return what is not missing of two modalities in one space."""
+    """Return the observed rows of two modalities in one space."""
     A, B = _sample(A), _sample(B, "B")
     _check_widths(A, B)
     return A, B
 
 
 def _pairs(A, B, labels=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the unit rows of complete pairs, and codes of their labels, else of their rows."""
-    A, in_A = _checked(A, "A")
-    B, in_B = _checked(B, "B")
+    """Return the unit rows of complete pairs, and a code for each label or row."""
+    A, in_A = _check_embeddings(A, "A")
+    B, in_B = _check_embeddings(B, "B")
     _check_widths(A, B)
     if len(A) != len(B):
         raise ValueError(
-            f"A has {len(A)} rows and B {len(B)}, but row i of both has to be a pair. Give a row "
-            "that lacks a modality NaN throughout."
+            f"A has {len(A)} rows and B {len(B)}, but row i of A and of B must be a "
+            "pair. Mark a missing modality by a row of NaN."
         )
-    codes = np.arange(len(A)) if labels is None else _label_codes(labels, len(A))
-    both = in_A & in_B
-    if not both.any():
+    codes = np.arange(len(A))
+    if labels is not None:
+        codes = _label_codes(labels, len(A))
+    complete = in_A & in_B
+    if not complete.any():
         raise ValueError(f"None of the {len(A)} rows has both modalities.")
-    return _unit(A[both]), _unit(B[both]), codes[both]
+    return _unit(A[complete]), _unit(B[complete]), codes[complete]
 
 
 def _check_widths(A: np.ndarray, B: np.ndarray) -> None:
-    """Refuse rows that do not lie in one space."""
+    """Raise if rows of A and B are not in the same space."""
     if A.shape[1] != B.shape[1]:
         raise ValueError(
-            f"A has {A.shape[1]} columns and B {B.shape[1]}, but rows are compared in one space. "
-            "Bring them into one first, by CanonicalAligner or ModalityGapAligner("
-            "widths='resample')."
+            f"A has {A.shape[1]} columns and B {B.shape[1]}, but rows are compared in "
+            "one space. Align them first, by CanonicalAligner or "
+            "ModalityGapAligner(widths='resample')."
         )
 
 
 def _label_codes(labels, n_rows: int) -> np.ndarray:
-    """Return each row's position among the distinct labels."""
+    """Return the position of each row's label among the sorted labels."""
     labels = column_or_1d(labels)
     if len(labels) != n_rows:
         raise ValueError(
-            f"There are {len(labels)} labels for {n_rows} rows; give one for each."
+            f"There are {len(labels)} labels for {n_rows} rows. Pass one for each."
         )
     try:
         check_no_missing_label(labels)
@@ -538,8 +560,9 @@ def _label_codes(labels, n_rows: int) -> np.ndarray:
 
 
 def _unit(A: np.ndarray) -> np.ndarray:
-    """Scale rows to unit length, whatever their scale; rows of zeros stay."""
-    largest = np.abs(A).max(axis=1, keepdims=True)  # first, for squares may overflow
+    """Scale rows to unit length; rows of zeros stay zero."""
+    # Squares of large or small values would overflow or underflow without this.
+    largest = np.abs(A).max(axis=1, keepdims=True)
     return normalize(A / np.where(largest > 0, largest, 1), copy=False)
 
 
@@ -547,59 +570,73 @@ def _unit(A: np.ndarray) -> np.ndarray:
 
 
 def _mask_score(y_true, y_pred, empty: str, adjusted: bool, measure) -> float:
-    """Average over pictures what `measure` makes of the pixels of each class."""
+    """Return the mean over images of the mean of `measure` over their classes."""
     if empty not in ("count", "skip"):
         raise ValueError(f"empty must be 'count' or 'skip'; got {empty!r}.")
-    truth, found = check_masks(y_true, "y_true"), check_masks(y_pred, "y_pred")
-    if len(truth) != len(found):
-        raise ValueError(f"There are {len(found)} predictions for {len(truth)} masks.")
-    for one, other in ((truth, found), (found, truth)):
-        if any(m.dtype.kind == "b" for m in one) and any(m.max() > 1 for m in other):
-            raise ValueError(
-                "Masks are boolean on one side and hold labels above 1 on the other, so that none "
-                "of their pixels would agree. Give both in one form, such as mask > 0."
-            )
-    scores, shows = [], []
-    for row, (t, p) in enumerate(zip(truth, found, strict=True)):
-        if t.shape != p.shape:
-            raise ValueError(
-                f"In row {row} the mask has the size {t.shape}, but the prediction {p.shape}. "
-                "Resize the prediction first."
-            )
-        n_labels = int(max(t.max(), p.max())) + 1
-        both, true, pred = (
-            np.bincount(labels.ravel().astype(np.intp), minlength=n_labels)[1:]
-            for labels in (t[t == p], t, p)
-        )
-        seen = true + pred > 0
-        scores.append(
-            measure(both[seen], true[seen], pred[seen]).mean() if seen.any() else 1.0
-        )
-        shows.append(true.any())
-    share = np.mean(np.logical_not(shows))
-    if share == 1 and (empty == "skip" or adjusted):
+    y_true, y_pred = check_masks(y_true, "y_true"), check_masks(y_pred, "y_pred")
+    if len(y_true) != len(y_pred):
         raise ValueError(
-            f"All {len(truth)} masks are empty, so that predicting nothing is perfect. Only "
-            "a Dice coefficient with empty='count', not adjusted, can tell how often it is so."
+            f"There are {len(y_pred)} predictions for {len(y_true)} masks."
+        )
+    _check_same_labels(y_true, y_pred)
+    _check_same_labels(y_pred, y_true)
+    scores = np.ones(len(y_true))
+    has_object = np.zeros(len(y_true), dtype=bool)
+    for row, (true, pred) in enumerate(zip(y_true, y_pred, strict=True)):
+        if true.shape != pred.shape:
+            raise ValueError(
+                f"In row {row} the mask has the size {true.shape}, but the prediction "
+                f"{pred.shape}. Resize the prediction first."
+            )
+        n_labels = int(max(true.max(), pred.max())) + 1
+        n_both = _count_labels(true[true == pred], n_labels)
+        n_true, n_pred = _count_labels(true, n_labels), _count_labels(pred, n_labels)
+        has_object[row] = n_true.any()
+        present = n_true + n_pred > 0
+        if present.any():
+            by_class = measure(n_both[present], n_true[present], n_pred[present])
+            scores[row] = by_class.mean()
+    empty_share = np.mean(~has_object)
+    if empty_share == 1 and (empty == "skip" or adjusted):
+        raise ValueError(
+            f"All {len(y_true)} masks are empty, so predicting background is perfect. "
+            "Use empty='count' without adjusted to score such masks."
         )
     if empty == "skip":
-        return float(np.mean(np.array(scores)[shows]))
-    mean = np.mean(scores)
-    return float((mean - share) / (1 - share) if adjusted else mean)
+        return float(np.mean(scores[has_object]))
+    score = np.mean(scores)
+    if adjusted:
+        score = (score - empty_share) / (1 - empty_share)
+    return float(score)
 
 
-# All pairs of rows, some at a time
+def _check_same_labels(masks, counterparts) -> None:
+    """Raise if masks are boolean, but their counterparts have labels above 1."""
+    has_boolean = any(mask.dtype.kind == "b" for mask in masks)
+    if has_boolean and max(mask.max() for mask in counterparts) > 1:
+        raise ValueError(
+            "Masks are boolean on one side and have labels above 1 on the other, so "
+            "their pixels would not match. Pass both in one form, such as mask > 0."
+        )
+
+
+def _count_labels(mask: np.ndarray, n_labels: int) -> np.ndarray:
+    """Return the number of pixels of each label from 1."""
+    return np.bincount(mask.ravel().astype(np.intp), minlength=n_labels)[1:]
+
+
+# All pairs of rows, in chunks
 
 
 def _chunk_rows(width: int) -> int:
-    """Return how many rows of that width to hold at once."""
+    """Return the number of rows of that width in a chunk."""
     return max(1, _CHUNK // width)
 
 
 def _squared_distances(
     A: np.ndarray, B: np.ndarray
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield some rows of A at a time, and their squared distances to all of B."""
+    """Yield a slice of rows of A, and their squared distances to all rows of B."""
     for rows in gen_batches(len(A), _chunk_rows(len(B))):
         squares = row_norms(A[rows], squared=True)[:, None] + row_norms(B, squared=True)
         squares -= 2 * (A[rows] @ B.T)
@@ -607,43 +644,48 @@ def _squared_distances(
 
 
 def _mean_distance(A: np.ndarray, B: np.ndarray) -> float:
-    """Return the mean distance of a row of A and one of B."""
+    """Return the mean distance between a row of A and a row of B."""
     total = sum(np.sqrt(squares).sum() for _, squares in _squared_distances(A, B))
     return total / (len(A) * len(B))
 
 
-def _chances(cosines: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
-    """Return each query's chance of a right row among its k first, if ties are broken at random.
+def _hit_probabilities(
+    cosines: np.ndarray, is_correct: np.ndarray, k: int
+) -> np.ndarray:
+    """Return the probability of a correct row in each top k, with ties in random order.
 
-    A query misses if only wrong rows fill the places that better rows leave to those that tie with
-    its best right row. Ties are with that row, not from row to row: they do not chain, and a
-    larger k is never worse.
+    Rows that are more similar than the best correct row come first. A query misses if
+    only incorrect rows, of those that tie with the best correct row, fill the remaining
+    places. Ties are defined by that row and do not chain, so a larger k is never worse.
     """
-    best = np.where(right, cosines, -np.inf).max(axis=1, keepdims=True)
-    better = (cosines > best + _TIE).sum(axis=1)  # all of them wrong
+    best = np.where(is_correct, cosines, -np.inf).max(axis=1, keepdims=True)
+    n_better = (cosines > best + _TIE).sum(axis=1)  # all of them incorrect
     tied = (cosines >= best - _TIE) & (cosines <= best + _TIE)
-    n_tied, n_right = tied.sum(axis=1), (tied & right).sum(axis=1)
-    places = np.clip(k - better, 0, n_tied)
-    missed = hypergeom.pmf(0, n_tied, n_right, places)
-    return np.where(places > 0, 1 - missed, 0.0)
+    n_tied, n_correct = tied.sum(axis=1), (tied & is_correct).sum(axis=1)
+    n_places = np.clip(k - n_better, 0, n_tied)
+    miss = hypergeom.pmf(0, n_tied, n_correct, n_places)
+    return np.where(n_places > 0, 1 - miss, 0.0)
 
 
 def _negative_pairs(
     codes: np.ndarray, max_negatives: int, random_state
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of pairs of different codes, each once, at most that many.
+    """Return both rows of pairs with different codes, each pair at most once.
 
-    Such pairs are numbered row by row, so that drawing numbers draws pairs: sorted by code, the
-    rows that make no negative with a row stand side by side and are stepped over.
+    Pairs are numbered row by row, so that sampling numbers samples pairs. The right
+    rows are sorted by code. Rows with the code of the left row are then consecutive,
+    and positions behind them are shifted by their number.
     """
     order = np.argsort(codes, kind="stable")
-    _, which, counts = np.unique(codes, return_inverse=True, return_counts=True)
-    same, first = counts[which], (np.cumsum(counts) - counts)[which]
-    ends = np.cumsum(len(codes) - same)  # of the numbers of each row's pairs
+    _, code_of, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    n_same, first_same = counts[code_of], (np.cumsum(counts) - counts)[code_of]
+    n_negatives = len(codes) - n_same
+    ends = np.cumsum(n_negatives)  # of the numbers of each left row's pairs
     total = int(ends[-1])
     if total == 0:
         raise ValueError(
-            f"No two of the {len(codes)} pairs differ in row or label; there is no negative."
+            f"No two of the {len(codes)} pairs differ in row or label, so there is no "
+            "negative pair."
         )
     if total > max_negatives:
         numbers = np.sort(
@@ -652,9 +694,9 @@ def _negative_pairs(
     else:
         numbers = np.arange(total)
     left = np.searchsorted(ends, numbers, side="right")
-    place = numbers - (ends - (len(codes) - same))[left]
-    place += np.where(place >= first[left], same[left], 0)
-    return left, order[place]
+    position = numbers - (ends - n_negatives)[left]
+    position += np.where(position >= first_same[left], n_same[left], 0)
+    return left, order[position]
 
 
 def _row_products(A: np.ndarray, B: np.ndarray) -> np.ndarray:

@@ -232,7 +232,7 @@ def test_rows_that_are_no_pairs_are_refused(metric):
 @pytest.mark.parametrize("metric", UNPAIRED)
 def test_a_modality_without_rows_is_refused(metric):
     with pytest.raises(
-        ValueError, match="B needs 1 or more rows with values, but 0 of its 3"
+        ValueError, match="B needs 1 or more rows with values, but only 0 of its 3"
     ):
         metric(np.ones((2, 2)), np.full((3, 2), np.nan))
 
@@ -240,7 +240,7 @@ def test_a_modality_without_rows_is_refused(metric):
 @pytest.mark.parametrize("metric", [cone_concentration, uniformity])
 def test_one_row_has_no_spread(metric):
     with pytest.raises(
-        ValueError, match="A needs 2 or more rows with values, but 1 of its 2"
+        ValueError, match="A needs 2 or more rows with values, but only 1 of its 2"
     ):
         metric([[1.0, 2.0], [np.nan, np.nan]])
 
@@ -257,7 +257,7 @@ def test_torn_and_infinite_rows_are_refused_by_name():
     ("options", "message"),
     [
         ({"k": 0}, "k == 0, must be >= 1"),
-        ({"k": 13}, "k=13 asks for more rows than there are: 12 have both"),
+        ({"k": 13}, "at most the number of rows with both modalities, 12; got 13"),
         ({"labels": LABELS[:5]}, "5 labels for 12 rows"),
         ({"labels": [None, *LABELS[1:]]}, "None in 1 of 12 rows, first in row 0"),
     ],
@@ -304,7 +304,7 @@ def some_masks(seed, labels, n=8):
 
 
 def naive_mask_score(score, truth, found, *, skip=False):
-    """Average over pictures, then over the labels of each, by sets of pixels."""
+    """Average over images, then over the labels of each, by sets of pixels."""
     means = []
     for t, p in zip(truth, found, strict=True):
         pixels = list(np.ndindex(t.shape))
@@ -353,14 +353,14 @@ def test_finding_nothing_scores_the_share_of_empty_masks_or_adjusted_nothing(sco
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_iou_follows_from_the_dice_of_a_picture_of_one_object(seed):
+def test_iou_follows_from_the_dice_of_an_image_of_one_object(seed):
     for t, p in zip(*some_masks(seed, [0, 1]), strict=True):
         dice = dice_score([t], [p])
         assert iou_score([t], [p]) == pytest.approx(dice / (2 - dice))
 
 
 @each_mask_score
-def test_names_of_labels_sides_and_the_order_of_pictures_change_nothing(score):
+def test_names_of_labels_sides_and_the_order_of_images_change_nothing(score):
     truth, found = some_masks(0, [0, 1, 2])
     expected = score(truth, found)
     names = np.array([0, 9, 4])
@@ -421,6 +421,6 @@ def test_masks_that_cannot_be_compared_are_refused_by_row(score):
 
 def test_boolean_masks_are_not_compared_with_other_labels_than_1():
     y = np.array([[[0, 255], [0, 0]]])
-    with pytest.raises(ValueError, match="boolean on one side and hold labels above 1"):
+    with pytest.raises(ValueError, match="boolean on one side and have labels above 1"):
         dice_score(y, y > 0)
     assert dice_score(y // 255, y > 0) == 1
