@@ -1,4 +1,4 @@
-"""Displays: two modalities before and after alignment; masks beside what was predicted."""
+"""Displays of modalities before and after alignment, and of predicted masks."""
 
 import copy
 from itertools import combinations
@@ -16,23 +16,22 @@ from sklembed.metrics import dice_score, modality_gap
 
 
 class ModalityGapDisplay:
-    """Picture of the gap between modalities, before and after alignment, and of a search.
+    """Display of the gap between modalities, and of a search over the shift.
 
-    Make it by `from_estimator` or `from_search`.
+    Create it by `from_estimator` or `from_search`.
 
-    Parameters
-    ----------
-    before, after : dict of str to ndarray of shape (n_samples, 2), or None, default=None
-        The modalities' rows on two principal components of the rows before alignment.
+    Parameters ---------- before, after : dict of str to ndarray of shape (n_samples,
+    2), or None, default=None
+        Rows of each modality, on two principal components of the rows before alignment.
 
     gap_before, gap_after : float or None, default=None
-        Distance of the centroids in the whole space.
+        Distance between the centroids in the full space.
 
     shifts : ndarray of shape (n_shifts,) or None, default=None
-        The shifts that a search has tried.
+        The shifts in a search.
 
     mean_scores, sd_scores : ndarray of shape (n_shifts,) or None, default=None
-        Mean and standard deviation over folds of the cross-validated score at each.
+        Mean and standard deviation over folds of the score at each shift.
 
     Attributes
     ----------
@@ -40,7 +39,7 @@ class ModalityGapDisplay:
         The figure, after `plot`.
 
     axes_ : ndarray of matplotlib Axes
-        Its panels.
+        The panels.
 
     Examples
     --------
@@ -77,24 +76,24 @@ class ModalityGapDisplay:
     def from_estimator(
         cls, aligner, X, *, search=None, max_rows=500, random_state=None
     ):
-        """Show rows before and after a fitted aligner, and a search over its shift.
+        """Create a display of rows before and after a fitted aligner.
 
         Parameters
         ----------
         aligner : ModalityGapAligner
-            The fitted aligner; its modalities have one width.
+            The fitted aligner, whose modalities have a common width.
 
         X : array-like of shape (n_samples, n_features)
             Embeddings of all modalities side by side.
 
         search : fitted search such as GridSearchCV, default=None
-            Draws the scores of the shifts that it tried beside them.
+            Search over `shift`, whose scores are drawn in a third panel.
 
         max_rows : int, default=500
-            How many rows are drawn, at most.
+            Maximum number of rows drawn for each modality.
 
         random_state : int, RandomState instance or None, default=None
-            Chooses them.
+            Seeds the choice of rows.
 
         Returns
         -------
@@ -109,39 +108,36 @@ class ModalityGapDisplay:
         check_is_fitted(aligner)
         if aligner.grand_centroid_ is None:
             raise ValueError(
-                "The modalities have no common width, so they cannot be drawn in one space. Fit "
-                "the aligner with widths='resample', or on components of equal number."
+                "The modalities have no common width, so they cannot be drawn in one "
+                "space. Fit the aligner with widths='resample', or on equally many "
+                "components."
             )
-        unmoved = copy.copy(aligner)
-        unmoved.shift = 0.0
-        parts = [_by_modality(each, X) for each in (unmoved, aligner)]
-        gaps = [_gap(part) for part in parts]
-        plane = PCA(2).fit(np.vstack(list(parts[0].values())))
+        unshifted = copy.copy(aligner)
+        unshifted.shift = 0.0
+        rows_before = _split_modalities(unshifted, X)
+        rows_after = _split_modalities(aligner, X)
+        pca = PCA(2).fit(np.vstack(list(rows_before.values())))
         rng = check_random_state(random_state)
-        drawn = {
-            name: rng.permutation(len(rows))[:max_rows]
-            for name, rows in parts[0].items()
-        }
-        before, after = (
-            {name: plane.transform(rows[drawn[name]]) for name, rows in part.items()}
-            for part in parts
-        )
-        sweep = {} if search is None else _sweep(search, "shift")
-        return cls(
-            before=before, after=after, gap_before=gaps[0], gap_after=gaps[1], **sweep
-        )
+        before, after = {}, {}
+        for name, rows in rows_before.items():
+            drawn = rng.permutation(len(rows))[:max_rows]
+            before[name] = pca.transform(rows[drawn])
+            after[name] = pca.transform(rows_after[name][drawn])
+        gaps = {"gap_before": _gap(rows_before), "gap_after": _gap(rows_after)}
+        scores = {} if search is None else _scores_by_value(search, "shift")
+        return cls(before=before, after=after, **gaps, **scores)
 
     @classmethod
     def from_search(cls, search, *, param="shift"):
-        """Show what a search found of each shift.
+        """Create a display of the cross-validated score of each shift in a search.
 
         Parameters
         ----------
         search : fitted search such as GridSearchCV
-            Where it tried other parameters too, the best mean score of each shift is shown.
+            If it varies further parameters, the best mean score of each shift is drawn.
 
         param : str, default="shift"
-            The parameter, by its name or the end of it.
+            The parameter, by its full name or the part after the last ``__``.
 
         Returns
         -------
@@ -151,17 +147,18 @@ class ModalityGapDisplay:
         Raises
         ------
         ValueError
-            If the search is not fitted, or did not try that parameter.
+            If the search is not fitted, or does not vary the parameter.
         """
-        return cls(**_sweep(search, param))
+        return cls(**_scores_by_value(search, param))
 
     def plot(self, axes=None):
-        """Draw the panels there are.
+        """Draw the panels.
 
         Parameters
         ----------
         axes : sequence of matplotlib Axes, default=None
-            Where to: two for the rows, one for the scores.
+            Axes to draw on: two for the rows, one for the scores. If None, a new figure
+            is created.
 
         Returns
         -------
@@ -185,24 +182,23 @@ class ModalityGapDisplay:
             )
         self.figure_ = self.axes_[0].figure
         if self.before is not None:
-            self._draw_rows(
-                self.axes_[0], self.before, f"before: gap {self.gap_before:.2f}"
-            )
-            self._draw_rows(
-                self.axes_[1], self.after, f"after: gap {self.gap_after:.2f}"
-            )
-            limits = [(ax.get_xlim(), ax.get_ylim()) for ax in self.axes_[:2]]
-            low, high = np.min(limits, axis=(0, 2)), np.max(limits, axis=(0, 2))
-            for ax in self.axes_[:2]:
-                ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-            self.axes_[0].legend(fontsize="small")
+            left, right = self.axes_[:2]
+            self._draw_rows(left, self.before, f"before: gap {self.gap_before:.2f}")
+            self._draw_rows(right, self.after, f"after: gap {self.gap_after:.2f}")
+            # Both panels have the same limits, so that distances can be compared.
+            x_limits = left.get_xlim() + right.get_xlim()
+            y_limits = left.get_ylim() + right.get_ylim()
+            for ax in (left, right):
+                ax.set_xlim(min(x_limits), max(x_limits))
+                ax.set_ylim(min(y_limits), max(y_limits))
+            left.legend(fontsize="small")
         if self.shifts is not None:
             self._draw_scores(self.axes_[-1])
         return self
 
     @staticmethod
     def _draw_rows(ax, modalities, title):
-        """Draw the rows of each modality, and an arrow from each centroid to the next."""
+        """Draw the rows of each modality, and arrows between consecutive centroids."""
         centroids = []
         for number, (name, rows) in enumerate(modalities.items()):
             ax.scatter(*rows.T, s=7, alpha=0.5, color=f"C{number}", label=name)
@@ -214,7 +210,7 @@ class ModalityGapDisplay:
         ax.set(title=title, xticks=[], yticks=[])
 
     def _draw_scores(self, ax):
-        """Draw the mean score of each shift, and its spread over folds."""
+        """Draw the mean and the standard deviation of the score at each shift."""
         ax.errorbar(
             self.shifts, self.mean_scores, yerr=self.sd_scores, marker="o", capsize=3
         )
@@ -226,25 +222,26 @@ class ModalityGapDisplay:
 
 
 class SegmentationDisplay:
-    """Pictures, their masks, and the masks that were predicted, side by side.
+    """Display of images, their masks and predicted masks, side by side.
 
-    Make it by `from_estimator` or `from_predictions`.
+    Create it by `from_estimator` or `from_predictions`.
 
     Parameters
     ----------
     y_true, y_pred : list of ndarray of shape (height, width)
         True and predicted masks; 0 is background.
 
-    images : list of ndarray of shape (height, width, 3), dtype uint8, or None, default=None
-        The pictures.
+    images : list of ndarray of shape (height, width, 3), dtype uint8, or None,
+    default=None
+        The images.
 
     Attributes
     ----------
     figure_ : matplotlib Figure
         The figure, after `plot`.
 
-    axes_ : ndarray of matplotlib Axes of shape (n_pictures, 3), or (n_pictures, 2) without pictures
-        Its panels.
+    axes_ : ndarray of matplotlib Axes of shape (n_rows, 3) or (n_rows, 2)
+        The panels: image, mask and prediction, or the latter two without images.
 
     Examples
     --------
@@ -252,7 +249,8 @@ class SegmentationDisplay:
     >>> from sklembed.plots import SegmentationDisplay
     >>> y_true = np.zeros((2, 8, 8), dtype=int)
     >>> y_true[:, 2:6, 2:6] = 1
-    >>> display = SegmentationDisplay.from_predictions(y_true, y_true.transpose(0, 2, 1))
+    >>> y_pred = y_true.transpose(0, 2, 1)
+    >>> display = SegmentationDisplay.from_predictions(y_true, y_pred)
     >>> len(display.y_true)
     2
     """
@@ -264,7 +262,7 @@ class SegmentationDisplay:
 
     @classmethod
     def from_estimator(cls, estimator, X, y, *, images=None, rows=4):
-        """Show what a fitted segmenter makes of pictures, from the worst to the best.
+        """Create a display of the predictions of a fitted segmenter.
 
         Parameters
         ----------
@@ -272,18 +270,19 @@ class SegmentationDisplay:
             The fitted estimator.
 
         X : DataFrame or array-like of shape (n_samples, n_features)
-            What it takes.
+            Input of the estimator.
 
         y : sequence of array-like of shape (height, width)
             True masks.
 
-        images : sequence of pictures or None, default=None
-            What to show, as a :class:`FrozenEncoder` takes it: paths, bytes, arrays, PIL pictures.
-            None shows no pictures.
+        images : sequence of images or None, default=None
+            The images, in any form that :class:`FrozenEncoder` accepts: paths, bytes,
+            arrays or PIL images. If None, only masks are drawn.
 
         rows : int or array-like of int, default=4
-            Which pictures; an integer takes that many, at equal steps from the one with the lowest
-            Dice coefficient to that with the highest, empty masks included.
+            Positions or number of the rows to draw. If an int, rows are chosen at equal
+            steps of rank, from the lowest Dice coefficient to the highest. Empty masks
+            are included.
 
         Returns
         -------
@@ -298,7 +297,7 @@ class SegmentationDisplay:
 
     @classmethod
     def from_predictions(cls, y_true, y_pred, *, images=None, rows=4):
-        """Show masks and predictions, from the worst to the best.
+        """Create a display of masks and predictions.
 
         Parameters
         ----------
@@ -308,11 +307,11 @@ class SegmentationDisplay:
         y_pred : sequence of array-like of shape (height, width)
             Predicted masks.
 
-        images : sequence of pictures or None, default=None
-            The pictures, as a :class:`FrozenEncoder` takes them.
+        images : sequence of images or None, default=None
+            The images, in any form that :class:`FrozenEncoder` accepts.
 
         rows : int or array-like of int, default=4
-            Which pictures; an integer takes that many, as in `from_estimator`.
+            Positions or number of the rows to draw, as in `from_estimator`.
 
         Returns
         -------
@@ -322,10 +321,10 @@ class SegmentationDisplay:
         Raises
         ------
         ValueError
-            If there are not as many pictures and predictions as masks, or sizes differ.
+            If the numbers of images, masks and predictions or their sizes differ.
         """
         masks, predicted = check_masks(y_true), check_masks(y_pred)
-        dice_score(masks, predicted)  # which looks at numbers and sizes
+        dice_score(masks, predicted)  # validates numbers and sizes
         if images is not None:
             images = _as_column(images)
             if len(images) != len(masks):
@@ -333,31 +332,21 @@ class SegmentationDisplay:
                     f"There are {len(images)} images for {len(masks)} masks."
                 )
         if isinstance(rows, Integral) and not isinstance(rows, bool):
-            if rows < 1:
-                raise ValueError(f"rows must be at least 1; got {rows}.")
-            scores = [
-                dice_score([a], [b]) for a, b in zip(masks, predicted, strict=True)
-            ]
-            steps = (
-                np.linspace(0, len(masks) - 1, min(rows, len(masks)))
-                .round()
-                .astype(int)
-            )
-            rows = np.argsort(scores, kind="stable")[steps]
+            rows = _choose_rows(masks, predicted, rows)
         rows = np.arange(len(masks))[np.asarray(rows)]
-        return cls(
-            y_true=[masks[row] for row in rows],
-            y_pred=[predicted[row] for row in rows],
-            images=None if images is None else [_pixels(images[row]) for row in rows],
-        )
+        if images is not None:
+            images = [_decode_pixels(image) for image in _take(images, rows)]
+        y_true, y_pred = _take(masks, rows), _take(predicted, rows)
+        return cls(y_true=y_true, y_pred=y_pred, images=images)
 
     def plot(self, axes=None):
-        """Draw a line of panels for each picture.
+        """Draw the panels of each image side by side.
 
         Parameters
         ----------
         axes : array-like of matplotlib Axes, default=None
-            Where to: for each picture three, or two where there are no pictures.
+            Axes to draw on: three for each row, or two without images. If None, a new
+            figure is created.
 
         Returns
         -------
@@ -365,7 +354,8 @@ class SegmentationDisplay:
             The display, with `figure_` and `axes_`.
         """
         plt = _pyplot()
-        shape = len(self.y_true), 2 + (self.images is not None)
+        n_columns = 2 if self.images is None else 3
+        shape = len(self.y_true), n_columns
         if axes is None:
             size = (2.2 * shape[1], 2.3 * shape[0])
             _, axes = plt.subplots(
@@ -378,119 +368,144 @@ class SegmentationDisplay:
             )
         self.axes_ = self.axes_.reshape(shape)
         self.figure_ = self.axes_[0, 0].figure
-        for row, (truth, found) in enumerate(
-            zip(self.y_true, self.y_pred, strict=True)
-        ):
-            image = None if self.images is None else self.images[row]
-            if image is not None:
+        for row, (true, pred) in enumerate(zip(self.y_true, self.y_pred, strict=True)):
+            image = None
+            if self.images is not None:
+                image = self.images[row]
                 self.axes_[row, 0].imshow(image)
-            _draw_mask(self.axes_[row, -2], truth, image)
-            _draw_mask(self.axes_[row, -1], found, image)
-            self.axes_[row, -1].set_title(
-                f"Dice {dice_score([truth], [found]):.2f}", fontsize=10
-            )
-        for ax, title in zip(
-            self.axes_[0][::-1], ("predicted", "truth", "picture"), strict=False
-        ):
-            ax.set_title(f"{title}, {ax.get_title()}".rstrip(", "), fontsize=10)
+            _draw_mask(self.axes_[row, -2], true, image)
+            _draw_mask(self.axes_[row, -1], pred, image)
+            dice = f"Dice {dice_score([true], [pred]):.2f}"
+            self.axes_[row, -1].set_title(dice, fontsize=10)
+        titles = ["image", "truth", f"predicted, {self.axes_[0, -1].get_title()}"]
+        for ax, title in zip(self.axes_[0], titles[-n_columns:], strict=True):
+            ax.set_title(title, fontsize=10)
         for ax in self.axes_.flat:
             ax.set(xticks=[], yticks=[])
-        shown = np.unique(
-            np.concatenate([m.ravel() for m in [*self.y_true, *self.y_pred]])
-        )
-        if len(shown[shown > 0]) > 1:
-            handles = [
-                plt.Rectangle((0, 0), 1, 1, color=_colour(n)) for n in shown[shown > 0]
-            ]
-            labels = [str(label) for label in shown[shown > 0]]
-            self.figure_.legend(handles, labels, loc="outside lower center", ncols=8)
+        self._draw_legend(plt)
         return self
+
+    def _draw_legend(self, plt):
+        """Draw a legend of the labels if there are several."""
+        labels = set()
+        for mask in [*self.y_true, *self.y_pred]:
+            labels.update(np.unique(mask[mask > 0]).tolist())
+        if len(labels) < 2:
+            return
+        handles = []
+        labels = sorted(labels)
+        for label, color in zip(labels, _colors(labels), strict=True):
+            patch = plt.Rectangle((0, 0), 1, 1, color=color, label=str(label))
+            handles.append(patch)
+        self.figure_.legend(handles=handles, loc="outside lower center", ncols=8)
 
 
 def _pyplot():
-    """Import matplotlib, or say how to get it."""
+    """Import matplotlib, or raise with the command that installs it."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError(
-            "Plots need matplotlib: pip install 'sklembed[plots]'."
+            "Plots need matplotlib. Install it by pip install 'sklembed[plots]'."
         ) from error
     return plt
 
 
 def _as_column(images):
-    """Return pictures as a sequence that positions select from."""
+    """Return images as a sequence that is indexed by position."""
     if len(getattr(images, "shape", ())) == 2 and images.shape[1] == 1:
         images = take_columns(images, [0], scalar=True)
     return images.tolist() if hasattr(images, "iloc") else images
 
 
-def _pixels(image):
-    """Return the pixels of a picture, however it comes."""
+def _choose_rows(masks, predicted, n_rows):
+    """Return rows at equal steps of rank by Dice coefficient, the lowest first."""
+    if n_rows < 1:
+        raise ValueError(f"rows must be at least 1; got {n_rows}.")
+    scores = []
+    for mask, prediction in zip(masks, predicted, strict=True):
+        scores.append(dice_score([mask], [prediction]))
+    ranks = np.linspace(0, len(masks) - 1, min(n_rows, len(masks)))
+    return np.argsort(scores, kind="stable")[ranks.round().astype(int)]
+
+
+def _take(sequence, rows):
+    """Return the elements at some positions."""
+    return [sequence[row] for row in rows]
+
+
+def _decode_pixels(image):
+    """Return the pixels of an image in any supported form."""
     return np.asarray(decode(image, "image"))
 
 
 def _draw_mask(ax, mask, image):
-    """Lay the colour of each label over the picture, or over white; background stays as it is."""
+    """Draw the colors of labels over the image or over white, except for background."""
     labels, codes = np.unique(mask, return_inverse=True)
-    colours = np.array([_colour(label) for label in labels])
-    height, width = mask.shape if image is None else image.shape[:2]
+    background, (height, width) = np.full((1, 1, 3), 255), mask.shape
+    if image is not None:
+        background, (height, width) = image, image.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    ax.imshow(
-        np.full((1, 1, 3), 255) if image is None else image, extent=extent, alpha=0.6
-    )
-    ax.imshow(
-        colours[codes.reshape(mask.shape)], extent=extent, interpolation="nearest"
-    )
+    ax.imshow(background, extent=extent, alpha=0.6)
+    layer = _colors(labels)[codes.reshape(mask.shape)]
+    ax.imshow(layer, extent=extent, interpolation="nearest")
 
 
-def _colour(label):
-    """Return the colour of a label, always the same; twenty differ. Background is transparent."""
+def _colors(labels):
+    """Return an RGBA color for each label, one of twenty; background is transparent."""
     from matplotlib import colormaps
 
-    place, pale = (int(label) - 1) % 10, (int(label) - 1) // 10 % 2
-    return (*colormaps["tab20"](2 * place + pale)[:3], 0.75 * bool(label))
+    labels = np.asarray(labels, dtype=int)
+    # tab20 has ten hues, each in a dark and a pale shade.
+    hue, shade = (labels - 1) % 10, (labels - 1) // 10 % 2
+    colors = colormaps["tab20"](2 * hue + shade)
+    colors[:, 3] = np.where(labels > 0, 0.75, 0.0)
+    return colors
 
 
-def _by_modality(aligner, X):
-    """Return the aligned rows of each modality, without those that lack it."""
+def _split_modalities(aligner, X):
+    """Return the aligned rows of each modality, without missing rows."""
     Z = aligner.transform(X)
-    Z = Z.to_numpy() if hasattr(Z, "to_numpy") else Z
+    if hasattr(Z, "to_numpy"):
+        Z = Z.to_numpy()
     width = len(aligner.grand_centroid_)
-    columns = aligner.blocks_
-    if aligner.width_ is not None:
-        columns = {
-            name: slice(i * width, (i + 1) * width)
-            for i, name in enumerate(aligner.blocks_)
-        }
-    parts = {name: Z[:, part] for name, part in columns.items()}
-    return {name: part[~np.isnan(part[:, 0])] for name, part in parts.items()}
+    rows = {}
+    for number, (name, columns) in enumerate(aligner.blocks_.items()):
+        if aligner.width_ is not None:  # resampled blocks, side by side
+            columns = slice(number * width, (number + 1) * width)
+        part = Z[:, columns]
+        rows[name] = part[~np.isnan(part[:, 0])]
+    return rows
 
 
-def _gap(parts):
+def _gap(rows):
     """Return the modality gap, averaged over pairs of modalities."""
-    return float(
-        np.mean([modality_gap(a, b) for a, b in combinations(parts.values(), 2)])
-    )
+    gaps = [modality_gap(A, B) for A, B in combinations(rows.values(), 2)]
+    return float(np.mean(gaps))
 
 
-def _sweep(search, param):
-    """Read from a search the score of each value of a parameter."""
+def _scores_by_value(search, param):
+    """Return the best mean score of a search for each value of a parameter."""
     results = getattr(search, "cv_results_", None)
     if results is None:
+        raise ValueError(f"{type(search).__name__} is not fitted. Call fit first.")
+    names, matches = [], []
+    for key in results:
+        if not key.startswith("param_"):
+            continue
+        names.append(key.removeprefix("param_"))
+        if key == f"param_{param}" or key.endswith(f"__{param}"):
+            matches.append(names[-1])
+    if len(matches) != 1:
         raise ValueError(
-            f"{type(search).__name__} is not fitted; fit it before it is shown."
+            f"The search varies {names}, of which {len(matches)} are called {param!r}. "
+            "Pass the full name of one as param."
         )
-    known = [key.removeprefix("param_") for key in results if key.startswith("param_")]
-    names = [name for name in known if name == param or name.endswith(f"__{param}")]
-    if len(names) != 1:
-        raise ValueError(
-            f"The search tried {known}, of which {len(names)} are called {param!r}."
-        )
-    values = np.asarray(results[f"param_{names[0]}"], dtype=float)
+    values = np.asarray(results[f"param_{matches[0]}"], dtype=float)
     shifts = np.unique(values)
     means, sds = results["mean_test_score"], results["std_test_score"]
-    best = [
-        max(np.flatnonzero(values == shift), key=lambda i: means[i]) for shift in shifts
-    ]
+    best = []
+    for shift in shifts:
+        candidates = np.flatnonzero(values == shift)
+        best.append(max(candidates, key=lambda candidate: means[candidate]))
     return {"shifts": shifts, "mean_scores": means[best], "sd_scores": sds[best]}

@@ -1,4 +1,4 @@
-"""Pictures show the numbers, and the masks, that are there."""
+"""Displays show the right numbers and masks."""
 
 import matplotlib
 import numpy as np
@@ -100,7 +100,7 @@ def test_what_cannot_be_shown_is_refused(cones, search):
 
 @pytest.fixture
 def masks():
-    """Squares that prediction k misses by k columns; the last picture is empty, rightly."""
+    """Return squares; prediction k lacks k columns. The last mask and prediction are empty."""
     y_true = np.zeros((6, 8, 8), dtype=int)
     y_true[:5, 2:6, 1:6] = 1
     y_pred = y_true.copy()
@@ -110,7 +110,7 @@ def masks():
 
 
 class Predicting:
-    """What predicts the given masks, in other sizes too, by repeating pixels."""
+    """Estimator that predicts fixed masks, in other sizes by repeating pixels."""
 
     def __init__(self, masks):
         self.masks = masks
@@ -128,7 +128,7 @@ class Predicting:
         ]
 
 
-def test_pictures_go_from_the_worst_to_the_best(masks):
+def test_rows_go_from_the_worst_to_the_best(masks):
     display = SegmentationDisplay.from_predictions(*masks, rows=3)
     scores = [
         dice_score([t], [p])
@@ -141,7 +141,7 @@ def test_pictures_go_from_the_worst_to_the_best(masks):
     np.testing.assert_array_equal(chosen.y_pred, masks[1][[5, 1]])
 
 
-def test_a_panel_shows_the_mask_over_the_picture(masks):
+def test_a_panel_shows_the_mask_over_the_image(masks):
     images = np.random.default_rng(0).integers(
         0, 256, size=(6, 16, 16, 3), dtype=np.uint8
     )
@@ -150,7 +150,7 @@ def test_a_panel_shows_the_mask_over_the_picture(masks):
     ).plot()
     assert display.axes_.shape == (2, 3)
     assert [ax.get_title() for ax in display.axes_[0]] == [
-        "picture",
+        "image",
         "truth",
         "predicted, Dice 0.89",
     ]
@@ -161,10 +161,10 @@ def test_a_panel_shows_the_mask_over_the_picture(masks):
     behind, layer = display.axes_[0, 2].get_images()
     np.testing.assert_array_equal(behind.get_array(), images[1])
     np.testing.assert_array_equal(layer.get_array()[..., 3] > 0, masks[1][1] == 1)
-    assert layer.get_extent() == [-0.5, 15.5, 15.5, -0.5]  # as large as the picture
+    assert layer.get_extent() == [-0.5, 15.5, 15.5, -0.5]  # as large as the image
 
 
-def test_without_pictures_masks_stand_alone_and_classes_have_colours_of_their_own(
+def test_without_pixelsmasks_stand_alone_and_classes_have_distinct_colors(
     masks,
 ):
     y_true, y_pred = masks
@@ -178,7 +178,7 @@ def test_without_pictures_masks_stand_alone_and_classes_have_colours_of_their_ow
     alone = SegmentationDisplay.from_predictions(y_true, y_true, rows=[0]).plot()
     assert not alone.figure_.legends
     colour = alone.axes_[0, 0].get_images()[1].get_array()[3, 3]
-    np.testing.assert_array_equal(colour, layers[0])  # whatever else is shown
+    np.testing.assert_array_equal(colour, layers[0])  # independent of other labels
 
 
 def test_masks_of_another_size_are_predicted_in_it(masks):
@@ -194,12 +194,12 @@ def test_masks_of_another_size_are_predicted_in_it(masks):
     np.testing.assert_array_equal(same.y_pred[0], y_pred[1])
 
 
-def test_a_frame_of_pictures_is_taken_as_its_column(masks):
-    pictures = np.zeros((6, 4, 4, 3), dtype=np.uint8)
-    column = pd.Series(list(pictures), index=range(10, 16))
-    for images in (column, column.to_frame(), list(pictures)):
+def test_a_frame_of_pixelsis_taken_as_its_column(masks):
+    pixels = np.zeros((6, 4, 4, 3), dtype=np.uint8)
+    column = pd.Series(list(pixels), index=range(10, 16))
+    for images in (column, column.to_frame(), list(pixels)):
         display = SegmentationDisplay.from_predictions(*masks, images=images, rows=[2])
-        np.testing.assert_array_equal(display.images[0], pictures[2])
+        np.testing.assert_array_equal(display.images[0], pixels[2])
 
 
 def test_masks_that_cannot_be_shown_are_refused(masks):
