@@ -1,4 +1,4 @@
-"""The bundled data sets hold what their descriptions say."""
+"""The bundled data sets match their descriptions."""
 
 import io
 import re
@@ -67,7 +67,7 @@ def test_shapes_and_types(loader, bunch):
 
 
 def test_cells_are_python_objects(loader, bunch):
-    """Whatever pandas makes of strings, an encoder gets str, bytes or None."""
+    """Cells are str, bytes or None, whatever the string type of pandas."""
     assert {type(cell) for cell in bunch.data["image"]} == {bytes}
     for column in TEXT[loader]:
         assert bunch.data[column].dtype == object
@@ -109,7 +109,7 @@ def test_images_open_and_have_alpha(loader, bunch):
     for image in open_images(bunch):
         assert image.format == "PNG"
         assert image.has_transparency_data
-        assert image.convert("RGBA").getextrema()[3][1] > 0  # something is to be seen
+        assert image.convert("RGBA").getextrema()[3][1] > 0  # not fully transparent
         if loader is load_emoji:
             assert image.size == (64, 64)
         else:
@@ -147,7 +147,7 @@ def test_description_of_emoji():
     pairs = pd.DataFrame(
         {"image": emoji.data["image"], "target": emoji.target}
     ).drop_duplicates()
-    assert pairs["image"].is_unique  # equal pictures are of one class
+    assert pairs["image"].is_unique  # equal images are of one class
 
 
 def test_emoji_keywords_never_name_a_class():
@@ -175,8 +175,8 @@ def test_description_of_openclipart():
     assert f"{title.isna().sum()} titles are None" in description
     assert f"in {title.isna().sum()} rows" in description
     assert f"{titles['card']} playing cards" in description
-    assert f"The {creators['unknown']} pictures without a creator" in description
-    assert f"drew {creators.most_common(1)[0][1]} of the pictures" in description
+    assert f"The {creators['unknown']} images without a creator" in description
+    assert f"drew {creators.most_common(1)[0][1]} of the images" in description
     assert f"{rows_naming_their_class(clipart, 'title')} contain a word" in description
     assert f"{len(titles):,} different ones, and {n_series} of them" in description
     assert clipart.data["image"].is_unique
@@ -212,7 +212,7 @@ def test_licences_are_there():
 
 
 def test_files_are_small_and_plain():
-    """Anyone can open the files, and no clock is in them, so that builds can be compared."""
+    """Files are plain archives without timestamps, so that builds are reproducible."""
     paths = [Path(loader().filename) for loader in LOADERS]
     assert sum(path.stat().st_size for path in paths) <= 12e6
     for path in paths:
@@ -228,7 +228,7 @@ def test_loading_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# Pictures with masks
+# Images with masks
 
 
 def test_composites_are_what_they_say():
@@ -271,7 +271,7 @@ def test_masks_hold_classes_where_asked():
 
 def test_no_two_groups_share_their_textures():
     made = make_composites(60, image_size=32, empty_fraction=1, random_state=0)
-    means = pd.DataFrame([picture.mean(axis=(0, 1)) for picture in made.data["image"]])
+    means = pd.DataFrame([image.mean(axis=(0, 1)) for image in made.data["image"]])
     within = means.groupby(made.groups).transform("mean")
     several = pd.Series(made.groups).duplicated(keep=False).to_numpy()
     assert ((means - within)[several].abs().mean() < 0.3 * means.std()).all()

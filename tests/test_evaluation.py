@@ -1,4 +1,4 @@
-"""efficiency_report and few_label_curve: what is measured, on which rows, and what is refused."""
+"""efficiency_report and few_label_curve: figures, rows of each arm, and errors."""
 
 import math
 import threading
@@ -76,7 +76,7 @@ N_EPOCHS = 3
 
 
 def slow_backend(modality):
-    """Make a backend that takes its time to load and to encode."""
+    """Make a backend that is slow to load and to encode."""
 
     def load():
         time.sleep(SECONDS_OF_LOADING if modality == "text" else 0)
@@ -100,7 +100,7 @@ def slow_backend(modality):
 
 @pytest.fixture(scope="module")
 def table():
-    """Sixty rows of a text and a picture, of which some repeat and some are missing."""
+    """Return sixty rows of a text and an image; some repeat and some are missing."""
     rng = np.random.default_rng(0)
     y = np.repeat(["no", "yes"], 30)
     notes = np.array(
@@ -108,12 +108,12 @@ def table():
     )
     notes = notes.astype(object)
     notes[::6] = None
-    pictures = np.empty(60, dtype=object)
+    images = np.empty(60, dtype=object)
     for i in range(60):
-        pictures[i] = (
+        images[i] = (
             None if i % 9 == 4 else np.full((2, 2, 3), rng.integers(12), dtype=np.uint8)
         )
-    return pd.DataFrame({"note": notes, "scan": pictures}), y
+    return pd.DataFrame({"note": notes, "scan": images}), y
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +167,9 @@ def test_raw_encodes_in_every_epoch_and_the_store_each_distinct_cell_once(
 def test_seconds_are_those_of_the_models_and_not_of_loading_them(report, table):
     X, y = table
     train, test = train_test_split(X, stratify=y, random_state=0)
-    # The branches run side by side, and time that they share counts once.
-    texts, pictures = train["note"].nunique(), distinct(train) - train["note"].nunique()
-    least = SECONDS_A_CELL * max(texts, pictures)
+    # The branches run in parallel, and time that they share counts once.
+    texts, images = train["note"].nunique(), distinct(train) - train["note"].nunique()
+    least = SECONDS_A_CELL * max(texts, images)
     assert N_EPOCHS * least <= report.loc["raw", "encode s"] < SECONDS_OF_LOADING
     assert least <= report.loc["stored", "encode s"] < SECONDS_OF_LOADING
     least = SECONDS_A_CELL * test["note"].nunique()
@@ -217,7 +217,7 @@ def test_an_arm_that_fails_says_which_it_was():
     assert "the arm 'raw' of efficiency_report" in caught.value.__notes__[-1]
 
 
-# What follows runs in this process
+# Tests in this process
 
 
 def measure(arm, pipeline, X, y, folder, n_epochs=2):
@@ -308,7 +308,7 @@ def test_time_that_encoders_share_counts_once():
         (10, 8, 1, 2, 2),  # 10 <= 2 * 8; 10 + 1 <= 2 * 8
         (10, 5, 0, 2, 2),  # exactly
         (10, 4, 3, 3, 7),  # 10 + 6 * 3 <= 7 * 4
-        (3, 4, 1, 1, 1),  # storing costs nothing that could be measured
+        (3, 4, 1, 1, 1),  # the cost of storing is not measurable
         (10, 4, 4, 3, math.inf),
         (10, 4, 5, 3, math.inf),
         (10, 0, 0, math.inf, math.inf),
@@ -336,7 +336,7 @@ def test_parameters_are_counted_where_they_are_known(clusters):
     head = DecisionFusionClassifier(GaussianNB(), blocks={"all": slice(0, 20)}).fit(
         X, y
     )
-    assert math.isnan(_n_parameters(head))  # its weights are those of modalities
+    assert math.isnan(_n_parameters(head))  # its weights_ belong to modalities
 
 
 def test_warming_up_takes_rows_that_show_each_column():
@@ -388,7 +388,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(text_backend, store)
 
 
 def parliament(sizes, n_seats):
-    """Seat parties by the method of Sainte-Laguë, one seat at a time, after one for each."""
+    """Allocate seats by the method of Sainte-Laguë, after one seat for each party."""
     seats = np.ones(len(sizes), dtype=int)
     while seats.sum() < n_seats:
         seats[np.argmax(sizes / (2 * seats + 1))] += 1
@@ -420,9 +420,7 @@ def test_labels_are_given_at_random():
         400 * 0.1 * 0.9
     )  # each row one time in ten
     first = [y[order[0]] for order in orders]
-    assert 100 < sum(
-        first
-    )  # no class always leads, which would show where two are equal
+    assert 100 < sum(first)  # no class always comes first
 
 
 @pytest.mark.parametrize(
@@ -442,7 +440,7 @@ def test_the_number_of_labels_is_exact(fraction, n_labelled):
 
 @pytest.fixture
 def few():
-    """Three classes in five columns, of which the first says which row it is; in 15 groups."""
+    """Return three classes in five columns, the first with row numbers, and 15 groups."""
     X, y = make_classification(
         n_samples=150,
         n_features=4,
@@ -456,7 +454,7 @@ def few():
 
 
 class Watched(ClassifierMixin, BaseEstimator):
-    """A classifier that notes what it is shown."""
+    """A classifier that logs the rows of each call."""
 
     log: list = []
 
@@ -476,7 +474,7 @@ class Watched(ClassifierMixin, BaseEstimator):
 
 
 class Doubling(TransformerMixin, BaseEstimator):
-    """Doubles all columns, but puts zeros beside those it learns by, as if it cross-fitted."""
+    """Transformer that doubles columns; fit_transform appends zeros, as a stand-in."""
 
     log: list = []
 
@@ -658,7 +656,7 @@ def test_what_is_both_is_a_classifier_unless_passed_through(few):
     X, y, _ = few
     both = LinearDiscriminantAnalysis()
     curve = few_label_curve(
-        Watched(),  # names one class throughout
+        Watched(),  # predicts a single class
         X,
         y,
         supervised={
@@ -724,7 +722,7 @@ def test_a_splitter_splits_alike_for_every_seed_and_gets_the_groups(few, logs):
     expected = [test.tolist() for _, test in GroupKFold(3).split(X, y, groups)]
     assert rows_tested(logs) == 2 * expected
     labelled = [call[2] for call in Watched.log if call[1] == "fit"]
-    assert labelled[:3] != labelled[3:]  # these are drawn by the seed all the same
+    assert labelled[:3] != labelled[3:]  # labelled rows still depend on the seed
 
 
 def test_folds_may_be_listed(few, logs):
@@ -930,7 +928,7 @@ def test_what_is_pretrained_is_run_once_a_fold(few):
 
 
 class Said(BaseEstimator):
-    """A classifier that says what it is told to."""
+    """A classifier that returns predefined scores."""
 
     def __init__(self, classes, scores, method="predict_proba"):
         self.classes, self.scores, self.method = classes, scores, method
@@ -939,7 +937,7 @@ class Said(BaseEstimator):
 
 
 def pairs_in_order(scores, positive):
-    """Return the share of pairs, a positive and another, that scores put in order."""
+    """Return the fraction of pairs of a positive and a negative in the right order."""
     a, b = np.asarray(scores)[positive], np.asarray(scores)[~positive]
     ahead = (a[:, None] > b).sum() + (a[:, None] == b).sum() / 2
     return ahead / (len(a) * len(b))

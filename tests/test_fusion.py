@@ -585,7 +585,7 @@ def test_all_the_weight_on_one_side_is_that_side_s_classifier(pooling):
     fusion = decisions(weights={"text": 3, "image": 0}, pooling=pooling).fit(X, y)
     own = LogisticRegression().fit(X[:, :6], y).predict_proba(X[:, :6])
     np.testing.assert_allclose(fusion.predict_proba(X), own, atol=1e-5)
-    # what weighs nothing still decides where there is nothing else
+    # A modality of weight 0 still decides if it is the only one.
     only_image = fusion.predict(without(X, "text"))
     assert (only_image == y).mean() > 0.6
 
@@ -650,7 +650,7 @@ def test_of_three_modalities_the_one_of_noise_is_left_out():
 def test_weights_are_learned_out_of_fold():
     X, y = world(noise=2.0)
     X[:, BLOCKS["image"]] = np.random.default_rng(0).normal(size=(300, 8))
-    memorizer = KNeighborsClassifier(1)  # sure of everything on its own training rows
+    memorizer = KNeighborsClassifier(1)  # perfect on its training rows
     fusion = decisions({"text": LogisticRegression(), "image": memorizer}).fit(X, y)
     assert fusion.weights_["image"] <= 0.1
 

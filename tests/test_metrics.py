@@ -1,4 +1,4 @@
-"""Metrics: naive loops, what must not matter, what collapsed embeddings and empty masks score."""
+"""Metrics: naive loops, invariances, collapsed embeddings, empty masks and errors."""
 
 import re
 from itertools import permutations
@@ -70,7 +70,7 @@ def naive(name, A, B):
 
 
 def expected_recall(cosines, right, k):
-    """Average over all orders of the found rows."""
+    """Average recall over all orders of the rows."""
     n = len(cosines)
     orders = list(permutations(range(n)))
     hits = [
@@ -142,7 +142,7 @@ def test_a_sample_has_no_gap_to_itself_and_centroids_do_not_see_all():
 
 
 def test_uniformity_neither_cancels_nor_underflows():
-    """Orthogonal rows are at a squared distance of 2, so that it is -2 t."""
+    """Orthogonal rows have a squared distance of 2, so uniformity is -2 t."""
     assert uniformity(np.eye(6), t=1000) == pytest.approx(-2000)
 
 
@@ -211,7 +211,7 @@ def test_effective_rank_counts_directions():
     assert effective_rank(A) == pytest.approx(np.exp(-(p * np.log(p)).sum()))
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("metric", TWO)

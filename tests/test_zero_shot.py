@@ -33,7 +33,7 @@ def load():
 
 
 def count_names(texts):
-    """Encode texts by the names they hold."""
+    """Encode texts by the number of occurrences of each name."""
     return np.array([[float(text.count(name)) for name in NAMES] for text in texts])
 
 

@@ -1,4 +1,4 @@
-"""Two small multimodal data sets that install with the package, and pictures with masks."""
+"""Two small bundled multimodal data sets, and a generator of images with masks."""
 
 from ._composites import make_composites
 from ._loaders import load_emoji, load_openclipart

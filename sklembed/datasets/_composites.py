@@ -1,6 +1,7 @@
-"""Make pictures with masks: emoji or clip art, laid over textures."""
+"""Generate images with masks: emoji or clip art pasted on textures."""
 
 import io
+import math
 from numbers import Integral, Real
 
 import numpy as np
@@ -11,7 +12,7 @@ from sklearn.utils._param_validation import Interval, StrOptions, validate_param
 
 from sklembed.datasets._loaders import load_emoji, load_openclipart
 
-_SIDES = (0.35, 0.8)  # an object's longer side, of the picture's
+_SIDES = (0.35, 0.8)  # the longer side of an object, as a fraction of the image size
 
 
 @validate_params(
@@ -34,33 +35,36 @@ def make_composites(
     target="object",
     random_state=None,
 ):
-    """Lay real drawings over textures, and say which pixels are theirs.
+    """Generate images of drawings on textures, with a mask of each drawing.
 
-    Each picture shows one emoji, or one piece of clip art, turned by any angle, at any place and of
-    35 to 80 % of the picture's size; or none. The mask is where it covers at least half of what it
-    covers where it is densest. Every group, the subgroup of an emoji or a creator, has textures of
-    its own, so that folds which keep groups together share neither drawings of a family nor
-    backgrounds.
+    An image has one emoji or one piece of clip art, or none. The drawing is rotated by
+    a random angle, scaled to 35 to 80 % of the image size, and pasted at a random
+    position. The mask marks the pixels with at least half of the drawing's largest
+    opacity.
+
+    Each group, an emoji's subgroup or a creator, has its own textures. Folds that keep
+    groups together therefore share neither related drawings nor backgrounds.
 
     Parameters
     ----------
     n_samples : int, default=1000
-        Number of pictures.
+        Number of images.
 
     objects : {"emoji", "openclipart"}, default="emoji"
-        Where drawings come from; one is used again only when all have been.
+        Source of the drawings. A drawing is reused only after all others have been
+        used.
 
     image_size : int, default=128
-        Height and width of the pictures in pixels.
+        Height and width of the images in pixels.
 
     empty_fraction : float, default=0.25
-        Share of the pictures that show nothing but texture.
+        Fraction of images without a drawing.
 
     target : {"object", "class"}, default="object"
-        What masks hold where a drawing is: 1, or 1 + the number of its class.
+        Label of a drawing in the masks: 1, or 1 + the number of its class.
 
     random_state : int, RandomState instance or None, default=None
-        Seeds everything.
+        Seeds all random choices. Pass an int for reproducible results.
 
     Returns
     -------
@@ -70,11 +74,12 @@ def make_composites(
         data : DataFrame of shape (n_samples, 1)
             Column ``image``: arrays of shape (image_size, image_size, 3), dtype uint8.
         target : ndarray of shape (n_samples,), dtype object
-            Masks: arrays of shape (image_size, image_size), dtype uint8; 0 is background.
+            Masks: arrays of shape (image_size, image_size), dtype uint8; 0 is
+            background.
         target_names : list of str
-            What the numbers in masks stand for.
+            Names of the labels in masks.
         groups : ndarray of shape (n_samples,)
-            The group of each picture. Keep groups together with
+            Group of each image. Keep groups together with
             :class:`~sklearn.model_selection.GroupKFold`.
 
     Examples
@@ -87,24 +92,25 @@ def make_composites(
     2
     """
     rng = check_random_state(random_state)
-    source = {"emoji": load_emoji, "openclipart": load_openclipart}[objects]()
+    loaders = {"emoji": load_emoji, "openclipart": load_openclipart}
+    source = loaders[objects]()
     drawn = _draw_rows(len(source.data), n_samples, rng)
     empty = np.zeros(n_samples, dtype=bool)
     empty[rng.permutation(n_samples)[: round(empty_fraction * n_samples)]] = True
-    palettes = _palettes(source.groups, rng)
+    palettes = _draw_palettes(source.groups, rng)
+    labels, names = np.zeros(len(source.data), dtype=int), ["object"]
+    if target == "class":
+        labels, names = source.target.to_numpy(), source.target_names
     images, masks = np.empty(n_samples, dtype=object), np.empty(n_samples, dtype=object)
     for i, row in enumerate(drawn):
-        background = _texture(palettes[source.groups[row]], image_size, rng)
+        background = _draw_texture(palettes[source.groups[row]], image_size, rng)
         layer = np.zeros((image_size, image_size, 4), dtype=np.uint8)
         if not empty[i]:
-            layer = _placed(source.data["image"].iloc[row], image_size, rng)
+            layer = _paste(source.data["image"].iloc[row], image_size, rng)
         alpha = layer[..., 3:] / 255
-        images[i] = np.round(layer[..., :3] * alpha + background * (1 - alpha)).astype(
-            np.uint8
-        )
-        number = 1 if target == "object" else 1 + source.target.iloc[row]
-        masks[i] = (number * _covered(layer[..., 3])).astype(np.uint8)
-    names = ["object"] if target == "object" else source.target_names
+        image = layer[..., :3] * alpha + background * (1 - alpha)
+        images[i] = np.round(image).astype(np.uint8)
+        masks[i] = ((1 + labels[row]) * _is_opaque(layer[..., 3])).astype(np.uint8)
     return Bunch(
         data=pd.DataFrame({"image": images}),
         target=masks,
@@ -114,70 +120,63 @@ def make_composites(
 
 
 def _draw_rows(n_rows, n_samples, rng):
-    """Draw rows, each again only when all have been drawn."""
-    rounds = [rng.permutation(n_rows) for _ in range(-(-n_samples // n_rows))]
+    """Draw rows at random, without a repeat before all have been drawn."""
+    n_rounds = math.ceil(n_samples / n_rows)
+    rounds = [rng.permutation(n_rows) for _ in range(n_rounds)]
     return np.concatenate(rounds)[:n_samples]
 
 
-def _placed(content, size, rng):
-    """Lay a drawing on a transparent square, turned and scaled, wholly inside."""
+def _paste(content, size, rng):
+    """Paste a drawing, rotated and scaled, on a transparent square."""
     drawing = Image.open(io.BytesIO(content)).convert("RGBA")
     drawing = drawing.rotate(rng.uniform(0, 360), Image.Resampling.BICUBIC, expand=True)
     drawing = drawing.crop(drawing.getchannel("A").getbbox())
     scale = rng.uniform(*_SIDES) * size / max(drawing.size)
-    sides = [max(1, round(scale * side)) for side in drawing.size]
-    drawing = drawing.resize(sides, Image.Resampling.LANCZOS)
-    corner = tuple(int(rng.randint(size - side + 1)) for side in sides)
+    width = max(1, round(scale * drawing.width))
+    height = max(1, round(scale * drawing.height))
+    drawing = drawing.resize((width, height), Image.Resampling.LANCZOS)
+    left = int(rng.randint(size - width + 1))
+    top = int(rng.randint(size - height + 1))
     layer = Image.new("RGBA", (size, size))
-    layer.paste(drawing, corner)
+    layer.paste(drawing, (left, top))
     return np.asarray(layer)
 
 
-def _covered(alpha):
-    """Tell which pixels a drawing covers: to half of what it does where it is densest."""
+def _is_opaque(alpha):
+    """Return the pixels with at least half of a drawing's largest opacity."""
     return (alpha > 0) & (alpha >= alpha.max() / 2)
 
 
-def _palettes(groups, rng):
-    """Draw for each group what its textures are made of: colours, coarseness and waves."""
-    return {
-        group: {
-            "colours": rng.uniform(0, 255, size=(4, 3)),
-            "cells": rng.choice([3, 5, 9, 17, 33], size=2, replace=False),
+def _draw_palettes(groups, rng):
+    """Draw the parameters of each group's textures: colors, grains and waves."""
+    palettes = {}
+    for group in np.unique(groups):
+        palettes[group] = {
+            "colors": rng.uniform(0, 255, size=(4, 3)),
+            "grains": rng.choice([3, 5, 9, 17, 33], size=2, replace=False),
             "waves": rng.uniform(2, 24, size=2),
             "angle": rng.uniform(0, np.pi),
             "share": rng.uniform(0.1, 0.6),
         }
-        for group in np.unique(groups)
-    }
+    return palettes
 
 
-def _texture(palette, size, rng):
-    """Paint a texture of a group: smooth noise of two grains and waves, through its colours."""
-    noise = sum(
-        np.asarray(
-            Image.fromarray(rng.rand(cells, cells).astype(np.float32)).resize(
-                (size, size), Image.Resampling.BICUBIC
-            )
-        )
-        for cells in palette["cells"]
-    )
+def _draw_texture(palette, size, rng):
+    """Return a texture of a group: smooth noise of two grains, and waves."""
+    noise = np.zeros((size, size), dtype=np.float32)
+    for n_cells in palette["grains"]:
+        grain = Image.fromarray(rng.rand(n_cells, n_cells).astype(np.float32))
+        noise += np.asarray(grain.resize((size, size), Image.Resampling.BICUBIC))
     y, x = np.mgrid[:size, :size] / size
     angle = palette["angle"] + rng.uniform(-0.3, 0.3)
-    along, across = (
-        x * np.cos(angle) + y * np.sin(angle),
-        y * np.cos(angle) - x * np.sin(angle),
-    )
+    along = x * np.cos(angle) + y * np.sin(angle)
+    across = y * np.cos(angle) - x * np.sin(angle)
     phases = rng.uniform(0, 2 * np.pi, size=2)
     wave = np.sin(2 * np.pi * palette["waves"][0] * along + phases[0])
     wave = wave * np.sin(2 * np.pi * palette["waves"][1] * across + phases[1])
     height = noise / 2 + palette["share"] * wave / 2
-    height = (
-        (height - height.min())
-        / max(np.ptp(height), 1e-9)
-        * (len(palette["colours"]) - 1)
-    )
-    stops = np.arange(len(palette["colours"]))
-    return np.stack(
-        [np.interp(height, stops, c) for c in palette["colours"].T], axis=-1
-    )
+    n_colors = len(palette["colors"])
+    height = (height - height.min()) / max(np.ptp(height), 1e-9) * (n_colors - 1)
+    stops = np.arange(n_colors)
+    channels = [np.interp(height, stops, values) for values in palette["colors"].T]
+    return np.stack(channels, axis=-1)

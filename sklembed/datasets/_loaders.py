@@ -13,17 +13,18 @@ _DATA = resources.files(__package__) / "data"
 
 
 def load_emoji(*, return_X_y: bool = False, as_frame: bool = True) -> Bunch | tuple:
-    """Load 1,906 emoji in 9 classes: a picture, a name and keywords each.
+    """Load 1,906 emoji in 9 classes, each with an image, a name and keywords.
 
-    The class is the top-level group of an emoji in Unicode's list, such as "Food & Drink".
+    The class is the top-level group of an emoji in Unicode's list, such as "Food &
+    Drink".
 
     Parameters
     ----------
     return_X_y : bool, default=False
         If True, return ``(data, target)`` instead of a Bunch.
     as_frame : bool, default=True
-        If True, the data are a DataFrame and the target is a Series. If False, the data are an
-        array of Python objects and the target is an array.
+        If True, the data are a DataFrame and the target is a Series. If False, the data
+        are an array of Python objects and the target is an array.
 
     Returns
     -------
@@ -31,8 +32,8 @@ def load_emoji(*, return_X_y: bool = False, as_frame: bool = True) -> Bunch | tu
         Dictionary-like object with these attributes.
 
         data : DataFrame or ndarray of shape (1906, 3)
-            Columns ``image`` (bytes of a PNG file with alpha, 64 x 64 pixels), ``name`` and
-            ``keywords`` (separated by commas; None where there are none).
+            Columns ``image`` (bytes of a PNG file with alpha, 64 x 64 pixels), ``name``
+            and ``keywords`` (separated by commas, or None).
         target : Series or ndarray of shape (1906,)
             The class as an integer, 0 to 8.
         target_names : list of str
@@ -40,8 +41,8 @@ def load_emoji(*, return_X_y: bool = False, as_frame: bool = True) -> Bunch | tu
         feature_names : list of str
             The names of the columns.
         groups : ndarray of shape (1906,)
-            The subgroup of each emoji. Emoji of one subgroup look alike: keep them together with
-            :class:`~sklearn.model_selection.StratifiedGroupKFold`.
+            The subgroup of each emoji. Emoji of one subgroup are similar: keep them
+            together with :class:`~sklearn.model_selection.StratifiedGroupKFold`.
         frame : DataFrame of shape (1906, 4) or None
             Data and target, if ``as_frame=True``.
         DESCR : str
@@ -71,17 +72,18 @@ def load_emoji(*, return_X_y: bool = False, as_frame: bool = True) -> Bunch | tu
 def load_openclipart(
     *, return_X_y: bool = False, as_frame: bool = True
 ) -> Bunch | tuple:
-    """Load 3,052 pieces of clip art in 14 classes: a picture, a title and four numbers each.
+    """Load 3,052 pieces of clip art in 14 classes, each with an image and a title.
 
-    The class is the top folder of the Open Clip Art Library in which a picture was filed.
+    Four numbers describe the original SVG file. The class is the top folder of an image
+    in the Open Clip Art Library.
 
     Parameters
     ----------
     return_X_y : bool, default=False
         If True, return ``(data, target)`` instead of a Bunch.
     as_frame : bool, default=True
-        If True, the data are a DataFrame and the target is a Series. If False, the data are an
-        array of Python objects and the target is an array.
+        If True, the data are a DataFrame and the target is a Series. If False, the data
+        are an array of Python objects and the target is an array.
 
     Returns
     -------
@@ -89,9 +91,9 @@ def load_openclipart(
         Dictionary-like object with these attributes.
 
         data : DataFrame or ndarray of shape (3052, 6)
-            Columns ``image`` (bytes of a PNG file with alpha, at most 96 x 96 pixels), ``title``
-            (None where there is none), and about the original SVG file its size ``svg_kb`` in
-            kilobytes and its numbers of elements ``n_path``, ``n_group`` and ``n_gradient``.
+            Columns ``image`` (bytes of a PNG file with alpha, at most 96 x 96 pixels),
+            ``title`` (or None), ``svg_kb`` (size of the SVG file in kilobytes), and
+            ``n_path``, ``n_group`` and ``n_gradient`` (its numbers of elements).
         target : Series or ndarray of shape (3052,)
             The class as an integer, 0 to 13.
         target_names : list of str
@@ -99,8 +101,9 @@ def load_openclipart(
         feature_names : list of str
             The names of the columns.
         groups : ndarray of shape (3052,)
-            The creator of each picture, "unknown" where none is given. Creators drew in series:
-            keep them together with :class:`~sklearn.model_selection.StratifiedGroupKFold`.
+            The creator of each image, or "unknown". Creators often drew series: keep
+            their images together with
+            :class:`~sklearn.model_selection.StratifiedGroupKFold`.
         frame : DataFrame of shape (3052, 7) or None
             Data and target, if ``as_frame=True``.
         DESCR : str
@@ -124,24 +127,24 @@ def load_openclipart(
     >>> clipart.target_names[:3]
     ['animals', 'buildings', 'computer']
     """
-    numbers = {
+    dtypes = {
         "svg_kb": float,
         "n_path": np.int64,
         "n_group": np.int64,
         "n_gradient": np.int64,
     }
-    return _load("openclipart", numbers, return_X_y, as_frame)
+    return _load("openclipart", dtypes, return_X_y, as_frame)
 
 
 def _load(
-    name: str, numbers: dict[str, type], return_X_y: bool, as_frame: bool
+    name: str, dtypes: dict[str, type], return_X_y: bool, as_frame: bool
 ) -> Bunch | tuple:
-    """Read a data set in the form that its loader was asked for."""
+    """Read a data set in the requested form."""
     columns = _read_zip(f"{name}.zip")
     groups = np.array(columns.pop("group"))
     target_names, target = np.unique(columns.pop("target"), return_inverse=True)
-    # Text and bytes stay Python objects, whatever string type this pandas would choose.
-    data = pd.DataFrame(columns, dtype=object).astype(numbers)
+    # Text and bytes remain Python objects, whatever the string type of pandas is.
+    data = pd.DataFrame(columns, dtype=object).astype(dtypes)
     feature_names, frame = list(data), None
     target = target.astype(np.int64)
     if as_frame:
@@ -165,12 +168,14 @@ def _load(
 
 
 def _read_zip(filename: str) -> dict[str, list]:
-    """Columns of the table as text, an empty cell as None, after the column of images."""
+    """Return the table as columns of text, with None for empty cells, and of images."""
     with (_DATA / filename).open("rb") as file, ZipFile(file) as archive:
         table = archive.read("table.csv").decode("utf-8")
         rows = list(csv.DictReader(io.StringIO(table, newline="")))
         columns = {"image": [archive.read(row.pop("file")) for row in rows]}
-    return columns | {key: [row[key] or None for row in rows] for key in rows[0]}
+    for key in rows[0]:
+        columns[key] = [row[key] or None for row in rows]
+    return columns
 
 
 def _read_license(name: str) -> str:
