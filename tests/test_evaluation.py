@@ -336,7 +336,7 @@ def test_parameters_are_counted_where_they_are_known(clusters):
     head = DecisionFusionClassifier(GaussianNB(), blocks={"all": slice(0, 20)}).fit(
         X, y
     )
-    assert math.isnan(_n_parameters(head))  # its weights_ belong to modalities
+    assert math.isnan(_n_parameters(head))  # of several classifiers
 
 
 def test_warming_up_takes_rows_that_show_each_column():

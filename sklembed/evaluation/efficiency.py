@@ -18,9 +18,7 @@ from sklearn import config_context, get_config
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score
-from sklearn.model_selection import (
-    train_test_split,
-)
+from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_consistent_length
@@ -37,9 +35,6 @@ try:
     import resource
 except ImportError:  # on Windows
     resource = None  # type: ignore[assignment]
-
-# Statistics among a head's weights, which no gradient has trained.
-_NOT_TRAINED = ("mean", "scale", "n_batches", "num_batches_tracked")
 
 
 def efficiency_report(pipeline, X, y, *, test_size=0.25, n_epochs=2, random_state=None):
@@ -110,7 +105,7 @@ def efficiency_report(pipeline, X, y, *, test_size=0.25, n_epochs=2, random_stat
         - "cells encoded": number of cells that a model has encoded, over all epochs and
           predictions. In each pass every distinct cell is encoded once.
         - "parameters trained": number of trained parameters of the head. NaN if it has
-          none of ``n_parameters_``, ``weights_``, ``coef_`` and ``coefs_``.
+          none of ``n_parameters_``, ``coef_`` and ``coefs_``.
         - "accuracy": on the test rows.
         - "breaks even at epochs": the smallest number of epochs for which encoding in
           each takes at least as long as encoding and storing once. NaN for the raw arm.
@@ -429,26 +424,12 @@ def _n_parameters(head):
     """Return the number of trained parameters of a head, or NaN if unknown."""
     if hasattr(head, "n_parameters_"):
         return head.n_parameters_
-    if isinstance(getattr(head, "weights_", None), dict):
-        return _n_trained(head.weights_)
     if hasattr(head, "coefs_"):  # one array per layer
         return sum(array.size for array in [*head.coefs_, *head.intercepts_])
     if hasattr(head, "coef_"):
         n_intercepts = np.size(getattr(head, "intercept_", ()))
         return math.prod(np.shape(head.coef_)) + n_intercepts
     return math.nan
-
-
-def _n_trained(weights):
-    """Return the number of trained values in a dict of arrays; NaN for other values."""
-    n_trained = 0
-    for name, weight in weights.items():
-        if name.split(".")[-1] in _NOT_TRAINED or "running" in name:
-            continue
-        if not isinstance(weight, np.ndarray):
-            return math.nan
-        n_trained += weight.size
-    return n_trained
 
 
 def _tabulate(figures):
