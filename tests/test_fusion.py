@@ -33,6 +33,7 @@ from sklembed import DecisionFusionClassifier, FusionClassifier, FusionRegressor
 from sklembed._targets import encode_target
 from sklembed._torch import to_tensor
 from sklembed.fusion import decision as fusion_module
+from sklembed.fusion.pooling import _LogLinearPool
 from sklembed.nn.fusion import FusionHead
 from sklembed.nn.layers import BatchNorm
 from sklembed.nn.losses import binary_cross_entropy, cross_entropy, squared_error
@@ -974,6 +975,43 @@ def test_a_classifier_may_get_probabilities_in_fit_only():
         ValueError, match="(?s)block 'text'.*has no predict_proba.*CalibratedClass"
     ):
         decisions(grid).fit(X, y)
+
+
+def test_a_block_may_be_called_splitter():
+    X, y = make_classification(300, 14, random_state=0)
+    weight = np.where(y == 1, 10.0, 1.0)
+    blocks = {"splitter": slice(0, 6), "image": slice(6, 14)}
+    renamed = decisions(blocks=blocks).fit(X, y, weight).predict_proba(X)
+    expected = decisions().fit(X, y, weight).predict_proba(X)
+    np.testing.assert_array_equal(renamed, expected)
+
+
+def test_weights_are_validated_before_any_training():
+    class Never(LogisticRegression):
+        def fit(self, X, y):
+            raise AssertionError
+
+    X, y = world()
+    with pytest.raises(ValueError, match="weights must give each of the blocks"):
+        decisions(Never(), weights={"text": 1.0}).fit(X, y)
+
+
+@pytest.mark.parametrize("n_labels", [None, 3])
+def test_the_gradient_of_the_pool_is_that_of_finite_differences(n_labels):
+    rng = np.random.default_rng(0)
+    shape = (20, 4) if n_labels is None else (20, n_labels, 2)
+    log_prior = np.log(rng.dirichlet(np.ones(shape[-1]), size=shape[1:-1]))
+    logs = np.log(rng.dirichlet(np.ones(shape[-1]), size=(2, *shape[:-1])))
+    codes = rng.integers(shape[-1], size=shape[:-1])
+    weight = rng.random(20)
+    pool = _LogLinearPool.from_predictions(logs, log_prior, codes, weight)
+    scaled, step = np.array([0.7, 1.5]), 1e-6
+    _, gradient = pool._loss(scaled, pool.evidence)
+    for number in range(2):
+        shift = step * np.eye(2)[number]
+        above, _ = pool._loss(scaled + shift, pool.evidence)
+        below, _ = pool._loss(scaled - shift, pool.evidence)
+        assert (above - below) / (2 * step) == pytest.approx(gradient[number], rel=1e-5)
 
 
 # Numeric targets

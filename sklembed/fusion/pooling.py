@@ -10,12 +10,12 @@ _LOG_TINY = np.log(np.finfo(np.float64).tiny)
 
 
 def find_floors(logs, total_weight, log_prior):
-    """Return the logarithms of two floors by which probabilities become positive.
+    """Return logarithms of the floors that keep probabilities from being 0.
 
     A forest, a tree or nearest neighbors return a zero if no similar training row had
-    the class. A zero counts as one more training row would that belongs to all classes
-    by their prior. If the classifier returns probabilities below that, it counts as the
-    smallest of them.
+    the class. The floor of a class is its prior times 1 / (1 + `total_weight`), the
+    effect of one additional training row. If the classifier returns a smaller positive
+    probability than that, the smallest one is the factor.
 
     Parameters
     ----------
