@@ -70,8 +70,7 @@ def dice_score(y_true, y_pred, *, empty="count", adjusted=False) -> float:
 
     References
     ----------
-    .. [1] The tables of arXiv 2401.01179 have the same figure for 1, 10 and 100 % of
-           the
+    .. [1] arXiv 2401.01179. Its tables have the same figure for 1, 10 and 100 % of the
        labels; its code scores an empty prediction on an empty mask as 1.
 
     Examples
@@ -281,8 +280,7 @@ def alignment(A, B, *, alpha=2) -> float:
     References
     ----------
     .. [1] Wang and Isola. Understanding Contrastive Representation Learning through
-           Alignment and
-       Uniformity on the Hypersphere. arXiv 2005.10242.
+       Alignment and Uniformity on the Hypersphere. arXiv 2005.10242.
 
     Examples
     --------
@@ -319,8 +317,7 @@ def uniformity(A, *, t=2) -> float:
     References
     ----------
     .. [1] Wang and Isola. Understanding Contrastive Representation Learning through
-           Alignment and
-       Uniformity on the Hypersphere. arXiv 2005.10242.
+       Alignment and Uniformity on the Hypersphere. arXiv 2005.10242.
 
     Examples
     --------

@@ -20,8 +20,9 @@ class ModalityGapDisplay:
 
     Create it by `from_estimator` or `from_search`.
 
-    Parameters ---------- before, after : dict of str to ndarray of shape (n_samples,
-    2), or None, default=None
+    Parameters
+    ----------
+    before, after : dict of str to ndarray of shape (n_samples, 2) or None, default=None
         Rows of each modality, on two principal components of the rows before alignment.
 
     gap_before, gap_after : float or None, default=None
@@ -231,8 +232,7 @@ class SegmentationDisplay:
     y_true, y_pred : list of ndarray of shape (height, width)
         True and predicted masks; 0 is background.
 
-    images : list of ndarray of shape (height, width, 3), dtype uint8, or None,
-    default=None
+    images : list of uint8 ndarray of shape (height, width, 3) or None, default=None
         The images.
 
     Attributes
@@ -291,8 +291,9 @@ class SegmentationDisplay:
         """
         masks = check_masks(y)
         predicted = estimator.predict(X)
-        if any(a.shape != b.shape for a, b in zip(masks, predicted, strict=True)):
-            predicted = estimator.predict(X, sizes=[mask.shape for mask in masks])
+        sizes = [mask.shape for mask in masks]
+        if [mask.shape for mask in predicted] != sizes:
+            predicted = estimator.predict(X, sizes=sizes)
         return cls.from_predictions(masks, predicted, images=images, rows=rows)
 
     @classmethod
@@ -452,7 +453,7 @@ def _draw_mask(ax, mask, image):
 
 
 def _colors(labels):
-    """Return an RGBA color for each label, one of twenty; background is transparent."""
+    """Return an RGBA color for each label, out of twenty; background is transparent."""
     from matplotlib import colormaps
 
     labels = np.asarray(labels, dtype=int)

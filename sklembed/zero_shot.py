@@ -69,8 +69,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         The block as which texts are encoded. Ignored by dual encoders.
 
     temperature : {"learned", "calibrated"} or float, default="learned"
-        Temperature by which cosines are divided. "learned" is the temperature with which
-        `encoder` was trained, or 0.01 if it has none. "calibrated" maximizes the
+        Temperature by which cosines are divided. "learned" is the temperature with
+        which `encoder` was trained, or 0.01 if it has none. "calibrated" maximizes the
         likelihood of the labels in `y`. Rows on which the encoder was trained are
         closer to their texts than new rows are. Calibrate on other rows, or wrap the
         classifier in ``CalibratedClassifierCV(..., method="temperature")``.

@@ -146,7 +146,9 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         Names of the columns seen during fit. Defined only if `X` has string column
         names.
 
-    See Also -------- FusionClassifier : Joins the modalities within one network.
+    See Also
+    --------
+    FusionClassifier : Joins the modalities within one network.
     sklearn.ensemble.StackingClassifier : Fits a classifier on the predictions of
     others.
 
