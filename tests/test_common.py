@@ -284,7 +284,7 @@ def test_clones_pickles_and_skops_files_do_the_same(case):
             "alignment",
             "fusion",
             "crossmodal",
-            "heads",
+            "zero_shot",
             "segmentation",
         )
     }
