@@ -1,4 +1,4 @@
-"""Text and image cells: what identifies them, how they are decoded, what is refused."""
+"""Text and image cells: hashes, decoding and errors."""
 
 import enum
 import os
@@ -23,13 +23,15 @@ from PIL import Image, ImageFile, ImageOps
 from sklembed.encoders import cells
 from sklembed.encoders.cells import decode, identify, is_missing
 
-# The same examples in every run, and none kept on disk.
-under_fire = settings(deadline=None, derandomize=True, max_examples=100, database=None)
+# Every run draws the same examples and stores none on disk.
+many_examples = settings(
+    deadline=None, derandomize=True, max_examples=100, database=None
+)
 
 
-def encoded(picture, format="PNG", **options):
+def encoded(image, format="PNG", **options):
     buffer = BytesIO()
-    picture.save(buffer, format, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -39,12 +41,12 @@ def pixels():
 
 
 @pytest.fixture
-def picture(pixels):
+def image(pixels):
     return Image.fromarray(pixels)
 
 
 def png(size, depth, colour, rows, *chunks):
-    """Write a PNG as its specification has it, for what Pillow cannot save."""
+    """Write a PNG that Pillow cannot save, according to the specification."""
 
     def chunk(kind, data):
         return (
@@ -84,32 +86,31 @@ def test_not_missing(cell):
     assert not is_missing(cell)
 
 
-def test_equal_texts_have_one_digest_and_others_another():
+def test_equal_texts_have_equal_hashes_and_different_texts_do_not():
     assert identify("note", "text") == identify(np.str_("note"), "text")
     assert identify("note", "text") != identify("note ", "text")
 
 
-# Half of them of surrogates, NUL and such, which cannot be encoded as UTF-8 or end a string in
-# other languages.
+# Half of them contain surrogates, which UTF-8 cannot encode, or NUL, which ends a string in C.
 texts = st.text(st.characters(exclude_categories=())) | st.text(
     "\ud83d\ude00\0?🙂a", max_size=6
 )
 
 
-@under_fire
+@many_examples
 @given(st.lists(texts, min_size=2, unique=True))
 @example(["\ud83d\ude00", "🙂", "??", "?"])
 @example(["a", "a\0", "\0a", ""])
-def test_distinct_texts_have_distinct_digests_and_none_is_that_of_a_file(texts):
+def test_distinct_texts_have_distinct_hashes_that_differ_from_those_of_files(texts):
     digests = {identify(text, "text") for text in texts}
     files = {identify(text.encode("utf-8", "surrogatepass"), "image") for text in texts}
     assert len(digests) == len(texts)
     assert not digests & files
 
 
-@under_fire
+@many_examples
 @given(texts)
-def test_a_decoded_text_is_a_plain_str_that_utf_8_carries_and_that_decodes_to_itself(
+def test_a_decoded_text_is_a_plain_str_of_valid_utf_8_and_decodes_to_itself(
     text,
 ):
     decoded = decode(text, "text")
@@ -120,36 +121,36 @@ def test_a_decoded_text_is_a_plain_str_that_utf_8_carries_and_that_decodes_to_it
     assert decode(np.str_("a" + text + "b"), "text") == f"a{decoded}b"
 
 
-def test_a_huge_text_is_kept_whole():
+def test_a_huge_text_is_not_truncated():
     text = "x" * 5_000_000
     assert decode(text, "text") == text
     assert identify(text, "text") != identify(text + "x", "text")
 
 
-def test_a_str_subclass_is_read_as_the_text_that_it_holds():
-    """An enum's member prints as its name; digest and decoded text have to agree."""
+def test_a_str_subclass_is_read_by_its_characters():
+    """A member of an enum prints as its name; hash and decoded text must agree."""
 
     class Size(str, enum.Enum):  # noqa: UP042
         SMALL = "small"
 
-    class Liar(str):
+    class OverridesEncode(str):
         def encode(self, *args):
             return b"other"
 
     assert decode(Size.SMALL, "text") == "small"
-    assert identify(Size.SMALL, "text") == identify(Liar("small"), "text")
+    assert identify(Size.SMALL, "text") == identify(OverridesEncode("small"), "text")
     assert identify(Size.SMALL, "text") == identify("small", "text")
 
 
 @pytest.mark.parametrize("cell", [3, b"bytes", ["list"], np.zeros(3)])
-def test_what_is_not_a_text_is_refused(cell):
+def test_a_cell_that_is_not_a_text_is_an_error(cell):
     with pytest.raises(TypeError, match="expected a str, got"):
         identify(cell, "text")
 
 
-def test_one_file_has_one_digest_however_it_comes(picture, tmp_path):
-    data = encoded(picture)
-    path = tmp_path / "picture.png"
+def test_a_file_has_one_hash_as_path_bytes_or_dict(image, tmp_path):
+    data = encoded(image)
+    path = tmp_path / "image.png"
     path.write_bytes(data)
     cells = [
         data,
@@ -162,26 +163,26 @@ def test_one_file_has_one_digest_however_it_comes(picture, tmp_path):
     assert len({identify(cell, "image") for cell in cells}) == 1
 
 
-def test_a_changed_file_has_another_digest(picture, tmp_path):
-    path = tmp_path / "picture.png"
-    picture.save(path)
+def test_a_changed_file_has_another_hash(image, tmp_path):
+    path = tmp_path / "image.png"
+    image.save(path)
     before = identify(path, "image")
-    picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     assert identify(path, "image") != before
 
 
-def test_a_file_that_changes_before_it_is_decoded_is_refused(picture, tmp_path):
-    path = tmp_path / "picture.png"
-    picture.save(path)
+def test_a_file_that_changes_before_it_is_decoded_is_an_error(image, tmp_path):
+    path = tmp_path / "image.png"
+    image.save(path)
     digest = identify(path, "image")
-    assert decode(path, "image", digest).size == picture.size
-    picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    assert decode(path, "image", digest).size == image.size
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     with pytest.raises(ValueError, match="changed while it was being encoded"):
         decode(path, "image", digest)
 
 
-def test_pixels_have_one_digest_as_array_or_picture(pixels, picture):
-    assert identify(pixels, "image") == identify(picture, "image")
+def test_pixels_have_one_hash_as_array_or_image(pixels, image):
+    assert identify(pixels, "image") == identify(image, "image")
     assert identify(pixels[::-1], "image") == identify(pixels[::-1].copy(), "image")
     assert identify(pixels, "image") != identify(pixels[::-1], "image")
     assert identify(pixels, "image") != identify(pixels.reshape(4, 6, 3), "image")
@@ -190,13 +191,13 @@ def test_pixels_have_one_digest_as_array_or_picture(pixels, picture):
 @pytest.mark.parametrize(
     "mode", ["L", "1", "P", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"]
 )
-def test_every_opaque_mode_becomes_the_rgb_that_pillow_makes_of_it(picture, mode):
-    converted = picture.convert(mode)
+def test_opaque_modes_are_converted_to_rgb_as_pillow_does(image, mode):
+    converted = image.convert(mode)
     np.testing.assert_array_equal(decode(converted, "image"), converted.convert("RGB"))
 
 
-def test_the_a_of_lab_is_no_alpha():
-    """Merged bands leave a fourth byte at 0, which as an alpha would hide the whole picture."""
+def test_the_a_of_lab_is_not_an_alpha_channel():
+    """Merged bands leave a fourth byte of 0, which would be full transparency."""
     grey = Image.merge("LAB", [Image.new("L", (1, 1), 128)] * 3)
     assert decode(grey, "image").getpixel((0, 0)) == pytest.approx(
         (119, 119, 119), abs=1
@@ -216,37 +217,39 @@ def test_the_a_of_lab_is_no_alpha():
         ("PA", (7, 0), (0, 128)),
     ],
 )
-def test_every_mode_with_alpha_is_laid_on_white(mode, clear, half):
-    picture = Image.new(mode, (2, 1), clear)
+def test_every_mode_with_alpha_is_composited_on_white(mode, clear, half):
+    image = Image.new(mode, (2, 1), clear)
     if mode == "PA":
-        picture.putpalette([0, 0, 0] + [50] * 765)
-    picture.putpixel((1, 0), half)
-    decoded = decode(picture, "image")
+        image.putpalette([0, 0, 0] + [50] * 765)
+    image.putpixel((1, 0), half)
+    decoded = decode(image, "image")
     assert decoded.getpixel((0, 0)) == (255, 255, 255)
     assert decoded.getpixel((1, 0)) == pytest.approx((127, 127, 127), abs=1)
 
 
-def test_cmyk_jpegs_are_read_as_adobe_inverts_them():
+def test_cmyk_jpegs_are_read_as_inverted_by_adobe():
     red = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
     assert decode(red, "image").getpixel((4, 4)) == pytest.approx((255, 0, 0), abs=3)
 
 
-def test_pictures_that_look_alike_have_one_digest_in_memory(picture):
-    """The palette's order is not what a picture shows."""
-    palette = picture.quantize(16)
-    turned = palette.remap_palette(list(range(16))[::-1])
-    assert palette.tobytes() != turned.tobytes()
+def test_images_of_equal_pixels_have_one_hash_in_memory(image):
+    """The order of the palette does not change the pixels."""
+    palette = image.quantize(16)
+    reordered = palette.remap_palette(list(range(16))[::-1])
+    assert palette.tobytes() != reordered.tobytes()
     assert (
-        len({identify(p, "image") for p in (palette, turned, palette.convert("RGB"))})
+        len(
+            {identify(p, "image") for p in (palette, reordered, palette.convert("RGB"))}
+        )
         == 1
     )
 
 
-def test_decoding_a_file_keeps_its_pixels(picture, pixels):
-    np.testing.assert_array_equal(decode(encoded(picture), "image"), pixels)
+def test_decoding_a_file_keeps_its_pixels(image, pixels):
+    np.testing.assert_array_equal(decode(encoded(image), "image"), pixels)
 
 
-def test_transparent_parts_are_laid_on_white():
+def test_transparent_parts_are_composited_on_white():
     half = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     half.putpixel((1, 0), (0, 0, 255, 128))
     decoded = decode(encoded(half), "image")
@@ -254,7 +257,7 @@ def test_transparent_parts_are_laid_on_white():
     assert decoded.getpixel((1, 0)) == pytest.approx((127, 127, 255), abs=1)
 
 
-def test_a_palette_with_a_transparent_colour_is_laid_on_white():
+def test_a_palette_with_a_transparent_colour_is_composited_on_white():
     palette = Image.new("P", (1, 1), 0)
     palette.putpalette([10, 20, 30] + [0] * 765)
     assert decode(encoded(palette, transparency=0), "image").getpixel((0, 0)) == (
@@ -264,17 +267,15 @@ def test_a_palette_with_a_transparent_colour_is_laid_on_white():
     )
 
 
-def test_a_palette_may_hold_several_transparencies_or_an_alpha_of_its_own():
+def test_a_palette_may_have_several_transparencies_or_an_alpha_channel():
     palette = Image.new("P", (2, 1), 0)
     palette.putpixel((1, 0), 1)
     palette.putpalette([0, 0, 0, 20, 20, 20])
-    seen = np.asarray(decode(encoded(palette, transparency=b"\x80\x00"), "image"))[
-        0, :, 0
-    ]
-    assert seen.tolist() == pytest.approx([127, 255], abs=1)
+    decoded = decode(encoded(palette, transparency=b"\x80\x00"), "image")
+    assert np.asarray(decoded)[0, :, 0].tolist() == pytest.approx([127, 255], abs=1)
     palette.putpalette([0, 0, 0, 128, 20, 20, 20, 0], "RGBA")
-    seen = np.asarray(decode(palette, "image"))[0, :, 0]
-    assert seen.tolist() == pytest.approx([127, 255], abs=1)
+    decoded = decode(palette, "image")
+    assert np.asarray(decoded)[0, :, 0].tolist() == pytest.approx([127, 255], abs=1)
 
 
 sixteen_bits = np.array([[0, 256 * 128, 65535]], dtype=">u2")
@@ -293,7 +294,7 @@ sixteen_bits = np.array([[0, 256 * 128, 65535]], dtype=">u2")
         b"P6 3 1 65535\n" + np.repeat(sixteen_bits, 3, axis=1).tobytes(),
     ],
 )
-def test_sixteen_bits_keep_their_upper_eight(cell):
+def test_images_of_16_bits_keep_their_upper_8_bits(cell):
     assert np.asarray(decode(cell, "image"))[0].tolist() == [
         [0] * 3,
         [128] * 3,
@@ -302,8 +303,8 @@ def test_sixteen_bits_keep_their_upper_eight(cell):
 
 
 @pytest.mark.parametrize("colour", [0, 2])
-def test_the_transparent_colour_of_sixteen_bits_is_laid_on_white(colour):
-    """Pillow compares it with pixels that it has already cut to 8 bits."""
+def test_the_transparent_colour_of_16_bits_is_composited_on_white(colour):
+    """Pillow compares it with pixels that are already reduced to 8 bits."""
     repeats = 1 if colour == 0 else 3
     pixels = np.repeat(np.array([[0, 0x8001, 0xFF00]], dtype=">u2"), repeats, axis=1)
     key = (b"tRNS", struct.pack(">H", 0x8001) * repeats)
@@ -314,7 +315,7 @@ def test_the_transparent_colour_of_sixteen_bits_is_laid_on_white(colour):
     assert np.asarray(decoded)[0, 1].tolist() == [128] * 3
 
 
-def test_thirty_two_bits_that_hold_eight_are_kept():
+def test_images_of_32_bits_with_values_below_256_are_read():
     assert decode(Image.new("I", (1, 1), 200), "image").getpixel((0, 0)) == (
         200,
         200,
@@ -324,17 +325,15 @@ def test_thirty_two_bits_that_hold_eight_are_kept():
 
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_exif_orientation_is_applied_once(picture, orientation, format):
+def test_exif_orientation_is_applied_once(image, orientation, format):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    cell = encoded(picture, format, exif=exif)
+    cell = encoded(image, format, exif=exif)
     decoded = decode(cell, "image")
     np.testing.assert_array_equal(
         decoded, ImageOps.exif_transpose(Image.open(BytesIO(cell)))
     )
-    assert decoded.size == (
-        picture.size[::-1] if 5 <= orientation <= 8 else picture.size
-    )
+    assert decoded.size == (image.size[::-1] if 5 <= orientation <= 8 else image.size)
     np.testing.assert_array_equal(decode(decoded, "image"), decoded)
     np.testing.assert_array_equal(ImageOps.exif_transpose(decoded), decoded)
 
@@ -349,12 +348,12 @@ def test_exif_orientation_is_applied_once(picture, orientation, format):
     ],
 )
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_broken_metadata_do_not_break_a_picture(picture, exif, format):
-    plain = decode(encoded(picture, format), "image")
+def test_broken_metadata_do_not_make_an_image_unreadable(image, exif, format):
+    plain = decode(encoded(image, format), "image")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's own words about the metadata
+        warnings.simplefilter("ignore")  # Pillow warns of the metadata
         np.testing.assert_array_equal(
-            decode(encoded(picture, format, exif=exif), "image"), plain
+            decode(encoded(image, format, exif=exif), "image"), plain
         )
 
 
@@ -369,7 +368,7 @@ def test_broken_metadata_do_not_break_a_picture(picture, exif, format):
         ("TIFF", {}),
     ],
 )
-def test_an_animation_shows_its_first_frame(format, options):
+def test_the_first_frame_of_an_animated_file_is_decoded(format, options):
     frames = [Image.new("P", (3, 2), index) for index in range(3)]
     for frame in frames:
         frame.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200] + [0] * 759)
@@ -382,7 +381,7 @@ def test_an_animation_shows_its_first_frame(format, options):
     assert decode(Image.open(BytesIO(animation)), "image").getcolors() == [(6, first)]
 
 
-def test_an_animation_in_memory_shows_the_frame_that_it_stands_at():
+def test_the_current_frame_of_an_animation_in_memory_is_decoded():
     frames = [Image.new("RGB", (2, 1), colour) for colour in ("red", "blue")]
     animation = Image.open(
         BytesIO(encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]))
@@ -393,7 +392,7 @@ def test_an_animation_in_memory_shows_the_frame_that_it_stands_at():
     assert animation.tell() == 1
 
 
-def test_one_pixel_is_a_picture():
+def test_one_pixel_is_an_image():
     assert decode(encoded(Image.new("RGB", (1, 1), "red")), "image").getpixel(
         (0, 0)
     ) == (255, 0, 0)
@@ -413,10 +412,10 @@ def test_one_pixel_is_a_picture():
         ("WEBP", {}),
     ],
 )
-def test_a_truncated_file_is_refused_wherever_it_is_cut(
+def test_a_truncated_file_is_an_error_wherever_it_is_cut(
     format, options, lenient, monkeypatch
 ):
-    """Also where the process has told Pillow to show half pictures."""
+    """Also if the process has set LOAD_TRUNCATED_IMAGES."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), format, **options)
@@ -429,10 +428,10 @@ def test_a_truncated_file_is_refused_wherever_it_is_cut(
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "JPEG2000"])
-def test_a_truncated_picture_that_pillow_holds_is_refused_as_often_as_it_is_asked_for(
+def test_a_truncated_image_in_memory_is_an_error_at_each_attempt(
     format,
 ):
-    """Pillow raises at the first attempt, and may show what it has got at the second."""
+    """Pillow raises at the first attempt and may return a partial image at the second."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), format)
     lazy = Image.open(BytesIO(data[: len(data) * 2 // 3]))
@@ -441,31 +440,31 @@ def test_a_truncated_picture_that_pillow_holds_is_refused_as_often_as_it_is_aske
             identify(lazy, "image")
 
 
-def test_a_picture_whose_file_is_closed_says_so(picture, tmp_path):
-    picture.save(tmp_path / "picture.png")
-    with Image.open(tmp_path / "picture.png") as lazy:
+def test_an_image_whose_file_is_closed_is_an_error(image, tmp_path):
+    image.save(tmp_path / "image.png")
+    with Image.open(tmp_path / "image.png") as lazy:
         pass
-    with pytest.raises(ValueError, match="its file is closed"):
+    with pytest.raises(ValueError, match="its file was closed"):
         identify(lazy, "image")
-    with Image.open(tmp_path / "picture.png") as loaded:
+    with Image.open(tmp_path / "image.png") as loaded:
         loaded.load()
-    assert identify(loaded, "image") == identify(picture, "image")
+    assert identify(loaded, "image") == identify(image, "image")
 
 
 @pytest.mark.parametrize("action", ["error", "always"])
 @pytest.mark.parametrize("limit", [5, 20])
-def test_a_decompression_bomb_is_refused_whatever_is_done_about_warnings(
-    picture, limit, action, monkeypatch
+def test_a_decompression_bomb_is_an_error_under_any_warning_filter(
+    image, limit, action, monkeypatch
 ):
-    """Pillow raises at twice its limit, and up to there warns and decodes."""
+    """Pillow raises beyond twice its limit; below it warns and decodes."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with warnings.catch_warnings(record=True):
         warnings.simplefilter(action)
-        with pytest.raises(ValueError, match="(?i)raise .*if you trust it"):
-            decode(encoded(picture), "image")
+        with pytest.raises(ValueError, match="(?i)raise .*if you trust the image"):
+            decode(encoded(image), "image")
 
 
-def test_a_decompression_bomb_is_refused_by_its_header_and_never_loaded():
+def test_a_decompression_bomb_is_recognised_by_its_header_and_not_loaded():
     bomb = png((10_000, 10_000), 8, 2, bytes(10_000_000))
     assert len(bomb) < 10_000
     with mock.patch.object(ImageFile.ImageFile, "load") as load:
@@ -474,17 +473,15 @@ def test_a_decompression_bomb_is_refused_by_its_header_and_never_loaded():
     load.assert_not_called()
 
 
-def test_postscript_is_not_run(picture):
+def test_postscript_is_not_run(image):
     with pytest.raises(ValueError, match="it is PostScript"):
-        decode(encoded(picture, "EPS"), "image")
+        decode(encoded(image, "EPS"), "image")
 
 
 @pytest.mark.parametrize("lenient", [False, True])
-def test_threads_leave_the_settings_of_the_process_as_they_were(
-    picture, lenient, monkeypatch
-):
-    """Settings are the process's: threads that put them back in turn would mix them up."""
-    good, bad = encoded(picture), encoded(picture)[:60]
+def test_threads_restore_the_settings_of_the_process(image, lenient, monkeypatch):
+    """Settings belong to the process, so no thread may restore them while another decodes."""
+    good, bad = encoded(image), encoded(image)[:60]
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     filters = list(warnings.filters)
 
@@ -495,8 +492,8 @@ def test_threads_leave_the_settings_of_the_process_as_they_were(
             return None
 
     with ThreadPoolExecutor(8) as pool:
-        seen = list(pool.map(read, range(300)))
-    assert [picture is not None for picture in seen] == [i % 3 == 0 for i in range(300)]
+        decoded = list(pool.map(read, range(300)))
+    assert [image is not None for image in decoded] == [i % 3 == 0 for i in range(300)]
     assert (warnings.filters, ImageFile.LOAD_TRUNCATED_IMAGES) == (filters, lenient)
 
 
@@ -508,7 +505,7 @@ def test_threads_leave_the_settings_of_the_process_as_they_were(
         (np.zeros((2, 2)), TypeError, "expected a uint8 array"),
         (np.zeros((2, 2, 7), np.uint8), TypeError, "expected a uint8 array"),
         (np.zeros((0, 2), np.uint8), TypeError, "expected a uint8 array"),
-        ("https://example.org/cat.png", ValueError, "no URL is ever opened"),
+        ("https://example.org/cat.png", ValueError, "URLs are not opened"),
         ("no/such/file.png", FileNotFoundError, "there is no file 'no/such/file.png'"),
         ("no/such/\0.png", FileNotFoundError, r"there is no file 'no/such/.x00.png'"),
         ("\ud800.png", FileNotFoundError, r"there is no file '.ud800.png'"),
@@ -528,94 +525,98 @@ def test_threads_leave_the_settings_of_the_process_as_they_were(
         (b"<svg></svg>", ValueError, "no known image format"),
         (b"version https://git-lfs.github.com/spec/v1\n", ValueError, "git lfs pull"),
         (b"<!DOCTYPE html><html></html>", ValueError, "it is a web page"),
-        ({"bytes": "picture.png"}, TypeError, "expected an image, got dict"),
+        ({"bytes": "image.png"}, TypeError, "expected an image, got dict"),
         ({"path": b"encoded"}, TypeError, "expected an image, got dict"),
         ({"bytes": {"bytes": b""}}, TypeError, "expected an image, got dict"),
         ({"bytes": None, "url": "x"}, TypeError, "expected an image, got dict"),
         (Image.new("L", (0, 3)), ValueError, "it has no pixels"),
         (Image.new("I", (0, 0)), ValueError, "it has no pixels"),
         (Image.new("F", (2, 2)), ValueError, "pixels are floats"),
-        (Image.new("I", (2, 2), 70_000), ValueError, "pixels run from 70000 to 70000"),
+        (
+            Image.new("I", (2, 2), 70_000),
+            ValueError,
+            "pixels range from 70000 to 70000",
+        ),
     ],
 )
-def test_what_is_not_an_image_is_refused(cell, error, message):
+def test_a_cell_that_is_not_an_image_is_an_error(cell, error, message):
     with pytest.raises(error, match=message):
         decode(cell, "image", identify(cell, "image"))
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "mkfifo"), reason="named pipes are a matter of POSIX"
-)
-def test_a_pipe_is_not_waited_for(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes exist on POSIX only")
+def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(FileNotFoundError, match="pipe.png"):
         identify(tmp_path / "pipe.png", "image")
 
 
-def test_a_file_beyond_all_size_is_not_read(tmp_path, monkeypatch):
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "_MAX_FILE_SIZE", 100)
     (tmp_path / "disk.img").write_bytes(bytes(101))
     with pytest.raises(ValueError, match="disk.img' has 101 bytes"):
         identify(tmp_path / "disk.img", "image")
 
 
-def test_a_path_may_be_bytes_behind_fspath_or_stand_beside_a_nan(picture, tmp_path):
-    picture.save(tmp_path / "picture.png")
+def test_a_path_may_come_from_fspath_as_bytes_or_from_a_dict_with_nan(image, tmp_path):
+    image.save(tmp_path / "image.png")
 
     class Entry(os.PathLike):
         def __fspath__(self):
-            return os.fsencode(tmp_path / "picture.png")
+            return os.fsencode(tmp_path / "image.png")
 
-    digest = identify((tmp_path / "picture.png").read_bytes(), "image")
+    digest = identify((tmp_path / "image.png").read_bytes(), "image")
     assert identify(Entry(), "image") == digest
-    assert identify(np.str_(tmp_path / "picture.png"), "image") == digest
+    assert identify(np.str_(tmp_path / "image.png"), "image") == digest
     assert identify({"bytes": float("nan"), "path": Entry()}, "image") == digest
 
 
-def change_file(path, picture, other):
-    picture.save(path)
+def change_file(path, image, other):
+    image.save(path)
     yield path
     other.save(path)
     yield path
 
 
-def change_bytes(path, picture, other):
-    data = bytearray(encoded(picture, "BMP"))
+def change_bytes(path, image, other):
+    data = bytearray(encoded(image, "BMP"))
     yield data
     data[:] = encoded(other, "BMP")
     yield data
 
 
-def change_array(path, picture, other):
-    pixels = np.array(picture)
+def change_array(path, image, other):
+    pixels = np.array(image)
     yield pixels
     pixels[:] = other
     yield pixels
 
 
-def change_picture(path, picture, other):
-    held = picture.copy()
-    yield held
-    held.paste(other)
-    yield held
+def change_image(path, image, other):
+    copy = image.copy()
+    yield copy
+    copy.paste(other)
+    yield copy
 
 
 @pytest.mark.parametrize(
-    "change", [change_file, change_bytes, change_array, change_picture]
+    "change", [change_file, change_bytes, change_array, change_image]
 )
-def test_what_was_changed_since_it_was_digested_is_refused(change, picture, tmp_path):
-    other = picture.transpose(Image.Transpose.ROTATE_180)
-    states = change(tmp_path / "picture.png", picture, other)
+def test_a_cell_that_was_changed_since_it_was_hashed_is_an_error(
+    change, image, tmp_path
+):
+    other = image.transpose(Image.Transpose.ROTATE_180)
+    states = change(tmp_path / "image.png", image, other)
     cell = next(states)
     digest = identify(cell, "image")
-    np.testing.assert_array_equal(decode(cell, "image", digest), picture)
+    np.testing.assert_array_equal(decode(cell, "image", digest), image)
     cell = next(states)
     with pytest.raises(ValueError, match="changed while it was being encoded"):
         decode(cell, "image", digest)
     assert identify(cell, "image") != digest
 
 
-FORMATS = {  # that keep every pixel of a mode
+LOSSLESS_FORMATS = {  # by mode
     "1": ["PNG", "BMP", "GIF", "TIFF"],
     "L": ["PNG", "BMP", "GIF", "TIFF", "WEBP"],
     "P": ["PNG", "BMP", "GIF", "TIFF"],
@@ -626,30 +627,32 @@ FORMATS = {  # that keep every pixel of a mode
 
 
 @st.composite
-def pictures(draw):
-    """Draw a picture of any mode of 8 bits, and a format that keeps its pixels."""
-    mode = draw(st.sampled_from(list(FORMATS)))
+def images(draw):
+    """Draw an image of any 8-bit mode and a lossless format for it."""
+    mode = draw(st.sampled_from(list(LOSSLESS_FORMATS)))
     channels = Image.getmodebands(mode)
     sides = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     pixels = draw(arrays(np.uint8, (*sides, channels) if channels > 1 else sides))
     if mode == "1":
-        picture = Image.fromarray(pixels).convert("1")
+        image = Image.fromarray(pixels).convert("1")
     elif mode == "P":
-        picture = Image.fromarray(pixels).convert("L")
-        picture = Image.frombytes("P", picture.size, picture.tobytes())
-        picture.putpalette(draw(st.binary(min_size=768, max_size=768)))
+        image = Image.fromarray(pixels).convert("L")
+        image = Image.frombytes("P", image.size, image.tobytes())
+        image.putpalette(draw(st.binary(min_size=768, max_size=768)))
     else:
-        picture = Image.frombytes(mode, sides[::-1], pixels.tobytes())
-    return picture, draw(st.sampled_from(FORMATS[mode]))
+        image = Image.frombytes(mode, sides[::-1], pixels.tobytes())
+    return image, draw(st.sampled_from(LOSSLESS_FORMATS[mode]))
 
 
-@under_fire
-@given(drawn=pictures())
-def test_a_picture_is_one_picture_however_it_comes(drawn, tmp_path_factory):
-    picture, format = drawn
+@many_examples
+@given(drawn=images())
+def test_an_image_decodes_to_the_same_pixels_from_any_type_of_cell(
+    drawn, tmp_path_factory
+):
+    image, format = drawn
     options = {"lossless": True, "exact": True} if format == "WEBP" else {}
-    data = encoded(picture, format, **options)
-    path = tmp_path_factory.mktemp("drawn") / f"picture.{format.lower()}"
+    data = encoded(image, format, **options)
+    path = tmp_path_factory.mktemp("drawn") / f"image.{format.lower()}"
     path.write_bytes(data)
     encodings = [data, bytearray(data), memoryview(data), path, str(path)]
     encodings += [
@@ -658,20 +661,22 @@ def test_a_picture_is_one_picture_however_it_comes(drawn, tmp_path_factory):
         {"bytes": data, "path": "elsewhere.png"},
     ]
     with Image.open(path) as lazy:
-        shown = [lazy, picture, decode(data, "image")]
-        shown += [np.asarray(p) for p in shown if p.mode in ("L", "RGB", "RGBA")]
-        expected = np.asarray(decode(picture, "image"))
-        for cell in (*encodings, *shown):
+        in_memory = [lazy, image, decode(data, "image")]
+        in_memory += [
+            np.asarray(p) for p in in_memory if p.mode in ("L", "RGB", "RGBA")
+        ]
+        expected = np.asarray(decode(image, "image"))
+        for cell in (*encodings, *in_memory):
             decoded = decode(cell, "image", identify(cell, "image"))
             assert (decoded.mode, decoded.info) == ("RGB", {})
             np.testing.assert_array_equal(decoded, expected)
         assert len({identify(cell, "image") for cell in encodings}) == 1
-        assert len({identify(cell, "image") for cell in shown}) == 1
+        assert len({identify(cell, "image") for cell in in_memory}) == 1
 
 
-@under_fire
+@many_examples
 @given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=9)), st.data())
-def test_an_array_is_what_it_shows_whatever_its_layout(grey, data):
+def test_an_array_has_one_hash_in_any_memory_layout(grey, data):
     channels = data.draw(st.sampled_from([None, 1, 3, 4]))
     pixels = (
         grey
@@ -694,53 +699,50 @@ def test_an_array_is_what_it_shows_whatever_its_layout(grey, data):
         np.testing.assert_allclose(decode(pixels, "image"), on_white, atol=1)
 
 
-def some_files():
-    """Encode a small picture in many ways."""
+def encoded_files():
+    """Encode a small image in many ways."""
     noise = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
+    image = Image.fromarray(noise)
     exif = Image.Exif()
     exif[0x0112] = 6
     yield from (
-        encoded(picture, format, exif=exif)
-        for format in ("PNG", "JPEG", "WEBP", "TIFF")
+        encoded(image, format, exif=exif) for format in ("PNG", "JPEG", "WEBP", "TIFF")
     )
+    yield from (encoded(image.convert(mode)) for mode in ("1", "L", "P", "LA", "RGBA"))
     yield from (
-        encoded(picture.convert(mode)) for mode in ("1", "L", "P", "LA", "RGBA")
-    )
-    yield from (
-        encoded(picture, format)
+        encoded(image, format)
         for format in ("BMP", "GIF", "PPM", "TGA", "ICO", "JPEG2000")
     )
-    yield from (encoded(picture.convert("CMYK"), format) for format in ("JPEG", "TIFF"))
-    yield encoded(picture, "TIFF", compression="tiff_lzw")
-    yield encoded(picture, "JPEG", progressive=True)
+    yield from (encoded(image.convert("CMYK"), format) for format in ("JPEG", "TIFF"))
+    yield encoded(image, "TIFF", compression="tiff_lzw")
+    yield encoded(image, "JPEG", progressive=True)
     for format in ("GIF", "PNG", "WEBP", "TIFF"):
         yield encoded(
-            picture, format, save_all=True, append_images=[ImageOps.invert(picture)]
+            image, format, save_all=True, append_images=[ImageOps.invert(image)]
         )
     yield png((3, 1), 16, 0, b"\0" + sixteen_bits.tobytes(), (b"tRNS", b"\x80\x00"))
 
 
-files = list(some_files())
+files = list(encoded_files())
 
 
-@settings(under_fire, max_examples=600)
+@settings(many_examples, max_examples=600)
 @given(
     file=st.sampled_from(files),
     flips=st.lists(
         st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8
     ),
-    kept=st.just(1.0) | st.floats(0, 1),
+    fraction=st.just(1.0) | st.floats(0, 1),
 )
-def test_a_corrupt_file_is_a_picture_or_a_value_error(file, flips, kept):
+def test_a_corrupt_file_is_an_image_or_a_value_error(file, flips, fraction):
     corrupt = bytearray(file)
     for place, byte in flips:
-        # Squared, for most of what a decoder can stumble over stands at the beginning.
+        # Squared, because headers lie at the beginning.
         corrupt[int(place**2 * len(corrupt))] = byte
-    corrupt = bytes(corrupt[: int(kept * len(corrupt))])
+    corrupt = bytes(corrupt[: int(fraction * len(corrupt))])
     with (
         warnings.catch_warnings(record=True),
-        mock.patch.object(Image, "MAX_IMAGE_PIXELS", 100_000),  # larger ones cost time
+        mock.patch.object(Image, "MAX_IMAGE_PIXELS", 100_000),  # larger images are slow
     ):
         warnings.simplefilter("always")
         try:
@@ -804,10 +806,10 @@ objects = st.one_of(
 )
 
 
-@settings(under_fire, max_examples=400)
+@settings(many_examples, max_examples=400)
 @given(cell=objects, modality=st.sampled_from(["text", "image"]))
 @example(date(2020, 1, 1), "image")
-def test_any_object_is_missing_or_encoded_or_refused_by_the_name_of_its_type(
+def test_any_object_is_missing_or_decoded_or_an_error_that_names_its_type(
     cell, modality
 ):
     if is_missing(cell):

@@ -692,7 +692,7 @@ def test_a_column_of_which_no_cell_can_be_read_is_an_error_with_the_reason(
 def test_an_image_path_that_stands_for_nothing_is_said_to_be_missing(
     cell, image_backend
 ):
-    with pytest.raises(FileNotFoundError, match="mark the cell as missing by None"):
+    with pytest.raises(FileNotFoundError, match="Use None for a missing image"):
         FrozenEncoder(image_backend, store=None).transform([cell])
 
 
@@ -830,7 +830,7 @@ def test_unreadable_cells_are_counted_by_reason_and_the_first_is_named(image_bac
     assert message.startswith(
         "4 cells of column 'scan' could not be read and count as missing (2 x no such file, 2 x no "
         "known image format), first: Row 0 (index 0) of column 'scan': there is no file "
-        "'no/such.png'. Check the path, or mark the cell as missing by None."
+        "'no/such.png'. Check the path, or use None for a missing image."
     )
 
 

@@ -1,7 +1,8 @@
-"""Text and image cells: what counts as one, what identifies it, and how it is decoded."""
+"""Validation, hashing and decoding of text and image cells."""
 
 import os
 import pickle
+import re
 import threading
 import warnings
 from contextlib import contextmanager
@@ -13,32 +14,22 @@ import numpy as np
 import pandas as pd
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
-# Part of every fingerprint: raise it when a decoding rule below changes, so that vectors made
-# under the old rule are not mistaken for new ones.
+# Part of every fingerprint. Increase it when a decoding rule below changes, so that vectors
+# made under the old rule are not returned under the new one.
 DECODING_VERSION = 2
 
-_DIGEST_SIZE = 16  # bytes; 2**64 cells before a collision becomes likely
-_MAX_FILE_SIZE = (
-    2**30
-)  # bytes; the pixels that Pillow admits fill less, even uncompressed
+_DIGEST_SIZE = 16  # bytes; a collision becomes likely at 2**64 cells
+# In bytes. An image within Pillow's limit of pixels is smaller, even uncompressed.
+_MAX_FILE_SIZE = 2**30
 
-# Settings of Pillow that decide which images can be read, with Pillow's own values.
+# Pillow's settings that decide which images can be read: their module and their default.
 _LIMITS = {
     "MAX_IMAGE_PIXELS": (Image, 89_478_485),
     "MAX_TEXT_CHUNK": (PngImagePlugin, 2**20),
     "MAX_TEXT_MEMORY": (PngImagePlugin, 2**26),
 }
-_IMAGE_SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg"),
-    *(".png", ".tif", ".tiff", ".webp"),
-)
-_PILLOW = (
-    threading.RLock()
-)  # guards Pillow's settings and openers, and the three names below
-_n_decoding = 0  # threads that decode now
-_PROCESS_SETTINGS: dict = {}  # what to restore when the last of them is done
-_OPENERS: dict = {}  # by the pickled opener: why it is not available, or None
-_UPRIGHT = {  # by EXIF orientation
+_IMAGE_SUFFIXES = set(".avif .bmp .gif .heic .jpeg .jpg .png .tif .tiff .webp".split())
+_TRANSPOSITIONS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -47,148 +38,177 @@ _UPRIGHT = {  # by EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Pillow's settings and openers belong to the process. The lock guards them and the three
+# names below.
+_PILLOW_LOCK = threading.RLock()
+_n_decoding_threads = 0
+_SAVED_SETTINGS: dict = {}  # to be restored when no thread decodes any more
+_OPENER_ERRORS: dict = {}  # by pickled opener: why it is not available, or None
 
 
 def is_missing(cell) -> bool:
-    """Tell whether a cell is empty: None, NaN, NaT or NA, or a dict of nothing else."""
-    if isinstance(cell, str):  # by far the most cells, and pandas takes its time
+    """Return whether a cell is None, NaN, NaT, NA, or a dict with only such values."""
+    if isinstance(cell, str):  # the most frequent type; pandas.isna would be slow
         return False
-    if isinstance(
-        cell, dict
-    ):  # what Hugging Face data sets hold where there is no image
-        values = cell.values()
-        return bool(cell) and not any(
-            isinstance(v, dict) or not is_missing(v) for v in values
-        )
+    if isinstance(cell, dict):  # data sets of Hugging Face mark missing images this way
+        return bool(cell) and all(_is_missing_scalar(value) for value in cell.values())
+    return _is_missing_scalar(cell)
+
+
+def _is_missing_scalar(value) -> bool:
     try:
-        return cell is None or (pd.api.types.is_scalar(cell) and bool(pd.isna(cell)))
-    except ArithmeticError:  # a signalling decimal NaN refuses even to be compared
+        return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
+    except ArithmeticError:  # a signalling decimal NaN cannot even be compared
         return True
 
 
 def image_settings() -> dict:
     """Return the settings of this process that decide which images can be read.
 
-    Worker processes import Pillow anew and know neither limits that the user has raised nor
-    formats that a plugin has registered. An encoder carries these settings in its pickles.
+    Worker processes import Pillow anew, without the limits that the user has raised and
+    without the formats that a plugin has registered. An encoder therefore carries these
+    settings in its pickles.
 
     Returns
     -------
     settings : dict
-        "limits", from the names of Pillow's settings to values other than Pillow's own, and
-        "openers", from the names of formats to the module of the plugin and the pickled opener
-        (None where it cannot be pickled). Empty if the user has changed nothing.
+        "limits" maps names of Pillow's settings to values that differ from Pillow's
+        defaults. "openers" maps names of formats to the module of the plugin and the
+        pickled opener, or None if it cannot be pickled. Empty if the user has changed
+        nothing.
     """
     limits = {}
     for name, (module, default) in _LIMITS.items():
-        value = _PROCESS_SETTINGS.get(name, getattr(module, name))
+        value = _SAVED_SETTINGS.get(name, getattr(module, name))
         if value != default:
             limits[name] = value
     openers = {}
     for image_format, opener in list(Image.OPEN.items()):
-        plugin = _module_name(opener[0])
-        if not plugin.startswith("PIL."):
-            openers[image_format] = (plugin, _pickled(opener))
+        if not _belongs_to_pillow(opener):
+            openers[image_format] = (_module_name(opener), _pickle_opener(opener))
     settings = {"limits": limits, "openers": openers}
     return {name: values for name, values in settings.items() if values}
 
 
 def identify(cell, modality: str, settings: dict | None = None) -> bytes:
-    """Digest what a cell shows, so that equal content has one digest wherever it lies.
+    """Hash the content of a cell, so that equal content has an equal hash.
 
-    Text and encoded image bytes are digested as they are, files by their content, pictures in
-    memory by their pixels.
+    Text and encoded image bytes are hashed as they are, files by their content, and images
+    in memory by their pixels.
 
     Parameters
     ----------
     cell : object
         The cell, which is not missing.
     modality : {"text", "image"}
-        What it should be.
+        Modality that the cell must have.
     settings : dict or None
-        The `image_settings` of the process that an encoder comes from.
+        The `image_settings` of the process in which the encoder was pickled.
+
+    Returns
+    -------
+    digest : bytes
+        The hash, of 16 bytes.
 
     Raises
     ------
     TypeError
-        If the cell is of a type that the modality does not know.
+        If the type of the cell does not fit the modality.
     ValueError
-        If the cell is a URL, a file beyond all size, or a picture in memory that cannot be read.
+        If the cell is a URL, a file that is too large, or an image in memory that cannot be
+        read.
     OSError
-        If the cell is a path to no file, or to one that cannot be read.
+        If the cell is a path without a readable file.
     """
     if modality == "text":
         if not isinstance(cell, str):
             raise TypeError(
                 f"expected a str, got {_type_name(cell)} ({shorten(cell)}). The model encodes "
-                "text: select a column of str, convert the column by astype('string'), or mark "
-                "the cell as missing by None"
+                "text: select a column of str, convert the column with astype('string'), or "
+                "use None for a missing text"
             )
-        # A subclass, such as an enum's member, may have an encode or __str__ of its own.
-        return _digest(_TEXT, str.encode(cell, "utf-8", "surrogatepass"))
-    return _digest_image(_image_source(cell, settings))
+        # A subclass, such as a member of an enum, may override encode and __str__.
+        return _hash_parts(_TEXT, str.encode(cell, "utf-8", "surrogatepass"))
+    return _hash_image(_image_source(cell, settings))
 
 
 def names_image_file(cell: str) -> bool:
-    """Tell whether a text is the path of an image file on this machine."""
+    """Return whether a text is the path of an existing image file."""
     return os.path.splitext(cell)[1].lower() in _IMAGE_SUFFIXES and os.path.isfile(cell)
 
 
 def decode(
     cell, modality: str, digest: bytes | None = None, settings: dict | None = None
 ):
-    """Turn a cell into what backends take: a str that UTF-8 can carry, or an RGB picture.
+    """Decode a cell to the input of backends: valid UTF-8 text or an upright RGB image.
 
-    Pictures are turned upright by their EXIF orientation; transparent ones are laid on white;
-    16-bit ones keep their upper 8 bits; of an animation the first frame counts, or in memory the
-    frame that it stands at; colour profiles are left alone. What is handed out is pixels only.
-    `settings` are the `image_settings` of the process that an encoder comes from; limits that
-    the user has changed in this process take precedence.
+    Images are rotated by their EXIF orientation, transparent images are composited on
+    white, and 16-bit images keep their upper 8 bits. Of an animated file the first frame is
+    decoded, of an animation in memory the current one. Colour profiles are ignored. The
+    result has pixels but no metadata.
+
+    Parameters
+    ----------
+    cell : object
+        The cell, which is not missing.
+    modality : {"text", "image"}
+        Modality of the cell.
+    digest : bytes or None
+        Hash of the cell when it was identified, to detect later changes.
+    settings : dict or None
+        The `image_settings` of the process in which the encoder was pickled. Limits that
+        the user has changed in this process take precedence.
+
+    Returns
+    -------
+    decoded : str or PIL.Image.Image
+        Text, or an image of mode "RGB".
 
     Raises
     ------
     ValueError
-        If the image cannot be decoded, is larger than ``PIL.Image.MAX_IMAGE_PIXELS``, or no
-        longer has the given digest.
+        If the image cannot be decoded, has more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels,
+        or has changed since `digest` was computed.
     ImportError
-        If no opener of this process reads the image, and a plugin that `settings` names cannot be
-        imported. The image may be sound, so it must not count as missing.
+        If this process cannot open the format of the image, and a plugin in `settings`
+        cannot be imported. The image may be intact, so it must not count as missing.
     """
     if modality == "text":
-        return str.encode(cell, "utf-8", "replace").decode(
-            "utf-8"
-        )  # lone surrogates become "?"
+        encoded = str.encode(cell, "utf-8", "replace")  # lone surrogates become "?"
+        return encoded.decode("utf-8")
     source = _image_source(cell, settings)
-    if digest is not None and _digest_image(source) != digest:
+    if digest is not None and _hash_image(source) != digest:
         raise ValueError("the image was changed while it was being encoded. Run again")
-    return _to_rgb(source, cell, settings) if isinstance(source, bytes) else source
+    if isinstance(source, bytes):
+        return _to_rgb(source, cell, settings)
+    return source
 
 
-def _start(kind: bytes):
-    """Begin a digest of a kind of content, so that no two kinds run together."""
+def _start_hash(kind: bytes):
+    """Start a hash with the kind of content, so that equal bytes of two kinds differ."""
     return blake2b(len(kind).to_bytes(8, "little") + kind, digest_size=_DIGEST_SIZE)
 
 
-_TEXT, _FILE, _RGB = _start(b"text"), _start(b"file"), _start(b"rgb")
+_TEXT, _FILE, _RGB = _start_hash(b"text"), _start_hash(b"file"), _start_hash(b"rgb")
 
 
-def _digest(start, *parts: bytes) -> bytes:
-    """Digest parts by length and content, so that no two lists of parts run together."""
-    digest = start.copy()
+def _hash_parts(start, *parts: bytes) -> bytes:
+    """Hash the length and content of each part, so that two lists of parts differ."""
+    hasher = start.copy()
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.digest()
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part)
+    return hasher.digest()
 
 
-def _digest_image(source) -> bytes:
+def _hash_image(source) -> bytes:
     if isinstance(source, bytes):
-        return _digest(_FILE, source)
-    return _digest(_RGB, repr(source.size).encode(), source.tobytes())
+        return _hash_parts(_FILE, source)
+    return _hash_parts(_RGB, repr(source.size).encode(), source.tobytes())
 
 
 def _image_source(cell, settings):
-    """Reduce an image cell to encoded bytes, or to an RGB picture if it is one in memory."""
+    """Return the encoded bytes of an image cell, or an RGB image if it is in memory."""
     content = _unwrap(cell) if isinstance(cell, dict) else cell
     if isinstance(content, bytes | bytearray | memoryview):
         return bytes(content)
@@ -199,20 +219,20 @@ def _image_source(cell, settings):
     if isinstance(content, np.ndarray):
         return _to_rgb(_from_array(content), cell, settings)
     raise TypeError(
-        f"expected an image, got {_type_name(cell)} ({shorten(cell)}). An image cell is a path, "
-        "bytes, a PIL image, a uint8 array, or a dict with 'bytes' or 'path'"
+        f"expected an image, got {_type_name(cell)} ({shorten(cell)}). Pass a path, bytes, a "
+        "PIL image, a uint8 array, or a dict with 'bytes' or 'path'"
     )
 
 
 def _unwrap(cell: dict):
-    """Take the bytes, else the path, out of a dict; None if they are not what the key says."""
-    for key, kinds in (
-        ("bytes", bytes | bytearray | memoryview),
-        ("path", str | os.PathLike),
-    ):
+    """Return the bytes in a dict, else its path; None if the value has another type."""
+    types = {"bytes": bytes | bytearray | memoryview, "path": str | os.PathLike}
+    for key, expected_type in types.items():
         content = cell.get(key)
+        if isinstance(content, expected_type):
+            return content
         if not is_missing(content):
-            return content if isinstance(content, kinds) else None
+            return None
     return None
 
 
@@ -220,35 +240,40 @@ def _read(path) -> bytes:
     path = os.fsdecode(path)
     if "://" in path:
         raise ValueError(
-            f"got the URL {_quote(path)}; no URL is ever opened. Download it first"
+            f"got the URL {_quote(path)}; URLs are not opened. Download the image first"
         )
-    if not os.path.isfile(path):  # a pipe or a device would be waited for
-        advice = "Check the path, or mark the cell as missing by None"
-        if not path.strip() or path.lower() in ("nan", "none", "null"):
-            advice = "If there is no image, mark the cell as missing by None"
-        elif os.path.isdir(path):
-            advice = "It is a directory: give the path of an image in it"
-        elif _looks_like_text(path):
-            advice = (
-                "The model encodes images, and this looks like a text: choose a text model, or "
-                "modality='text' if the model encodes both"
-            )
-        raise FileNotFoundError(f"there is no file {_quote(path)}. {advice}")
+    if not os.path.isfile(path):  # opening a pipe or a device could block
+        raise FileNotFoundError(
+            f"there is no file {_quote(path)}. {_path_advice(path)}"
+        )
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > _MAX_FILE_SIZE:
             raise ValueError(
-                f"the file {_quote(path)} has {size} bytes, too many for a picture"
+                f"the file {_quote(path)} has {size} bytes, too many for an image"
             )
         return file.read()
 
 
+def _path_advice(path: str) -> str:
+    if not path.strip() or path.lower() in ("nan", "none", "null"):
+        return "Use None for a missing image"
+    if os.path.isdir(path):
+        return "It is a directory: pass the path of an image in it"
+    if _looks_like_text(path):
+        return (
+            "The model encodes images, and this looks like a text: choose a text model, or "
+            "pass modality='text' if the model encodes both"
+        )
+    return "Check the path, or use None for a missing image"
+
+
 def _looks_like_text(path: str) -> bool:
-    """Tell words from the path of an image: no suffix, and spaces or no folder."""
+    """Return whether a path has no suffix and either white space or no folder."""
     suffix = os.path.splitext(path)[1]
-    if len(suffix) > 1 and not any(map(str.isspace, suffix)):
+    if len(suffix) > 1 and not re.search(r"\s", suffix):
         return False
-    return any(map(str.isspace, path)) or os.path.basename(path) == path
+    return bool(re.search(r"\s", path)) or os.path.basename(path) == path
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
@@ -264,99 +289,110 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 
 def _to_rgb(source, cell, settings) -> Image.Image:
-    """Decode encoded bytes or a picture in memory into 8-bit RGB; the cell is for the message."""
+    """Decode encoded bytes or an image in memory to RGB; messages name the `cell`."""
     settings = settings or {}
     try:
         with _pillow_settings(settings.get("limits", {})):
             unavailable = _register_openers(settings.get("openers", {}))
-            try:
-                return _upright_rgb(source)
-            except Warning:
-                # The process turns warnings into errors, and its workers do not: in neither is a
-                # warning of Pillow's a reason to refuse an image.
-                with _PILLOW, warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    return _upright_rgb(source)
+            return _upright_rgb_without_warnings(source)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's plugins raise what they like at broken files
+    except Exception as error:  # Pillow's plugins raise errors of any type
         if isinstance(error, UnidentifiedImageError) and unavailable:
             raise ImportError(
                 f"cannot decode the image {_name(cell, source)}: no known image format. The "
-                f"encoder comes from a process in which {unavailable}. Install the plugin, or "
-                "register an opener in an importable module"
+                f"encoder was pickled in a process in which {unavailable}. Install the "
+                "plugin, or register an opener in an importable module"
             ) from error
         raise ValueError(
-            f"cannot decode the image {_name(cell, source)}: {_reason(error, source)}. Repair or "
-            "drop it, mark it as missing by None, or pass errors='missing'"
+            f"cannot decode the image {_name(cell, source)}: {_reason(error, source)}. Repair "
+            "or drop it, use None for a missing image, or pass errors='missing'"
         ) from error
 
 
+def _upright_rgb_without_warnings(source) -> Image.Image:
+    """Decode an image, also where a filter of the process turns warnings into errors.
+
+    Worker processes do not inherit such filters. An image must be readable in all of them
+    or in none.
+    """
+    try:
+        return _upright_rgb(source)
+    except Warning:
+        with _PILLOW_LOCK, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _upright_rgb(source)
+
+
 def _upright_rgb(source) -> Image.Image:
-    picture = source
+    image = source
     if isinstance(source, bytes):
-        picture = Image.open(BytesIO(source))
-        _refuse_bomb(picture)
-    if picture is not source and picture.format == "EPS":
-        raise ValueError(
-            "it is PostScript, a program that Ghostscript would have to run"
-        )
-    _load(picture)
-    rgb = _turn_upright(_flatten(picture), picture)
-    rgb.info = {}  # an orientation left here would be applied again further on
+        image = Image.open(BytesIO(source))
+        _check_n_pixels(image)
+        if image.format == "EPS":
+            raise ValueError(
+                "it is PostScript, which Ghostscript would have to execute"
+            )
+    _load(image)
+    rgb = _turn_upright(_flatten(image), image)
+    rgb.info = {}  # a processor might apply an orientation in it again
     return rgb
 
 
-def _refuse_bomb(picture: Image.Image) -> None:
-    """Refuse what Pillow would only warn of, before its pixels take up memory."""
+def _check_n_pixels(image: Image.Image) -> None:
+    """Raise an error before the pixels are loaded; Pillow would only warn."""
     limit = Image.MAX_IMAGE_PIXELS
-    n_pixels = picture.width * picture.height
+    n_pixels = image.width * image.height
     if limit is not None and n_pixels > limit:
         raise ValueError(
-            f"it has {n_pixels} pixels, more than the {limit} of PIL.Image.MAX_IMAGE_PIXELS; raise "
-            "that if you trust it"
+            f"it has {n_pixels} pixels, and PIL.Image.MAX_IMAGE_PIXELS is {limit}; raise this "
+            "limit if you trust the image"
         )
 
 
 @contextmanager
 def _pillow_settings(limits: dict):
-    """Decode under the limits of the process that an encoder comes from, and refuse half images.
+    """Set the limits of the process in which the encoder was pickled.
 
-    A limit that was changed in this process stays, and truncated files are refused even if the
-    process has told Pillow to put up with them. The settings are the process's: they come back
-    when the last of the threads that decode is done.
+    A limit that was changed in this process stays. Truncated files raise an error even if
+    the process has set ``LOAD_TRUNCATED_IMAGES``. Settings are shared by all threads, so
+    they are restored when the last decoding thread is done.
     """
-    global _n_decoding
-    with _PILLOW:
+    global _n_decoding_threads
+    with _PILLOW_LOCK:
         if ImageFile.LOAD_TRUNCATED_IMAGES:
-            _PROCESS_SETTINGS.setdefault("LOAD_TRUNCATED_IMAGES", True)
+            _SAVED_SETTINGS.setdefault("LOAD_TRUNCATED_IMAGES", True)
             ImageFile.LOAD_TRUNCATED_IMAGES = False
         for name, value in limits.items():
             module, default = _LIMITS[name]
             if getattr(module, name) == default:
-                _PROCESS_SETTINGS.setdefault(name, default)
+                _SAVED_SETTINGS.setdefault(name, default)
                 setattr(module, name, value)
-        _n_decoding += 1
+        _n_decoding_threads += 1
     try:
         yield
     finally:
-        with _PILLOW:
-            _n_decoding -= 1
-            if _n_decoding == 0:
-                for name, value in _PROCESS_SETTINGS.items():
-                    module = _LIMITS[name][0] if name in _LIMITS else ImageFile
-                    setattr(module, name, value)
-                _PROCESS_SETTINGS.clear()
+        with _PILLOW_LOCK:
+            _n_decoding_threads -= 1
+            if _n_decoding_threads == 0:
+                _restore_settings()
+
+
+def _restore_settings() -> None:
+    for name, value in _SAVED_SETTINGS.items():
+        module = _LIMITS[name][0] if name in _LIMITS else ImageFile
+        setattr(module, name, value)
+    _SAVED_SETTINGS.clear()
 
 
 def _register_openers(openers: dict) -> str:
-    """Register openers of the process that an encoder comes from; name those that are absent."""
+    """Register pickled openers; return a message about those that are not available."""
     unavailable = []
     for image_format, (plugin, pickled) in openers.items():
-        with _PILLOW:
-            if pickled not in _OPENERS:
-                _OPENERS[pickled] = _register_opener(image_format, pickled)
-            reason = _OPENERS[pickled]
+        with _PILLOW_LOCK:
+            if pickled not in _OPENER_ERRORS:
+                _OPENER_ERRORS[pickled] = _register_opener(image_format, pickled)
+            reason = _OPENER_ERRORS[pickled]
         if reason is not None:
             unavailable.append(
                 f"{plugin} opens {image_format} files, which fails here ({reason})"
@@ -365,152 +401,169 @@ def _register_openers(openers: dict) -> str:
 
 
 def _register_opener(image_format: str, pickled: bytes | None) -> str | None:
-    """Register one opener, unless a plugin has; return why that fails."""
-    Image.preinit()  # Pillow's own openers come first, as in the other process
-    if image_format in Image.OPEN and not _module_name(
-        Image.OPEN[image_format][0]
-    ).startswith("PIL."):
+    """Register one opener, unless a plugin already has; return the reason of a failure."""
+    Image.preinit()  # registers Pillow's openers first, as in the other process
+    if image_format in Image.OPEN and not _belongs_to_pillow(Image.OPEN[image_format]):
         return None
     if pickled is None:
         return "it cannot be pickled"
     try:
         opener = pickle.loads(pickled)
-    except Exception as error:  # whatever importing a module may raise
+    except Exception as error:  # importing a module may raise anything
         return f"{type(error).__name__}: {error}"
     Image.register_open(image_format, *opener)
     return None
 
 
-def _module_name(function) -> str:
-    return getattr(function, "__module__", None) or type(function).__module__
+def _belongs_to_pillow(opener) -> bool:
+    return _module_name(opener).startswith("PIL.")
 
 
-def _pickled(opener) -> bytes | None:
-    """Pickle an opener by its name if its module can be imported, else by its code."""
-    by_value_if_need_be = joblib.wrap_non_picklable_objects(opener, keep_wrapper=False)
+def _module_name(opener) -> str:
+    """Return the module of an opener, a pair of functions as in `PIL.Image.OPEN`."""
+    factory = opener[0]
+    return getattr(factory, "__module__", None) or type(factory).__module__
+
+
+def _pickle_opener(opener) -> bytes | None:
+    """Pickle an opener by reference if its module can be imported, else by value."""
+    wrapped = joblib.wrap_non_picklable_objects(opener, keep_wrapper=False)
     try:
-        return pickle.dumps(by_value_if_need_be)
-    except Exception:  # an extension's object; named when it is needed
+        return pickle.dumps(wrapped)
+    except Exception:  # an object of an extension; an error names it when it is needed
         return None
 
 
-def _load(picture: Image.Image) -> None:
-    """Read the pixels, or fail as often as asked: Pillow fails once, then shows what it has got."""
-    tile = list(getattr(picture, "tile", ()))
-    if tile and picture.fp is None:
+def _load(image: Image.Image) -> None:
+    """Load the pixels.
+
+    After a failure, Pillow would return the partial image at the next attempt. Restoring
+    the tile makes each attempt fail.
+    """
+    tile = list(getattr(image, "tile", ()))
+    if tile and image.fp is None:
         raise ValueError(
-            "its file is closed, but its pixels are not read; call its load() before"
+            "its file was closed before its pixels were read; call its load() before"
         )
     try:
-        picture.load()
+        image.load()
     except Exception:
         if tile:
-            picture.tile = tile
+            image.tile = tile
         raise
 
 
-def _flatten(picture: Image.Image) -> Image.Image:
-    """Bring any mode of picture to RGB, with transparent parts on white."""
-    if 0 in picture.size:
+def _flatten(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, with transparent parts on white."""
+    if 0 in image.size:
         raise ValueError("it has no pixels")
-    if picture.mode == "F":
+    if image.mode == "F":
         raise ValueError(
-            "its pixels are floats, of unknown range; convert it to 8 bits first"
+            "its pixels are floats of unknown range; convert it to 8 bits first"
         )
-    if picture.mode.startswith("I;16") or (
-        picture.mode == "I" and picture.format == "PPM"
-    ):
-        return _flatten_16_bits(picture)
-    if picture.mode == "I":
-        low, high = picture.getextrema()
+    is_16_bit_ppm = image.mode == "I" and image.format == "PPM"
+    if image.mode.startswith("I;16") or is_16_bit_ppm:
+        return _flatten_16_bits(image)
+    if image.mode == "I":
+        low, high = image.getextrema()
         if low < 0 or high > 255:
             raise ValueError(
-                f"its pixels run from {low} to {high}; convert it to 8 bits first"
+                f"its pixels range from {low} to {high}; convert it to 8 bits first"
             )
-    if picture.mode == "La":  # the one premultiplied mode that knows no way to RGBA
-        picture = picture.convert("LA")
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    rgba = _with_8_bit_key(picture).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
+    if (
+        image.mode == "La"
+    ):  # the only premultiplied mode that Pillow cannot turn to RGBA
+        image = image.convert("LA")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = _with_8_bit_key(image).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
 
 
-def _flatten_16_bits(picture: Image.Image) -> Image.Image:
-    values = np.asarray(picture)
+def _flatten_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
     grey = (values >> 8).astype(np.uint8)
-    if "transparency" in picture.info:
-        grey[values == picture.info["transparency"]] = 255
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey).convert("RGB")
 
 
-def _with_8_bit_key(picture: Image.Image) -> Image.Image:
-    """Shift the transparent colour as Pillow shifts the 16-bit RGB pixels that it belongs to."""
-    key = picture.info.get("transparency")
-    if picture.mode != "RGB" or not isinstance(key, tuple) or max(key) <= 255:
-        return picture
-    picture = picture.copy()
-    picture.info["transparency"] = tuple(value >> 8 for value in key)
-    return picture
+def _with_8_bit_key(image: Image.Image) -> Image.Image:
+    """Shift a 16-bit transparent colour in the way that Pillow shifts 16-bit RGB pixels."""
+    key = image.info.get("transparency")
+    if image.mode != "RGB" or not isinstance(key, tuple) or max(key) <= 255:
+        return image
+    image = image.copy()
+    image.info["transparency"] = tuple(value >> 8 for value in key)
+    return image
 
 
-def _turn_upright(rgb: Image.Image, picture: Image.Image) -> Image.Image:
-    """Turn pixels as the EXIF data of their picture say, if those can be read."""
+def _turn_upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    """Transpose pixels by the EXIF orientation of their image, if it can be read."""
     try:
-        turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation))
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        transposition = _TRANSPOSITIONS.get(orientation)
     except Warning:
         raise
-    except Exception:  # as viewers do: broken metadata does not make a broken picture
+    except Exception:  # broken metadata do not make an image unreadable
         return rgb
-    return rgb if turn is None else rgb.transpose(turn)
+    if transposition is None:
+        return rgb
+    return rgb.transpose(transposition)
 
 
 def _name(cell, source) -> str:
-    """Name an image by its path where it has one, and its size."""
+    """Name an image by its size and, if it has one, its path."""
     if not isinstance(source, bytes):
         return "in memory"
+    size = f"({len(source)} bytes)"
     path = cell.get("path") if isinstance(cell, dict) else cell
-    named = (
-        f"{_quote(os.fsdecode(path))} " if isinstance(path, str | os.PathLike) else ""
-    )
-    return f"{named}({len(source)} bytes)"
+    if isinstance(path, str | os.PathLike):
+        return f"{_quote(os.fsdecode(path))} {size}"
+    return size
 
 
 def _reason(error: Exception, source) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"no known image format{_resemblance(source)}"
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
-        return f"{error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        return f"{error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust the image"
     return str(error).rstrip(". ") or type(error).__name__
 
 
 def _resemblance(source: bytes) -> str:
-    """Name the content of a file that is often saved in place of an image."""
+    """Recognise content that is often saved in place of an image."""
     start = source[:64].lstrip().lower()
     if not start:
         return ", it is empty"
     if start.startswith(b"version https://git-lfs"):
-        return ", it is a pointer of git-lfs: run `git lfs pull`"
+        return ", it is a git-lfs pointer: run `git lfs pull`"
     if start.startswith((b"<!doctype", b"<html")):
         return ", it is a web page"
     return ""
 
 
 def _type_name(cell) -> str:
-    return f"{type(cell).__module__}.{type(cell).__qualname__}".removeprefix(
-        "builtins."
-    )
+    cls = type(cell)
+    return f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
 
 
 def _quote(path: str, width: int = 200) -> str:
-    """Quote a path, of which the end tells most; a text taken for a path can be of any length."""
-    return str.__repr__(path if len(path) <= width else "…" + path[1 - width :])
+    """Quote the end of a path, since a text passed as a path may have any length."""
+    if len(path) > width:
+        path = "…" + path[1 - width :]
+    return str.__repr__(path)
 
 
 def shorten(cell, width: int = 40) -> str:
-    """Represent a cell for a message, whatever its class and size."""
+    """Return a short representation of a cell of any type and size for a message."""
     try:
-        text = repr(cell[:width] if isinstance(cell, str | bytes | bytearray) else cell)
-    except Exception:  # a class of the user's, or an int of too many digits
+        if isinstance(cell, str | bytes | bytearray):
+            cell = cell[:width]
+        text = repr(cell)
+    except Exception:  # a broken __repr__, or an int with too many digits
         text = object.__repr__(cell)
-    return text if len(text) <= width else text[: width - 1] + "…"
+    if len(text) > width:
+        text = text[: width - 1] + "…"
+    return text
