@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself without its weights: identity, configuration, files."""
+"""Identity, configuration and files of a checkpoint, read without loading the model."""
 
 import functools
 import json
@@ -9,8 +9,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-# What a Dense module of sentence-transformers may apply, by their names in torch.nn.
+# Activations of Dense modules of sentence-transformers, by their names in torch.nn.
 _ACTIVATIONS = {"GELU", "Identity", "ReLU", "SiLU", "Sigmoid", "Tanh"}
+# Names that sentence-transformers gives the pooled vector.
 _POOLED = {None, "sentence_embedding"}
 _POOLINGS = {
     "cls": "cls",
@@ -20,7 +21,7 @@ _POOLINGS = {
     "weightedmean": "weightedmean",
     "lasttoken": "last",
 }
-# Where transformers looks for weights, in its order.
+# Files of weights, in the order in which transformers looks for them.
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -43,18 +44,18 @@ _VOCABULARIES = (
 )
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
-# Keys of sentence-transformers files that no vector of ours depends on. Keys that are neither here
-# nor handled below are refused by name, unless their value is empty.
-_HARMLESS_OF_TRANSFORMER = {
+# Keys of sentence-transformers files that do not change vectors. Keys that are neither here
+# nor handled below raise an error that names them, unless their value is empty.
+_IGNORED_TRANSFORMER_KEYS = {
     "backend",
     "cache_dir",
-    "document_length",  # these three are for encode_query and encode_document
+    "document_length",  # this and the next two: encode_query and encode_document
     "query_expansion",
     "query_length",
-    "module_output_name",  # modality_config says the same
+    "module_output_name",  # repeats modality_config
     "unpad_inputs",
 }
-_HARMLESS_ARGUMENTS = {
+_IGNORED_ARGUMENTS = {
     "add_pooling_layer",
     "attn_implementation",
     "cache_dir",
@@ -65,32 +66,36 @@ _HARMLESS_ARGUMENTS = {
     "low_cpu_mem_usage",
     "padding_side",
     "revision",
-    "subfolder",  # sentence-transformers puts its own in place of it
+    "subfolder",  # sentence-transformers overrides it
     "token",
     "torch_dtype",
-    "trust_remote_code",  # only the encoder's parameter allows it
+    "trust_remote_code",  # the parameter of the encoder decides
     "use_auth_token",
     "use_cache",
     "use_fast",
     "use_safetensors",
 }
-_HARMLESS_OF_MODEL = {
+_IGNORED_MODEL_KEYS = {
     "__version__",
     "prompts",
     "default_prompt_name",
     "similarity_fn_name",
 }
-# Arguments for the model, the tokenizer and the configuration, by their old and new names.
+# Arguments of the model, the configuration and the tokenizer, by their old and new names.
 _ARGUMENTS = ("model_args", "model_kwargs", "config_args", "config_kwargs")
 _TOKENIZER_ARGUMENTS = ("tokenizer_args", "processor_kwargs")
-# Values, in JSON, of settings that are switched off, and of arguments that are not passed.
+# Values, in JSON, of disabled settings and of arguments that are not passed.
 _UNSET = {"null", "false", '""', "[]", "{}"}
 _NO_ARGUMENT = {"null"}
-# How a model is run: to the vectors of tokens, which a Pooling module reduces, or by a tower.
+# A model returns token vectors, which a Pooling module reduces, or is run by a tower.
 _TOKEN_VECTORS = ("forward", "last_hidden_state")
 _TOWERS = {"text": "get_text_features", "image": "get_image_features"}
+# sentence-transformers names the settings of the first module by one of these.
+_TRANSFORMER_KINDS = (
+    "bert roberta distilbert camembert albert xlm-roberta xlnet".split()
+)
 
-# The owners of models that are often named without one.
+# Owners of popular models, by the start of the name.
 _OWNERS = {
     "all-": "sentence-transformers",
     "bge-": "BAAI",
@@ -110,23 +115,13 @@ _OWNERS = {
     "swin": "microsoft",
     "vit-": "google",
 }
-# Files that no vector can depend on; whatever else lies in a checkpoint's directory counts.
-_WITHOUT_EFFECT = {
-    ".md",
-    ".png",
-    ".jpg",
-    ".svg",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-    ".ot",
-    ".gguf",
-}
+# Suffixes of files that cannot change a vector. All other files are hashed.
+_IGNORED_SUFFIXES = set(".md .png .jpg .svg .onnx .h5 .msgpack .ot .gguf".split())
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory or a model of the hub; nothing here needs its weights."""
+    """A checkpoint directory or a model of the hub, accessed without loading weights."""
 
     model: str
     revision: str | None = None
@@ -135,7 +130,7 @@ class Checkpoint:
 
     @property
     def is_directory(self) -> bool:
-        """Whether the model is a local directory, and no hub id."""
+        """Whether the model is a local directory instead of a hub id."""
         return os.path.isdir(self.place)
 
     @property
@@ -144,51 +139,48 @@ class Checkpoint:
         return os.path.expanduser(self.model)
 
     def identity(self) -> str:
-        """Name the content: the hub's commit, or a digest of a directory's files."""
+        """Return a key of the content: the hub's commit, or a hash of a directory's files."""
         if self.is_directory:
-            return _digest_directory(Path(self.place).resolve())
+            return _hash_directory(Path(self.place).resolve())
         return f"{self.model}@{self._commit()}"
 
     def config(self):
-        """Read the configuration, anew when the content has changed.
+        """Load the configuration, again when the content has changed.
 
         Raises
         ------
         OSError
-            If there is none to be had, or it is damaged.
+            If there is no configuration, or it is damaged.
         """
         if self.is_directory and self.file("config.json") is None:
             modules = _read_json(self, "modules.json")
             raise OSError(
-                _without_config(f"The directory {self.model!r}", self, modules)
+                _no_config_message(f"The directory {self.model!r}", self, modules)
             )
         return _read_config(self, self.identity())
 
     @property
     def name(self) -> str:
-        """The name that people know it by: a hub id, or the end of a directory's path, like one."""
-        return (
-            "/".join(Path(self.place).resolve().parts[-2:])
-            if self.is_directory
-            else self.model
-        )
+        """A readable name: the hub id, or the last two parts of a directory's path."""
+        if self.is_directory:
+            return "/".join(Path(self.place).resolve().parts[-2:])
+        return self.model
 
     @property
     def runs_remote_code(self) -> bool:
-        """Whether the checkpoint brings modelling code, and may run it."""
+        """Whether the checkpoint contains modelling code that may be run."""
         return self.trust_remote_code and bool(getattr(self.config(), "auto_map", None))
 
     def other_code(self) -> dict[str, str]:
-        """Map the other hub repositories that its modelling code comes from to their commits."""
+        """Map other hub repositories with the checkpoint's modelling code to their commits."""
         if not self.trust_remote_code:
             return {}
         config = _read_json(self, "config.json") or {}
         commits = {}
         for reference in (config.get("auto_map") or {}).values():
             repository, _, name = str(reference).partition("--")
-            if (
-                name and repository != self.model
-            ):  # its own code is that of its own commit
+            # Code in the checkpoint itself is part of the checkpoint's commit.
+            if name and repository != self.model:
                 module = name.partition(".")[0]
                 commits[repository] = _resolve_code(
                     repository, module, self.local_files_only
@@ -196,14 +188,15 @@ class Checkpoint:
         return dict(sorted(commits.items()))
 
     def model_source(self) -> dict[str, Any]:
-        """Return `source` for the model and its configuration, whose code may lie elsewhere."""
+        """Return `source` for the model and its configuration, with the commit of other code."""
+        source = self.source()
         commits = list(self.other_code().values())
-        return self.source() | (
-            {"code_revision": commits[0]} if len(commits) == 1 else {}
-        )
+        if len(commits) == 1:
+            source["code_revision"] = commits[0]
+        return source
 
     def source(self) -> dict[str, Any]:
-        """Return the arguments by which `from_pretrained` finds what `identity` names."""
+        """Return the arguments of `from_pretrained` that load the content of `identity`."""
         return {
             "pretrained_model_name_or_path": self.place,
             "revision": None if self.is_directory else self._commit(),
@@ -212,40 +205,36 @@ class Checkpoint:
         }
 
     def file(self, name: str, *, optional: bool = False) -> Path | None:
-        """Find one of the checkpoint's files, or None where it has no such file.
+        """Return the path of a file of the checkpoint, or None if there is no such file.
 
         Parameters
         ----------
         name : str
             Path within the checkpoint.
         optional : bool, default=False
-            Whether a file that an offline cache knows nothing of counts as absent.
+            Whether a file counts as absent if an offline cache has no record of it.
 
         Raises
         ------
         OSError
-            If the hub could not be asked, or only the hub knows whether there is such a file.
+            If the download fails, or an offline cache has no record of the file.
         """
         if self.is_directory:
             path = Path(self.place, name)
             return path if path.is_file() else None
         from huggingface_hub import (
             _CACHED_NO_EXIST,
-            constants,
             hf_hub_download,
             try_to_load_from_cache,
         )
-        from huggingface_hub.errors import (
-            LocalEntryNotFoundError,
-            RemoteEntryNotFoundError,
-        )
+        from huggingface_hub.errors import RemoteEntryNotFoundError
 
         commit = self._commit()
-        cached = try_to_load_from_cache(self.model, name, revision=commit)
-        if cached is _CACHED_NO_EXIST:
+        path = try_to_load_from_cache(self.model, name, revision=commit)
+        if path is _CACHED_NO_EXIST:
             return None
-        if cached is not None:
-            return Path(cached)
+        if path is not None:
+            return Path(path)
         try:
             path = hf_hub_download(
                 self.model,
@@ -255,31 +244,29 @@ class Checkpoint:
             )
         except RemoteEntryNotFoundError:
             return None
-        except (
-            Exception
-        ) as error:  # of the network, the hub, the disk: the libraries' are many
-            is_offline = self.local_files_only or constants.HF_HUB_OFFLINE
-            if is_offline and isinstance(error, LocalEntryNotFoundError):
-                if optional or _lacks_by_listing(self.model, commit, name):
-                    return None
+        except Exception as error:  # of the network, the hub or the disk
+            if not self._is_unrecorded(error):
                 raise OSError(
-                    f"The local cache of {self.model!r} does not tell whether the repository has "
-                    f"{name!r}, which changes vectors. Use the model once while online, or pass "
-                    f"the directory of a complete download: hf download {self.model}."
+                    f"{name!r} of {self.model!r}, which changes vectors, could not be "
+                    f"downloaded from the hub: {_reason(error.__cause__ or error)}. Nothing "
+                    "was encoded; try again."
                 ) from error
+            if optional or _is_absent_from_listing(self.model, commit, name):
+                return None
             raise OSError(
-                f"The hub could not be asked for {name!r} of {self.model!r}, which changes "
-                f"vectors: {_reason(error.__cause__ or error)}. Nothing was encoded; try again."
+                f"The local cache of {self.model!r} does not record whether the repository has "
+                f"{name!r}, which changes vectors. Use the model once while online, or pass "
+                f"the directory of a complete download: hf download {self.model}."
             ) from error
         return Path(path)
 
     def check_weights(self) -> None:
-        """Refuse weights that are not whole, naming the file, before they are loaded.
+        """Check the files of weights before they are loaded.
 
         Raises
         ------
         OSError
-            If a file is a pointer of git-lfs, cut short or absent beside others.
+            If a file is a git-lfs pointer or truncated, or a shard is missing.
         """
         for name in _WEIGHTS:
             path = self.file(name, optional=True)
@@ -292,17 +279,17 @@ class Checkpoint:
             for shard in sorted(set(shards.values())):
                 shard_path = self.file(shard)
                 if shard_path is None:
-                    raise _lost(self, shard, name)
+                    raise _missing_file(self, shard, name)
                 check_file(shard_path)
             return
 
     def check_tokenizer(self) -> None:
-        """Fetch and check the tokenizer's files: transformers makes up for any that it misses.
+        """Download and check the tokenizer's files; transformers would replace missing ones.
 
         Raises
         ------
         OSError
-            If a file could not be fetched, is a pointer of git-lfs or damaged.
+            If a file could not be downloaded, is a git-lfs pointer or damaged.
         """
         paths = [self.file(name) for name in _TOKENIZER_FILES]
         paths += [self.file(name, optional=True) for name in _VOCABULARIES]
@@ -315,23 +302,23 @@ class Checkpoint:
                 check_file(path)
 
     def check_image_processor(self) -> None:
-        """Fetch and check the files of the image processor.
+        """Download and check the files of the image processor.
 
         Raises
         ------
         OSError
-            If a file could not be fetched, is a pointer of git-lfs or damaged.
+            If a file could not be downloaded, is a git-lfs pointer or damaged.
         """
         for name in _IMAGE_PROCESSOR_FILES:
             _read_json(self, name)
 
     def tensors(self, folder: str) -> dict[str, Any]:
-        """Read the weights of one module of a sentence-transformers model.
+        """Load the weights of one module of a sentence-transformers model.
 
         Raises
         ------
         OSError
-            If there are none.
+            If the folder has no weights.
         """
         path = self.file(f"{folder}/model.safetensors", optional=True)
         if path is not None:
@@ -342,8 +329,8 @@ class Checkpoint:
         path = self.file(f"{folder}/pytorch_model.bin")
         if path is None:
             raise OSError(
-                f"The folder {folder!r} of {self.model!r} holds neither model.safetensors nor "
-                "pytorch_model.bin. Save the whole model, by SentenceTransformer.save."
+                f"The folder {folder!r} of {self.model!r} has neither model.safetensors nor "
+                "pytorch_model.bin. Save the complete model with SentenceTransformer.save."
             )
         import torch
 
@@ -351,27 +338,35 @@ class Checkpoint:
         return torch.load(path, map_location="cpu", weights_only=True)
 
     def sentence_transformer(self) -> dict[str, Any]:
-        """Read what sentence-transformers files say: pooling, lengths, prompt, what follows.
+        """Read the settings of sentence-transformers: pooling, lengths, prompt, head.
 
         Raises
         ------
         ValueError
-            If they ask for something that is not understood here.
+            If a setting is not supported.
         """
         return _read_sentence_transformer(self, self.identity())
 
     def _commit(self) -> str:
         return _resolve_commit(self.model, self.revision, self.local_files_only)
 
+    def _is_unrecorded(self, error) -> bool:
+        """Return whether the error means that an offline cache has no record of a file."""
+        from huggingface_hub import constants
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        is_offline = self.local_files_only or constants.HF_HUB_OFFLINE
+        return is_offline and isinstance(error, LocalEntryNotFoundError)
+
 
 @functools.lru_cache(maxsize=64)
 def _resolve_commit(model, revision, local_files_only) -> str:
-    """Ask the hub, or its local cache, which commit a revision stands for now; once a process.
+    """Resolve a revision to a commit by the hub or its local cache, once per process.
 
     Raises
     ------
     OSError
-        If the model is neither a directory nor to be found.
+        If the model is neither a directory nor found.
     """
     from transformers.utils import cached_file
 
@@ -381,29 +376,14 @@ def _resolve_commit(model, revision, local_files_only) -> str:
     if os.path.isfile(os.path.expanduser(model)):
         raise OSError(
             f"model={model!r} is a file. Pass the directory of the checkpoint, "
-            f"{os.path.dirname(model) or '.'!r}, which holds its config.json."
+            f"{os.path.dirname(model) or '.'!r}, which contains its config.json."
         )
     try:
         path = cached_file(
             model, "config.json", revision=revision, local_files_only=local_files_only
         )
     except (OSError, ValueError) as error:
-        if model.count("/") > 1 or model.startswith(
-            (".", "~", "/")
-        ):  # a path, and no owner/name
-            place = os.path.abspath(os.path.expanduser(model))
-            raise OSError(
-                f"There is no directory {place!r} on this machine. An encoder carries no weights: "
-                "copy the checkpoint there, or name another place by set_params(model=...)."
-            ) from error
-        where = "the local cache" if local_files_only else "the hub or the local cache"
-        raise OSError(
-            f"The model {model!r} is neither a local directory nor found in {where}. "
-            f"{_suggestion(model)}Check the "
-            "name, download it while online, or give the directory of a checkpoint; offline, "
-            "local_files_only=True answers at once. "
-            f"(transformers says: {_reason(error)})"
-        ) from error
+        raise OSError(_not_found_message(model, local_files_only, error)) from error
     if path is None:
         checkpoint = Checkpoint(model, revision, local_files_only)
         modules = cached_file(
@@ -414,16 +394,34 @@ def _resolve_commit(model, revision, local_files_only) -> str:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        modules = None if modules is None else _parse_json(Path(modules))
+        if modules is not None:
+            modules = _parse_json(Path(modules))
         raise OSError(
-            _without_config(f"The hub repository {model!r}", checkpoint, modules)
+            _no_config_message(f"The hub repository {model!r}", checkpoint, modules)
         )
     return Path(path).parent.name  # …/snapshots/<commit>/config.json
 
 
+def _not_found_message(model, local_files_only, error) -> str:
+    is_path = model.count("/") > 1 or model.startswith((".", "~", "/"))
+    if is_path:
+        place = os.path.abspath(os.path.expanduser(model))
+        return (
+            f"There is no directory {place!r} on this machine. An encoder contains no weights: "
+            "copy the checkpoint there, or set another path with set_params(model=...)."
+        )
+    where = "the local cache" if local_files_only else "the hub or the local cache"
+    return (
+        f"The model {model!r} is neither a local directory nor found in {where}. "
+        f"{_suggestion(model)}Check the name, download the model while online, or pass the "
+        "directory of a checkpoint. Offline, local_files_only=True avoids waiting for the hub. "
+        f"(Error of transformers: {_reason(error)})"
+    )
+
+
 @functools.lru_cache(maxsize=64)
 def _resolve_code(repository, module, local_files_only) -> str:
-    """Resolve the commit of a repository of code, as `_resolve_commit` does of a model."""
+    """Resolve the commit of a repository of code, as `_resolve_commit` does for a model."""
     from transformers.utils import cached_file
 
     path = cached_file(repository, f"{module}.py", local_files_only=local_files_only)
@@ -431,24 +429,25 @@ def _resolve_code(repository, module, local_files_only) -> str:
 
 
 def _suggestion(model: str) -> str:
-    """Suggest the full id where a model is named without its owner."""
+    """Suggest a hub id for a name without an owner."""
     if "/" in model:
         return ""
-    names = model.lower()
-    owner = next(
-        (owner for start, owner in _OWNERS.items() if names.startswith(start)), None
-    )
-    return f"Did you mean {owner or 'sentence-transformers'}/{model}? "
+    suggested_owner = "sentence-transformers"
+    for start, owner in _OWNERS.items():
+        if model.lower().startswith(start):
+            suggested_owner = owner
+            break
+    return f"Did you mean {suggested_owner}/{model}? "
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of an error that stands for others."""
+    """Return the type and first line of an error."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def _lacks_by_listing(model, commit, name) -> bool:
-    """Tell whether a download of the whole repository has listed its files, without this one."""
+def _is_absent_from_listing(model, commit, name) -> bool:
+    """Return whether a complete download has a list of files that does not contain `name`."""
     try:
         from huggingface_hub import get_cached_repo_tree
     except ImportError:  # huggingface_hub 1
@@ -456,173 +455,167 @@ def _lacks_by_listing(model, commit, name) -> bool:
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        return name not in {
-            file.path for file in get_cached_repo_tree(model, revision=commit)
-        }
+        files = get_cached_repo_tree(model, revision=commit)
     except CachedRepoTreeNotFoundError:
         return False
+    return all(file.path != name for file in files)
 
 
-def _without_config(place, checkpoint, modules) -> str:
-    """Say why there is no configuration, and what to do."""
+def _no_config_message(place, checkpoint, modules) -> str:
+    """Explain why there is no configuration, and how to continue."""
     transformer = next(iter(modules or []), {})
     kind = transformer.get("type", "").rsplit(".", 1)[-1]
     if kind not in ("", "Transformer"):
         return (
-            f"{place} has no config.json: it is a sentence-transformers model whose first module "
-            f"is {kind}, which is not supported. {_wrap(checkpoint)}"
+            f"{place} has no config.json: it is a sentence-transformers model whose first "
+            f"module is {kind}, which is not supported. {_wrapping_advice(checkpoint)}"
         )
     if transformer.get("path"):
         return (
-            f"{place} has no config.json: it is in the old layout of sentence-transformers. Load "
-            "it with SentenceTransformer, save it once, and pass the new directory."
+            f"{place} has no config.json: it is in the old layout of sentence-transformers. "
+            "Load it with SentenceTransformer, save it again, and pass the new directory."
         )
     message = (
-        f"{place} holds no config.json, so it is not a checkpoint that transformers can load. Pass "
-        "the directory that save_pretrained wrote, or another hub id; wrap other models in a "
-        "CallableBackend."
+        f"{place} has no config.json, so transformers cannot load it. Pass a directory that "
+        "save_pretrained wrote, or another hub id; wrap other models in a CallableBackend."
     )
     if checkpoint.is_directory:
         folder = Path(checkpoint.place)
-        inner = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
-        if inner:
-            message += f" Did you mean {str(inner[0].parent)!r}?"
+        configs = [
+            *folder.glob("*/config.json"),
+            *folder.glob("snapshots/*/config.json"),
+        ]
+        if configs:
+            message += f" Did you mean {str(configs[0].parent)!r}?"
     return message
 
 
 @functools.lru_cache(maxsize=64)
 def _read_config(checkpoint, identity):
-    """Read a configuration once for each identity."""
+    """Load a configuration once for each identity."""
     from transformers import AutoConfig
 
-    _read_json(checkpoint, "config.json")  # names the file where it is damaged
+    _read_json(checkpoint, "config.json")  # its error names a damaged file
 
     return AutoConfig.from_pretrained(**checkpoint.model_source())
 
 
-def _digest_directory(directory: Path) -> str:
-    files, seen = [], set()
-    for folder, folders, names in os.walk(directory, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".")
-            and os.path.realpath(Path(folder, name)) not in seen
-        )
-        files += [
-            Path(folder, name) for name in sorted(names) if not name.startswith(".")
-        ]
-    files = [
-        path for path in files if path.is_file() and path.suffix not in _WITHOUT_EFFECT
-    ]
-    signature = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-    return _digest_files(directory, signature)
+def _hash_directory(directory: Path) -> str:
+    """Hash the files of a directory, linked folders included, that can change a vector."""
+    signature, visited = [], set()
+    for folder, subfolders, names in os.walk(directory, followlinks=True):
+        visited.add(os.path.realpath(folder))
+        # os.walk descends into the subfolders that remain here. Links may form a circle.
+        subfolders[:] = _visible(subfolders)
+        for name in _visible(subfolders):
+            if os.path.realpath(Path(folder, name)) in visited:
+                subfolders.remove(name)
+        for name in _visible(names):
+            path = Path(folder, name)
+            if path.is_file() and path.suffix not in _IGNORED_SUFFIXES:
+                status = path.stat()
+                signature.append((str(path), status.st_size, status.st_mtime_ns))
+    return _hash_files(directory, tuple(signature))
+
+
+def _visible(names) -> list[str]:
+    return sorted(name for name in names if not name.startswith("."))
 
 
 @functools.lru_cache(maxsize=64)
-def _digest_files(root, signature) -> str:
-    """Digest files by name and content; read again only when a size or time has changed."""
-    digest = blake2b(digest_size=16)
+def _hash_files(root, signature) -> str:
+    """Hash names and content of files; the cache ends when a size or time changes."""
+    hasher = blake2b(digest_size=16)
     for path, size, _ in signature:
-        digest.update(f"{os.path.relpath(path, root)}\0{size}\0".encode())
+        hasher.update(f"{os.path.relpath(path, root)}\0{size}\0".encode())
         with open(path, "rb") as file:
             while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+                hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 @functools.lru_cache(maxsize=64)
 def _read_sentence_transformer(checkpoint, identity) -> dict[str, Any]:
     modules = _read_json(checkpoint, "modules.json")
     if modules is None:
-        _check_is_not_lost(checkpoint)
+        _check_no_module_files(checkpoint)
         return {}
     settings = _read_transformer_settings(checkpoint) | _read_prompt(checkpoint)
-    head = []  # what is done to pooled vectors
+    head = []  # steps after the pooling
     for i, module in enumerate(modules):
-        package, _, kind = module["type"].rpartition(".")
-        if package.split(".")[0] != "sentence_transformers":
-            raise _not_understood(
-                checkpoint, f"a module of its own code, {module['type']}"
-            )
-        if (kind == "Transformer") != (i == 0):
-            raise _not_understood(checkpoint, f"a {kind} module at position {i}")
-        if kind == "Transformer" and module["path"]:
-            raise _not_understood(checkpoint, f"its Transformer in {module['path']!r}")
+        kind, path = _module_kind(checkpoint, module, i), module["path"]
         if kind == "Pooling":
             if head or "pooling" in settings:
-                raise _not_understood(checkpoint, f"a Pooling module at position {i}")
-            settings |= _read_pooling(checkpoint, f"{module['path']}/config.json")
+                raise _unsupported(checkpoint, f"a Pooling module at position {i}")
+            settings |= _read_pooling(checkpoint, f"{path}/config.json")
         elif kind == "Normalize":
-            head.append(_read_normalize(checkpoint, f"{module['path']}/config.json"))
+            head.append(_read_normalize(checkpoint, f"{path}/config.json"))
         elif kind == "Dense":
-            head.append(_read_dense(checkpoint, module["path"]))
+            head.append(_read_dense(checkpoint, path))
         elif kind not in ("Transformer", "Dropout"):
-            raise _not_understood(checkpoint, f"a {kind} module")
+            raise _unsupported(checkpoint, f"a {kind} module")
     if "truncate_dim" in settings:
         head.append({"kind": "truncate", "n_features": settings.pop("truncate_dim")})
     if not settings.pop("has_towers") and "pooling" not in settings:
-        raise _not_understood(checkpoint, "no Pooling module")
+        raise _unsupported(checkpoint, "no Pooling module")
     return settings | {"head": head}
 
 
-def _check_is_not_lost(checkpoint) -> None:
-    """Refuse a directory in which other files of sentence-transformers lack their modules.json."""
-    if not checkpoint.is_directory:  # a commit of the hub is complete
+def _module_kind(checkpoint, module, position) -> str:
+    """Return the class of a module; the first module only must be a Transformer."""
+    package, _, kind = module["type"].rpartition(".")
+    if package.split(".")[0] != "sentence_transformers":
+        raise _unsupported(checkpoint, f"a custom module, {module['type']}")
+    if (kind == "Transformer") != (position == 0):
+        raise _unsupported(checkpoint, f"a {kind} module at position {position}")
+    if kind == "Transformer" and module["path"]:
+        raise _unsupported(checkpoint, f"its Transformer in {module['path']!r}")
+    return kind
+
+
+def _check_no_module_files(checkpoint) -> None:
+    """Check that a directory without modules.json has no other sentence-transformers files.
+
+    Without modules.json the pooling would be unknown. A commit of the hub is complete.
+    """
+    if not checkpoint.is_directory:
         return
-    names = ("*_Pooling", "config_sentence_transformers.json", "sentence_*_config.json")
-    remains = [
-        path.name for name in names for path in Path(checkpoint.place).glob(name)
-    ]
-    if remains:
+    leftovers: list[str] = []
+    for pattern in (
+        "*_Pooling",
+        "config_sentence_transformers.json",
+        "sentence_*_config.json",
+    ):
+        leftovers += [path.name for path in Path(checkpoint.place).glob(pattern)]
+    if leftovers:
         raise OSError(
-            f"{checkpoint.model!r} has {remains[0]!r} of a sentence-transformers model, but no "
-            "modules.json, which names its pooling. Download the whole model again, or, to use "
-            f"the transformer alone, remove {', '.join(remains)}."
+            f"{checkpoint.model!r} has {leftovers[0]!r} of a sentence-transformers model, but "
+            "no modules.json, which defines its pooling. Download the complete model again, "
+            f"or, to use the transformer alone, remove {', '.join(leftovers)}."
         )
 
 
 def _read_transformer_settings(checkpoint) -> dict[str, Any]:
-    """Read the settings of the first module, under whichever name the library wrote them."""
-    kinds = (
-        "bert",
-        "roberta",
-        "distilbert",
-        "camembert",
-        "albert",
-        "xlm-roberta",
-        "xlnet",
-    )
-    for kind in kinds:
-        name = f"sentence_{kind}_config.json"
-        config = _read_json(checkpoint, name)
-        if config:
-            break
-    else:
+    """Read the settings of the first module, a Transformer."""
+    name, config = _find_transformer_config(checkpoint)
+    if not config:
         return {"has_towers": False}
     handled = {"max_seq_length", "do_lower_case", "modality_config", "transformer_task"}
-    handled |= {*_ARGUMENTS, *_TOKENIZER_ARGUMENTS}
-    _refuse_others(checkpoint, name, config, handled | _HARMLESS_OF_TRANSFORMER)
-    if config.get("transformer_task", "feature-extraction") != "feature-extraction":
-        raise _not_understood(
-            checkpoint, f"the transformer_task {config['transformer_task']!r}"
-        )
+    handled |= {*_ARGUMENTS, *_TOKENIZER_ARGUMENTS, *_IGNORED_TRANSFORMER_KEYS}
+    _check_settings(checkpoint, name, config, handled)
+    task = config.get("transformer_task", "feature-extraction")
+    if task != "feature-extraction":
+        raise _unsupported(checkpoint, f"the transformer_task {task!r}")
     for key in _ARGUMENTS:
-        _refuse_others(
-            checkpoint,
-            f"{key} of {name}",
-            config.get(key),
-            _HARMLESS_ARGUMENTS,
-            _NO_ARGUMENT,
-        )
+        arguments, source = config.get(key), f"{key} of {name}"
+        _check_settings(checkpoint, source, arguments, _IGNORED_ARGUMENTS, _NO_ARGUMENT)
     max_length = config.get("max_seq_length")
     for key in _TOKENIZER_ARGUMENTS:
-        arguments = config.get(key) or {}
-        if arguments.get("truncation_side") == "right":
-            arguments = {k: v for k, v in arguments.items() if k != "truncation_side"}
-        known = _HARMLESS_ARGUMENTS | {"model_max_length"}
-        _refuse_others(checkpoint, f"{key} of {name}", arguments, known, _NO_ARGUMENT)
+        arguments, source = dict(config.get(key) or {}), f"{key} of {name}"
+        if arguments.get("truncation_side") == "right":  # the default
+            del arguments["truncation_side"]
+        handled = _IGNORED_ARGUMENTS | {"model_max_length"}
+        _check_settings(checkpoint, source, arguments, handled, _NO_ARGUMENT)
         max_length = arguments.get("model_max_length", max_length)
     return {
         "max_length": max_length,
@@ -631,38 +624,50 @@ def _read_transformer_settings(checkpoint) -> dict[str, Any]:
     }
 
 
+def _find_transformer_config(checkpoint):
+    """Return name and content of the first module's settings; the name varies by release."""
+    for kind in _TRANSFORMER_KINDS:
+        name = f"sentence_{kind}_config.json"
+        config = _read_json(checkpoint, name)
+        if config:
+            return name, config
+    return None, None
+
+
 def _has_towers(checkpoint, modality_config) -> bool:
-    """Tell whether the model is run by towers that pool; refuse other ways to run it."""
-    ways = {}
+    """Return whether towers with a pooler run the model; other methods are not supported."""
+    methods = []
     for modality, tower in _TOWERS.items():
         entry = modality_config.get(modality)
         if entry is None:
             continue
-        way = (entry.get("method"), entry.get("method_output_name"))
-        if way not in (_TOKEN_VECTORS, (tower, "pooler_output"), (tower, None)):
-            raise _not_understood(checkpoint, f"modality_config {modality}: {entry}")
-        ways[modality] = way
-    if modality_config and not ways:
-        raise _not_understood(checkpoint, f"modality_config {modality_config}")
-    return any(way != _TOKEN_VECTORS for way in ways.values())
+        method = (entry.get("method"), entry.get("method_output_name"))
+        if method not in (_TOKEN_VECTORS, (tower, "pooler_output"), (tower, None)):
+            raise _unsupported(checkpoint, f"modality_config {modality}: {entry}")
+        methods.append(method)
+    if modality_config and not methods:
+        raise _unsupported(checkpoint, f"modality_config {modality_config}")
+    return any(method != _TOKEN_VECTORS for method in methods)
 
 
 def _read_prompt(checkpoint) -> dict[str, Any]:
     file = "config_sentence_transformers.json"
     config = _read_json(checkpoint, file) or {}
-    _refuse_others(
-        checkpoint, file, config, {*_HARMLESS_OF_MODEL, "model_type", "truncate_dim"}
-    )
+    handled = _IGNORED_MODEL_KEYS | {"model_type", "truncate_dim"}
+    _check_settings(checkpoint, file, config, handled)
     if config.get("model_type") not in (None, "SentenceTransformer"):
-        raise _not_understood(checkpoint, f"the model_type {config['model_type']!r}")
-    name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
-    prompts = {"query": "", "document": ""} | prompts  # as the library has them
-    if name is not None and name not in prompts:
-        raise _not_understood(
-            checkpoint,
-            f"default_prompt_name={name!r}, which its prompts {list(prompts)} lack,",
-        )
-    settings = {} if name is None else {"prompt": prompts[name]}
+        raise _unsupported(checkpoint, f"the model_type {config['model_type']!r}")
+    settings = {}
+    name = config.get("default_prompt_name")
+    if name is not None:
+        # sentence-transformers defines these two names in every model.
+        prompts = {"query": "", "document": ""} | (config.get("prompts") or {})
+        if name not in prompts:
+            raise _unsupported(
+                checkpoint,
+                f"default_prompt_name={name!r}, which is not among its prompts {list(prompts)},",
+            )
+        settings["prompt"] = prompts[name]
     if config.get("truncate_dim"):
         settings["truncate_dim"] = config["truncate_dim"]
     return settings
@@ -671,58 +676,55 @@ def _read_prompt(checkpoint) -> dict[str, Any]:
 def _read_pooling(checkpoint, name) -> dict[str, Any]:
     config = _read_required(checkpoint, name)
     active = [m for m in config if m.startswith("pooling_mode_") and config[m] is True]
-    modes = config.get("pooling_mode") or active or ["mean"]
-    modes = [modes] if isinstance(modes, str) else modes
     handled = {
         "word_embedding_dimension",
         "embedding_dimension",
         "pooling_mode",
         "include_prompt",
     }
-    _refuse_others(checkpoint, name, config, handled | set(active))
+    _check_settings(checkpoint, name, config, handled | set(active))
     if not active and not handled.intersection(config):
         raise OSError(
-            f"The file {name!r} of {checkpoint.model!r} names no pooling: {config}."
+            f"The file {name!r} of {checkpoint.model!r} specifies no pooling: {config}."
         )
-    short = (
-        modes[0]
-        .removeprefix("pooling_mode_")
-        .removesuffix("_tokens")
-        .removesuffix("_token")
-    )
-    if len(modes) != 1 or short not in _POOLINGS:
-        raise _not_understood(checkpoint, f"the pooling {', '.join(modes)}")
+    modes = config.get("pooling_mode") or active or ["mean"]
+    if isinstance(modes, str):
+        modes = [modes]
+    mode = modes[0].removeprefix("pooling_mode_")
+    mode = mode.removesuffix("_tokens").removesuffix("_token")
+    if len(modes) != 1 or mode not in _POOLINGS:
+        raise _unsupported(checkpoint, f"the pooling {', '.join(modes)}")
     return {
-        "pooling": _POOLINGS[short],
+        "pooling": _POOLINGS[mode],
         "pool_prompt": config.get("include_prompt", True),
     }
 
 
 def _read_normalize(checkpoint, name) -> dict[str, Any]:
-    """Read what a Normalize module applies to; older releases of the library wrote no file."""
+    """Read a Normalize module; older releases of sentence-transformers wrote no file."""
     config = _read_json(checkpoint, name, optional=True) or {}
-    inputs = {config.get("module_input_name"), config.get("module_output_name")}
-    if not inputs <= _POOLED:
-        raise _not_understood(checkpoint, f"a Normalize module of the kind {config}")
+    names = {config.get("module_input_name"), config.get("module_output_name")}
+    if not names <= _POOLED:
+        raise _unsupported(checkpoint, f"a Normalize module of the kind {config}")
     return {"kind": "normalize"}
 
 
 def _read_dense(checkpoint, path) -> dict[str, Any]:
-    """Read the shape of a dense layer; its weights are read with the model's."""
+    """Read the shape of a dense layer; its weights are loaded with the model."""
     name = f"{path}/config.json"
     config = _read_required(checkpoint, name)
     activation = config.get("activation_function", "torch.nn.Tanh")
     package, _, activation = activation.rpartition(".")
     names = {config.get("module_input_name"), config.get("module_output_name")}
-    understood = package.split(".")[0] == "torch" and activation in _ACTIVATIONS
-    if not understood or config.get("use_residual") or not names <= _POOLED:
-        raise _not_understood(checkpoint, f"a Dense module of the kind {config}")
+    is_known = package.split(".")[0] == "torch" and activation in _ACTIVATIONS
+    if not is_known or config.get("use_residual") or not names <= _POOLED:
+        raise _unsupported(checkpoint, f"a Dense module of the kind {config}")
     handled = {"in_features", "out_features", "bias", "activation_function"}
     handled |= {"module_input_name", "module_output_name"}
-    _refuse_others(checkpoint, name, config, handled)
+    _check_settings(checkpoint, name, config, handled)
     if not isinstance(config.get("out_features"), int):
         raise OSError(
-            f"The file {name!r} of {checkpoint.model!r} names no out_features: {config}."
+            f"The file {name!r} of {checkpoint.model!r} specifies no out_features: {config}."
         )
     return {
         "kind": "dense",
@@ -732,18 +734,18 @@ def _read_dense(checkpoint, path) -> dict[str, Any]:
     }
 
 
-def _refuse_others(checkpoint, file, config, known, unset=_UNSET) -> None:
-    """Refuse, by name, settings that have an effect which is not reproduced here."""
-    for key, value in (config or {}).items():
-        if key not in known and json.dumps(value) not in unset:
-            raise _not_understood(checkpoint, f"{key}={value!r} in {file}")
+def _check_settings(checkpoint, source, settings, handled, unset=_UNSET) -> None:
+    """Raise an error that names the first setting with an unsupported effect."""
+    for key, value in (settings or {}).items():
+        if key not in handled and json.dumps(value) not in unset:
+            raise _unsupported(checkpoint, f"{key}={value!r} in {source}")
 
 
 def _read_required(checkpoint, name):
-    """Read a file that modules.json names."""
+    """Read a file that modules.json lists."""
     config = _read_json(checkpoint, name)
     if config is None:
-        raise _lost(checkpoint, name, "modules.json")
+        raise _missing_file(checkpoint, name, "modules.json")
     return config
 
 
@@ -758,57 +760,57 @@ def _parse_json(path):
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise OSError(
-            f"The file {str(path)!r} is no valid JSON ({error}): it is damaged or cut short. "
+            f"The file {str(path)!r} is not valid JSON ({error}): it is damaged or truncated. "
             "Download it again."
         ) from error
     if path.name == "modules.json":
-        is_sound = isinstance(content, list) and all(map(_is_module, content))
+        is_valid = isinstance(content, list) and all(map(_is_module, content))
     else:
-        is_sound = isinstance(content, dict)
-    if not is_sound:
+        is_valid = isinstance(content, dict)
+    if not is_valid:
         raise OSError(
-            f"The file {str(path)!r} does not have the entries of a {path.name}: it is damaged. "
-            "Download it again."
+            f"The file {str(path)!r} does not have the entries of a {path.name}: it is "
+            "damaged. Download it again."
         )
     return content
 
 
 def _is_module(entry) -> bool:
-    """Tell an entry of modules.json, which names a class and a folder."""
-    return isinstance(entry, dict) and all(
-        isinstance(entry.get(k), str) for k in ("type", "path")
-    )
+    """Return whether an entry of modules.json has a class and a folder."""
+    if not isinstance(entry, dict):
+        return False
+    return isinstance(entry.get("type"), str) and isinstance(entry.get("path"), str)
 
 
 def check_file(path) -> None:
-    """Refuse a file that stands for another or is cut short, as far as its ends tell.
+    """Check that a file is not empty, truncated or saved in place of another.
 
     Raises
     ------
     OSError
-        If the file is empty, a pointer of git-lfs, a web page, or weights that are cut short.
+        If the file is empty, a git-lfs pointer, a web page, or truncated weights.
     """
     path = Path(path)
     with open(path, "rb") as file:
         start = file.read(64).lstrip()
     if not start:
-        trouble = "is empty. Download it again"
+        problem = "is empty. Download it again"
     elif start.startswith(b"version https://git-lfs"):
-        trouble = (
-            "is a pointer of git-lfs and not the file itself. Run `git lfs pull` in its directory, "
+        problem = (
+            "is a git-lfs pointer instead of the content. Run `git lfs pull` in its directory, "
             "or download it again"
         )
     elif start.lower().startswith((b"<!doctype", b"<html")):
-        trouble = "is a web page that was saved in place of the file. Download it again"
-    elif _is_cut(path, start):
-        trouble = "is damaged or cut short. Download it again"
+        problem = "is a web page that was saved in place of the file. Download it again"
+    elif _is_truncated(path, start):
+        problem = "is damaged or truncated. Download it again"
     else:
         return
-    raise OSError(f"The file {str(path)!r} {trouble}.")
+    raise OSError(f"The file {str(path)!r} {problem}.")
 
 
-def _is_cut(path, start) -> bool:
-    """Tell weights that do not end where their header says; of other files nothing is known."""
+def _is_truncated(path, start) -> bool:
+    """Return whether weights do not have the size in their header; False for other files."""
     if path.suffix == ".bin":
         return start.startswith(b"PK") and not zipfile.is_zipfile(path)
     if path.suffix != ".safetensors":
@@ -827,22 +829,22 @@ def _is_cut(path, start) -> bool:
     return size != 8 + n_header + max(ends, default=0)
 
 
-def _lost(checkpoint, name, index) -> OSError:
+def _missing_file(checkpoint, name, index) -> OSError:
     return OSError(
-        f"{checkpoint.model!r} lacks {name!r}, which its {index} names. Download the whole model "
-        "again, or save it anew."
+        f"{checkpoint.model!r} has no file {name!r}, although its {index} lists it. Download "
+        "the complete model again, or save it again."
     )
 
 
-def _wrap(checkpoint) -> str:
+def _wrapping_advice(checkpoint) -> str:
     return (
         f"Wrap it: CallableBackend(lambda: SentenceTransformer({checkpoint.model!r}).encode, "
         "name=..., version=..., modality=..., n_features=...)."
     )
 
 
-def _not_understood(checkpoint, what) -> ValueError:
+def _unsupported(checkpoint, feature) -> ValueError:
     return ValueError(
-        f"{checkpoint.model!r} is a sentence-transformers model with {what}, which is not "
-        f"supported. {_wrap(checkpoint)}"
+        f"{checkpoint.model!r} is a sentence-transformers model with {feature}, which is not "
+        f"supported. {_wrapping_advice(checkpoint)}"
     )
