@@ -1,4 +1,4 @@
-"""Whatever befalls processes, disks and files: never a wrong vector, and nothing kept is lost."""
+"""Faults of processes, disks and files cause no wrong vector and lose no stored one."""
 
 import contextlib
 import json
@@ -26,9 +26,9 @@ from sklembed.encoders.store import EmbeddingStore
 SPACE = Space("f", {"name": "test"}, 64)
 BATCH = 8
 
-# Lives to live, one list of them a line. A fork has everything imported, so that starting it is
-# instant; numpy only.
-NURSERY = """
+# Reads lists of jobs, one list per line, and forks a process for each job. A fork starts
+# immediately, since all modules are imported.
+SERVER = """
 import json, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -36,7 +36,7 @@ import numpy as np
 from sklembed.encoders.database import Space
 from sklembed.encoders.store import EmbeddingStore
 
-def live(path, log, numbers):
+def run(path, log, numbers):
     numbers = np.array(numbers)
     log = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 
@@ -60,27 +60,27 @@ def live(path, log, numbers):
         n_done += len(positions)
     assert n_done == len(numbers)
 
-def fork(life):
+def fork(job):
     child = os.fork()
     if child:
         return child
     try:
-        live(*life)
+        run(*job)
         os._exit(0)
     finally:
         os._exit(1)
 
 for line in sys.stdin:
-    children = [fork(life) for life in json.loads(line)]
+    children = [fork(job) for job in json.loads(line)]
     print(json.dumps(children), flush=True)
     print(json.dumps([os.waitpid(child, 0)[1] for child in children]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def nursery():
+def server():
     with subprocess.Popen(
-        [sys.executable, "-c", NURSERY],
+        [sys.executable, "-c", SERVER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -89,20 +89,20 @@ def nursery():
         process.stdin.close()
 
 
-def start(nursery, *lives):
-    """Start processes, each given by the store, its log and the numbers to encode."""
-    nursery.stdin.write(json.dumps(lives) + "\n")
-    nursery.stdin.flush()
-    return json.loads(nursery.stdout.readline())
+def start(server, *jobs):
+    """Start a process for each job: path of the store, path of a log, numbers to encode."""
+    server.stdin.write(json.dumps(jobs) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
 
 
-def statuses(nursery):
-    """Wait for the processes started last; 0 stands for a good end."""
-    return json.loads(nursery.stdout.readline())
+def statuses(server):
+    """Wait for the processes that were started last; return their exit statuses."""
+    return json.loads(server.stdout.readline())
 
 
 def logged(log):
-    """List the numbers that were encoded."""
+    """Return the numbers that were encoded."""
     return np.fromfile(log, dtype=np.int64).tolist() if log.exists() else []
 
 
@@ -122,11 +122,11 @@ def encode(claims):
 
 
 def gather(pieces):
-    """Collect the values of numbers, and check them bit by bit."""
+    """Return the values by number, after comparing them bit by bit."""
     values = {}
-    for positions, found in pieces:
-        np.testing.assert_array_equal(found, vectors(positions))
-        values |= dict(zip(positions.tolist(), found, strict=True))
+    for positions, stored in pieces:
+        np.testing.assert_array_equal(stored, vectors(positions))
+        values |= dict(zip(positions.tolist(), stored, strict=True))
     return values
 
 
@@ -138,37 +138,37 @@ def read(store, n):
     return gather(store.read(SPACE, digests(n)))
 
 
-def assert_sound(path):
+def assert_intact(path):
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 def test_kill_9_loses_at_most_a_batch_and_nothing_is_encoded_again(
-    nursery, store, tmp_path
+    server, store, tmp_path
 ):
     rng = np.random.default_rng(0)
     n = 20_000
-    kept = set()
+    stored = set()
     n_interrupted = 0
     while n_interrupted < 10:
         log = tmp_path / f"encoded-{n_interrupted}"
-        (process,) = start(nursery, (str(store.path), str(log), list(range(n))))
+        (process,) = start(server, (str(store.path), str(log), list(range(n))))
         time.sleep(rng.uniform(0.05, 0.4))
         os.kill(process, signal.SIGKILL)
-        assert statuses(nursery) == [signal.SIGKILL]
+        assert statuses(server) == [signal.SIGKILL]
         encoded = logged(log)
-        assert kept.isdisjoint(encoded)  # nothing committed is encoded again
-        kept |= read(store, n).keys()
-        assert len(set(encoded) - kept) <= BATCH  # at most one batch is lost
-        assert_sound(store.path)
+        assert stored.isdisjoint(encoded)  # no stored cell is encoded again
+        stored |= read(store, n).keys()
+        assert len(set(encoded) - stored) <= BATCH  # at most one batch is lost
+        assert_intact(store.path)
         n_interrupted += bool(encoded)
-    assert len(kept) < n  # it was always the middle
+    assert len(stored) < n  # no run was complete
 
 
-def test_eight_processes_encode_each_cell_once(nursery, store, tmp_path):
-    """They start on no file at all, with overlapping rows in different orders."""
+def test_eight_processes_encode_each_cell_once(server, store, tmp_path):
+    """They start without a file, and overlap in rows of different order."""
     rng = np.random.default_rng(0)
-    lives = [
+    jobs = [
         (
             str(store.path),
             str(tmp_path / "encoded"),
@@ -176,29 +176,27 @@ def test_eight_processes_encode_each_cell_once(nursery, store, tmp_path):
         )
         for _ in range(8)
     ]
-    start(nursery, *lives)
-    assert statuses(nursery) == [0] * 8
+    start(server, *jobs)
+    assert statuses(server) == [0] * 8
     encoded = logged(tmp_path / "encoded")
     assert (
-        len(encoded)
-        == len(set(encoded))
-        == len(set().union(*(life[2] for life in lives)))
+        len(encoded) == len(set(encoded)) == len(set().union(*(job[2] for job in jobs)))
     )
     stats = store.stats().loc["f"]
     assert stats["encoded"] == stats["rows"] == len(encoded)
-    assert_sound(store.path)
+    assert_intact(store.path)
 
 
-def test_a_process_that_dies_with_claims_blocks_no_other(nursery, store, tmp_path):
-    lives = [
+def test_claims_of_a_dead_process_block_no_other_process(server, store, tmp_path):
+    jobs = [
         (str(store.path), str(tmp_path / f"encoded-{i}"), list(range(2000)))
         for i in range(3)
     ]
-    processes = start(nursery, *lives)
+    processes = start(server, *jobs)
     while len(logged(tmp_path / "encoded-0")) < BATCH:
         time.sleep(0.005)
     os.kill(processes[0], signal.SIGKILL)
-    assert statuses(nursery) == [signal.SIGKILL, 0, 0]
+    assert statuses(server) == [signal.SIGKILL, 0, 0]
     assert read(store, 2000).keys() == set(range(2000))
     encoded = sum((logged(tmp_path / f"encoded-{i}") for i in range(3)), [])
     assert len(encoded) <= 2000 + BATCH
@@ -207,7 +205,7 @@ def test_a_process_that_dies_with_claims_blocks_no_other(nursery, store, tmp_pat
 
 @pytest.fixture
 def folder():
-    """A folder that every user can reach."""
+    """A folder that every user can read."""
     path = Path(tempfile.mkdtemp())
     path.chmod(0o755)
     yield path
@@ -216,7 +214,7 @@ def folder():
 
 @contextlib.contextmanager
 def write_protected(folder, file_mode=0o600):
-    """Take away the right to write to a folder and, by their mode, its files; also from root."""
+    """Remove write permission of a folder and, by `file_mode`, its files; also for root."""
     root = os.geteuid() == 0
     for path in folder.rglob("*"):
         path.chmod(0o555 if path.is_dir() else file_mode)
@@ -234,9 +232,7 @@ def write_protected(folder, file_mode=0o600):
 
 
 @pytest.mark.parametrize("file_mode", [0o600, 0o400])
-def test_a_write_protected_store_is_read_and_encoding_goes_on_without_it(
-    folder, file_mode
-):
+def test_a_write_protected_store_is_read_and_encoding_continues(folder, file_mode):
     store = EmbeddingStore(folder / "store.sqlite")
     fill(store, 10)
     with write_protected(folder, file_mode):
@@ -252,20 +248,20 @@ def test_a_write_protected_store_is_read_and_encoding_goes_on_without_it(
     assert read(store, 40).keys() == set(range(10))
 
 
-def test_the_last_to_leave_may_take_the_log_along_while_another_connects(store):
-    """SQLite removes the log with the last connection, at any moment of somebody else's."""
+def test_the_log_may_be_removed_while_another_process_connects(store):
+    """SQLite removes the log when the last connection is closed."""
     fill(store, 1)
 
-    def come_and_go(_):
+    def connect_repeatedly(_):
         for _ in range(200):
             with contextlib.closing(database.connect(store.path)) as db:
                 db.execute("SELECT count(*) FROM models").fetchone()
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(come_and_go, range(4)))
+        list(pool.map(connect_repeatedly, range(4)))
 
 
-def test_where_no_store_can_be_made_there_is_a_clear_error(folder):
+def test_a_store_that_cannot_be_created_is_an_error(folder):
     store = EmbeddingStore(folder / "store.sqlite")
     for use in (store.stats, lambda: read(store, 1), lambda: fill(store, 1)):
         with (
@@ -277,35 +273,36 @@ def test_where_no_store_can_be_made_there_is_a_clear_error(folder):
             use()
 
 
-def test_a_full_disk_costs_no_result(store, monkeypatch):
+def test_a_full_disk_loses_no_result(store, monkeypatch):
     fill(store, 10)
     connect = database.connect
 
     def connect_to_a_full_disk(path, **options):
         db = connect(path, **options)
-        db.execute("PRAGMA max_page_count = 1")  # as many as there are
+        db.execute("PRAGMA max_page_count = 1")  # SQLite raises it to the current number
         return db
 
     monkeypatch.setattr(database, "connect", connect_to_a_full_disk)
-    with pytest.warns(UserWarning, match="disk is full.*not kept") as caught:
+    with pytest.warns(
+        UserWarning, match="disk is full.*without being stored"
+    ) as caught:
         assert fill(store, 2000).keys() == set(range(2000))
     assert len(caught) == 1
     monkeypatch.undo()
-    kept = read(store, 2000).keys()
-    assert set(range(10)) <= kept < set(range(2000))
-    assert_sound(store.path)
-    assert fill(store, 2000).keys() == set(
-        range(2000)
-    )  # once there is space, all are kept
+    stored = read(store, 2000).keys()
+    assert set(range(10)) <= stored < set(range(2000))
+    assert_intact(store.path)
+    # With space on the disk, all are stored.
+    assert fill(store, 2000).keys() == set(range(2000))
     assert read(store, 2000).keys() == set(range(2000))
 
 
-def test_an_input_output_error_costs_no_result(store):
+def test_an_input_output_error_loses_no_result(store):
     fill(store, 10)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = os.path.getsize(store.path)
     with pytest.warns(
-        UserWarning, match=r"(I/O error|disk is full).*not kept"
+        UserWarning, match=r"(I/O error|disk is full).*without being stored"
     ) as caught:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
         try:
@@ -314,7 +311,7 @@ def test_an_input_output_error_costs_no_result(store):
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert len(caught) == 1
     assert set(range(10)) <= read(store, 2000).keys() < set(range(2000))
-    assert_sound(store.path)
+    assert_intact(store.path)
 
 
 @pytest.mark.parametrize(
@@ -329,8 +326,8 @@ def test_an_input_output_error_costs_no_result(store):
         ("server:/x / nfs rw 0 0\n/dev/sda1 {mount} xfs rw 0 0", None),
     ],
 )
-def test_a_network_file_system_is_refused(tmp_path, monkeypatch, mounts, kind):
-    """The deepest mount point counts, and the last of several there; names may be escaped."""
+def test_a_network_file_system_is_an_error(tmp_path, monkeypatch, mounts, kind):
+    """The last of the deepest mount points counts; their names may be escaped."""
     mount = tmp_path / "my files"
     table = tmp_path / "mounts"
     table.write_text(
@@ -349,14 +346,12 @@ def test_a_network_file_system_is_refused(tmp_path, monkeypatch, mounts, kind):
     assert not mount.exists()
 
 
-def test_where_the_system_lists_no_mounts_nothing_is_refused(
-    store, monkeypatch, tmp_path
-):
+def test_any_path_is_allowed_if_mounts_are_unknown(store, monkeypatch, tmp_path):
     monkeypatch.setattr(database, "_MOUNTS", tmp_path / "absent")
     assert fill(store, 1).keys() == {0}
 
 
-def test_a_damaged_vector_is_encoded_anew(store):
+def test_a_damaged_vector_is_encoded_again(store):
     fill(store, 20)
     with contextlib.closing(sqlite3.connect(store.path)) as db, db:
         wrong = vectors([99]).tobytes()
@@ -366,7 +361,7 @@ def test_a_damaged_vector_is_encoded_anew(store):
         db.execute("DELETE FROM vectors WHERE id = 11")
     encoded = []
 
-    def note(claims):
+    def record(claims):
         for claimed in claims:
             encoded.extend(claimed)
             yield claimed, claimed, vectors(claimed)
@@ -374,14 +369,14 @@ def test_a_damaged_vector_is_encoded_anew(store):
     with pytest.warns(
         UserWarning, match="4 vectors in .*store.sqlite are damaged"
     ) as caught:
-        assert fill(store, 20, note).keys() == set(range(20))
+        assert fill(store, 20, record).keys() == set(range(20))
     assert len(caught) == 1
     assert sorted(encoded) == [4, 6, 8, 10]
     assert read(store, 20).keys() == set(range(20))
     assert store.stats().loc["f", "bytes"] == 20 * 256
 
 
-def test_damage_in_a_write_protected_store_ends_no_loop(folder):
+def test_damage_in_a_write_protected_store_causes_no_endless_loop(folder):
     store = EmbeddingStore(folder / "store.sqlite")
     fill(store, 3)
     with contextlib.closing(sqlite3.connect(store.path)) as db, db:
@@ -395,11 +390,11 @@ def test_damage_in_a_write_protected_store_ends_no_loop(folder):
 
 
 def mutate(content, rng):
-    """Damage a file's content as disks, programs and people do."""
+    """Damage the content of a file as disks, programs and people do."""
     content = bytearray(content)
     at = int(rng.integers(len(content)))
     page = at // 32768 * 32768
-    # Structure is a small part of the file, but the more interesting one.
+    # Positions in headers are drawn more often, since structure is a small part of the file.
     small = int(
         rng.choice(
             [rng.integers(100), rng.integers(len(content)), page + rng.integers(64)]
@@ -420,12 +415,12 @@ def mutate(content, rng):
     return content
 
 
-def test_no_damage_to_the_file_makes_a_wrong_vector(store, tmp_path):
-    """Reading and filling either say that the file is unusable, or are right."""
+def test_no_damage_to_the_file_causes_a_wrong_vector(store, tmp_path):
+    """Reading and filling either raise an error or return right vectors."""
     rng = np.random.default_rng(0)
     fill(store, 600)
     content = store.path.read_bytes()
-    ends = {"right": 0, "refused": 0}
+    counts = {"right": 0, "error": 0}
     for trial in range(300):
         victim = EmbeddingStore(tmp_path / f"{trial}.sqlite")
         victim.path.write_bytes(mutate(content, rng))
@@ -433,18 +428,18 @@ def test_no_damage_to_the_file_makes_a_wrong_vector(store, tmp_path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
                 try:
-                    n_found = len(use(victim, 600))
+                    n_vectors = len(use(victim, 600))
                 except OSError as error:
                     assert "ove" in str(error)  # "Move it away", or "or move it"
-                    ends["refused"] += 1
+                    counts["error"] += 1
                 else:
-                    assert use is read or n_found == 600
-                    ends["right"] += 1
-    assert min(ends.values()) >= 100
+                    assert use is read or n_vectors == 600
+                    counts["right"] += 1
+    assert min(counts.values()) >= 100
 
 
 def test_a_disk_without_any_space_can_be_pruned_and_cleared(store, monkeypatch):
-    """No space for a log or shared memory: writing by them fails, and writing in place works."""
+    """Without space for a log or shared memory, only writing in place works."""
     fill(store, 200)
     connect = database.connect
 
@@ -467,7 +462,7 @@ def test_a_disk_without_any_space_can_be_pruned_and_cleared(store, monkeypatch):
     store.clear()
     monkeypatch.undo()
     assert store.stats().empty
-    assert_sound(store.path)
+    assert_intact(store.path)
     assert fill(store, 20).keys() == set(range(20))
 
 
@@ -475,7 +470,9 @@ def test_the_disk_is_not_filled_to_the_last_byte(store, monkeypatch):
     monkeypatch.setattr(
         database.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0)
     )
-    with pytest.warns(UserWarning, match="the disk is full.*not kept") as caught:
+    with pytest.warns(
+        UserWarning, match="the disk is full.*without being stored"
+    ) as caught:
         assert fill(store, 40).keys() == set(range(40))
     assert len(caught) == 1
     assert not read(store, 40)

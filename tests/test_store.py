@@ -1,4 +1,4 @@
-"""The store: vectors come back bit by bit, to any process, and nothing is encoded twice."""
+"""The store returns vectors bit by bit to any process, and encodes no cell twice."""
 
 import contextlib
 import itertools
@@ -26,12 +26,12 @@ def digest(number):
 
 
 def value(number, space=SPACE):
-    """Say which number a vector stands for; a ragged value has as many tokens as the number."""
+    """Return the value of a cell; a ragged value has as many tokens as the number."""
     return np.full((number, 3) if space.ragged else 3, number, dtype=np.float32)
 
 
 def in_batches(encode_batch, batch_size=4):
-    """Turn a function of a batch into what `fill` takes."""
+    """Return the generator function that `fill` needs for a function of a batch."""
 
     def encode(claims):
         for claimed in claims:
@@ -46,10 +46,10 @@ def fill(store, numbers, *, space=SPACE, encoded=None, encode=None, batch_size=4
     """Fill a store with values of numbers; return the values by number."""
 
     def encode_batch(positions):
-        chosen = [numbers[i] for i in positions]
+        batch = [numbers[i] for i in positions]
         if encoded is not None:
-            encoded.extend(chosen)
-        return positions, [value(number, space) for number in chosen]
+            encoded.extend(batch)
+        return positions, [value(number, space) for number in batch]
 
     pieces = store.fill(
         space,
@@ -66,9 +66,9 @@ def read(store, numbers, space=SPACE):
 
 def gather(pieces, numbers):
     values = {}
-    for positions, found in pieces:
-        for i, vector in zip(positions, found, strict=True):
-            assert numbers[i] not in values  # everything is yielded once
+    for positions, vectors in pieces:
+        for i, vector in zip(positions, vectors, strict=True):
+            assert numbers[i] not in values  # each is yielded once
             values[numbers[i]] = vector
     return values
 
@@ -102,20 +102,20 @@ def test_vectors_come_back_bit_by_bit(store):
         claim_size=2,
     )
     assert filled.tobytes() == values.tobytes()
-    ((positions, found),) = store.read(SPACE, [digest(1), digest(0), digest(7)])
+    ((positions, stored),) = store.read(SPACE, [digest(1), digest(0), digest(7)])
     assert sorted(positions) == [0, 1]
-    assert found[np.argsort(positions)].tobytes() == values[::-1].tobytes()
+    assert stored[np.argsort(positions)].tobytes() == values[::-1].tobytes()
 
 
-def test_float16_takes_half_the_space_and_a_hit_equals_a_miss(store):
+def test_float16_needs_half_the_space_and_a_hit_equals_a_miss(store):
     space = Space("h", {}, 3, dtype="float16")
     values = np.float32([[0.1, 1000.1, -65504]])
     encode = in_batches(lambda i: (i, values[i]))
-    ((_, made),) = store.fill(space, [digest(0)], encode=encode, claim_size=1)
-    ((_, found),) = store.read(space, [digest(0)])
-    assert made.dtype == found.dtype == np.float32
-    np.testing.assert_array_equal(made, found)
-    np.testing.assert_array_equal(made, values.astype(np.float16))
+    ((_, encoded),) = store.fill(space, [digest(0)], encode=encode, claim_size=1)
+    ((_, stored),) = store.read(space, [digest(0)])
+    assert encoded.dtype == stored.dtype == np.float32
+    np.testing.assert_array_equal(encoded, stored)
+    np.testing.assert_array_equal(encoded, values.astype(np.float16))
     assert store.stats().loc["h", "bytes"] == 6
 
 
@@ -132,11 +132,11 @@ def test_float16_takes_half_the_space_and_a_hit_equals_a_miss(store):
             [np.zeros(3)],
             r"expected vectors of 3 features; got the shape \(3,\)",
         ),
-        (SPACE, np.zeros((2, 3)), "1 cells were encoded, but 2 values came of it"),
+        (SPACE, np.zeros((2, 3)), "1 cells were encoded, but 2 values were returned"),
         (Space("h", {}, 3, dtype="float16"), [[1, 2, 1e5]], "beyond 65504"),
     ],
 )
-def test_values_of_another_kind_than_promised_are_refused(
+def test_values_of_another_shape_than_the_space_s_are_an_error(
     store, space, values, message
 ):
     with pytest.raises(ValueError, match=message):
@@ -144,7 +144,7 @@ def test_values_of_another_kind_than_promised_are_refused(
     assert not read(store, [1], space=space)
 
 
-def test_an_unknown_dtype_is_refused():
+def test_an_unknown_dtype_is_an_error():
     with pytest.raises(ValueError, match="'float32' or 'float16'; got 'int8'"):
         Space("f", {}, 3, dtype="int8")
 
@@ -158,10 +158,10 @@ def test_ragged_values_come_back_in_their_lengths(store, dtype, monkeypatch):
     assert_values(read(store, [*numbers, 99], space=space), numbers, space)
 
 
-def test_one_fingerprint_does_not_stand_for_two_shapes(store):
+def test_a_fingerprint_cannot_have_two_shapes(store):
     fill(store, [1])
     with pytest.raises(
-        OSError, match=r"keeps f as .* = \[3, 'float32', 0\], but was asked for"
+        OSError, match=r"has f with .* = \[3, 'float32', 0\], but .* was requested"
     ):
         read(store, [1], space=Space("f", {}, 3, dtype="float16"))
 
@@ -172,7 +172,7 @@ def test_models_do_not_share_vectors(store):
     assert store.lacks(ANOTHER, [digest(1)]).all()
 
 
-def test_what_is_lacking_is_told_without_reading(store):
+def test_missing_cells_are_recognised_without_reading_vectors(store):
     fill(store, [1, 2])
     assert store.lacks(SPACE, [digest(n) for n in (3, 2, 1, 0)]).tolist() == [
         True,
@@ -184,7 +184,7 @@ def test_what_is_lacking_is_told_without_reading(store):
     assert store.stats().loc["f", "served"] == 0
 
 
-def test_many_more_digests_than_a_query_takes(store):
+def test_many_more_digests_than_fit_into_a_query(store):
     numbers = list(range(1, 10_001))
     assert_values(fill(store, numbers, batch_size=5000), numbers)
     assert_values(read(store, numbers[::-1]), numbers)
@@ -198,7 +198,7 @@ def test_repeated_digests_are_read_but_not_encoded(store):
         fill(store, [2, 2])
 
 
-def test_digests_of_another_length_are_refused(store):
+def test_digests_of_another_length_are_an_error(store):
     fill(store, [1])
     with pytest.raises(ValueError, match="16 bytes each"):
         list(store.read(SPACE, [b"short"]))
@@ -222,7 +222,7 @@ def test_stats_count_rows_bytes_encoded_served_and_hits(store):
     assert np.isnan(stats.loc["g", "hit_rate"])
 
 
-def test_clear_empties_the_store_and_gives_the_space_back(store):
+def test_clear_empties_the_store_and_frees_the_space(store):
     fill(store, [1, 2])
     empty = os.path.getsize(store.path)
     fill(store, list(range(3, 20_000)), batch_size=5000)
@@ -246,11 +246,11 @@ def test_clear_deletes_one_model_by_fingerprint_or_name(store, name):
 
 
 @pytest.mark.parametrize("use", ["clear", "export"])
-def test_an_unknown_model_is_refused_with_those_there_are(store, tmp_path, use):
+def test_an_unknown_model_is_an_error_that_lists_the_models(store, tmp_path, use):
     fill(store, [1])
     arguments = (tmp_path / "x.npy",) if use == "export" else ()
     with pytest.raises(
-        ValueError, match=r"no vectors of 'bert'; it has those of \['test'\]"
+        ValueError, match=r"no vectors of 'bert'. It has vectors of \['test'\]"
     ):
         getattr(store, use)(*arguments, model="bert")
     assert_values(read(store, [1]), [1])
@@ -280,7 +280,7 @@ def test_pruning_shrinks_the_file(store):
     assert os.path.getsize(store.path) < before / 4
 
 
-def test_a_cap_holds_while_filling_and_no_value_is_lost_on_the_way(tmp_path):
+def test_max_bytes_is_respected_while_filling_and_no_value_is_lost(tmp_path):
     store = EmbeddingStore(tmp_path / "store.sqlite", max_bytes=1200)  # 100 vectors
     numbers = list(range(500))
     pieces = store.fill(
@@ -289,23 +289,23 @@ def test_a_cap_holds_while_filling_and_no_value_is_lost_on_the_way(tmp_path):
         encode=in_batches(lambda batch: (batch, [value(n) for n in batch])),
         claim_size=8,
     )
-    found = {}
+    vectors = {}
     for positions, values in pieces:
-        found |= dict(zip(positions.tolist(), values, strict=True))
+        vectors |= dict(zip(positions.tolist(), values, strict=True))
         assert store.stats()["bytes"].sum() <= 1200
-    assert_values(found, numbers)
-    kept = read(store, numbers)
-    assert 80 <= len(kept) <= 100
-    assert min(kept) > 300  # the newest
+    assert_values(vectors, numbers)
+    stored = read(store, numbers)
+    assert 80 <= len(stored) <= 100
+    assert min(stored) > 300  # the newest
 
 
-@pytest.mark.parametrize("cap", [0, -1])
-def test_a_cap_must_leave_room(cap):
+@pytest.mark.parametrize("max_bytes", [0, -1])
+def test_max_bytes_must_be_positive(max_bytes):
     with pytest.raises(ValueError, match="store=None"):
-        EmbeddingStore(max_bytes=cap)
+        EmbeddingStore(max_bytes=max_bytes)
 
 
-def test_warm_reads_write_recency_once_an_hour(store, clock):
+def test_reads_write_the_time_of_use_once_an_hour(store, clock):
     fill(store, [1])
 
     def used_hour():
@@ -322,9 +322,9 @@ def test_warm_reads_write_recency_once_an_hour(store, clock):
         assert used_hour() == used
 
 
-def test_reading_goes_on_where_its_counts_cannot_be_written(store, monkeypatch):
+def test_reading_works_while_counts_cannot_be_written(store, monkeypatch):
     fill(store, [1])
-    monkeypatch.setattr(database, "_BOOKKEEPING_PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(database, "_COUNTS_TIMEOUT_SECONDS", 0.01)
     with opened(store) as db:
         db.execute("BEGIN IMMEDIATE")
         assert_values(read(store, [1]), [1])
@@ -369,21 +369,21 @@ def test_vectors_are_exported_to_npy_in_pieces(store, tmp_path, monkeypatch):
     assert store.stats().loc["f", "served"] == 0
 
 
-def test_export_says_what_it_cannot_do(store, tmp_path, monkeypatch):
+def test_exports_that_are_not_possible_are_errors(store, tmp_path, monkeypatch):
     fill(store, [1])
     fill(store, [1], space=RAGGED)
     with pytest.raises(ValueError, match=r"must end in .parquet or .npy; got .*x.csv"):
         store.export(tmp_path / "x.csv")
     with pytest.raises(ValueError, match="2 match.*model="):
         store.export(tmp_path / "x.npy")
-    with pytest.raises(ValueError, match="differ in number"):
+    with pytest.raises(ValueError, match="numbers of tokens differ"):
         store.export(tmp_path / "x.npy", model="r")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):
         store.export(tmp_path / "x.parquet")
 
 
-def test_what_was_encoded_before_a_failure_is_kept(store):
+def test_batches_before_a_failure_are_stored(store):
     def fail_at_nine(positions):
         if 9 in positions:
             raise RuntimeError("nine")
@@ -393,11 +393,11 @@ def test_what_was_encoded_before_a_failure_is_kept(store):
         fill(store, list(range(12)), encode=in_batches(fail_at_nine))
     assert read(store, list(range(12))).keys() == set(range(8))
     encoded = []
-    fill(store, [8, 9, 10, 11], encoded=encoded)  # nobody holds them any more
+    fill(store, [8, 9, 10, 11], encoded=encoded)  # no longer claimed
     assert sorted(encoded) == [8, 9, 10, 11]
 
 
-def test_values_are_on_disk_when_they_are_yielded_and_claims_end_with_the_generator(
+def test_values_are_stored_before_they_are_yielded_and_closing_ends_claims(
     store,
 ):
     encode = in_batches(lambda batch: (batch, [value(i) for i in batch]))
@@ -409,7 +409,7 @@ def test_values_are_on_disk_when_they_are_yielded_and_claims_end_with_the_genera
     with opened(store) as db:
         assert db.execute("SELECT COUNT(*) FROM claims").fetchone() == (
             4,
-        )  # lazily: 8 so far
+        )  # 8 were claimed so far
     pieces.close()
     with opened(store) as db:
         assert db.execute("SELECT COUNT(*) FROM claims").fetchone() == (0,)
@@ -417,8 +417,8 @@ def test_values_are_on_disk_when_they_are_yielded_and_claims_end_with_the_genera
 
 
 def test_encoding_may_look_ahead_in_another_thread(store):
-    """And a thread that is left behind claims nothing for a session that has ended."""
-    left_behind = []
+    """A thread that outlives its session claims nothing."""
+    iterators = []
 
     def encode(claims):
         ahead = []
@@ -426,7 +426,7 @@ def test_encoding_may_look_ahead_in_another_thread(store):
             thread = threading.Thread(target=lambda: ahead.append(next(claims)))
             thread.start()
             thread.join()
-        left_behind.append(claims)
+        iterators.append(claims)
         for batch in ahead:
             yield batch, batch, [value(i) for i in batch]
 
@@ -435,13 +435,13 @@ def test_encoding_may_look_ahead_in_another_thread(store):
     )
     assert gather(itertools.islice(pieces, 3), range(40)).keys() == set(range(24))
     pieces.close()
-    assert next(left_behind[0], None) is None
+    assert next(iterators[0], None) is None
     encoded = []
     fill(store, list(range(40)), encoded=encoded)
     assert sorted(encoded) == list(range(24, 40))
 
 
-def test_cells_that_cannot_be_encoded_are_left_out(store):
+def test_cells_that_cannot_be_encoded_are_not_yielded(store):
     def skip_odd(positions):
         even = [i for i in positions if i % 2 == 0]
         return even, np.ones((len(even), 3))
@@ -451,8 +451,8 @@ def test_cells_that_cannot_be_encoded_are_left_out(store):
 
 
 def test_sessions_that_cannot_encode_a_cell_do_not_wait_for_each_other(store):
-    """Each holds a cell that nobody can encode, and that the other wants too."""
-    met = threading.Barrier(2, timeout=20)
+    """Each session claims a cell that cannot be encoded and that the other needs."""
+    barrier = threading.Barrier(2, timeout=20)
     results = {}
 
     def work(numbers):
@@ -460,7 +460,7 @@ def test_sessions_that_cannot_encode_a_cell_do_not_wait_for_each_other(store):
 
         def encode(positions):
             if not started:
-                started.append(met.wait())
+                started.append(barrier.wait())
             good = [i for i in positions if numbers[i] not in (0, 99)]
             return good, np.ones((len(good), 3))
 
@@ -482,13 +482,13 @@ def run_threads(work, arguments):
         thread.join(timeout=60)
 
 
-def test_clear_in_the_middle_of_a_session_mixes_no_models(store):
-    def clear_and_let_another_in(positions):
+def test_clear_during_a_session_mixes_no_models(store):
+    def clear_and_fill_another(positions):
         store.clear()
         fill(store, [1, 2], space=ANOTHER)
         return positions, np.full((len(positions), 3), 100.0)
 
-    values = fill(store, [1, 2], encode=in_batches(clear_and_let_another_in))
+    values = fill(store, [1, 2], encode=in_batches(clear_and_fill_another))
     np.testing.assert_array_equal(list(values.values()), 100.0)
     assert_values(read(store, [1, 2], space=ANOTHER), [1, 2])
     assert read(store, [1, 2]).keys() == {1, 2}
@@ -527,7 +527,7 @@ def test_the_file_and_its_log_are_private(store):
     assert stat.S_IMODE(os.stat(f"{store.path}.sessions").st_mode) == 0o700
 
 
-def test_the_file_is_sound_and_holds_what_the_schema_says(store):
+def test_the_file_is_intact_and_has_the_documented_schema(store):
     fill(store, [1])
     with opened(store) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -536,7 +536,7 @@ def test_the_file_is_sound_and_holds_what_the_schema_says(store):
         assert vector == value(1).tobytes()
 
 
-def test_a_foreign_file_is_refused(tmp_path):
+def test_a_file_of_another_format_is_an_error(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("these are my notes " * 100)
     with pytest.raises(
@@ -546,7 +546,7 @@ def test_a_foreign_file_is_refused(tmp_path):
     assert path.read_text().startswith("these are my notes")
 
 
-def test_another_sqlite_file_is_refused(tmp_path):
+def test_an_sqlite_file_without_a_store_is_an_error(tmp_path):
     path = tmp_path / "other.sqlite"
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE mine (x)")
@@ -554,17 +554,17 @@ def test_another_sqlite_file_is_refused(tmp_path):
         EmbeddingStore(path).stats()
 
 
-def test_another_schema_is_refused(store):
+def test_another_schema_is_an_error(store):
     fill(store, [1])
     with opened(store) as db:
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(
-        OSError, match="store of schema 99; this release of sklembed reads schema 2"
+        OSError, match="store of schema 99, but this release of sklembed reads schema 2"
     ):
         store.stats()
 
 
-def test_a_path_that_cannot_be_made_is_a_clear_error(tmp_path):
+def test_a_path_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be used.*pass store=None"):
         EmbeddingStore(tmp_path / "file" / "store.sqlite").stats()
@@ -596,12 +596,12 @@ def test_a_read_only_store_writes_nothing(store, clock):
     assert reading.lacks(SPACE, [digest(1), digest(3)]).tolist() == [False, True]
     assert reading.stats().loc["f", "rows"] == 2
     for refused in (reading.clear, lambda: reading.prune(0)):
-        with pytest.raises(OSError, match="read_only=True.* is for reading only"):
+        with pytest.raises(OSError, match="read_only=True.* is read-only, so"):
             refused()
     assert snapshot(store.path.parent) == before
 
 
-def test_a_read_only_store_sees_what_another_process_is_writing(store):
+def test_a_read_only_store_reads_vectors_of_an_active_session(store):
     encode = in_batches(lambda batch: (batch, [value(i) for i in batch]))
     pieces = store.fill(
         SPACE, [digest(i) for i in range(20)], encode=encode, claim_size=8
@@ -623,7 +623,7 @@ def test_a_read_only_store_must_exist(tmp_path):
     assert repr(store).endswith("none.sqlite', read_only=True)")
 
 
-def test_links_lead_to_one_store(store, tmp_path):
+def test_links_are_resolved_to_one_store(store, tmp_path):
     fill(store, [1])
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "link.sqlite").symlink_to(store.path)
@@ -641,7 +641,7 @@ def test_links_lead_to_one_store(store, tmp_path):
     assert os.listdir(tmp_path / "elsewhere") == ["link.sqlite"]
 
 
-def test_a_link_to_no_file_yet_is_followed(tmp_path):
+def test_a_link_to_a_missing_file_is_followed(tmp_path):
     (tmp_path / "link.sqlite").symlink_to(tmp_path / "disk" / "real.sqlite")
     fill(EmbeddingStore(tmp_path / "link.sqlite"), [1])
     assert (tmp_path / "link.sqlite").is_symlink()
@@ -654,16 +654,16 @@ def test_a_link_to_no_file_yet_is_followed(tmp_path):
         (":memory:", "':memory:' is not the path of a file.*store=None"),
         ("file:x?mode=memory", "is not the path of a file"),
         ("sqlite:///x.sqlite", "is not the path of a file"),
-        ("cache/", "names a directory.*store='cache/embeddings.sqlite'"),
-        ("", "names a directory"),
+        ("cache/", "is a directory.*store='cache/embeddings.sqlite'"),
+        ("", "is a directory"),
     ],
 )
-def test_names_that_are_no_file_are_refused(path, message):
+def test_paths_that_cannot_be_files_are_errors(path, message):
     with pytest.raises(ValueError, match=message):
         EmbeddingStore(path)
 
 
-def test_a_directory_is_refused_with_the_name_of_a_file_in_it(tmp_path):
+def test_a_directory_is_an_error_that_suggests_a_file_in_it(tmp_path):
     with pytest.raises(OSError, match=r"is a directory.*/embeddings.sqlite'"):
         EmbeddingStore(tmp_path).stats()
 
@@ -675,7 +675,7 @@ def test_an_empty_file_becomes_a_store(tmp_path):
     assert_values(read(store, [1]), [1])
 
 
-def test_a_relative_path_is_made_absolute_at_once(tmp_path, monkeypatch):
+def test_a_relative_path_is_made_absolute_immediately(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SKLEMBED_STORE", "mine.sqlite")
     store = EmbeddingStore("emb.sqlite")
@@ -688,7 +688,7 @@ def test_a_relative_path_is_made_absolute_at_once(tmp_path, monkeypatch):
     )  # for child processes
 
 
-def test_a_user_without_a_home_directory_is_told_what_to_do(monkeypatch):
+def test_a_user_without_a_home_directory_gets_an_error_with_a_remedy(monkeypatch):
     def no_home(*args, **kwargs):
         raise RuntimeError("Could not determine home directory.")
 

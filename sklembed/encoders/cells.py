@@ -93,8 +93,8 @@ def image_settings() -> dict:
 def identify(cell, modality: str, settings: dict | None = None) -> bytes:
     """Hash the content of a cell, so that equal content has an equal hash.
 
-    Text and encoded image bytes are hashed as they are, files by their content, and images
-    in memory by their pixels.
+    Text and encoded image bytes are hashed as they are, files by their content, and
+    images in memory by their pixels.
 
     Parameters
     ----------
@@ -115,8 +115,8 @@ def identify(cell, modality: str, settings: dict | None = None) -> bytes:
     TypeError
         If the type of the cell does not fit the modality.
     ValueError
-        If the cell is a URL, a file that is too large, or an image in memory that cannot be
-        read.
+        If the cell is a URL, a file that is too large, or an image in memory that
+        cannot be read.
     OSError
         If the cell is a path without a readable file.
     """
@@ -143,9 +143,9 @@ def decode(
     """Decode a cell to the input of backends: valid UTF-8 text or an upright RGB image.
 
     Images are rotated by their EXIF orientation, transparent images are composited on
-    white, and 16-bit images keep their upper 8 bits. Of an animated file the first frame is
-    decoded, of an animation in memory the current one. Colour profiles are ignored. The
-    result has pixels but no metadata.
+    white, and 16-bit images keep their upper 8 bits. Of an animated file the first
+    frame is decoded, of an animation in memory the current one. Colour profiles are
+    ignored. The result has pixels but no metadata.
 
     Parameters
     ----------
@@ -156,8 +156,8 @@ def decode(
     digest : bytes or None
         Hash of the cell when it was identified, to detect later changes.
     settings : dict or None
-        The `image_settings` of the process in which the encoder was pickled. Limits that
-        the user has changed in this process take precedence.
+        The `image_settings` of the process in which the encoder was pickled. Limits
+        that the user has changed in this process take precedence.
 
     Returns
     -------
@@ -167,8 +167,8 @@ def decode(
     Raises
     ------
     ValueError
-        If the image cannot be decoded, has more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels,
-        or has changed since `digest` was computed.
+        If the image cannot be decoded, has more than ``PIL.Image.MAX_IMAGE_PIXELS``
+        pixels, or has changed since `digest` was computed.
     ImportError
         If this process cannot open the format of the image, and a plugin in `settings`
         cannot be imported. The image may be intact, so it must not count as missing.
@@ -313,8 +313,8 @@ def _to_rgb(source, cell, settings) -> Image.Image:
 def _upright_rgb_without_warnings(source) -> Image.Image:
     """Decode an image, also where a filter of the process turns warnings into errors.
 
-    Worker processes do not inherit such filters. An image must be readable in all of them
-    or in none.
+    Worker processes do not inherit such filters. An image must be readable in all of
+    them or in none.
     """
     try:
         return _upright_rgb(source)
@@ -354,9 +354,9 @@ def _check_n_pixels(image: Image.Image) -> None:
 def _pillow_settings(limits: dict):
     """Set the limits of the process in which the encoder was pickled.
 
-    A limit that was changed in this process stays. Truncated files raise an error even if
-    the process has set ``LOAD_TRUNCATED_IMAGES``. Settings are shared by all threads, so
-    they are restored when the last decoding thread is done.
+    A limit that was changed in this process stays. Truncated files raise an error even
+    if the process has set ``LOAD_TRUNCATED_IMAGES``. Settings are shared by all
+    threads, so they are restored when the last decoding thread is done.
     """
     global _n_decoding_threads
     with _PILLOW_LOCK:
@@ -437,8 +437,8 @@ def _pickle_opener(opener) -> bytes | None:
 def _load(image: Image.Image) -> None:
     """Load the pixels.
 
-    After a failure, Pillow would return the partial image at the next attempt. Restoring
-    the tile makes each attempt fail.
+    After a failure, Pillow would return the partial image at the next attempt.
+    Restoring the tile makes each attempt fail.
     """
     tile = list(getattr(image, "tile", ()))
     if tile and image.fp is None:

@@ -1,4 +1,4 @@
-"""Vectors written to files that other programs read: Parquet and .npy."""
+"""Export of stored vectors to Parquet and .npy files."""
 
 import contextlib
 
@@ -8,9 +8,20 @@ from sklembed.encoders.database import DIGEST_SIZE
 
 
 def write_parquet(path, contents):
-    """Write the vectors of several models into one table; return the number of rows.
+    """Write the vectors of several models to one Parquet table.
 
-    `contents` lists, for each, its Space and an iterator of digests and values.
+    Parameters
+    ----------
+    path : Path
+        The file. An existing file is overwritten.
+
+    contents : list of tuple (Space, iterator)
+        For each model, its space and an iterator over pairs (hashes, values).
+
+    Returns
+    -------
+    n_rows : int
+        Number of rows in the table.
     """
     try:
         import pyarrow as pa
@@ -29,16 +40,19 @@ def write_parquet(path, contents):
     with pyarrow.parquet.ParquetWriter(path, schema) as file:
         for space, chunks in contents:
             for digests, values in chunks:
-                ends = np.cumsum([0, *(value.size for value in values)], dtype=np.int32)
+                n_tokens = [None] * len(digests)
+                ends = np.arange(len(digests) + 1)
+                if space.ragged:
+                    n_tokens = list(map(len, values))
+                    ends = np.cumsum([0, *n_tokens])
+                # Row i has the numbers from offset i to offset i + 1.
+                offsets = (ends * space.n_features).astype(np.int32)
+                numbers = np.concatenate(values, axis=None)
                 columns = {
-                    "fingerprint": pa.array([space.fingerprint] * len(digests)),
+                    "fingerprint": [space.fingerprint] * len(digests),
                     "digest": [digest.hex() for digest in digests],
-                    "vector": pa.ListArray.from_arrays(
-                        ends, np.concatenate(values, axis=None)
-                    ),
-                    "n_tokens": [
-                        len(value) if space.ragged else None for value in values
-                    ],
+                    "vector": pa.ListArray.from_arrays(offsets, numbers),
+                    "n_tokens": n_tokens,
                 }
                 file.write_table(pa.table(columns, schema=schema))
                 n_rows += len(digests)
@@ -46,33 +60,41 @@ def write_parquet(path, contents):
 
 
 def write_npy(path, contents):
-    """Write the vectors of one model as an array, and their digests as another, beside it."""
+    """Write the vectors of one model to an array, and their hashes to another.
+
+    Parameters and returned value are those of `write_parquet`. The hashes are written
+    to ``<stem>.digests.npy`` in the same folder.
+    """
     if len(contents) != 1:
-        found = {space.fingerprint: space.names[-1] for space, _ in contents}
+        names = {}
+        for space, _ in contents:
+            names[space.fingerprint] = space.names[-1]
         raise ValueError(
-            f"a .npy file holds one model with its settings, but {len(contents)} match: {found}. "
-            "Name one by its fingerprint, as model=..., or export to .parquet."
-        )
-    if contents[0][0].ragged:
-        raise ValueError(
-            "tokens differ in number, which .npy cannot hold; export to .parquet."
+            f"A .npy file stores one model with its settings, but {len(contents)} match: "
+            f"{names}. Pass one of these fingerprints as model=..., or export to .parquet."
         )
     ((space, chunks),) = contents
+    if space.ragged:
+        raise ValueError(
+            "The numbers of tokens differ, which a .npy file cannot store. Export to .parquet."
+        )
+    n_rows = 0
     with (
-        _growing_npy(path, np.float32, space.n_features) as vectors,
-        _growing_npy(path.with_suffix(".digests.npy"), np.uint8, DIGEST_SIZE) as names,
+        _growing_npy(path, np.float32, space.n_features) as vector_file,
+        _growing_npy(
+            path.with_suffix(".digests.npy"), np.uint8, DIGEST_SIZE
+        ) as digest_file,
     ):
-        n_rows = 0
         for digests, values in chunks:
-            vectors.write(values.tobytes())
-            names.write(b"".join(digests))
+            vector_file.write(values.tobytes())
+            digest_file.write(b"".join(digests))
             n_rows += len(digests)
     return n_rows
 
 
 @contextlib.contextmanager
 def _growing_npy(path, dtype, width):
-    """Open a .npy file to append rows to; its header is written when their number is known."""
+    """Open a .npy file to append rows; the number of rows is written at the end."""
     dtype = np.dtype(dtype).newbyteorder("<")
 
     def write_header(n_rows):
@@ -81,7 +103,7 @@ def _growing_npy(path, dtype, width):
         )
 
     with open(path, "wb") as file:
-        write_header(0)  # numpy pads it, so that the number may grow
+        write_header(0)  # numpy pads the header, so that a larger number fits
         start = file.tell()
         yield file
         n_rows = (file.tell() - start) // (width * dtype.itemsize)

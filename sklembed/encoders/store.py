@@ -1,4 +1,4 @@
-"""EmbeddingStore: one SQLite file that keeps every vector ever encoded, for every process."""
+"""EmbeddingStore: one SQLite file of vectors that all processes share."""
 
 import contextlib
 import io
@@ -20,46 +20,48 @@ from filelock import FileLock, Timeout
 from sklembed.encoders import database
 from sklembed.encoders.export import WRITERS
 
-# Small enough that joining and checking a piece stays within the processor's caches.
+# Small enough that a piece is joined and checked within the caches of the processor.
 _READ_BYTES = 3 << 17
-_WRITE_CACHE_KIB = (
-    65536  # holds the tree of a million cells: digests come in random order
-)
+# For the tree of a million cells, since digests arrive in random order.
+_WRITE_CACHE_KIB = 65536
 _POLL_SECONDS = 0.05
-_PRUNE_TO = 0.9  # of the cap, so that pruning is rare
+_PRUNE_TO = 0.9  # of max_bytes, so that pruning is rare
 
 
 class EmbeddingStore:
-    """Keep vectors in one SQLite file, by what was encoded and which model did it.
+    """Store vectors in one SQLite file.
 
-    The key of a vector is the digest of the cell's content and the fingerprint of the model, so
-    folds, candidates, clones, processes, runs and projects share what any of them has computed.
-    The file holds no raw inputs, is readable by its owner only, and can be opened with any SQLite
-    client. Many processes may read and write at once. Cells that one process is encoding are
-    claimed, so that another waits for them instead of encoding them again; claims of a process
-    that died are void.
+    The key of a vector combines a hash of the cell's content with the fingerprint of
+    the model. Folds, candidates, clones, processes, runs and projects therefore share
+    all vectors. The file contains no raw inputs, is readable by its owner only, and can
+    be opened with any SQLite client. Many processes may read and write at once. A
+    process claims cells before it encodes them, and other processes wait for these
+    cells instead of encoding them again. Claims of a process that died are void.
 
-    What was put is safe from any end of the process; a power cut may undo the last batches, never
-    the file. A vector is returned only if its checksum is right: one that the disk has damaged
-    counts as lacking. Where a store can be read but not written, because of permissions or a full
-    disk, encoding goes on without keeping, with a warning.
+    Stored vectors survive the end of any process. A power cut may undo the last batches
+    but does not damage the file. A vector is returned only if its checksum is right; a
+    damaged vector counts as missing. If a store can be read but not written, because of
+    permissions or a full disk, encoding continues without storing and a warning is
+    issued.
 
     Parameters
     ----------
     path : str, path or None, default=None
-        The file; by default the one that the environment variable ``SKLEMBED_STORE`` names, else
-        ``embeddings.sqlite`` in the user's cache directory for sklembed. It is made on first use,
-        and must lie on a local disk. A relative path is made absolute at once, and links are
-        followed, so that every process means the same file.
+        The file. None means the path in the environment variable ``SKLEMBED_STORE`` or,
+        without it, ``embeddings.sqlite`` in the user's cache directory for sklembed.
+        The file is created on first use and must be on a local disk. A relative path is
+        made absolute immediately and links are followed, so that all processes use the
+        same file.
 
     max_bytes : int or None, default=None
-        The most bytes of vectors to keep, all models together. When encoding exceeds it, the
-        least recently used ones go until a tenth is free; see `prune`.
+        Maximum number of bytes of vectors, over all models. When encoding exceeds it,
+        the least recently used vectors are deleted until a tenth is free; see `prune`.
 
     read_only : bool, default=False
-        Whether to serve vectors without ever writing: no vectors, counts or recency, and no
-        files beside the store. Encoders return the vectors of new cells without storing them;
-        `clear` and `prune` raise an error, and so does a path without a store.
+        Whether to return vectors without writing anything: no vectors, no counts, no
+        times of use, and no files in the folder of the store. Encoders return the
+        vectors of new cells without storing them. `clear` and `prune` raise an error,
+        and so does a path without a store.
 
     Examples
     --------
@@ -75,11 +77,11 @@ class EmbeddingStore:
     def __init__(self, path=None, *, max_bytes=None, read_only=False):
         if max_bytes is not None and max_bytes <= 0:
             raise ValueError(
-                f"max_bytes must be above 0, or None for no cap; got {max_bytes!r}. To keep "
-                "nothing, give the encoder store=None."
+                f"max_bytes must be above 0, or None for no limit; got {max_bytes!r}. To store "
+                "nothing, pass store=None to the encoder."
             )
         if path is not None:
-            # Now, since a worker process, or this one later, may have another working directory.
+            # Here, since the working directory may differ later or in a worker process.
             absolute = database.absolute(path)
             path = absolute if isinstance(path, str) else Path(absolute)
         self.path = path
@@ -87,9 +89,8 @@ class EmbeddingStore:
         self.read_only = read_only
 
     def __setstate__(self, state):
-        self.__dict__ = {
-            "read_only": False
-        } | state  # pickles of before there was a choice
+        # Pickles of older releases have no read_only.
+        self.__dict__ = {"read_only": False} | state
 
     def __repr__(self):
         arguments = []
@@ -102,106 +103,110 @@ class EmbeddingStore:
         return f"EmbeddingStore({', '.join(arguments)})"
 
     def read(self, space, digests):
-        """Yield what the store has, in pieces of bounded size.
+        """Yield the stored vectors of cells, in pieces of bounded size.
 
         Parameters
         ----------
         space : Space
-            The encoder's space.
+            The space of the encoder.
 
         digests : list of bytes
-            Digests of the cells, 16 bytes each.
+            Hashes of the cells, 16 bytes each.
 
         Yields
         ------
-        positions : ndarray of shape (n_found,), dtype int
-            Positions in `digests`, in the order in which the vectors lie on the disk.
+        positions : ndarray of shape (n_positions,), dtype int
+            Positions in `digests`, in the order in which the vectors are stored.
 
-        values : ndarray of shape (n_found, n_features), dtype float32, or list of ndarray
-            Their vectors; for a ragged space a list of arrays of shape (n_tokens, n_features).
+        values : ndarray of shape (n_positions, n_features), dtype float32, or list of ndarray
+            Their vectors; for a ragged space a list of arrays of shape (n_tokens,
+            n_features).
         """
         with self._connection() as db:
             model = database.model_id(db, space)
             if model is None:
                 return
             cells = database.look_up(db, model, digests)
-            served, damaged = 0, []
+            n_served, damaged = 0, []
             try:
                 for piece in database.pieces(cells, _READ_BYTES):
-                    sound, values, unsound = database.fetch(db, space, digests, piece)
-                    damaged.extend(unsound)
-                    if len(sound):
-                        served += len(sound)
-                        yield sound["position"], values
+                    intact, values, unusable = database.fetch(db, space, digests, piece)
+                    damaged.extend(unusable)
+                    if len(intact):
+                        n_served += len(intact)
+                        yield intact["position"], values
             finally:
                 if not self.read_only:
-                    database.note_use(db, model, digests, cells, served)
+                    database.record_use(db, model, digests, cells, n_served)
             if damaged:
-                self._disown(db, model, digests, damaged)
+                self._drop_damaged(db, model, digests, damaged)
 
     def lacks(self, space, digests):
-        """Tell which cells the store has no vector of, without reading vectors.
+        """Return which cells have no vector in the store; no vectors are read.
 
         Parameters
         ----------
         space : Space
-            The encoder's space.
+            The space of the encoder.
 
         digests : list of bytes
-            Digests of the cells, 16 bytes each.
+            Hashes of the cells, 16 bytes each.
 
         Returns
         -------
-        lacking : ndarray of shape (n_digests,), dtype bool
-            Whether each is lacking. That a vector is damaged is noticed only when it is read.
+        missing : ndarray of shape (n_digests,), dtype bool
+            Mask of the cells without a vector. Damaged vectors are recognised only when
+            they are read.
         """
-        lacking = np.ones(len(digests), dtype=bool)
+        missing = np.ones(len(digests), dtype=bool)
         with self._connection() as db:
             model = database.model_id(db, space)
             if model is not None:
-                lacking[database.find(db, "cells", model, digests)["position"]] = False
-        return lacking
+                missing[database.find(db, "cells", model, digests)["position"]] = False
+        return missing
 
     def fill(self, space, digests, *, encode, claim_size):
-        """Encode cells that the store lacks, wait for those that others encode, and yield all.
+        """Encode the cells that are not stored, and yield the vectors of all cells.
 
-        However many processes and threads ask for the same cells at once, each is encoded by one
-        of them. Values are on disk batch by batch before they are yielded, so that an interrupted
-        run resumes.
+        If several processes and threads request the same cells at once, one of them
+        encodes a cell and the rest wait. Each batch is on disk before it is yielded, so
+        that an interrupted run can be resumed.
 
         Parameters
         ----------
         space : Space
-            The encoder's space.
+            The space of the encoder.
 
         digests : list of bytes
-            Digests of the cells, 16 bytes each, without repeats, in the order in which to encode.
+            Hashes of the cells, 16 bytes each, without repeats, in the order of
+            encoding.
 
         encode : callable
-            A generator function. It takes an iterator of lists of positions in `digests`, which
-            claims the cells of each list as it is advanced; it may look ahead, also in another
-            thread. For every batch it yields the positions dealt with, those of them that could
-            be encoded, and their values. It is called again for cells that others had claimed and
-            let go, and never without any cell.
+            A generator function. Its argument is an iterator over lists of positions in
+            `digests`; advancing it claims the cells of a list. It may be advanced
+            early, also in another thread. For each batch, the generator yields the
+            positions in the batch, the positions that could be encoded, and their
+            values. It is called again for cells that another session has claimed and
+            released without a vector, and never without cells.
 
         claim_size : int
-            The most positions to a list.
+            Maximum number of positions in a list.
 
         Yields
         ------
-        positions : ndarray of shape (n_done,), dtype int
+        positions : ndarray of shape (n_positions,), dtype int
             Positions in `digests`.
 
-        values : ndarray of shape (n_done, n_features), dtype float32, or list of ndarray
-            Their vectors, as `read` would return them. Every cell is yielded once, except those
-            that could not be encoded.
+        values : ndarray of shape (n_positions, n_features), dtype float32, or list of ndarray
+            Their vectors, as `read` would return them. Every cell is yielded once,
+            except cells that could not be encoded.
         """
         if len(set(digests)) < len(digests):
             raise ValueError(
-                "digests must be without repeats: each distinct cell is encoded once."
+                "digests must be without repeats: pass each distinct cell once."
             )
         if self.read_only:
-            yield from self._fill_nothing(space, digests, encode, claim_size)
+            yield from self._fill_without_storing(space, digests, encode, claim_size)
             return
         session = _Session(self, space, digests)
         try:
@@ -210,16 +215,16 @@ class EmbeddingStore:
             session.end()
 
     def stats(self):
-        """Count what the store holds and has done, for each model.
+        """Return statistics of the store for each model.
 
         Returns
         -------
         stats : DataFrame
-            A row for each fingerprint: the `model`, `n_features`, `rows` and `bytes` of vectors
-            held, how many values were ever `encoded` into the store and `served` from it, the
-            `hit_rate`, the part of both that was served, and the `description` of all settings,
-            in JSON. `encoded` above `rows` means that vectors were encoded again, or have been
-            pruned or replaced since.
+            A row for each fingerprint, with the columns `model`, `n_features`, `rows`,
+            `bytes` (of stored vectors), `encoded` (number of values ever encoded),
+            `served` (number of values ever read), `hit_rate` (served / (served +
+            encoded)), and `description` (all settings in JSON). If `encoded` exceeds
+            `rows`, vectors were encoded again, pruned or replaced.
         """
         with self._connection() as db:
             rows = db.execute(
@@ -227,9 +232,10 @@ class EmbeddingStore:
                 "(SELECT COUNT(*) FROM cells WHERE model = models.id), bytes, encoded, served "
                 "FROM models"
             ).fetchall()
-        names = [
-            database.Space(row[0], json.loads(row[1]), row[2]).names[-1] for row in rows
-        ]
+        names = []
+        for fingerprint, description, n_features, *_ in rows:
+            space = database.Space(fingerprint, json.loads(description), n_features)
+            names.append(space.names[-1])
         counts = ["n_features", "rows", "bytes", "encoded", "served"]
         stats = pd.DataFrame(rows, columns=["fingerprint", "description", *counts])
         stats = stats.assign(model=names).set_index("fingerprint")
@@ -237,186 +243,187 @@ class EmbeddingStore:
         return stats[["model", *counts, "hit_rate", "description"]]
 
     def clear(self, model=None):
-        """Delete vectors and counts, of all models or of one; the file shrinks accordingly.
+        """Delete the vectors and counts of all models or of one, and shrink the file.
 
         Parameters
         ----------
         model : str or None, default=None
-            A fingerprint, or the name in a model's description ("label" or "name"): then all
-            versions and settings of that model go. None deletes everything.
+            A fingerprint, or the name in a model's description ("label" or "name"),
+            which selects all versions and settings of that model. None deletes
+            everything.
 
         Raises
         ------
         ValueError
-            If the store has no such model, or is for reading only.
+            If the store has no such model, or is read-only.
         """
-        self._refuse_if_read_only("clear()")
-        self._free(lambda db: database.clear(db, model))
+        self._check_writable("clear()")
+        self._free_space(lambda db: database.clear(db, model))
 
     def prune(self, max_bytes):
-        """Drop the least recently used vectors until at most so many bytes of vectors are left.
+        """Delete the least recently used vectors until `max_bytes` bytes are left.
 
-        What counts are the vectors as they are kept, without keys and SQLite's own structures;
-        these add some 5 % for 384 numbers of float32. Recency is known to the hour; within an
-        hour, what was stored first goes first. The file shrinks.
+        Only the vectors count, without keys and the structures of SQLite. These add
+        about 5 % to vectors of 384 float32 numbers. The time of last use is stored in
+        hours. Within an hour, the oldest vectors are deleted first. The file shrinks.
 
         Parameters
         ----------
         max_bytes : int
-            Bytes of vectors to keep at most, all models together.
+            Maximum number of bytes of vectors, over all models.
 
         Returns
         -------
         n_dropped : int
-            How many vectors were dropped.
+            Number of deleted vectors.
         """
         if max_bytes < 0:
             raise ValueError(f"max_bytes must not be negative; got {max_bytes!r}.")
-        self._refuse_if_read_only("prune()")
-        return self._free(lambda db: database.prune(db, max_bytes))
+        self._check_writable("prune()")
+        return self._free_space(lambda db: database.prune(db, max_bytes))
 
     def export(self, path, model=None):
-        """Write vectors to a file that other programs read, piece by piece.
+        """Write vectors to a Parquet or .npy file, with bounded memory.
 
-        A ``.parquet`` file (it needs pyarrow) has the columns ``fingerprint``, ``digest`` (hex),
-        ``vector`` (a list of float32) and ``n_tokens``; where that is not null, the vector is
-        n_tokens rows of the model's width, one after another. A ``.npy`` file is a float32 array
-        with a row for each vector of one model; the digests lie beside it, in
-        ``<stem>.digests.npy``, as a uint8 array of shape (n_rows, 16).
+        A ``.parquet`` file (which needs pyarrow) has the columns ``fingerprint``,
+        ``digest`` (the hash of the cell in hex), ``vector`` (a list of float32) and
+        ``n_tokens``. If ``n_tokens`` is not null, the vector is a flattened array of
+        shape (n_tokens, n_features). A ``.npy`` file is a float32 array with one row
+        for each vector of one model. The hashes are in ``<stem>.digests.npy``, a uint8
+        array of shape (n_rows, 16).
 
         Parameters
         ----------
         path : str or path
-            The file, ending in ".parquet" or ".npy". An existing one is overwritten.
+            The file, ending in ".parquet" or ".npy". An existing file is overwritten.
 
         model : str or None, default=None
-            A fingerprint, or the name in a model's description, as in `clear`; None exports
-            everything.
+            A fingerprint, or the name in a model's description, as in `clear`. None
+            exports all models.
 
         Returns
         -------
         n_rows : int
-            How many vectors were written.
+            Number of exported vectors.
 
         Raises
         ------
         ValueError
-            If the store has no such model, or a ".npy" file would have to hold several models or
-            ragged values.
+            If the store has no such model, or a ".npy" file is requested for several
+            models or ragged values.
         """
         path = Path(path)
         if path.suffix not in WRITERS:
             raise ValueError(
                 f"path must end in .parquet or .npy; got {os.fspath(path)!r}."
             )
+        contents = []
         with self._connection() as db:
-            contents = [
-                (space, database.everything(db, number, space))
-                for number, space in database.spaces(db, model).items()
-            ]
+            for number, space in database.spaces(db, model).items():
+                contents.append((space, database.iter_vectors(db, number, space)))
             return WRITERS[path.suffix](path, contents)
 
     def _path(self):
-        """Return the file itself: its lock and its sessions lie beside it, not beside a link."""
+        """Return the path without links, since locks are in the folder of the file."""
         path = database.default_path() if self.path is None else self.path
         return Path(os.path.realpath(path))
 
     @contextlib.contextmanager
     def _connection(self):
-        """Connect for one piece of work."""
-        path = self._ready_path()
+        """Connect to the store for one operation."""
+        path = self._ensure_file()
         with (
-            database.clear_errors(path),
+            database.readable_errors(path),
             contextlib.closing(database.connect(path, read_only=self.read_only)) as db,
         ):
             database.check_is_store(db, path)
             yield db
 
-    def _ready_path(self):
-        """Return the path of the store, which is made if there is none."""
+    def _ensure_file(self):
+        """Return the path of the store, and create the file if there is none."""
         path = self._path()
         database.check_is_local(path)
-        database.check_is_no_directory(path)
+        database.check_is_not_directory(path)
         try:
-            is_made = database.is_made(path)
-            if not is_made and not self.read_only:
+            exists = database.exists(path)
+            if not exists and not self.read_only:
                 database.create(path)
         except (OSError, sqlite3.Error) as error:
-            raise OSError(database.trouble(path, error)) from error
-        if self.read_only and not is_made:
+            raise OSError(database.error_message(path, error)) from error
+        if self.read_only and not exists:
             raise FileNotFoundError(
-                f"There is no embedding store at {path}, and read_only=True makes none. Give the "
-                "path of a store, read_only=False, or store=None."
+                f"There is no embedding store at {path}, and read_only=True does not create "
+                "one. Pass the path of a store, read_only=False, or store=None."
             )
         return path
 
-    def _refuse_if_read_only(self, action):
+    def _check_writable(self, action):
         if self.read_only:
             raise io.UnsupportedOperation(
-                f"{self!r} is for reading only, so {action} is refused. Use a store without "
+                f"{self!r} is read-only, so {action} is not possible. Use a store without "
                 "read_only=True."
             )
 
-    def _free(self, work):
-        """Do a piece of work that frees space, if need be without the space for a log."""
+    def _free_space(self, operation):
+        """Run an operation that frees space, without a log if it has no space."""
         try:
             with self._connection() as db:
-                return work(db)
+                return operation(db)
         except OSError as error:
             if not database.is_full(self._path(), error):
                 raise
-        path = self._ready_path()
-        with database.clear_errors(path), database.connect_in_place(path) as db:
-            return work(db)
+        path = self._ensure_file()
+        with database.readable_errors(path), database.connect_in_place(path) as db:
+            return operation(db)
 
-    def _fill_nothing(self, space, digests, encode, claim_size):
-        """Yield the values of all cells as `fill` does, without keeping those that are new."""
-        lacking = np.ones(len(digests), dtype=bool)
+    def _fill_without_storing(self, space, digests, encode, claim_size):
+        """Yield the vectors of all cells as `fill` does, for a read-only store."""
+        missing = np.ones(len(digests), dtype=bool)
         for positions, values in self.read(space, digests):
-            lacking[positions] = False
+            missing[positions] = False
             yield positions, values
-        positions = np.flatnonzero(lacking).tolist()
+        positions = np.flatnonzero(missing).tolist()
         if not positions:
             return
-        chunks = (
-            positions[i : i + claim_size] for i in range(0, len(positions), claim_size)
-        )
+        starts = range(0, len(positions), claim_size)
+        chunks = (positions[start : start + claim_size] for start in starts)
         with contextlib.closing(encode(chunks)) as batches:
-            for _, done, values in batches:
-                if len(done):
-                    yield np.asarray(done), space.pack(values, len(done))[1]
+            for _, encoded, values in batches:
+                if len(encoded):
+                    yield np.asarray(encoded), space.pack(values, len(encoded))[1]
 
-    def _disown(self, db, model, digests, damaged):
-        """Forget damaged vectors, so that they are encoded anew, and warn of them.
+    def _drop_damaged(self, db, model, digests, damaged):
+        """Delete the cells of damaged vectors and warn, so that they are encoded again.
 
-        Their rows in `vectors` stay: if it is the row's number that is damaged, it names another
-        cell's vector.
+        Their rows in `vectors` stay. If the id of the row is damaged, the row belongs
+        to another cell.
         """
-        cells = [
-            (model, digests[cell["position"]], int(cell["id"]), int(cell["size"]))
-            for cell in damaged
-        ]
-        lost = len(cells)
+        cells = []
+        for cell in damaged:
+            digest = digests[cell["position"]]
+            cells.append((model, digest, int(cell["id"]), int(cell["size"])))
+        n_dropped = len(cells)
         if not self.read_only:
             with (
                 contextlib.suppress(sqlite3.OperationalError),
                 database.transaction(db),
             ):
-                lost = len(database.drop(db, cells))
-        if lost:  # none if another process has pruned them since they were looked up
+                n_dropped = len(database.drop(db, cells))
+        if n_dropped:  # 0 if another process has pruned them since the lookup
             warnings.warn(
-                f"{lost} vectors in the embedding store {self._path()} are damaged and count as "
-                "lacking. Check the disk.",
+                f"{n_dropped} vectors in the embedding store {self._path()} are damaged and "
+                "count as missing. Check the disk.",
                 UserWarning,
                 stacklevel=3,
             )
 
 
 class _Session:
-    """One caller's run of encoding, known to others by the claims it holds.
+    """One run of `EmbeddingStore.fill`, which claims the cells that it encodes.
 
-    It keeps one connection, which spares a cold encode the opening and the checkpoint of every
-    batch; a lock guards it, as claims may be made in the thread that prepares batches.
+    A session uses a single connection. Opening one for every batch would also
+    checkpoint the log every time. A lock guards the connection, since the thread that
+    prepares batches may claim cells.
     """
 
     def __init__(self, store, space, digests):
@@ -426,178 +433,183 @@ class _Session:
         self._owner = uuid.uuid4().hex
         self._lock = threading.RLock()
         self._ended = False
-        self._path = store._ready_path()
+        self._path = store._ensure_file()
         with store._connection():
-            pass  # a foreign or damaged file is an error, and nothing to fall back from
-        self._keeps = True
-        self._db = self._life = None
+            pass  # raises an error for a damaged file, or one that is not a store
+        self._can_write = True
+        self._db = self._session_lock = None
 
     def run(self, encode, claim_size):
-        """Yield the values of all digests, encoded here or by others."""
+        """Yield the vectors of all cells, encoded by this session or another."""
         self._attempt(self._begin)
-        waiting = np.arange(len(self._digests))
-        while len(waiting):
-            waiting = yield from self._read(waiting)
-            held = yield from self._encode(waiting, encode, claim_size)
-            if held and len(held) == len(waiting):
+        pending = np.arange(len(self._digests))
+        while len(pending):
+            pending = yield from self._read(pending)
+            claimed = yield from self._encode(pending, encode, claim_size)
+            if claimed and len(claimed) == len(pending):
                 self._attempt(self._wait)
-            waiting = np.asarray(held, dtype=np.intp)
+            pending = np.asarray(claimed, dtype=np.intp)
 
     def end(self):
-        """Let go of all claims."""
+        """Release all claims."""
         with self._lock:
             self._ended = True
-            self._let_go()
+            self._release()
+
+    def _digests_at(self, positions):
+        return [self._digests[i] for i in positions]
 
     def _read(self, positions):
-        """Yield what is there by now; return the positions of the rest."""
-        lacking = np.ones(len(positions), dtype=bool)
-        digests = [self._digests[i] for i in positions]
-        for found, values in self._store.read(self._space, digests):
-            lacking[found] = False
-            yield positions[found], values
-        return positions[lacking]
+        """Yield the stored vectors; return the positions without a vector."""
+        missing = np.ones(len(positions), dtype=bool)
+        digests = self._digests_at(positions)
+        for stored, values in self._store.read(self._space, digests):
+            missing[stored] = False
+            yield positions[stored], values
+        return positions[missing]
 
     def _encode(self, positions, encode, claim_size):
-        """Encode what is free of these cells; return the positions that others hold."""
-        held = []
-        claims = self._claim_lazily(positions, claim_size, held)
-        first = next(claims, None)
+        """Encode the free cells; return the positions that other sessions have claimed."""
+        claimed = []
+        chunks = self._claim_lazily(positions, claim_size, claimed)
+        first = next(chunks, None)
         if first is None:
-            return held
-        with contextlib.closing(encode(itertools.chain([first], claims))) as batches:
-            for batch, done, values in batches:
-                values = self._put(batch, done, values)
-                if len(done):
-                    yield np.asarray(done), values
-        return held
+            return claimed
+        with contextlib.closing(encode(itertools.chain([first], chunks))) as batches:
+            for batch, encoded, values in batches:
+                values = self._put(batch, encoded, values)
+                if len(encoded):
+                    yield np.asarray(encoded), values
+        return claimed
 
-    def _claim_lazily(self, positions, claim_size, held):
-        """Yield lists of cells claimed just now, and note the positions that others hold."""
+    def _claim_lazily(self, positions, claim_size, claimed):
+        """Yield lists of positions after claiming their cells.
+
+        Positions that other sessions have claimed are appended to `claimed`.
+        """
         for start in range(0, len(positions), claim_size):
-            wanted = positions[start : start + claim_size].tolist()
-            free = self._claim([self._digests[i] for i in wanted])
-            mine = [i for i, is_free in zip(wanted, free, strict=True) if is_free]
-            held += [i for i, is_free in zip(wanted, free, strict=True) if not is_free]
-            if mine:
-                yield mine
+            chunk = positions[start : start + claim_size]
+            is_free = self._claim(self._digests_at(chunk))
+            claimed += chunk[~is_free].tolist()
+            if is_free.any():
+                yield chunk[is_free].tolist()
 
     def _claim(self, digests):
-        """Claim the cells that nobody has encoded or is encoding; return whether each was free."""
-        free = np.ones(len(digests), dtype=bool)
+        """Claim the cells that are neither stored nor claimed; return their mask."""
+        is_free = np.ones(len(digests), dtype=bool)
 
         def claim(db):
             with database.transaction(db):
-                model = database.enter_model(db, self._space)
+                model = database.ensure_model(db, self._space)
                 for table in ("cells", "claims"):
-                    free[database.find(db, table, model, digests)["position"]] = False
+                    rows = database.find(db, table, model, digests)
+                    is_free[rows["position"]] = False
                 db.executemany(
                     "INSERT INTO claims (model, digest, owner) VALUES (?, ?, ?)",
                     sorted(
-                        (model, digests[i], self._owner) for i in np.flatnonzero(free)
+                        (model, digests[i], self._owner)
+                        for i in np.flatnonzero(is_free)
                     ),
                 )
 
         with self._lock:
-            if self._ended:  # a thread that prepares batches has outlived the session
+            if self._ended:  # the thread that prepares batches has outlived the session
                 return np.zeros(len(digests), dtype=bool)
             self._attempt(claim)
-        return free if self._keeps else np.ones(len(digests), dtype=bool)
+        if self._can_write:
+            return is_free
+        return np.ones(len(digests), dtype=bool)
 
-    def _put(self, batch, done, values):
-        """Keep values, on disk when this returns, and let go of the claims on a batch's cells.
+    def _put(self, batch, encoded, values):
+        """Store the values of a batch on disk, and release the claims on its cells.
 
-        A cell that could not be encoded is let go with its batch: another session that wants it
-        must not wait for this one, which may be waiting for that.
+        Cells that could not be encoded are released too. Two sessions that wait for
+        such cells of each other would block forever.
         """
         blobs = []
-        if len(done):
-            blobs, values = self._space.pack(values, len(done))
+        if len(encoded):
+            blobs, values = self._space.pack(values, len(encoded))
 
         def put(db):
             database.check_spare_space(db, self._path, sum(map(len, blobs)))
             with database.transaction(db):
-                model = database.enter_model(db, self._space)
-                database.insert(db, model, [self._digests[i] for i in done], blobs)
+                model = database.ensure_model(db, self._space)
+                database.insert(db, model, self._digests_at(encoded), blobs)
                 db.executemany(
                     "DELETE FROM claims WHERE owner = ? AND model = ? AND digest = ?",
                     sorted((self._owner, model, self._digests[i]) for i in batch),
                 )
-            cap = self._store.max_bytes
-            if cap is not None and database.bytes_held(db) > cap:
-                database.prune(db, int(cap * _PRUNE_TO))
+            max_bytes = self._store.max_bytes
+            if max_bytes is not None and database.total_bytes(db) > max_bytes:
+                database.prune(db, int(max_bytes * _PRUNE_TO))
 
         self._attempt(put)
         return values
 
-    def _attempt(self, work):
-        """Do a piece of work on the store, or, where the disk refuses it, keep nothing any more."""
+    def _attempt(self, operation):
+        """Run an operation on the store; after a disk error, store nothing more."""
         with self._lock:
-            if not self._keeps:
+            if not self._can_write:
                 return
             try:
-                with database.clear_errors(self._path):
-                    work(self._db)
+                with database.readable_errors(self._path):
+                    operation(self._db)
             except OSError as error:
-                if not database.is_refused(error):
+                if not database.is_disk_error(error):
                     raise
-                self._keeps = False
-                self._let_go()
-                why = database.origin(error)
+                self._can_write = False
+                self._release()
+                reason = database.original(error)
                 warnings.warn(
-                    f"The embedding store {self._path} cannot be written ({why}): what is encoded "
-                    "from here on is returned, but not kept. Free the disk or its permissions, or "
-                    "give another path.",
+                    f"The embedding store {self._path} cannot be written ({reason}). Vectors "
+                    "are returned from now on without being stored. Free space on the disk, "
+                    "change the permissions, or pass another path.",
                     UserWarning,
                     stacklevel=2,
                 )
 
     def _begin(self, _):
-        """Connect, and show a sign of life, before there is any claim to it."""
+        """Connect and lock the session's file, before there are claims."""
         self._db = database.connect(self._path)
         self._db.execute(f"PRAGMA cache_size = {-_WRITE_CACHE_KIB}")
-        self._life = FileLock(self._life_sign(self._owner))
-        self._life.acquire()
-        self._bury_the_dead(self._db)
+        self._session_lock = FileLock(self._session_file(self._owner))
+        self._session_lock.acquire()
+        self._delete_stale_claims(self._db)
 
-    def _let_go(self):
-        """End all claims: at once where the file can be written, else by the sign of life."""
+    def _release(self):
+        """Delete all claims. If this fails, unlocking the file makes them stale."""
         if self._db is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("DELETE FROM claims WHERE owner = ?", (self._owner,))
             self._db.close()
-        if self._life is not None:
+        if self._session_lock is not None:
             with contextlib.suppress(OSError):
-                Path(self._life.lock_file).unlink(missing_ok=True)
-            self._life.release()
-        self._db = self._life = None
+                Path(self._session_lock.lock_file).unlink(missing_ok=True)
+            self._session_lock.release()
+        self._db = self._session_lock = None
 
     def _wait(self, db):
-        """Give other sessions a moment, and void the claims of those that died."""
+        """Wait for other sessions, and delete the claims of sessions that died."""
         time.sleep(_POLL_SECONDS)
-        self._bury_the_dead(db)
+        self._delete_stale_claims(db)
 
-    def _bury_the_dead(self, db):
-        """Void the claims of sessions that died."""
-        owners = {
-            owner
-            for (owner,) in db.execute("SELECT DISTINCT owner FROM claims").fetchall()
-        }
-        owners |= {sign.name for sign in self._life_sign(self._owner).parent.iterdir()}
+    def _delete_stale_claims(self, db):
+        """Delete the claims of sessions that died."""
+        rows = db.execute("SELECT DISTINCT owner FROM claims").fetchall()
+        owners = {owner for (owner,) in rows}
+        owners.update(os.listdir(self._session_file(self._owner).parent))
         for owner in owners - {self._owner}:
-            if not re.fullmatch(
-                "[0-9a-f]{32}", str(owner)
-            ):  # damage; it names no file of ours
+            if not re.fullmatch("[0-9a-f]{32}", str(owner)):  # damage, not a file name
                 db.execute("DELETE FROM claims WHERE owner IS ?", (owner,))
                 continue
-            lock = FileLock(self._life_sign(owner))
-            # A living session keeps its sign locked; the system lets go when it dies.
+            lock = FileLock(self._session_file(owner))
+            # A running session locks its file; if it dies, the system unlocks the file.
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):
                 db.execute("DELETE FROM claims WHERE owner = ?", (owner,))
                 Path(lock.lock_file).unlink(missing_ok=True)
 
-    def _life_sign(self, owner):
-        """Name the file that a living session keeps locked."""
+    def _session_file(self, owner):
+        """Return the path of the file that a running session locks."""
         folder = Path(f"{self._path}.sessions")
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder / owner
