@@ -1,10 +1,10 @@
-"""Offline, private to the run, and with tiny checkpoints of each kind of architecture."""
+"""Offline settings, a store for the run, and tiny checkpoints of each architecture."""
 
 import os
 import tempfile
 
-# Before anything imports transformers or scipy: nothing is downloaded, the user's own store is left
-# alone, and scikit-learn's array API check runs instead of being skipped.
+# Set before transformers or scipy are imported: nothing is downloaded, the user's store is not
+# used, and scikit-learn runs its array API check instead of skipping it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["SCIPY_ARRAY_API"] = "1"
 os.environ["SKLEMBED_STORE"] = os.path.join(
@@ -34,15 +34,15 @@ def store(tmp_path):
 
 
 def count_letters(texts):
-    """Encode texts by how often each of eight letters occurs, plus their length."""
+    """Encode texts by the counts of eight letters and the length."""
     return np.array(
         [[text.count(letter) for letter in "aeinorst"] + [len(text)] for text in texts]
     )
 
 
-def mean_colours(pictures):
-    """Encode pictures by the mean and spread of each channel."""
-    pixels = [np.asarray(picture, dtype=float).reshape(-1, 3) for picture in pictures]
+def mean_colours(images):
+    """Encode images by the mean and standard deviation of each channel."""
+    pixels = [np.asarray(image, dtype=float).reshape(-1, 3) for image in images]
     return np.array([np.r_[p.mean(axis=0), p.std(axis=0)] for p in pixels])
 
 
@@ -70,7 +70,7 @@ def image_backend():
 
 @pytest.fixture
 def clusters():
-    """Three noisy classes in 20 dimensions: 90 rows, float32."""
+    """Three noisy classes: an array of shape (90, 20), dtype float32, and labels."""
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1, 2], 30)
     X = rng.normal(size=(3, 20))[y] + rng.normal(scale=1.5, size=(90, 20))
@@ -79,7 +79,7 @@ def clusters():
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """Directories of tiny random checkpoints, made to be read by `from_pretrained`."""
+    """Directories of tiny random checkpoints for `from_pretrained`, by name."""
     import torch
     import transformers as hf
 

@@ -279,7 +279,9 @@ def test_a_full_disk_loses_no_result(store, monkeypatch):
 
     def connect_to_a_full_disk(path, **options):
         db = connect(path, **options)
-        db.execute("PRAGMA max_page_count = 1")  # SQLite raises it to the current number
+        db.execute(
+            "PRAGMA max_page_count = 1"
+        )  # SQLite raises it to the current number
         return db
 
     monkeypatch.setattr(database, "connect", connect_to_a_full_disk)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 LONG_LINE = 88
 VAGUE_NAMES = set(
-    "there found own goes_on seen whole given kept shown wanted known alike both one other others "
-    "more fewer held each".split()
+    "there found own goes_on seen whole given kept shown wanted known alike both one other "
+    "others more fewer held each".split()
 )
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FREE_RELATIVE = re.compile(r"\bwhat\s+(?:is|was|it|the)\b", re.IGNORECASE)
@@ -40,7 +40,7 @@ def docstrings(tree):
 
 
 def code_line_numbers(source, tree):
-    """Return the numbers of the lines that hold code: not blanks, comments or docstrings."""
+    """Return the numbers of lines of code, without blanks, comments and docstrings."""
     documentation = set()
     for docstring in docstrings(tree):
         documentation.update(range(docstring.lineno, docstring.end_lineno + 1))

@@ -1,6 +1,6 @@
-"""Build ``data/emoji.zip`` from two npm packages: ``python -m tools.build_datasets.emoji``.
+"""Build ``data/emoji.zip`` from two npm packages.
 
-Without ``--source`` the packages are downloaded, which needs ``npm``.
+Run ``python -m tools.build_datasets.emoji``. Without ``--source`` the packages are downloaded, which needs ``npm``.
 """
 
 import json
@@ -22,7 +22,7 @@ ARCHIVES = [
     ),
 ]
 
-# The words of the nine class names. "flag" and "animal" are tags of nearly every flag and animal.
+# Words of the nine class names. Nearly every flag has the tag "flag", for example.
 CLASS_WORDS = set(
     "activity activities animal animals nature body bodies drink drinks emotion emotions "
     "flag flags food foods object objects people place places smiley smileys "
@@ -31,51 +31,55 @@ CLASS_WORDS = set(
 
 
 def read_rows(datasource: Path, emojibase: Path) -> list[dict]:
-    """One row per emoji: pictures and classes from one package, words from the other."""
-    pictures = _read_tar(datasource, "package/img/google/64/")
-    emoji = json.loads(
-        _read_tar(datasource, "package/emoji.json")["package/emoji.json"]
-    )
-    words = json.loads(
-        _read_tar(emojibase, "package/en/data.json")["package/en/data.json"]
-    )
-    words = {_key(item["hexcode"]): item for item in words}
-    return [
-        {
+    """Return a row for each emoji, with images and words of different packages."""
+    images = _read_tar(datasource, "package/img/google/64/")
+    emoji = _read_json(datasource, "package/emoji.json")
+    words = {}
+    for item in _read_json(emojibase, "package/en/data.json"):
+        words[_key(item["hexcode"])] = item
+    rows = []
+    for item in emoji:
+        if item["category"] == "Component":
+            continue
+        word = words[_key(item["unified"])]
+        row = {
             "file": item["image"],
-            "image": pictures["package/img/google/64/" + item["image"]],
-            "name": _name(words[_key(item["unified"])]),
-            "keywords": _keywords(words[_key(item["unified"])]),
+            "image": images["package/img/google/64/" + item["image"]],
+            "name": _name(word),
+            "keywords": _keywords(word),
             "group": item["subcategory"],
             "target": item["category"],
         }
-        for item in emoji
-        if item["category"] != "Component"
-    ]
+        rows.append(row)
+    return rows
+
+
+def _read_json(path: Path, name: str) -> list[dict]:
+    return json.loads(_read_tar(path, name)[name])
 
 
 def _read_tar(path: Path, prefix: str) -> dict[str, bytes]:
-    """Contents of the files whose name starts with ``prefix``, read in one pass."""
+    """Return the content of the files whose name starts with ``prefix``, by name."""
+    contents = {}
     with tarfile.open(path) as archive:
-        return {
-            member.name: archive.extractfile(member).read()
-            for member in archive
-            if member.isfile() and member.name.startswith(prefix)
-        }
+        for member in archive:
+            if member.isfile() and member.name.startswith(prefix):
+                contents[member.name] = archive.extractfile(member).read()
+    return contents
 
 
 def _key(codepoints: str) -> str:
-    """Code points without the variation selector, which the two packages use differently."""
+    """Remove the variation selector, which the two packages use differently."""
     return codepoints.replace("-FE0F", "")
 
 
 def _name(item: dict) -> str:
-    """Lower-case short name; the prefix "flag: " would repeat the class name."""
+    """Return the short name in lower case; the prefix "flag: " reveals the class."""
     return item["label"].lower().removeprefix("flag: ")
 
 
 def _keywords(item: dict) -> str:
-    """Comma-separated lower-case tags, without the words of the class names."""
+    """Return comma-separated tags in lower case, without words of class names."""
     tags = (tag.lower() for tag in item.get("tags", []))
     return ", ".join(tag for tag in tags if tag not in CLASS_WORDS)
 

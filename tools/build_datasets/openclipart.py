@@ -1,7 +1,7 @@
 """Build ``data/openclipart.zip`` from two Debian packages.
 
-Run ``python -m tools.build_datasets.openclipart`` on Debian or a derivative: ``dpkg`` opens
-the packages and, without ``--source``, ``apt-get`` downloads them.
+Run ``python -m tools.build_datasets.openclipart`` on Debian or a derivative. ``dpkg``
+unpacks the packages. Without ``--source``, ``apt-get`` downloads them.
 """
 
 import html
@@ -14,6 +14,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ._files import Archive, run
@@ -32,24 +33,24 @@ ARCHIVES = [
     ),
 ]
 
-# Large series that look alike, and the folder that has no subject.
-LEFT_OUT = {"icons", "stars", "flags", "patterns", "unsorted"}
+# Folders of large series with similar images, and the folder without a subject.
+EXCLUDED_FOLDERS = {"icons", "stars", "flags", "patterns", "unsorted"}
 MIN_CLASS_SIZE = 40
 MAX_PIXELS = 16_000_000
 LONGEST_SIDE = 96
-SMALLEST_SIDE = 16  # some pictures were drawn as specks of 3 x 2 pixels
+SMALLEST_SIDE = 16  # some images have as few as 3 x 2 pixels
 N_COLOURS = 64
-Image.MAX_IMAGE_PIXELS = None  # _thumbnail looks at the size before it reads a pixel
+Image.MAX_IMAGE_PIXELS = None  # _thumbnail checks the size first
 
 DC = "{http://purl.org/dc/elements/1.1/}"
 CC = "{http://web.resource.org/cc/}"
 RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 
-# Names of whole series that are nearly the name of their folder, signs_and_symbols.
+# Titles of series that nearly equal the name of their folder, signs_and_symbols.
 SERIES = {"AIGA Symbol Signs", "Map Symbols"}
 
 UNKNOWN = "unknown"
-# Spellings that the rules of `_creator` do not bring together: one person is one group.
+# Spellings that the rules of `_creator` do not unify. Each person is one group.
 ALIASES = {
     "andrew fitzsimon": "andy fitzsimon",
     "andrew z": "andrei z",
@@ -66,27 +67,27 @@ ALIASES = {
 
 
 def read_rows(png_package: Path, svg_package: Path) -> list[dict]:
-    """One row per picture that is public domain, unique and in a folder of some size."""
+    """Return a row for each unique public-domain image in a large enough folder."""
     with tempfile.TemporaryDirectory() as scratch:
         for package in (png_package, svg_package):
             subprocess.run(["dpkg", "-x", package, scratch], check=True)
         root = Path(scratch) / "usr/share/openclipart"
-        paths = [
-            path.relative_to(root / "png") for path in (root / "png").rglob("*.png")
-        ]
-        rows = [_read_row(root, path) for path in paths if _is_wanted(root, path)]
-    rows = _drop_copies([row for row in rows if row])
+        rows = []
+        for png in (root / "png").rglob("*.png"):
+            path = png.relative_to(root / "png")
+            # A link stands for an image in another folder.
+            if png.is_symlink() or EXCLUDED_FOLDERS & set(path.parts):
+                continue
+            row = _read_row(root, path)
+            if row is not None:
+                rows.append(row)
+    rows = _drop_copies(rows)
     sizes = Counter(row["target"] for row in rows)
     return [row for row in rows if sizes[row["target"]] >= MIN_CLASS_SIZE]
 
 
-def _is_wanted(root: Path, path: Path) -> bool:
-    """Whether the picture is of a kept series and not a link to one filed elsewhere."""
-    return not LEFT_OUT & set(path.parts) and not (root / "png" / path).is_symlink()
-
-
 def _read_row(root: Path, path: Path) -> dict | None:
-    """Row of one picture, or None if it is unreadable, not public domain or huge."""
+    """Return the row of an image; None if unreadable, too large or under a licence."""
     svg = (root / "svg" / path).with_suffix(".svg")
     try:
         tree = ET.parse(svg).getroot()
@@ -112,7 +113,7 @@ def _read_row(root: Path, path: Path) -> dict | None:
 
 
 def _drop_copies(rows: list[dict]) -> list[dict]:
-    """Keep the first by name of images with equal thumbnails, and none of two classes."""
+    """Keep the first of equal thumbnails, and none if they have different classes."""
     classes: dict[bytes, set[str]] = {}
     for row in rows:
         classes.setdefault(row["image"], set()).add(row["target"])
@@ -124,16 +125,17 @@ def _drop_copies(rows: list[dict]) -> list[dict]:
 
 
 def _is_public_domain(tree: ET.Element) -> bool:
-    """Whether the RDF names a licence and every licence it names is the public domain."""
-    uses = [element.get(RDF + "resource") for element in tree.iter(CC + "license")]
-    return bool(uses) and all(
-        re.sub("[^a-z]", "", (use or "").lower()).endswith("publicdomain")
-        for use in uses
-    )
+    """Return whether the RDF has licences, all of them the public domain."""
+    licences = list(tree.iter(CC + "license"))
+    for licence in licences:
+        url = licence.get(RDF + "resource") or ""
+        if not re.sub("[^a-z]", "", url.lower()).endswith("publicdomain"):
+            return False
+    return bool(licences)
 
 
 def _thumbnail(path: Path) -> bytes | None:
-    """Palette PNG without clear margins, None for a picture too large or next to nothing."""
+    """Return a palette PNG without transparent margins, or None for a bad size."""
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             return None
@@ -148,59 +150,62 @@ def _thumbnail(path: Path) -> bytes | None:
 
 
 def _quantize(image: Image.Image) -> Image.Image:
-    """Palette picture; averaging leaves grounds not quite clear and ink not quite opaque."""
+    """Reduce an image to a palette, and round extreme alpha values.
+
+    Averaging leaves backgrounds not fully transparent and ink not fully opaque.
+    """
     image = image.quantize(N_COLOURS, method=Image.Quantize.FASTOCTREE)
-    palette = image.getpalette("RGBA")
-    palette[3::4] = [
-        0 if alpha < 8 else 255 if alpha >= 240 else alpha for alpha in palette[3::4]
-    ]
-    image.putpalette(palette, "RGBA")
+    palette = np.array(image.getpalette("RGBA")).reshape(-1, 4)
+    alpha = palette[:, 3]
+    alpha[alpha < 8] = 0
+    alpha[alpha >= 240] = 255
+    image.putpalette(palette.ravel().tolist(), "RGBA")
     return image
 
 
 def _dublin_core(tree: ET.Element, name: str) -> str:
-    """All text below the first Dublin Core element of that name in the description."""
+    """Return the text of the first Dublin Core element with a name."""
     element = tree.find(f".//{CC}Work/{DC}{name}")
-    return "" if element is None else _readable("".join(element.itertext()))
+    if element is None:
+        return ""
+    return _readable("".join(element.itertext()))
 
 
 def _readable(text: str) -> str:
-    """Text with entities and twice-encoded UTF-8 undone and white space collapsed."""
+    """Decode entities and twice-encoded UTF-8, and collapse white space."""
     text = html.unescape(text)
     try:
         text = text.encode("latin-1").decode("utf-8")
-    except UnicodeError:  # it was right before
+    except UnicodeError:  # not encoded twice
         text = re.sub("[\x80-\x9f]", lambda match: _from_cp1252(match[0]), text)
     return " ".join(text.split())
 
 
 def _from_cp1252(control: str) -> str:
-    """Return the character that a Windows editor meant by a control code."""
+    """Return the character of a control code in the Windows code page."""
     return control.encode("latin-1").decode("cp1252", errors="ignore")
 
 
 def _title(text: str) -> str:
-    """Title with blanks for underscores, without signature or ending; "" if it has none."""
+    """Return the title without underscores, signature and suffix; "" for a series."""
     text = text.removeprefix("Clipart by Nicu Buculei - ").removesuffix(".svg")
     text = " ".join(text.replace("_", " ").split())
     return "" if text in SERIES else text
 
 
 def _creator(text: str) -> str:
-    """Creator in lower case, without accents, addresses and co-authors, one spelling a person."""
-    text = (
-        unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    )
+    """Return the first creator in one spelling, without accents and addresses."""
+    text = unicodedata.normalize("NFKD", text)
+    text = text.encode("ascii", "ignore").decode().lower()
     text = re.sub(r"<.*?>|\(.*?\)|\[.*?\]|^mailto:|^http://", "", text)
     text = re.split(r",| and | et al\b| - |@", text)[0]
-    text = re.sub(
-        r"\.(?=\W|$|[a-z]\.)", "", text
-    )  # the dots of initials, not of addresses
+    # The dots of initials, but not of addresses.
+    text = re.sub(r"\.(?=\W|$|[a-z]\.)", "", text)
     text = " ".join(text.replace("-", " ").split())
     text = ALIASES.get(text, text)
-    return (
-        text if text and text != "hash" else UNKNOWN
-    )  # HASH(0x89c79d4): a slip of the upload
+    if text in ("", "hash"):  # HASH(0x89c79d4): an error in the upload
+        return UNKNOWN
+    return text
 
 
 if __name__ == "__main__":
