@@ -1,6 +1,7 @@
 """Build ``data/emoji.zip`` from two npm packages.
 
-Run ``python -m tools.build_datasets.emoji``. Without ``--source`` the packages are downloaded, which needs ``npm``.
+Run ``python -m tools.build_datasets.emoji``. Without ``--source``, ``npm`` downloads the
+packages.
 """
 
 import json

@@ -87,7 +87,7 @@ def read_rows(png_package: Path, svg_package: Path) -> list[dict]:
 
 
 def _read_row(root: Path, path: Path) -> dict | None:
-    """Return the row of an image; None if unreadable, too large or under a licence."""
+    """Return a row, or None if the image is unreadable, too large or not public domain."""
     svg = (root / "svg" / path).with_suffix(".svg")
     try:
         tree = ET.parse(svg).getroot()
@@ -135,7 +135,7 @@ def _is_public_domain(tree: ET.Element) -> bool:
 
 
 def _thumbnail(path: Path) -> bytes | None:
-    """Return a palette PNG without transparent margins, or None for a bad size."""
+    """Return a palette PNG without margins, or None for too large or small images."""
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             return None
