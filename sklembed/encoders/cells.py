@@ -313,8 +313,8 @@ def _to_rgb(source, cell, settings) -> Image.Image:
 def _upright_rgb_without_warnings(source) -> Image.Image:
     """Decode an image, also where a filter of the process turns warnings into errors.
 
-    Worker processes do not inherit such filters. An image must be readable in all of
-    them or in none.
+    Worker processes do not inherit such filters. An image must be readable in all
+    processes or in none.
     """
     try:
         return _upright_rgb(source)

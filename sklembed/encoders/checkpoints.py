@@ -524,7 +524,7 @@ def _visible(names) -> list[str]:
 
 @functools.lru_cache(maxsize=64)
 def _hash_files(root, signature) -> str:
-    """Hash names and content of files; the cache ends when a size or time changes."""
+    """Hash names and content of files; cached until a size or time changes."""
     hasher = blake2b(digest_size=16)
     for path, size, _ in signature:
         hasher.update(f"{os.path.relpath(path, root)}\0{size}\0".encode())

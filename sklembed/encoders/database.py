@@ -219,7 +219,7 @@ class Space:
         return rounded
 
     def unpack(self, blobs):
-        """Return the values of bytes, by one conversion for all of them."""
+        """Convert bytes back to values, all at once."""
         flat = np.frombuffer(bytearray().join(blobs), dtype=self._stored_dtype)
         flat = flat.astype(np.float32, copy=False).reshape(-1, self.n_features)
         if not self.ragged:
@@ -228,7 +228,7 @@ class Space:
         return np.split(flat, ends[:-1])
 
     def is_valid_size(self, size):
-        """Return whether a value may have so many bytes."""
+        """Return whether a value can have `size` bytes."""
         if self.ragged:
             return size % self._vector_bytes == 0
         return size == self._vector_bytes
@@ -255,7 +255,7 @@ def create(path):
 
 
 def exists(path):
-    """Return whether there is a store; an empty file, as of `tempfile`, is none yet."""
+    """Return whether there is a store; an empty file, as of `tempfile`, is not one."""
     return _size(path) > 0
 
 
@@ -349,8 +349,8 @@ def model_id(db, space):
     if stored != requested:
         raise OSError(
             f"The embedding store has {space.fingerprint} with (n_features, dtype, ragged) = "
-            f"{stored}, but {requested} was requested. Different shapes need different "
-            "fingerprints; if they have, the file is damaged: move it away."
+            f"{stored}, but {requested} was requested. Use a fingerprint that depends on these "
+            "three; if it does, the file is damaged: move it away."
         )
     return number
 
@@ -680,7 +680,7 @@ def check_is_not_directory(path):
 
 
 def check_is_local(path):
-    """Raise an error if a path is on a network file system, where a log fails."""
+    """Raise an error for a network file system, where SQLite's log does not work."""
     kind = _file_system(path)
     if kind in _NETWORK_FILE_SYSTEMS:
         raise OSError(

@@ -183,11 +183,11 @@ class EmbeddingStore:
 
         encode : callable
             A generator function. Its argument is an iterator over lists of positions in
-            `digests`; advancing it claims the cells of a list. It may be advanced
-            early, also in another thread. For each batch, the generator yields the
-            positions in the batch, the positions that could be encoded, and their
-            values. It is called again for cells that another session has claimed and
-            released without a vector, and never without cells.
+            `digests`; advancing it claims the cells of a list. It may be advanced early,
+            also in another thread. For each batch, the generator yields the positions in
+            the batch, the positions that could be encoded, and their values. It is
+            called again for cells that another session has claimed and released without
+            a vector. The iterator is never empty.
 
         claim_size : int
             Maximum number of positions in a list.
