@@ -428,6 +428,7 @@ def find(db, table, model, digests, columns=()):
     order = np.argsort(keys.view(">u8")[::2].astype(np.uint64))
     # A damaged row may have any type. Id 0, in place of non-integers, has no vector.
     selected = "".join(f", IFNULL(CAST({name} AS INTEGER), 0)" for name in columns)
+    # `place` enumerates positions, and SUBSTR extracts the key at each of them.
     query = (
         "WITH RECURSIVE place (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM place WHERE i < :last) "
         f"SELECT i{selected} FROM place CROSS JOIN {table} "
