@@ -1,4 +1,4 @@
-"""Losses and affinities against naive double loops, their gradients, and losses of one's own."""
+"""Losses and affinities against naive loops, their gradients, and custom losses."""
 
 import math
 
@@ -10,7 +10,8 @@ from pytorch_metric_learning.losses import ProxyAnchorLoss, SupConLoss
 from sklembed.nn.losses import (
     AFFINITIES,
     LOSSES,
-    PerNetwork,
+    CustomLoss,
+    binary_cross_entropy,
     cross_entropy,
     dice_loss,
     focal_loss,
@@ -20,7 +21,7 @@ from sklembed.nn.losses import (
     overlap_affinity,
     pairwise_bce,
     rank_affinity,
-    structure_loss,
+    squared_error,
     supcon,
 )
 
@@ -383,7 +384,7 @@ def test_a_narrow_kernel_keeps_only_equal_ranks_together():
     )
 
 
-# Losses of one's own
+# Custom losses
 
 
 def stacked_batch(n_networks=2, n=6):
@@ -392,43 +393,43 @@ def stacked_batch(n_networks=2, n=6):
     return z, torch.randint(0, 2, (n_networks, n), generator=generator)
 
 
-def test_a_function_is_given_affinities():
-    seen = []
+def test_a_function_takes_affinities():
+    affinities = []
 
     def loss(z, affinity):
-        seen.append(affinity)
+        affinities.append(affinity)
         return supcon(z, affinity)
 
     z, y = stacked_batch()
-    losses = PerNetwork(loss, label_affinity, 2)(z, y, None)
+    losses = CustomLoss(loss, label_affinity, 2)(z, y, None)
     torch.testing.assert_close(losses, supcon(z, label_affinity(y)))
-    for number, affinity in enumerate(seen):
-        torch.testing.assert_close(affinity, label_affinity(y[number]))
+    for affinity, labels in zip(affinities, y, strict=True):
+        torch.testing.assert_close(affinity, label_affinity(labels))
 
 
-class Labels(torch.nn.Module):
+class LabelSum(torch.nn.Module):
     def forward(self, z, labels):
         assert labels.shape == z.shape[:1]
         return z.sum() + labels.sum()
 
 
-def test_a_module_is_given_labels():
+def test_a_module_takes_labels():
     z, y = stacked_batch()
-    losses = PerNetwork(Labels(), label_affinity, 2)(z, y, None)
+    losses = CustomLoss(LabelSum(), label_affinity, 2)(z, y, None)
     torch.testing.assert_close(losses, z.sum(dim=(1, 2)) + y.sum(dim=1))
 
 
-def test_the_loss_of_pytorch_metric_learning_equals_ours():
+def test_the_loss_of_pytorch_metric_learning_equals_supcon():
     z, y = stacked_batch()
-    theirs = PerNetwork(SupConLoss(temperature=0.1), label_affinity, 2)(z, y, None)
+    theirs = CustomLoss(SupConLoss(temperature=0.1), label_affinity, 2)(z, y, None)
     torch.testing.assert_close(theirs, supcon(z, label_affinity(y), temperature=0.1))
 
 
-def test_what_a_module_learns_is_each_network_s_own():
+def test_networks_do_not_share_the_parameters_of_a_module():
     z, y = stacked_batch()
-    given = ProxyAnchorLoss(num_classes=2, embedding_size=4)
-    before = given.proxies.detach().clone()
-    loss = PerNetwork(given, label_affinity, 2)
+    module = ProxyAnchorLoss(num_classes=2, embedding_size=4)
+    before = module.proxies.detach().clone()
+    loss = CustomLoss(module, label_affinity, 2)
     first, second = loss.parameters()
     torch.testing.assert_close(first, second)
     loss(z, y, None)[0].backward()
@@ -436,28 +437,146 @@ def test_what_a_module_learns_is_each_network_s_own():
     assert second.grad is None or not second.grad.any()
     torch.optim.SGD(loss.parameters(), lr=0.1).step()
     assert not torch.equal(first, second)
-    torch.testing.assert_close(given.proxies.detach(), before)
+    torch.testing.assert_close(module.proxies.detach(), before)
 
 
-def test_rows_that_only_fill_a_batch_are_kept_from_losses_of_one_s_own():
+def test_padding_is_removed_before_a_custom_loss():
     z, y = stacked_batch()
     weight = torch.ones(2, 6)
     weight[0, 4:] = 0.0
-    losses = PerNetwork(supcon, label_affinity, 2)(z, y, weight)
+    losses = CustomLoss(supcon, label_affinity, 2)(z, y, weight)
     torch.testing.assert_close(losses[0], supcon(z[0, :4], label_affinity(y[0, :4])))
     torch.testing.assert_close(losses[1], supcon(z[1], label_affinity(y[1])))
 
 
-@pytest.mark.parametrize("loss", [lambda z, a: (z @ z.T - a).mean(), SupConLoss()])
-def test_a_batch_of_nothing_but_filling_asks_losses_of_one_s_own_for_nothing(loss):
+def mean_difference(z, affinity):
+    return (z @ z.T - affinity).mean()
+
+
+@pytest.mark.parametrize("loss", [mean_difference, SupConLoss()])
+def test_a_batch_of_padding_alone_has_a_finite_custom_loss(loss):
     """A fold with few rows has fewer rows than batches; a mean of none of them is NaN."""
     z, y = stacked_batch()
     z.requires_grad_()
     weight = torch.tensor([[0.0] * 6, [1.0] * 6])
-    losses = PerNetwork(loss, label_affinity, 2)(z, y, weight)
+    losses = CustomLoss(loss, label_affinity, 2)(z, y, weight)
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(z.grad).all()
+
+
+@pytest.mark.parametrize("loss", [supcon, SupConLoss(temperature=0.1), LabelSum()])
+@pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
+def test_the_custom_loss_of_a_single_network_has_no_leading_axis(loss, weighted):
+    z, y = stacked_batch()
+    weight = None
+    if weighted:
+        weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0, 1.0])
+    single = CustomLoss(loss, label_affinity)(z[0], y[0], weight)
+    assert single.shape == ()
+    stacked_weight = None if weight is None else torch.stack([weight, weight])
+    stacked = CustomLoss(loss, label_affinity, 2)(z, y, stacked_weight)
+    torch.testing.assert_close(single, stacked[0])
+
+
+def test_a_single_network_trains_the_parameters_of_a_copy_of_the_module():
+    z, y = stacked_batch()
+    module = ProxyAnchorLoss(num_classes=2, embedding_size=4)
+    loss = CustomLoss(module, label_affinity)
+    (proxies,) = loss.parameters()
+    loss(z[0], y[0], None).backward()
+    assert proxies.grad.abs().sum() > 0
+    assert module.proxies.grad is None
+    torch.testing.assert_close(proxies, module.proxies)
+
+
+def test_a_single_network_without_weight_has_a_custom_loss_of_zero():
+    z, y = stacked_batch()
+    z.requires_grad_()
+    loss = CustomLoss(mean_difference, label_affinity)(z[0], y[0], torch.zeros(6))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(z.grad, torch.zeros_like(z))
+
+
+# Classes, labels and numbers
+
+
+def naive_cross_entropy(logits, y):
+    p = logits.exp() / logits.exp().sum()
+    return -math.log(p[int(y)])
+
+
+def naive_binary_cross_entropy(logits, y):
+    total = 0.0
+    for logit, label in zip(logits.tolist(), y.tolist(), strict=True):
+        p = 1 / (1 + math.exp(-logit))
+        total -= label * math.log(p) + (1 - label) * math.log(1 - p)
+    return total / len(y)
+
+
+def naive_squared_error(outputs, y):
+    total = 0.0
+    for output, target in zip(outputs.tolist(), y.tolist(), strict=True):
+        total += (output - target) ** 2
+    return total / len(y)
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+SUPERVISED = {
+    "cross_entropy": (
+        cross_entropy,
+        naive_cross_entropy,
+        torch.tensor([0, 2, 1, 1, 0, 2, 0]),
+    ),
+    "binary_cross_entropy": (
+        binary_cross_entropy,
+        naive_binary_cross_entropy,
+        torch.randint(0, 2, (7, 3), generator=GENERATOR).double(),
+    ),
+    "squared_error": (
+        squared_error,
+        naive_squared_error,
+        torch.randn(7, 3, generator=GENERATOR, dtype=torch.float64),
+    ),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_supervised_losses_equal_the_loop_over_rows(name, weighted):
+    loss, naive, y = SUPERVISED[name]
+    outputs = torch.randn(
+        7, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).requires_grad_()
+    weight = row_weights(7) if weighted else None
+    row_weight = torch.ones(7) if weight is None else weight
+    total = 0.0
+    for row in range(7):
+        total += float(row_weight[row]) * naive(outputs[row].detach(), y[row])
+    expected = total / float(row_weight.sum())
+    value = loss(outputs, y, weight)
+    assert value.shape == ()
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+    assert torch.autograd.gradcheck(lambda z: loss(z, y, weight), (outputs,))
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_a_supervised_batch_without_weight_has_loss_zero_and_zero_gradients(name):
+    loss, _, y = SUPERVISED[name]
+    outputs = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    value = loss(outputs, y, torch.zeros(7, dtype=torch.float64))
+    value.backward()
+    assert value == 0
+    assert (outputs.grad == 0).all()
+
+
+@pytest.mark.parametrize("n_outputs", [1, 4])
+def test_the_squared_error_is_the_mean_over_rows_and_outputs(n_outputs):
+    outputs, y = torch.randn(2, 6, n_outputs)
+    torch.testing.assert_close(
+        squared_error(outputs, y), torch.nn.functional.mse_loss(outputs, y)
+    )
 
 
 # Pairs of two modalities
@@ -470,125 +589,80 @@ def two_modalities(n=7, seed=0):
     return a, b, torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
 
 
-THERE = torch.tensor([True, True, False, True, True, True, False])
+OBSERVED = torch.tensor([True, True, False, True, True, True, False])
 SAME = label_affinity(torch.tensor([0, 1, 0, 2, 1, 0, 3])).bool()
 
 
-def naive_info_nce(a, b, log_scale, there, same, direction_weight):
-    rows = [i for i in range(len(a)) if there[i]]
+def naive_info_nce(a, b, log_scale, observed, same, direction_weight):
+    rows = [i for i in range(len(a)) if observed[i]]
+    directions = ((a, b, direction_weight), (b, a, 1 - direction_weight))
     total = 0.0
-    for one, other, share in ((a, b, direction_weight), (b, a, 1 - direction_weight)):
+    for queries, targets, direction in directions:
         for i in rows:
-            among = [j for j in rows if j == i or not same[i, j]]
-            s = {j: float(one[i] @ other[j]) * math.exp(log_scale) for j in among}
-            total += share * (math.log(sum(math.exp(s[j]) for j in among)) - s[i])
+            partition = 0.0
+            for j in rows:
+                logit = float(queries[i] @ targets[j]) * math.exp(log_scale)
+                if j == i:
+                    positive = logit
+                if j == i or not same[i, j]:
+                    partition += math.exp(logit)
+            total += direction * (math.log(partition) - positive)
     return total / len(rows)
 
 
 @pytest.mark.parametrize("direction_weight", [0.0, 0.5, 0.75])
 @pytest.mark.parametrize("same", [None, SAME], ids=["distinct", "same"])
-@pytest.mark.parametrize("there", [None, THERE], ids=["all", "there"])
-def test_info_nce_equals_the_double_loop(there, same, direction_weight):
+@pytest.mark.parametrize("observed", [None, OBSERVED], ids=["all", "observed"])
+def test_info_nce_equals_the_double_loop(observed, same, direction_weight):
     a, b, log_scale = two_modalities()
-    options = {"there": there, "same": same, "direction_weight": direction_weight}
+    options = {"observed": observed, "same": same, "direction_weight": direction_weight}
     loss = info_nce(a, b, log_scale, **options)
-    there = torch.ones(7) if there is None else there
-    same = torch.eye(7) if same is None else same
-    given = (x.detach() for x in (a, b, log_scale))
-    expected = naive_info_nce(*given, there, same, direction_weight)
+    assert loss.shape == ()
+    if observed is None:
+        observed = torch.ones(7)
+    if same is None:
+        same = torch.eye(7)
+    detached = a.detach(), b.detach(), log_scale.detach()
+    expected = naive_info_nce(*detached, observed, same, direction_weight)
     assert loss.item() == pytest.approx(expected, rel=1e-9)
     assert torch.autograd.gradcheck(
-        lambda *given: info_nce(*given, **options), (a, b, log_scale)
+        lambda *inputs: info_nce(*inputs, **options), (a, b, log_scale)
     )
-    turned = options | {"direction_weight": 1 - direction_weight}
-    torch.testing.assert_close(info_nce(b, a, log_scale, **turned), loss)
+    swapped = options | {"direction_weight": 1 - direction_weight}
+    torch.testing.assert_close(info_nce(b, a, log_scale, **swapped), loss)
 
 
-def test_rows_that_are_no_pairs_count_in_no_way():
+def test_rows_without_a_partner_do_not_change_info_nce():
     a, b, log_scale = two_modalities()
-    loss = info_nce(a, b, log_scale, there=THERE)
-    torch.testing.assert_close(loss, info_nce(a[THERE], b[THERE], log_scale))
+    loss = info_nce(a, b, log_scale, observed=OBSERVED)
+    torch.testing.assert_close(loss, info_nce(a[OBSERVED], b[OBSERVED], log_scale))
     for gradient in torch.autograd.grad(loss, (a, b)):
-        assert (gradient[~THERE] == 0).all()
-        assert (gradient[THERE] != 0).any(dim=1).all()
+        assert (gradient[~OBSERVED] == 0).all()
+        assert (gradient[OBSERVED] != 0).any(dim=1).all()
 
 
-def test_rows_that_hold_the_same_do_not_push_each_other_away():
+def test_rows_with_the_same_content_are_no_negatives():
     a, b, log_scale = two_modalities(2)
-    apart = info_nce(a, b, log_scale)
-    assert apart > 0
+    assert info_nce(a, b, log_scale) > 0
     assert info_nce(a, b, log_scale, same=torch.ones(2, 2, dtype=torch.bool)) == 0
-    given = torch.eye(2, dtype=torch.bool)
-    info_nce(a, b, log_scale, same=given)
-    assert given.equal(
-        torch.eye(2, dtype=torch.bool)
-    )  # what was passed is left as it was
+
+
+def test_info_nce_does_not_change_its_masks():
+    a, b, log_scale = two_modalities()
+    observed, same = OBSERVED.clone(), SAME.clone()
+    info_nce(a, b, log_scale, observed=observed, same=same)
+    assert observed.equal(OBSERVED)
+    assert same.equal(SAME)
 
 
 @pytest.mark.parametrize("n_pairs", [0, 1])
 @pytest.mark.parametrize("n_rows", [1, 7])
-def test_fewer_than_two_pairs_teach_nothing(n_rows, n_pairs):
+def test_fewer_than_two_pairs_have_loss_zero_and_zero_gradients(n_rows, n_pairs):
     a, b, log_scale = two_modalities(n_rows)
-    loss = info_nce(a, b, log_scale, there=torch.arange(n_rows) < n_pairs)
+    loss = info_nce(a, b, log_scale, observed=torch.arange(n_rows) < n_pairs)
     assert loss == 0
     for gradient in torch.autograd.grad(loss, (a, b, log_scale)):
         assert (gradient == 0).all()
-
-
-def naive_structure(inputs, z, temperature):
-    def shares(x):
-        x = [row / row.norm() for row in x]
-        mean = sum(x) / len(x)
-        rows = []
-        for i in range(len(x)):
-            s = [
-                math.exp(float((x[i] - mean) @ (other - mean)) / temperature)
-                for other in x
-            ]
-            rows.append([value / sum(s) for value in s])
-        return rows
-
-    total = 0.0
-    for p, q in zip(shares(inputs), shares(z), strict=True):
-        middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
-        for own in (p, q):
-            total += (
-                sum(a * math.log(a / m) for a, m in zip(own, middle, strict=True)) / 2
-            )
-    return total / len(inputs)
-
-
-@pytest.mark.parametrize("temperature", [0.05, 0.5])
-def test_the_structure_loss_equals_the_double_loop(temperature):
-    z, inputs, _ = two_modalities()
-    inputs = torch.cat(
-        [inputs, 3 * inputs[:, :2]], dim=1
-    ).detach()  # of another width and length
-    loss = structure_loss(inputs, z, temperature=temperature)
-    expected = naive_structure(inputs, z.detach(), temperature)
-    assert loss.item() == pytest.approx(expected, rel=1e-9)
-    assert torch.autograd.gradcheck(
-        lambda z: structure_loss(inputs, z, temperature=temperature), (z,)
-    )
-
-
-def test_turning_and_scaling_keep_the_structure():
-    z, inputs, _ = two_modalities()
-    turn = torch.linalg.qr(
-        torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double()
-    )
-    assert structure_loss(inputs, 5 * inputs @ turn.Q).item() == pytest.approx(
-        0, abs=1e-12
-    )
-    assert 0 < structure_loss(inputs, z) <= math.log(2)
-
-
-def test_the_structure_loss_of_rows_far_apart_has_finite_gradients():
-    z = torch.eye(6, requires_grad=True)
-    loss = structure_loss(torch.ones(6, 3), z, temperature=1e-4)
-    (gradient,) = torch.autograd.grad(loss, z)
-    assert loss.isfinite()
-    assert gradient.isfinite().all()
 
 
 # Pixels
@@ -598,44 +672,41 @@ MASK_LOSSES = {"focal": focal_loss, "dice": dice_loss}
 each_mask_loss = pytest.mark.parametrize("name", MASK_LOSSES)
 
 
-def pixels(n=5, n_classes=4, lead=(), seed=0):
-    """Logits and masks of n pictures of 3 x 2 pixels; the last class is in none of them."""
+def pixels(n=5, n_classes=4, seed=0):
+    """Return logits and masks of n images of 3 x 2 pixels, without the last class."""
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(
-        *lead, n, n_classes, 3, 2, generator=generator, dtype=torch.float64
-    )
-    masks = torch.randint(0, n_classes - 1, (*lead, n, 3, 2), generator=generator)
+    logits = torch.randn(n, n_classes, 3, 2, generator=generator, dtype=torch.float64)
+    masks = torch.randint(0, n_classes - 1, (n, 3, 2), generator=generator)
     return logits.requires_grad_(), masks
 
 
 def naive_pixels(logits, masks, weight):
-    """List weight, true code and probabilities of each pixel."""
-    found = []
-    for picture in range(len(masks)):
-        for row, column in np.ndindex(masks.shape[1:]):
-            scores = [
-                math.exp(value) for value in logits[picture, :, row, column].tolist()
-            ]
-            p = [score / sum(scores) for score in scores]
-            found.append((float(weight[picture]), int(masks[picture, row, column]), p))
-    return found
+    """Yield weight, true code and probabilities of each pixel."""
+    for image, row, column in np.ndindex(masks.shape):
+        scores = logits.detach()[image, :, row, column].exp()
+        p = (scores / scores.sum()).tolist()
+        yield float(weight[image]), int(masks[image, row, column]), p
 
 
 def naive_focal(logits, masks, weight, gamma=2.0):
-    found = naive_pixels(logits, masks, weight)
-    total = sum(-w * (1 - p[true]) ** gamma * math.log(p[true]) for w, true, p in found)
-    return total / sum(w for w, _, _ in found)
+    total, total_weight = 0.0, 0.0
+    for w, code, p in naive_pixels(logits, masks, weight):
+        total -= w * (1 - p[code]) ** gamma * math.log(p[code])
+        total_weight += w
+    return total / total_weight
 
 
 def naive_dice(logits, masks, weight):
-    found = naive_pixels(logits, masks, weight)
     losses = []
     for code in range(1, logits.shape[1]):
-        truth = sum(w for w, true, _ in found if true == code)
-        if truth > 0:
-            both = sum(w * p[code] for w, true, p in found if true == code)
-            predicted = sum(w * p[code] for w, _, p in found)
-            losses.append(1 - (2 * both + 1) / (predicted + truth + 1))
+        overlap, predicted, actual = 0.0, 0.0, 0.0
+        for w, true_code, p in naive_pixels(logits, masks, weight):
+            predicted += w * p[code]
+            if true_code == code:
+                overlap += w * p[code]
+                actual += w
+        if actual > 0:
+            losses.append(1 - (2 * overlap + 1) / (predicted + actual + 1))
     return sum(losses) / len(losses)
 
 
@@ -650,17 +721,17 @@ def test_losses_of_masks_equal_the_loop_over_pixels(name, weighted, n_classes):
     logits = logits[:, :n_classes]
     weight = row_weights(5) if weighted else None
     loss = MASK_LOSSES[name](logits, masks, weight)
-    each = torch.ones(5) if weight is None else weight
-    assert loss.item() == pytest.approx(
-        NAIVE_OF_MASKS[name](logits, masks, each), rel=1e-9
-    )
+    assert loss.shape == ()
+    image_weight = torch.ones(5) if weight is None else weight
+    expected = NAIVE_OF_MASKS[name](logits, masks, image_weight)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
     assert torch.autograd.gradcheck(
         lambda x: MASK_LOSSES[name](x, masks, weight), (logits,)
     )
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 3.0])
-def test_gamma_is_the_power_of_what_is_wrong(gamma):
+def test_gamma_is_the_power_of_the_error(gamma):
     logits, masks = pixels()
     loss = focal_loss(logits, masks, row_weights(5), gamma=gamma)
     assert loss.item() == pytest.approx(
@@ -672,18 +743,18 @@ def test_the_focal_loss_without_gamma_is_torch_s_cross_entropy():
     logits, masks = pixels()
     loss = focal_loss(logits, masks, gamma=0.0)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, masks))
-    (found,) = torch.autograd.grad(loss, logits)
+    (gradient,) = torch.autograd.grad(loss, logits)
     (expected,) = torch.autograd.grad(
         torch.nn.functional.cross_entropy(logits, masks), logits
     )
-    torch.testing.assert_close(found, expected)
-    picture, codes = logits[0].permute(1, 2, 0).reshape(1, 6, 4), masks[0].reshape(1, 6)
-    pixelwise = cross_entropy(picture, codes)[0]  # of one picture's pixels as rows
+    torch.testing.assert_close(gradient, expected)
+    rows, codes = logits[0].permute(1, 2, 0).reshape(6, 4), masks[0].reshape(6)
+    pixelwise = cross_entropy(rows, codes)  # the pixels of one image as rows
     torch.testing.assert_close(focal_loss(logits[:1], masks[:1], gamma=0.0), pixelwise)
 
 
 @each_mask_loss
-def test_a_picture_of_weight_two_is_two_pictures_and_one_of_weight_zero_none(name):
+def test_an_image_of_weight_two_counts_twice_and_one_of_weight_zero_not_at_all(name):
     logits, masks = pixels()
     repeated = torch.tensor([0, 2, 2, 3])
     weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0], dtype=torch.float64)
@@ -697,7 +768,7 @@ def test_a_picture_of_weight_two_is_two_pictures_and_one_of_weight_zero_none(nam
 
 
 @each_mask_loss
-def test_masks_without_weight_cost_nothing(name):
+def test_masks_without_weight_have_loss_zero_and_zero_gradients(name):
     logits, masks = pixels()
     loss = MASK_LOSSES[name](logits, masks, torch.zeros(5, dtype=torch.float64))
     loss.backward()
@@ -721,29 +792,13 @@ def test_certain_pixels_have_finite_gradients_right_or_wrong(gamma, scale):
         assert (logits.grad.abs().max() > 1e-3) == wrong
 
 
-@each_mask_loss
-def test_masks_of_several_networks_give_what_each_alone_gives(name):
-    logits, masks = pixels(lead=(3,))
-    weight = torch.stack(
-        [row_weights(5), torch.ones(5).double(), row_weights(5).flip(0)]
-    )
-    for given in (None, weight):
-        losses = MASK_LOSSES[name](logits, masks, given)
-        assert losses.shape == (3,)
-        for network in range(3):
-            own = None if given is None else given[network]
-            alone = MASK_LOSSES[name](logits[network], masks[network], own)
-            torch.testing.assert_close(losses[network], alone)
-
-
 def certain(masks, n_classes):
-    return (
-        torch.nn.functional.one_hot(masks, n_classes).permute(0, 3, 1, 2).double() * 100
-    )
+    indicators = torch.nn.functional.one_hot(masks, n_classes)
+    return 100 * indicators.permute(0, 3, 1, 2).double()
 
 
 @each_mask_loss
-def test_masks_that_are_right_cost_nothing(name):
+def test_the_loss_of_perfect_masks_is_zero(name):
     _, masks = pixels()
     assert MASK_LOSSES[name](certain(masks, 4), masks).item() == pytest.approx(
         0, abs=1e-9
@@ -751,18 +806,18 @@ def test_masks_that_are_right_cost_nothing(name):
     assert MASK_LOSSES[name](certain((masks + 1) % 3, 4), masks) > 0.5
 
 
-def test_a_batch_without_objects_asks_the_dice_loss_for_nothing():
+def test_the_dice_loss_of_a_batch_without_objects_is_zero():
     logits, masks = pixels()
     loss = dice_loss(logits, torch.zeros_like(masks))
     loss.backward()
     assert loss == 0
     assert (logits.grad == 0).all()
     weight = torch.tensor([0.0, 1, 1, 1, 1], dtype=torch.float64)
-    masks[1:] = 0  # what is shown is shown by a picture of no weight
+    masks[1:] = 0  # only an image of weight 0 has objects
     assert dice_loss(logits, masks, weight) == 0
 
 
-def test_the_dice_loss_leaves_background_and_absent_classes_out():
+def test_the_dice_loss_ignores_background_and_absent_classes():
     logits, masks = pixels()
     masks = (masks == 1).long()  # class 1 before background
     loss = dice_loss(logits, masks)
