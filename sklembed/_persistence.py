@@ -46,7 +46,7 @@ def save(estimator, directory) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+        {name: np.asarray(array, order="C") for name, array in arrays.items()},
         directory / _WEIGHTS,
     )
     (directory / _CONFIG).write_text(text, encoding="utf-8")

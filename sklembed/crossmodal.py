@@ -105,6 +105,7 @@ class _CrossModalEncoder(TransformerMixin, TrainedEstimator):
         packed = np.hstack([part.reshape(len(part), -1) for part in padded])
         shapes = [part.shape[1:] for part in padded]
         objective = _Objective(self.direction_weight, self.mask_duplicates)
+        n_past = len(self.history_) if resume else 0
         context = self._init_callback_context(max_subtasks=self.max_epochs)
         with _callbacks.task(self, context, X, y):
             self._train_network(
@@ -119,6 +120,8 @@ class _CrossModalEncoder(TransformerMixin, TrainedEstimator):
                 resume=resume,
                 on_epoch=self._watch(objective, self._report_epochs(context, X, y)),
             )
+        if len(objective.epochs) < self.n_iter_ - n_past:
+            objective.end_epoch()  # a callback stopped training before this epoch was reported
         self.history_ = objective.record(self.history_)
         self._warn_if_collapsed()
         return self
