@@ -1,4 +1,4 @@
-"""scikit-learn's callbacks: what the projector and the union tell them, and hand on."""
+"""Callbacks of scikit-learn: reports of the estimators, and propagation by the union."""
 
 import numpy as np
 import pytest
