@@ -1,5 +1,7 @@
 """Callbacks of scikit-learn: reports of the estimators, and propagation by the union."""
 
+import copy
+
 import numpy as np
 import pytest
 from sklearn.base import clone
@@ -10,8 +12,10 @@ from sklearn.preprocessing import StandardScaler
 
 from sklembed import (
     ContrastiveProjector,
+    CrossAttentionAdaptor,
     FusionClassifier,
     PerModalityUnion,
+    SharedFusionEncoder,
 )
 
 callback = pytest.importorskip("sklearn.callback")  # of scikit-learn >= 1.9
@@ -276,3 +280,33 @@ def test_heads_tell_of_every_epoch_and_stop_when_asked(clusters, join):
         shorter = clone(head).set_params(max_epochs=epochs).fit(X, y)
         assert estimator.n_iter_ == epochs
         np.testing.assert_array_equal(said, shorter.predict_proba(X))
+
+
+@pytest.mark.parametrize("Encoder", [SharedFusionEncoder, CrossAttentionAdaptor])
+@pytest.mark.parametrize("warm_start", [False, True], ids=["new", "resumed"])
+def test_cross_modal_encoders_report_every_epoch(clusters, Encoder, warm_start):
+    X, _ = clusters
+    blocks = {"odd": slice(1, None, 2), "even": slice(0, None, 2)}
+    sizes = {"n_components": 8, "n_heads": 2, "dim_feedforward": 16}
+    encoder = Encoder(**sizes, blocks=blocks, max_epochs=5, random_state=0)
+    n_past = 0
+    if warm_start:
+        n_past = 2
+        encoder.set_params(warm_start=True, max_epochs=2).fit(X)
+        encoder.set_params(max_epochs=5)
+    shorter = copy.deepcopy(encoder)
+    record = Record(stop_after=3)
+    encoder.set_callbacks(record).fit(X)
+    assert record.tasks == [("fit", "epoch")] * 3 + [(None, "fit")]
+    assert encoder.n_iter_ == n_past + 3
+    for epochs, (reported, Z) in enumerate(record.estimators, start=1):
+        expected = copy.deepcopy(shorter).set_params(max_epochs=epochs).fit(X)
+        np.testing.assert_array_equal(Z, expected.transform(X))
+        assert reported.temperature_ == expected.temperature_
+        assert reported.n_iter_ == n_past + epochs
+        for name in ("positive_similarity", "negative_similarity"):
+            similarities = [epoch[name] for epoch in expected.history_]
+            assert [epoch[name] for epoch in reported.history_] == similarities
+            assert [epoch[name] for epoch in encoder.history_][: n_past + epochs] == (
+                similarities
+            )
