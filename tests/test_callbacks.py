@@ -307,6 +307,5 @@ def test_cross_modal_encoders_report_every_epoch(clusters, Encoder, warm_start):
         for name in ("positive_similarity", "negative_similarity"):
             similarities = [epoch[name] for epoch in expected.history_]
             assert [epoch[name] for epoch in reported.history_] == similarities
-            assert [epoch[name] for epoch in encoder.history_][: n_past + epochs] == (
-                similarities
-            )
+            recorded = [epoch[name] for epoch in encoder.history_]
+            assert recorded[: n_past + epochs] == similarities

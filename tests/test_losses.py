@@ -38,7 +38,7 @@ def soft_affinity(n, seed=0):
         n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
     affinity = (drawn + drawn.T) / 2
-    affinity[0] = affinity[:, 0] = 0.0  # a row that belongs with no other
+    affinity[0] = affinity[:, 0] = 0.0  # a row without positives
     return affinity.fill_diagonal_(1.0)
 
 
@@ -50,11 +50,9 @@ def row_weights(n):
 
 def naive_similarity(z, i, j, similarity):
     product = float(z[i] @ z[j])
-    return (
-        product / float(z[i].norm() * z[j].norm())
-        if similarity == "cosine"
-        else product
-    )
+    if similarity == "cosine":
+        return product / float(z[i].norm() * z[j].norm())
+    return product
 
 
 def naive_bce(z, affinity, weight, temperature, similarity):
@@ -71,16 +69,18 @@ def naive_bce(z, affinity, weight, temperature, similarity):
 def naive_supcon(z, affinity, weight, temperature, similarity):
     total, count = 0.0, 0.0
     for i in range(len(z)):
-        others = [j for j in range(len(z)) if j != i]
-        s = {j: naive_similarity(z, i, j, similarity) / temperature for j in others}
-        positive = {j: float(weight[j] * affinity[i, j]) for j in others}
-        if weight[i] == 0 or sum(positive.values()) == 0:
+        partition, positives, mass = 0.0, 0.0, 0.0
+        for j in range(len(z)):
+            if j == i:
+                continue
+            s = naive_similarity(z, i, j, similarity) / temperature
+            share = float(weight[j] * affinity[i, j])
+            partition += float(weight[j]) * math.exp(s)
+            positives += share * s
+            mass += share
+        if weight[i] == 0 or mass == 0:
             continue
-        partition = math.log(sum(float(weight[j]) * math.exp(s[j]) for j in others))
-        loss = sum(positive[j] * (partition - s[j]) for j in others) / sum(
-            positive.values()
-        )
-        total += float(weight[i]) * loss
+        total += float(weight[i]) * (math.log(partition) - positives / mass)
         count += float(weight[i])
     return total / count
 
@@ -103,8 +103,8 @@ def test_equals_the_double_loop(batch, name, similarity, soft, weighted, dtype):
     affinity = soft_affinity(7).to(dtype) if soft else label_affinity(labels)
     weight = row_weights(7).to(dtype) if weighted else None
     loss = LOSSES[name](z, affinity, weight, temperature=0.5, similarity=similarity)
-    each = torch.ones(7) if weight is None else weight
-    expected = NAIVE[name](z, affinity, each, 0.5, similarity)
+    row_weight = torch.ones(7) if weight is None else weight
+    expected = NAIVE[name](z, affinity, row_weight, 0.5, similarity)
     assert loss.dtype == dtype
     assert loss.item() == pytest.approx(
         expected, rel=1e-9 if dtype == torch.float64 else 1e-5
@@ -130,22 +130,22 @@ def test_gradients(batch, name, similarity, weighted):
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_row_of_weight_zero_is_a_row_that_is_not_there(batch, name, similarity):
+def test_rows_of_weight_zero_are_ignored(batch, name, similarity):
     z, _ = batch
     affinity, weight = soft_affinity(7), row_weights(7)
-    kept = weight > 0
+    mask = weight > 0
     options = {"temperature": 0.1, "similarity": similarity}
-    whole = LOSSES[name](z, affinity, weight, **options)
-    part = LOSSES[name](z[kept], affinity[kept][:, kept], weight[kept], **options)
-    torch.testing.assert_close(whole, part)
-    (gradient,) = torch.autograd.grad(whole, z)
-    torch.testing.assert_close(gradient[~kept], torch.zeros(2, 4, dtype=torch.float64))
+    loss = LOSSES[name](z, affinity, weight, **options)
+    without = LOSSES[name](z[mask], affinity[mask][:, mask], weight[mask], **options)
+    torch.testing.assert_close(loss, without)
+    (gradient,) = torch.autograd.grad(loss, z)
+    torch.testing.assert_close(gradient[~mask], torch.zeros(2, 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_row_of_weight_zero_is_not_there_however_long_its_projection(name, dtype):
-    """Inner products know no bound: a row that only fills its batch may be the most alike."""
+def test_rows_of_weight_zero_are_ignored_whatever_their_length(name, dtype):
+    """Inner products are unbounded: padding may have the largest similarity."""
     z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
     z[5] = 100 * z[0]
     affinity = label_affinity(torch.tensor([0, 0, 1, 1, 2, 2]))
@@ -184,7 +184,7 @@ def test_weights_may_be_of_lower_precision_than_projections(batch, name):
 
 
 def test_supcon_counts_a_negative_of_weight_two_twice(batch):
-    """Class 3 has one row, which is only a negative: repeated, it gives no new pairs but one."""
+    """The repeated row is only a negative: its affinity to all other rows is 0."""
     z, labels = batch
     twice = torch.tensor([0, 1, 2, 3, 4, 5, 6, 6])
     affinity = label_affinity(torch.arange(8))
@@ -289,7 +289,7 @@ def test_bce_of_different_classes_at_cosine_zero_is_log_two():
 
 
 def test_supcon_takes_fractional_affinities():
-    """An affinity scaled by a constant asks for the same distribution over the other rows."""
+    """The loss scales affinities to sum to one, so a constant factor has no effect."""
     z, labels = torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])
     affinity = label_affinity(labels)
     torch.testing.assert_close(supcon(z, affinity * 0.25), supcon(z, affinity))
