@@ -708,7 +708,7 @@ def test_a_constant_column_is_not_blown_up(Encoder):
 
 @each_encoder
 @pytest.mark.parametrize("lr", [1e-9, 0.01, 10.0])
-def test_the_temperature_is_learnt_within_its_bounds(Encoder, lr):
+def test_the_temperature_is_learned_within_its_bounds(Encoder, lr):
     encoder = small(Encoder, lr=lr, max_epochs=3, dropout=0.0, early_stopping=True)
     encoder.set_params(validation_fraction=0.3).fit(world())
     assert 0.01 <= encoder.temperature_ <= 1
@@ -1097,7 +1097,7 @@ def test_rows_that_lack_everything_come_out_as_nan(Encoder):
 
 
 @each_encoder
-def test_what_no_space_can_be_learnt_from_is_refused(Encoder):
+def test_tables_without_a_learnable_space_are_refused(Encoder):
     X = world()
     with pytest.raises(
         ValueError, match=r"at least two modalities, but .* the blocks \['all'\]"

@@ -486,7 +486,7 @@ def test_who_finds_nothing_scores_0_and_who_finds_all_1():
 
 def test_early_stopping_goes_back_to_the_best_epoch():
     X, y = scenes(n_rows=40)
-    y = np.random.default_rng(0).permutation(y)  # which cannot be learnt, only by heart
+    y = np.random.default_rng(0).permutation(y)  # can only be memorised
     options = {
         "early_stopping": True,
         "n_iter_no_change": 3,
@@ -1076,7 +1076,7 @@ def test_what_is_no_mask_is_refused_by_row(case):
         small(classes=[0, 1], mask_size=(8, 8)).fit(X, [*y[:4], mask, *y[5:]])
 
 
-def test_masks_that_nothing_can_be_learnt_from_are_refused():
+def test_masks_without_a_learnable_class_are_refused():
     X, y = scenes()
     with pytest.raises(ValueError, match="All 60 masks are empty"):
         small().fit(X, np.zeros_like(y))
