@@ -33,17 +33,16 @@ html_theme_options = {
     "navbar_end": ["theme-switcher"],
     "show_toc_level": 2,
     "show_prev_next": False,
-    # Not beside examples, whose lines of code need the width.
+    # Examples have no table of contents: their code needs the width.
     "secondary_sidebar_items": dict.fromkeys(
-        ("*", "api/*", "results/*", "user_guide/*"), ["page-toc"]
+        ("*", "api/*", "development/*", "results/*", "user_guide/*"), ["page-toc"]
     ),
 }
 html_show_sourcelink = False
 
 autosummary_generate = True
-# Inherited members are scikit-learn's own; their references lead into its documentation.
-autodoc_default_options = {"members": True, "inherited-members": False}
-numpydoc_show_class_members = False
+numpydoc_show_class_members = False  # the templates list the methods
+toc_object_entries_show_parents = "hide"
 numpydoc_validation_checks = {
     "GL01",
     "GL03",
@@ -55,7 +54,7 @@ numpydoc_validation_checks = {
     "SS03",
 }
 numpydoc_validation_exclude = {
-    # written by scikit-learn
+    # documented by scikit-learn
     r"\.set_\w+_request$",
     r"\.set_output$",
     r"\.get_params$",
@@ -99,7 +98,7 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def read_benchmark(name, measure=None):
-    """Read what a benchmark wrote as a table: its records or verdicts, or a measure by runs."""
+    """Read the records or verdicts of a benchmark as a table, or one measure by run."""
     result = json.loads(
         Path(__file__).with_name("benchmarks").joinpath(f"{name}.json").read_text()
     )
@@ -115,7 +114,7 @@ def read_benchmark(name, measure=None):
 
 
 def as_csv_table(table, digits):
-    """Write a table as reST, without the columns that hold nothing."""
+    """Format a table as reST, without empty columns."""
     table = table.loc[:, (table.notna() & (table != "")).any()]
     header, *rows = table.to_csv(index=False, float_format=f"%.{digits}f").splitlines()
     lines = [".. csv-table::", "   :class: figures", f"   :header: {header}", ""]
@@ -123,7 +122,10 @@ def as_csv_table(table, digits):
 
 
 def insert_benchmarks(app, docname, source):
-    """Replace lines such as ``.. benchmark:: grid_search rows 0`` (digits last) by a table."""
+    """Replace lines such as ``.. benchmark:: grid_search rows 0`` by a table.
+
+    The words after the colons are the file, the measure (optional) and the number of digits.
+    """
 
     def insert(match):
         name, measure, digits = match[1], match[2], int(match[3])
@@ -139,11 +141,25 @@ def insert_benchmarks(app, docname, source):
     source[0] = re.sub(pattern, insert, source[0], flags=re.MULTILINE)
 
 
-def skip_what_scikit_learn_writes(app, what, name, obj, skip, options):
-    """Leave out set_fit_request and its like: their text refers to scikit-learn's own pages."""
+def skip_request_methods(app, what, name, obj, skip, options):
+    """Skip `set_fit_request` and similar methods, which scikit-learn generates."""
     return True if re.fullmatch(r"set_\w+_request", name) else None
+
+
+def unlink_scikit_learn(app, what, name, obj, options, lines):
+    """Replace references to scikit-learn's pages in inherited docstrings by their text."""
+    if getattr(obj, "__module__", "").startswith("sklearn."):
+        lines[:] = unlink("\n".join(lines)).splitlines()
+
+
+def unlink(text):
+    """Replace ``:ref:`text <label>` `` and ``:term:`text` `` by the text."""
+    text = re.sub(r":ref:`sphx_glr_[^`]*`", "the gallery of scikit-learn", text)
+    text = re.sub(r":ref:`([^`<]+?)\s*<[^>`]+>`", r"\1", text)
+    return re.sub(r":(?:ref|term):`([^`<]+)`", r"\1", text)
 
 
 def setup(app):
     app.connect("source-read", insert_benchmarks)
-    app.connect("autodoc-skip-member", skip_what_scikit_learn_writes)
+    app.connect("autodoc-process-docstring", unlink_scikit_learn)
+    app.connect("autodoc-skip-member", skip_request_methods)
