@@ -1,12 +1,13 @@
-"""What adapting frozen embeddings gains: seven classifiers on projected, reduced and raw vectors.
+"""Compare seven classifiers on projected, reduced and raw vectors.
 
-MiniLM and EfficientNet-lite0 vectors of emoji and clip art, in four tasks: random folds, and folds
-that keep a subcategory or a creator together. Nothing is tuned on an outer fold; our projector is
-at its defaults. Each cell, an arm in a fold of a task, is written to a cache when it is done, so
-that a broken run resumes; those of ours are computed anew when the library's sources change.
+The data are MiniLM and EfficientNet-lite0 vectors of emoji and clip art. There are four
+tasks, with random folds and with folds that keep a subcategory or a creator together.
+Nothing is tuned on an outer fold, and the projector has its default parameters. The
+result of each arm in each fold is cached, so that an interrupted run can be resumed.
+Results of sklembed are computed again when its sources change.
 
-Tables: "core" (minutes), "full" (with the other methods), "sensitivity", "modalities" (three of
-them), "targets" (several labels, numbers, a tree of labels).
+Tables: "core" (minutes), "full" (with other methods), "sensitivity", "modalities"
+(three modalities), "targets" (several labels, numbers, a tree of labels).
 """
 
 import argparse
@@ -58,7 +59,7 @@ TASKS = {
 }
 NUMBERS = ["svg_kb", "n_path", "n_group", "n_gradient"]
 
-# The classifiers are scikit-learn's at their defaults, XGBoost small and fixed.
+# scikit-learn's classifiers with default parameters, and a small fixed XGBoost.
 CLASSIFIERS = {
     "LR": LogisticRegression(max_iter=2000),
     "SVC": SVC(),
@@ -76,7 +77,7 @@ CLASSIFIERS = {
 
 
 def per_modality(step):
-    """Give each modality its own copy of a step; what a row lacks becomes the column's mean."""
+    """Apply a copy of the step to each modality, and impute missing ones by the mean."""
     union = PerModalityUnion(
         [(name, step, columns) for name, columns in BLOCKS.items()]
     )
@@ -84,27 +85,27 @@ def per_modality(step):
 
 
 def of_both(step):
-    """Apply one step to the concatenation."""
+    """Apply one step to the concatenation of the modalities."""
     return make_pipeline(SimpleImputer(), step)
 
 
 def ours(**options):
-    """Make our projector, at its defaults but for what is named."""
+    """Return the projector with the given parameters."""
     return ContrastiveProjector(random_state=0, **options)
 
 
 def by_group():
-    """Make folds within the training rows that keep groups together."""
+    """Return inner folds by group."""
     with sklearn.config_context(
         enable_metadata_routing=True
-    ):  # else requests cannot be set
+    ):  # requests cannot be set without it
         return StratifiedGroupKFold(5, shuffle=True, random_state=0).set_split_request(
             groups=True
         )
 
 
 def scaled_pca():
-    """Reduce, and scale rows to unit length on average, as ours does with what it carries along."""
+    """Return PCA with rows of unit length on average, as the projector scales its input."""
     return make_pipeline(PCA(128, random_state=0), FunctionTransformer(_to_unit_norm))
 
 
@@ -113,10 +114,10 @@ def _to_unit_norm(X):
 
 
 class ContrastiveTuned(FunctionTransformer):
-    """embetter's ContrastiveTuner at its defaults, seeded."""
+    """embetter's ContrastiveTuner with default parameters and a seed."""
 
     def fit(self, X, y):
-        """Train it."""
+        """Train the tuner."""
         import torch
         from embetter.finetune import ContrastiveTuner
 
@@ -125,11 +126,11 @@ class ContrastiveTuned(FunctionTransformer):
         return self
 
     def transform(self, X):
-        """Apply it."""
+        """Project rows."""
         return np.asarray(self.tuner_.transform(X))
 
     def fit_transform(self, X, y):
-        """Train it and apply it."""
+        """Train the tuner and project its training rows."""
         return self.fit(X, y).transform(X)
 
 
@@ -188,13 +189,13 @@ SENSITIVITY = {
 
 
 def metric_learning():
-    """Train as ours does, by the other library's loss."""
+    """Return the projector with the loss of pytorch-metric-learning."""
     from pytorch_metric_learning.losses import SupConLoss
 
     return ours(loss=SupConLoss(0.1), cv=None, passthrough=False)
 
 
-# What a cell is
+# Features and classifiers in one fold
 
 
 def judge(features, X, y, groups, train, test):
@@ -206,8 +207,8 @@ def judge(features, X, y, groups, train, test):
     result = {"features s": time.perf_counter() - tick}
     Z_test = features.transform(X[test])
     for name, classifier in CLASSIFIERS.items():
-        found = classifier.fit(Z, y[train]).predict(Z_test)
-        result[name] = f1_score(y[test], found, average="macro")
+        predicted = classifier.fit(Z, y[train]).predict(Z_test)
+        result[name] = f1_score(y[test], predicted, average="macro")
     union = features[0]
     if isinstance(union, PerModalityUnion):
         for name, projector in union.named_transformers_.items():
@@ -217,7 +218,7 @@ def judge(features, X, y, groups, train, test):
 
 
 def _wants_groups(features):
-    """Tell whether an arm's inner folds are by group."""
+    """Return whether an arm has inner folds by group."""
     with sklearn.config_context(enable_metadata_routing=True):
         return isinstance(features[0], PerModalityUnion) and any(
             isinstance(getattr(step, "cv", None), StratifiedGroupKFold)
@@ -226,7 +227,7 @@ def _wants_groups(features):
 
 
 def run_features(task, arm, make, fold, n_folds):
-    """Judge one arm by all classifiers in one outer fold."""
+    """Evaluate all classifiers on one arm in one outer fold."""
     name, grouped = TASKS[task]
     X, data = load(name)
     y = data.target.to_numpy()
@@ -235,7 +236,7 @@ def run_features(task, arm, make, fold, n_folds):
 
 
 def run_classifier(task, arm, make, fold, n_folds):
-    """Judge one classifier of raw vectors in one outer fold."""
+    """Evaluate one classifier on raw vectors in one outer fold."""
     name, grouped = TASKS[task]
     X, data = load(name)
     y = data.target.to_numpy()
@@ -248,7 +249,7 @@ def run_classifier(task, arm, make, fold, n_folds):
 
 
 def tuned_svc():
-    """Make an SVC whose C and gamma are found within the training rows."""
+    """Return an SVC with C and gamma tuned on the training rows."""
     grid = {"svc__C": [1, 10, 100], "svc__gamma": ["scale", 0.5, 2]}
     folds = StratifiedKFold(3, shuffle=True, random_state=0)
     return GridSearchCV(
@@ -257,15 +258,15 @@ def tuned_svc():
 
 
 def setfit_head():
-    """Make SetFit's head: a linear layer trained by torch."""
+    """Return SetFit's head, a linear layer trained by torch."""
     return make_pipeline(SimpleImputer(), SetFitHead())
 
 
 class SetFitHead(KNeighborsClassifier):
-    """SetFit's differentiable head on precomputed vectors, at its defaults but 15 epochs."""
+    """SetFit's differentiable head on precomputed vectors, trained for 15 epochs."""
 
     def fit(self, X, y):
-        """Train it."""
+        """Train the head."""
         import torch
         from setfit import SetFitHead as Head
         from torch.nn.functional import cross_entropy
@@ -285,14 +286,14 @@ class SetFitHead(KNeighborsClassifier):
         return self
 
     def predict(self, X):
-        """Name the likeliest class."""
+        """Return the most probable class."""
         import torch
 
         with torch.inference_mode():
             return self.head_(torch.from_numpy(np.float32(X)))[0].argmax(dim=1).numpy()
 
 
-# Classifiers of raw vectors, and the column each stands in: SetFit's head is a linear layer.
+# Classifiers on raw vectors and their column; SetFit's head is a linear layer.
 HEADS = {
     "SVC tuned on raw": ("SVC", tuned_svc),
     "SetFit's head on raw": ("LR", setfit_head),
@@ -303,19 +304,19 @@ HEADS = {
 
 
 def run_modalities(task, arm, make, fold, n_folds):
-    """Judge text, picture and numbers together, clip art by creator."""
+    """Evaluate one arm on text, image and numbers of clip art, by creator."""
     X, data = load("openclipart")
     y = data.target.to_numpy()
     numbers = PowerTransformer().fit_transform(
         data.data[NUMBERS]
-    )  # monotone, sees no label
+    )  # monotone and unsupervised
     train, test = outer_folds(y, data.groups, True, n_folds)[fold]
     table = np.hstack([X, numbers.astype(np.float32)])
     return judge(make(), table, y, data.groups, train, test)
 
 
 def three_branches(step, columns=("text", "image", "numbers")):
-    """Give each modality a copy of a step, the numbers too."""
+    """Apply ``step(name)`` to each of the named modalities."""
     blocks = BLOCKS | {"numbers": slice(1664, 1668)}
     branches = [(name, step(name), blocks[name]) for name in columns]
     return make_pipeline(PerModalityUnion(branches), SimpleImputer())
@@ -326,11 +327,11 @@ def _pca_or_scaled(name):
 
 
 MODALITIES = {
-    "PCA-128, text and picture": lambda: three_branches(
+    "PCA-128, text and image": lambda: three_branches(
         _pca_or_scaled, ("text", "image")
     ),
     "PCA-128 and numbers": lambda: three_branches(_pca_or_scaled),
-    "sklembed, text and picture": lambda: three_branches(
+    "sklembed, text and image": lambda: three_branches(
         lambda _: ours(), ("text", "image")
     ),
     "sklembed, numbers as they are": lambda: three_branches(
@@ -416,36 +417,31 @@ TARGET_ARMS = {
 }
 
 
-# Cells, cached
+# Cached results
 
 
-def digest_of_sources():
-    """Digest what ours depends on, so that its cells are computed anew when it changes."""
+def hash_sources():
+    """Hash the modules that results of sklembed depend on."""
     root = Path(sklembed.__file__).parent
-    names = (
-        "projection",
-        "_training",
-        "_targets",
-        "_gate",
-        "nn/losses",
-        "nn/modules",
-        "union",
-    )
-    sources = b"".join((root / f"{name}.py").read_bytes() for name in names)
-    return hashlib.blake2b(sources, digest_size=8).hexdigest()
+    patterns = ("projection/*.py", "nn/*.py", "_tra*.py", "_targets.py", "union.py")
+    sources = hashlib.blake2b(digest_size=8)
+    for pattern in patterns:
+        for path in sorted(root.glob(pattern)):
+            sources.update(path.read_bytes())
+    return sources.hexdigest()
 
 
 def run_cell(directory, run, task, arm, make, fold, n_folds):
-    """Compute a cell unless it was computed before."""
+    """Return the cached result of an arm in a fold, or compute it."""
     peers = ("PCA", "raw", "LDA", "NCA", "embetter", "SetFit", "SVC")
-    version = "" if arm.startswith(peers) else digest_of_sources()
+    version = "" if arm.startswith(peers) else hash_sources()
     key = json.dumps([run.__name__, task, arm, fold, n_folds, version])
     path = (
         directory / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.json"
     )
     if not path.exists():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of classifiers that have not converged
+            warnings.simplefilter("ignore")  # classifiers that do not converge
             result = run(task, arm, make, fold, n_folds)
         draft = path.with_suffix(".draft")
         draft.write_text(json.dumps(result))
@@ -455,10 +451,10 @@ def run_cell(directory, run, task, arm, make, fold, n_folds):
 
 
 def run_table(plan, n_folds, directory, n_jobs):
-    """Compute all cells of a plan of (run, task, arm, recipe); return a row for each."""
+    """Run a plan of (run, task, arm, make) in all folds; return a row for each result."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in LOADERS:
-        load(name)  # once, so that workers find all vectors in the store
+        load(name)  # workers then read all vectors from the store
     return pd.DataFrame(
         Parallel(n_jobs=n_jobs, batch_size=1)(
             delayed(run_cell)(directory, run, task, arm, make, fold, n_folds)
@@ -469,7 +465,7 @@ def run_table(plan, n_folds, directory, n_jobs):
 
 
 def plans():
-    """List the cells of each table."""
+    """Return the plan of each table."""
     core = [
         (run_features, task, arm, make) for task in TASKS for arm, make in CORE.items()
     ]
@@ -511,11 +507,11 @@ def plans():
     }
 
 
-# What is shown
+# Tables
 
 
 def summarize(cells):
-    """Return mean and sd over folds of each score, for each task and arm."""
+    """Return mean ± standard deviation over folds of each score, by task and arm."""
     scores = [c for c in cells if c not in {"task", "arm", "fold", "features s"}]
     scores = [c for c in scores if not c.startswith("gate ")]
     known = [name for name in CLASSIFIERS if name in scores]
@@ -533,7 +529,7 @@ def summarize(cells):
 
 
 def check_bars(means):
-    """Say of each bar whether it is met."""
+    """Return for each requirement whether it is met."""
     base, mine = (
         means.xs(arm, level="arm") for arm in ("PCA-128", "sklembed, defaults")
     )
@@ -556,7 +552,7 @@ def check_bars(means):
 
 
 def main():
-    """Compute a table and print it."""
+    """Compute and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", choices=plans(), nargs="?", default="core")
     parser.add_argument("--folds", type=int, default=5)
@@ -564,7 +560,7 @@ def main():
     parser.add_argument(
         "--cache", type=Path, default=Path("examples/output/adaptation")
     )
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args()
 
     tick = time.perf_counter()
@@ -577,7 +573,7 @@ def main():
     gates = [name for name in cells if name.startswith("gate ")]
     if gates:
         chosen = cells.dropna(subset=gates)[["task", "arm", "fold", *gates]]
-        print(f"What the gate chose:\n{chosen.to_string(index=False)}\n")
+        print(f"Choices of the gate:\n{chosen.to_string(index=False)}\n")
         result["gates"] = chosen.to_dict("records")
     if options.table in ("core", "full"):
         result["bars"] = check_bars(means)

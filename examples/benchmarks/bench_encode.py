@@ -1,9 +1,10 @@
-"""Seconds to encode texts and pictures: FrozenEncoder beside the tools it would replace.
+"""Compare the speed of FrozenEncoder with sentence-transformers and a loop in torch.
 
-Texts of 8 to 256 tokens by all-MiniLM-L6-v2, against ``SentenceTransformer.encode`` at its
-defaults; photographs by EfficientNet-lite0, against a loop of Pillow and torch over batches. No
-store takes part. The arms take turns in one process; a ratio is the median of those within a turn,
-above 1 where FrozenEncoder is the faster. Vectors are compared row by row.
+Texts of 8 to 256 tokens are encoded by all-MiniLM-L6-v2; the baseline is
+``SentenceTransformer.encode`` with default parameters. Photographs are encoded by
+EfficientNet-lite0; the baseline is a loop over batches with Pillow and torch. No store
+is used. The arms alternate in one process. Ratios are medians over rounds, and above 1
+if FrozenEncoder is faster. Vectors are compared row by row.
 """
 
 import argparse
@@ -31,7 +32,7 @@ MINILM = str(get_model_path())
 
 
 def make_texts(n_texts):
-    """Make distinct texts of 8 to 256 tokens out of the titles of openclipart."""
+    """Return distinct texts of 8 to 256 tokens, made of words from titles of clip art."""
     rng = np.random.default_rng(0)
     words = " ".join(load_openclipart().data["title"].dropna()).split()
     tokenizer = SentenceTransformer(MINILM, device="cpu").tokenizer
@@ -44,13 +45,13 @@ def make_texts(n_texts):
     return texts
 
 
-def make_photographs(folder, n_pictures):
-    """Save JPEG files of 1920 × 1080 pixels: clip art, enlarged, on blurred noise."""
+def make_photographs(folder, n_images):
+    """Save JPEG files of 1920 x 1080 pixels: enlarged clip art on blurred noise."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (54, 96, 3), dtype=np.uint8))
     background = noise.resize((1920, 1080), Image.Resampling.BICUBIC)
     paths = []
-    for i, png in enumerate(load_openclipart().data["image"].head(n_pictures)):
+    for i, png in enumerate(load_openclipart().data["image"].head(n_images)):
         photograph = background.copy()
         drawing = Image.open(BytesIO(png)).convert("RGBA").resize((900, 900))
         photograph.paste(drawing, (510, 90), drawing)
@@ -60,7 +61,7 @@ def make_photographs(folder, n_pictures):
 
 
 def load_efficientnet():
-    """Load EfficientNet-lite0; return a function for one picture, and one for a batch of pixels."""
+    """Load EfficientNet-lite0; return functions for one image and for a batch."""
     network, prepare = load_network()
 
     @torch.inference_mode()
@@ -71,19 +72,18 @@ def load_efficientnet():
 
 
 def encode_by_a_loop(paths, prepare, encode, batch_size=32):
-    """Encode pictures as most scripts do: open a batch, run the model, open the next."""
+    """Encode images in a simple loop: open a batch, then run the model."""
     batches = []
     for start in range(0, len(paths), batch_size):
-        pictures = [
-            Image.open(path).convert("RGB")
-            for path in paths[start : start + batch_size]
-        ]
-        batches.append(encode([prepare(picture) for picture in pictures]))
+        pixels = []
+        for path in paths[start : start + batch_size]:
+            pixels.append(prepare(Image.open(path).convert("RGB")))
+        batches.append(encode(pixels))
     return np.concatenate(batches)
 
 
 def take_turns(arms, repeats):
-    """Run each arm once to warm up, then all in turn; return seconds and results by arm."""
+    """Run each arm once to warm up, then alternate; return seconds and results."""
     results = {name: run() for name, run in arms.items()}
     seconds = {name: [] for name in arms}
     for _ in range(repeats):
@@ -95,7 +95,7 @@ def take_turns(arms, repeats):
 
 
 def report(task, n_cells, seconds, results, peer):
-    """Make a row for each arm: rate, ratio to the peer within a turn, and the least cosine."""
+    """Return a row per arm: rate, ratio to the baseline, smallest cosine of vectors."""
     rows = []
     for name, ticks in seconds.items():
         ours, theirs = (r.astype(np.float64) for r in (results[name], results[peer]))
@@ -114,7 +114,7 @@ def report(task, n_cells, seconds, results, peer):
 
 
 def bench_texts(texts, repeats, device):
-    """Compare in float32, in what "auto" resolves to, and in bfloat16 on both sides."""
+    """Compare in float32, in the dtype of "auto", and both in bfloat16."""
     peer = SentenceTransformer(MINILM, device=device)
     encode = partial(peer.encode, show_progress_bar=False)
     auto = str(resolve_dtype("auto", torch.device(device))).removeprefix("torch.")
@@ -159,8 +159,8 @@ def bench_texts(texts, repeats, device):
     return rows, auto
 
 
-def bench_pictures(n_pictures, repeats):
-    """Compare a plain loop with threads that decode beside the model; the network is the same."""
+def bench_images(n_images, repeats):
+    """Compare a simple loop with threads that decode while the model runs."""
     backend = CallableBackend(
         load_efficientnet,
         name="efficientnet",
@@ -170,27 +170,27 @@ def bench_pictures(n_pictures, repeats):
     )
     encoder = FrozenEncoder(backend, store=None)
     with tempfile.TemporaryDirectory() as folder:
-        paths = make_photographs(folder, n_pictures)
+        paths = make_photographs(folder, n_images)
         arms = {
             "Pillow and torch, a loop": partial(
                 encode_by_a_loop, paths, *load_efficientnet()
             ),
             "FrozenEncoder": partial(encoder.transform, paths),
         }
-        return report("photographs", n_pictures, *take_turns(arms, repeats), [*arms][0])
+        return report("photographs", n_images, *take_turns(arms, repeats), [*arms][0])
 
 
 def main():
-    """Print the table, and write it as JSON."""
+    """Print the table, and write it as JSON if there is a path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n-texts", type=int, default=512)
-    parser.add_argument("--n-pictures", type=int, default=192)
+    parser.add_argument("--n-images", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     device = str(resolve_device("auto"))
     rows, auto = bench_texts(make_texts(options.n_texts), options.repeats, device)
-    rows += bench_pictures(options.n_pictures, options.repeats)
+    rows += bench_images(options.n_images, options.repeats)
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     print(
         f"\ndevice: {gpu or device}, {torch.get_num_threads()} threads; dtype='auto' is {auto}\n"

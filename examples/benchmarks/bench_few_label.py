@@ -1,21 +1,23 @@
-"""What features are worth where few rows have a label, beside the same head on frozen vectors.
+"""Compare features for few labels with the same classifier on frozen vectors.
 
-The protocol of arXiv 2401.01179 (1, 10 and 100 % of the labels) on emoji, subcategories kept
-together, and clip art, creators kept together: names or titles by MiniLM and pictures by
-EfficientNet-lite0, side by side. The head is a logistic regression throughout. The shared encoder
-and the adaptor are trained on all training pairs of a fold, without labels; the projector, plain or
-cross-fitted, and late fusion on the labelled rows alone. "..., pictures alone" are the same folds
-with heads that see pictures only, as that paper does: the space is still learnt from pairs.
+The protocol is that of arXiv 2401.01179, with 1, 10 and 100 % of the labels. The data
+are emoji by subcategory and clip art by creator, with names or titles encoded by MiniLM
+and images encoded by EfficientNet-lite0. The classifier is always a logistic
+regression. The shared encoder and the adaptor are trained on all training pairs of a
+fold, without labels. The projector (plain or cross-fitted) and late fusion are trained
+on the labelled rows alone. In the tasks "..., images alone" the classifier uses images
+only, as in that paper; the space is still learned from pairs.
 
-Two further controls, because a penalty that suits many labels is too strong for a few of them on
-vectors which differ little, and so a space may look good for its scale alone: frozen vectors with a
-hundredth of the penalty, and standardised by all training rows.
+A penalty that suits many labels is too strong for few labels on vectors with small
+differences, so a space may appear good for its scale alone. There are two further
+controls: frozen vectors with a hundredth of the penalty, and frozen vectors
+standardised by all training rows.
 
-Where labels are so few that the projector cannot be cross-fitted it is plain, with a warning; the
-table "fallbacks" says how often. Where some fold has but one label of each class, as may be at 1 %
-with --folds 2, there is no pair to learn a projector from, and it has no row. Parameters are those
-of bench_crossmodal.py and defaults; nothing is tuned on the test rows. Seeds draw folds and labels;
-networks start alike.
+With very few labels the projector cannot be cross-fitted and is plain, with a warning;
+the table "fallbacks" counts these folds. If a fold has only one label per class, no
+pair exists and the projector has no row. Parameters are those of bench_crossmodal.py
+and defaults. Nothing is tuned on the test rows. Seeds determine folds and labels;
+networks have the same initial weights.
 """
 
 import argparse
@@ -39,50 +41,52 @@ from sklembed.evaluation import few_label_curve
 SCORES = {"f1_macro": "macro-F1", "accuracy": "accuracy", "roc_auc_ovr": "AUROC"}
 CONTROL, WEAKLY = "frozen (control)", "frozen, C = 1000"
 PLAIN, CROSS_FITTED = "projector, plain", "projector, cross-fitted"
-PICTURES = ", pictures alone"  # ends the names of such arms, and then of their tasks
+IMAGES_ALONE = ", images alone"  # suffix of such arms, later of their tasks
 
 
-def pictures(X):
-    """Return the pictures' frozen vectors."""
+def images(X):
+    """Return the frozen vectors of the images."""
     return X[:, BLOCKS["image"]]
 
 
-def pictures_in_space(Z):
-    """Return the pictures' part of a space."""
+def images_in_space(Z):
+    """Return the image block of a shared space."""
     return Z[:, SIZES["n_components"] :]
 
 
-def of_pictures(encoder):
-    """Learn a space from pairs, and show the head no more than the pictures' part."""
-    return make_pipeline(encoder, FunctionTransformer(pictures_in_space))
+def of_images(encoder):
+    """Learn a space from pairs, and return its image block."""
+    return make_pipeline(encoder, FunctionTransformer(images_in_space))
 
 
-FROZEN_PICTURES = FunctionTransformer(pictures)
+FROZEN_IMAGES = FunctionTransformer(images)
 WEAKLY_PENALISED = clone(LR).set_params(C=1000)
 PRETRAINED = {
     "frozen, standardised": StandardScaler(),
     "shared encoder": shared(),
     "adaptor": adaptor(),
     "frozen and adaptor": make_union("passthrough", adaptor()),
-    CONTROL + PICTURES: FROZEN_PICTURES,
-    "frozen, standardised" + PICTURES: make_pipeline(FROZEN_PICTURES, StandardScaler()),
-    "shared encoder" + PICTURES: of_pictures(shared()),
-    "adaptor" + PICTURES: of_pictures(adaptor()),
+    CONTROL + IMAGES_ALONE: FROZEN_IMAGES,
+    "frozen, standardised" + IMAGES_ALONE: make_pipeline(
+        FROZEN_IMAGES, StandardScaler()
+    ),
+    "shared encoder" + IMAGES_ALONE: of_images(shared()),
+    "adaptor" + IMAGES_ALONE: of_images(adaptor()),
 }
 SUPERVISED = {
     WEAKLY: WEAKLY_PENALISED,
-    WEAKLY + PICTURES: make_pipeline(FROZEN_PICTURES, WEAKLY_PENALISED),
+    WEAKLY + IMAGES_ALONE: make_pipeline(FROZEN_IMAGES, WEAKLY_PENALISED),
     "late fusion": LateFusionClassifier(blocks=BLOCKS, random_state=0),
 }
 PROJECTORS = {PLAIN: ours(cv=None), CROSS_FITTED: ours()}
-# What arms are compared with besides the control.
+# Further comparisons besides that with the control.
 AGAINST = {CROSS_FITTED: PLAIN} | dict.fromkeys(
     ("shared encoder", "adaptor", "frozen and adaptor"), WEAKLY
 )
 
 
 def curve_of(task, options):
-    """Return the cells of a task, and of its pictures alone."""
+    """Return the results of a task with both modalities and with images alone."""
     X, _, y, _, groups = pairs(TASKS[task])
     common = {
         "cv": options.folds,
@@ -98,22 +102,22 @@ def curve_of(task, options):
     fewest = curve.groupby("fraction")["n_labelled"].min()
     enough = fewest.index[
         fewest > len(np.unique(y))
-    ].tolist()  # two of a class, in every fold
+    ].tolist()  # two rows of a class in every fold
     projected = few_label_curve(
         LR, X, y, supervised=PROJECTORS, fractions=enough, **common
     )
     curve = pd.concat([curve, projected[projected["arm"] != "control"]])
     curve = curve.rename(columns=SCORES).replace({"arm": {"control": CONTROL}})
-    curve["task"] = task + curve["arm"].str.endswith(PICTURES).map(
-        {True: PICTURES, False: ""}
+    curve["task"] = task + curve["arm"].str.endswith(IMAGES_ALONE).map(
+        {True: IMAGES_ALONE, False: ""}
     )
-    curve["arm"] = curve["arm"].str.removesuffix(PICTURES)
+    curve["arm"] = curve["arm"].str.removesuffix(IMAGES_ALONE)
     curve["labels"] = (100 * curve["fraction"]).map("{:.0f} %".format)
     return curve
 
 
 def records(cells):
-    """Summarise each arm, by task and share of labels."""
+    """Summarise each arm by task and fraction of labels."""
     cells = cells.sort_values(["task", "fraction"], key=_in_order, kind="stable")
     n_labelled = cells.groupby(["task", "labels"])["n_labelled"].transform("mean")
     cells["rows"] = n_labelled.map("{:.0f}".format)
@@ -126,7 +130,7 @@ def _in_order(column):
 
 
 def verdicts(cells, n_folds):
-    """Compare each arm with the frozen control, and some with another, by macro-F1 and AUROC."""
+    """Compare each arm with the frozen control, and some with a further arm."""
     return [
         {"task": task, "labels": labels, "arm": arm, "against": other}
         | {
@@ -143,7 +147,7 @@ def verdicts(cells, n_folds):
 
 
 def fallbacks(cells):
-    """Count the folds in which the projector could not be cross-fitted: it is the plain one."""
+    """Count the folds in which the projector could not be cross-fitted."""
     keys = ["task", "labels", "seed", "fold"]
     scores = {
         arm: cells[cells["arm"] == arm].set_index(keys)[list(SCORES.values())]
@@ -158,19 +162,19 @@ def fallbacks(cells):
 
 
 def main():
-    """Compute the curves and print them."""
+    """Compute and print the curves."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--n-jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the tables there too")
+    parser.add_argument("--json", type=Path, help="also write the tables to this file")
     options = parser.parse_args()
 
     tick = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
-        )  # of projectors that cannot be cross-fitted; counted below
+        )  # projectors that cannot be cross-fitted are counted below
         cells = pd.concat(
             [curve_of(task, options) for task in TASKS], ignore_index=True
         )

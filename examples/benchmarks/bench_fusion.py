@@ -1,12 +1,14 @@
-"""Fusion of text and picture: early, late and by decisions, and when modalities are missing.
+"""Compare early, late and decision fusion of text and image, also with missing
+modalities.
 
-MiniLM and EfficientNet-lite0 vectors of emoji (random folds) and clip art (by creator). Everything
-but the decision fusion, whose weights are learnt within the training rows, is at fixed settings.
+The data are MiniLM and EfficientNet-lite0 vectors of emoji (random folds) and clip art
+(by creator). All parameters are fixed; decision fusion learns its weights on the
+training rows.
 
-Tables: "fusion" (macro-F1 and seconds; then with a share of the test rows' texts, or pictures,
-taken away), "shift" (lambda x noise in nested cross-validation, between spaces that have nothing to
-do with each other: a null control), "speed" (a head's fit beside a bare torch loop), "efficiency"
-(encoding in every epoch, or once).
+Tables: "fusion" (macro-F1 and seconds, with all cells and with a share of the test
+rows' texts or images removed), "shift" (lambda and noise in nested cross-validation
+between unrelated spaces, a null control), "speed" (training against a bare torch loop),
+"efficiency" (encoding in every epoch, or once).
 """
 
 import argparse
@@ -69,22 +71,22 @@ SINGLE = {
 }
 
 
-# Fusion, with all cells and with some taken away
+# Fusion with all cells and with missing cells
 
 
 def masks(n_rows, fold):
-    """List what is taken away from test rows: the same rows for every arm."""
+    """Return the modality and the test rows of each mask, the same for all arms."""
     rng = np.random.default_rng(fold)
-    luck = rng.random(n_rows)
+    draws = rng.random(n_rows)
     cases = {"all cells": (None, np.zeros(n_rows, dtype=bool))}
     for name in BLOCKS:
         for share in SHARES:
-            cases[f"{share:.0%} of {name} missing"] = (name, luck < share)
+            cases[f"{share:.0%} of {name} missing"] = (name, draws < share)
     return cases
 
 
 def without(X, name, rows):
-    """Take one modality of some rows away."""
+    """Replace a modality of some rows by NaN."""
     X = X.copy()
     if name is not None:
         X[np.ix_(rows, np.arange(X.shape[1])[BLOCKS[name]])] = np.nan
@@ -92,7 +94,7 @@ def without(X, name, rows):
 
 
 def run_fusion(task, arm, estimator, fold, n_folds):
-    """Judge an arm in one outer fold, under every mask."""
+    """Evaluate an arm in one outer fold under all masks."""
     dataset, grouped = CHOSEN[task]
     X, data = load(dataset)
     y = data.target.to_numpy()
@@ -112,26 +114,29 @@ def run_fusion(task, arm, estimator, fold, n_folds):
 
 
 def fit(arm, estimator, X, y):
-    """Fit an arm; return how it predicts. One of a single modality has the prior without it."""
+    """Fit an arm; return its prediction function.
+
+    An arm of a single modality predicts the largest class for rows without it.
+    """
     columns = BLOCKS.get(arm.split(" alone")[0])
     if columns is None:
         return estimator.fit(X, y).predict
-    there = ~np.isnan(X[:, columns.start])
-    estimator.fit(X[there][:, columns], y[there])
+    observed = ~np.isnan(X[:, columns.start])
+    estimator.fit(X[observed][:, columns], y[observed])
     prior = DummyClassifier().fit(X, y).predict(X[:1])[0]
 
     def predict(X):
-        there = ~np.isnan(X[:, columns.start])
-        found = np.full(len(X), prior)
-        if there.any():
-            found[there] = estimator.predict(X[there][:, columns])
-        return found
+        observed = ~np.isnan(X[:, columns.start])
+        predicted = np.full(len(X), prior)
+        if observed.any():
+            predicted[observed] = estimator.predict(X[observed][:, columns])
+        return predicted
 
     return predict
 
 
 def fusion_table(options):
-    """Compute, summarise and judge the arms."""
+    """Evaluate and summarise the arms."""
     singles = {
         f"{name} alone, {kind}": estimator
         for name in BLOCKS
@@ -159,7 +164,7 @@ def fusion_table(options):
 
 
 def judge(means, singles):
-    """Say how much each arm loses to missing cells, and how it stands beside one modality."""
+    """Return the mean loss of each arm to missing cells, and its lead over one modality."""
     verdicts = []
     for (task, arm), row in means.iterrows():
         if arm in singles:
@@ -182,15 +187,15 @@ def judge(means, singles):
 
 
 def run_shift(seed, shift_grid, noise_grid, n_folds):
-    """Nested cross-validation of shift and noise, beside neither, on emoji."""
+    """Tune shift and noise in nested cross-validation, against neither, on emoji."""
     X, data = load("emoji")
     y = data.target.to_numpy()
     rows = []
     for fold, (train, test) in enumerate(
         StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(X, y)
     ):
-        # Equal widths by random projections, which keep distances and so the gap, where principal
-        # components are centred. Coordinates of the two spaces have nothing to do with each other.
+        # Random projections give equal widths and preserve distances and the gap. Principal
+        # components are centred and would remove the gap.
         Z = np.hstack(
             [
                 GaussianRandomProjection(256, random_state=0).fit_transform(
@@ -237,7 +242,7 @@ def run_shift(seed, shift_grid, noise_grid, n_folds):
 
 
 def shift_table(options):
-    """Test whether tuning shift and noise gains anything."""
+    """Test whether tuning shift and noise gains."""
     plan = [
         (run_shift, seed, [-1.0, 0.0, 0.5, 1.0], [0.0, 0.126], options.folds)
         for seed in range(options.seeds)
@@ -268,7 +273,7 @@ def shift_table(options):
 
 
 def widths():
-    """Cut both spaces to their first columns: what is lost with dimensions, without any shift."""
+    """Score the first columns of both spaces without any shift."""
     X, data = load("emoji")
     y = data.target.to_numpy()
     records = []
@@ -277,18 +282,18 @@ def widths():
         for train, test in StratifiedKFold(5, shuffle=True, random_state=0).split(X, y):
             cut = {name: X[:, c][:, :width] for name, c in BLOCKS.items()}
             Z = np.hstack(list(cut.values()))
-            found = clone(LR).fit(Z[train], y[train]).predict(Z[test])
-            scores.append(f1_score(y[test], found, average="macro"))
+            predicted = clone(LR).fit(Z[train], y[train]).predict(Z[test])
+            scores.append(f1_score(y[test], predicted, average="macro"))
         text = f"{np.mean(scores):.3f} ± {np.std(scores):.3f}"
         records.append({"head": f"LR, first {width} columns of each", "neither": text})
     return records
 
 
-# What a fit costs
+# Cost of training
 
 
 def speed_table(options):
-    """Time heads beside the same arithmetic in a bare loop, taking turns in one process."""
+    """Time fits and the same arithmetic in a bare loop, alternately in one process."""
     X, data = load("emoji")
     y = data.target.to_numpy()
     records = []
@@ -317,14 +322,14 @@ def speed_table(options):
 
 
 def timed(run):
-    """Return how many seconds a call takes."""
+    """Return the seconds of a call."""
     tick = time.perf_counter()
     run()
     return time.perf_counter() - tick
 
 
 def bare_loop(fusion, X, y, n_epochs=10, batch_size=64):
-    """Train the same head by torch's own layers, with modalities hidden as ours are."""
+    """Train the same network with layers of torch, and modality dropout."""
     import torch
     from torch import nn
 
@@ -347,15 +352,15 @@ def bare_loop(fusion, X, y, n_epochs=10, batch_size=64):
     for _ in range(n_epochs):
         for rows in torch.randperm(len(X)).split(batch_size):
             x = list(X[rows].split(widths, dim=1))
-            shown = torch.rand(len(rows), 2) >= 0.3
-            shown[~shown.any(dim=1), 0] = True
-            x = [part * shown[:, [i]] for i, part in enumerate(x)]
+            observed = torch.rand(len(rows), 2) >= 0.3
+            observed[~observed.any(dim=1), 0] = True
+            x = [part * observed[:, [i]] for i, part in enumerate(x)]
             if fusion == "early":
                 hidden = parts[0](torch.cat(x, dim=1))
             else:
                 pairs = zip(parts, x, strict=True)
                 hidden = torch.cat(
-                    [p(v) * shown[:, [i]] for i, (p, v) in enumerate(pairs)], dim=1
+                    [p(v) * observed[:, [i]] for i, (p, v) in enumerate(pairs)], dim=1
                 )
             optimizer.zero_grad(set_to_none=True)
             nn.functional.cross_entropy(output(hidden), y[rows]).backward()
@@ -393,18 +398,18 @@ TABLES = {
 
 
 def main():
-    """Compute a table and print it."""
+    """Compute and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", choices=TABLES, nargs="?", default="fusion")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--n-jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args()
 
     for dataset in LOADERS:
-        load(dataset)  # once, so that workers find all vectors in the store
+        load(dataset)  # workers then read all vectors from the store
     tick = time.perf_counter()
     result = TABLES[options.table](options)
     show(result, options.json)

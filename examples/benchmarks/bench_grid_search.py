@@ -1,16 +1,19 @@
-"""What a grid search over texts encodes, loads and takes: our store, and the caches of its peers.
+"""Count encoded rows and model loads of a grid search, with the store and with other
+caches.
 
-2,000 distinct texts, four candidates, five shuffled folds and the final refit; then the same search
-again; then with reshuffled folds. Every search has a process of its own, as on another day, and
-finds there what its arm has kept on disk. All arms call the very same model: all-MiniLM-L6-v2, or
-with ``--fast`` a function that only counts letters, whose seconds are those of the caches alone.
+The search has 2,000 distinct texts, four candidates, five shuffled folds and the final
+refit. It runs three times: first, again with the same folds, and with reshuffled folds.
+Each search runs in a separate process, with the files that its arm has written before.
+All arms call the same model: all-MiniLM-L6-v2, or with ``--fast`` a function that
+counts letters and so times the caches alone.
 
-Counts are exact, over all processes. Seconds are those of the search, loading the model included,
-side by side on the machine that prints them; with ``--repeats`` they are medians.
+Counts are exact over all processes. Seconds are those of the search with loading the
+model; with ``--repeats`` they are medians.
 
-The peers encode by a transformer that loads its model once a process, when it has something to
-encode; those that they ship load theirs for every clone. Where a peer's cache does better ahead of
-the folds than in them, both are shown; the search can then no longer tune what encodes.
+The baselines encode by a transformer that loads its model once per process, when the
+first row is encoded; their own transformers load it for every clone. If a cache works
+better before the folds than within them, both are measured. The search can then not
+tune the encoder.
 """
 
 import argparse
@@ -39,7 +42,7 @@ from sklearn.pipeline import make_pipeline
 
 from sklembed import CallableBackend, FrozenEncoder, prefetch
 
-with suppress(ImportError):  # the arms of a peer that is not installed are skipped
+with suppress(ImportError):  # arms of packages that are not installed are skipped
     import skrub
 with suppress(ImportError):
     from embetter.grab import ColumnGrabber
@@ -50,15 +53,15 @@ RUNS = {
     "first run": 0,
     "same folds again": 0,
     "reshuffled": 1,
-}  # and the seeds of their folds
+}  # with the seeds of their folds
 OURS = "FrozenEncoder"
 
 
-# The model, and the plain transformer that the peers cache.
+# The model, and the transformer that the baselines cache
 
 
 def load_letters():
-    """Load nothing: encode a text by how often each letter occurs."""
+    """Return an encoder that counts the letters of texts."""
     note("loads", 1)
 
     def encode(texts):
@@ -85,14 +88,14 @@ def load_minilm():
 
 
 def note(what, count):
-    """Add to the counts that all processes share; a short append to a file is atomic."""
+    """Add to the counts of all processes; a short append to a file is atomic."""
     with open(os.environ["COUNTS"], "a") as file:
         file.write(f"{what} {count}\n")
 
 
 @cache
 def loaded(load):
-    """Load a model once a process."""
+    """Load a model once per process."""
     return load()
 
 
@@ -101,11 +104,11 @@ def encode(texts, load):
     texts = list(np.ravel(texts))
     return (
         loaded(load)(texts) if texts else []
-    )  # embetter asks for none where it has them all
+    )  # embetter passes no texts if all are cached
 
 
 class Encoder(TransformerMixin, BaseEstimator):
-    """Encode by a model, as a transformer."""
+    """A transformer that encodes by a model."""
 
     def __init__(self, load):
         self.load = load
@@ -117,12 +120,12 @@ class Encoder(TransformerMixin, BaseEstimator):
         return encode(X, self.load)
 
 
-# The arms.
+# The arms
 
 
 @dataclass
 class Case:
-    """What all arms are given: a model, a table, folds, and a folder that outlives the process."""
+    """The input of all arms: model, table, folds and a persistent folder."""
 
     load: Any
     width: int
@@ -132,7 +135,7 @@ class Case:
     folder: str
 
     def search(self, *steps, memory=None, n_jobs=1):
-        """Set up the grid search over a pipeline of these steps and a classifier."""
+        """Return the grid search over these steps and a classifier."""
         pipeline = make_pipeline(
             *steps, LogisticRegression(max_iter=1000), memory=memory
         )
@@ -141,31 +144,31 @@ class Case:
 
 
 def plain(case):
-    """Keep nothing."""
+    """Search without a cache."""
     case.search(Encoder(case.load)).fit(case.X, case.y)
 
 
 def pipeline_memory(case):
-    """Let scikit-learn keep what came of the training rows of each fold."""
+    """Let scikit-learn cache the encoded training rows of each fold."""
     case.search(Encoder(case.load), memory=case.folder).fit(case.X, case.y)
 
 
 def skrub_inside(case):
-    """Let skrub keep what came of the training and of the test rows of each fold."""
+    """Let skrub cache the encoded training and test rows of each fold."""
     skrub.set_config(cache=case.folder)
     vectors = skrub.X(case.X).skb.apply(Encoder(case.load), no_wrap=True)
     skrub_search(case, vectors)
 
 
 def skrub_ahead(case):
-    """Let skrub keep what came of the whole table; only the vectors are split."""
+    """Let skrub cache the encoded table; only the vectors are split."""
     skrub.set_config(cache=case.folder)
     texts = skrub.var("table", case.X)["note"]
     skrub_search(case, texts.skb.apply_func(encode, case.load).skb.mark_as_X())
 
 
 def skrub_search(case, vectors):
-    """Search over DataOps as `Case.search` does over a pipeline."""
+    """Search over DataOps instead of a pipeline."""
     classifier = LogisticRegression(
         C=skrub.choose_from(CANDIDATES, name="C"), max_iter=1000
     )
@@ -174,19 +177,19 @@ def skrub_search(case, vectors):
 
 
 def embetter_inside(case):
-    """Put the encoder into the pipeline, where its clones lose what embetter patched it with."""
+    """Use the cached encoder in the pipeline, where clones lose the cache."""
     encoder = cached(case.folder, Encoder(case.load))
     case.search(ColumnGrabber("note"), encoder).fit(case.X, case.y)
 
 
 def embetter_ahead(case):
-    """Call the encoder that embetter has patched, as its documentation does; search afterwards."""
+    """Encode with the cached encoder, as in the documentation of embetter, then search."""
     vectors = cached(case.folder, Encoder(case.load)).transform(case.X["note"].tolist())
     case.search().fit(vectors, case.y)
 
 
 def frozen_encoder(case, n_jobs=1, prepare=None):
-    """Let our store keep every row; `prepare` is called with the search and `X` before the fit."""
+    """Search with the store; `prepare` takes the search and `X` before the fit."""
     model = CallableBackend(
         case.load,
         name=case.load.__name__,
@@ -202,7 +205,7 @@ def frozen_encoder(case, n_jobs=1, prepare=None):
     search.fit(case.X, case.y)
 
 
-ARMS = {  # and the peers that they need
+ARMS = {  # with the packages that they need
     "no cache": (plain, None),
     "Pipeline(memory=)": (pipeline_memory, None),
     "skrub cache, in the folds": (skrub_inside, "skrub"),
@@ -218,11 +221,11 @@ ARMS = {  # and the peers that they need
 }
 
 
-# Measuring.
+# Measurement
 
 
 def make_texts(n_texts):
-    """Make distinct texts of 5 to 12 words in two classes that differ in their words."""
+    """Return distinct texts of 5 to 12 words, and classes that differ in their words."""
     rng = np.random.default_rng(0)
     words = np.array("red green blue small large round old new soft hard".split())
     y = np.arange(n_texts) % 2
@@ -245,7 +248,7 @@ def time_search(options, arm, seed, folder):
 
 
 def measure(arm, run, folder):
-    """Run one search of one arm in a process of its own; return its counts and seconds."""
+    """Run one search of one arm in a separate process; return counts and seconds."""
     counts = Path(folder, "counts")
     counts.write_text("")
     command = [
@@ -269,7 +272,7 @@ def measure(arm, run, folder):
 
 
 def measure_all(arms):
-    """Measure every run of every arm, and set its seconds in relation to ours of the same run."""
+    """Measure all runs of all arms, with seconds relative to FrozenEncoder."""
     records = []
     with tempfile.TemporaryDirectory() as scratch:
         for arm in arms:
@@ -290,7 +293,7 @@ def measure_all(arms):
 
 
 def installed(packages):
-    """Return the versions of those packages that are installed."""
+    """Return the versions of the installed packages."""
     versions = {}
     for package in packages:
         with suppress(metadata.PackageNotFoundError):
@@ -299,7 +302,7 @@ def installed(packages):
 
 
 def cpu():
-    """Name the processor, and how many cores there are."""
+    """Return the number of cores and the name of the processor."""
     info = Path("/proc/cpuinfo")
     name = (
         re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
@@ -309,13 +312,13 @@ def cpu():
 
 def print_tables(records, repeats):
     """Print a table for each measure."""
-    whose = f"medians of {repeats}" if repeats > 1 else "of one run each"
+    whose = f"medians of {repeats}" if repeats > 1 else "one run each"
     measures = {
         "rows": ("rows encoded", "{:,.0f}"),
         "loads": ("model loads", "{:.0f}"),
         "seconds": (f"seconds, {whose}", "{:.1f}"),
         "ratio": (
-            f"seconds in relation to those of {OURS} in the same run, {whose}",
+            f"seconds relative to {OURS} in the same run, {whose}",
             "{:.1f}",
         ),
     }
@@ -333,12 +336,14 @@ def main():
         "--fast", action="store_true", help="count letters instead of MiniLM"
     )
     parser.add_argument(
-        "--n-texts", type=int, default=2000, help="how many texts; default 2000"
+        "--n-texts", type=int, default=2000, help="number of texts; default 2000"
     )
     parser.add_argument(
-        "--repeats", type=int, default=1, help="measure all so often; default 1"
+        "--repeats", type=int, default=1, help="number of repeats; default 1"
     )
-    parser.add_argument("--json", type=Path, help="write the measurements there too")
+    parser.add_argument(
+        "--json", type=Path, help="also write the measurements to this file"
+    )
     parser.add_argument(
         "--measure", nargs=3, help=argparse.SUPPRESS
     )  # arm, seed, folder

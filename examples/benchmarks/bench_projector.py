@@ -1,17 +1,18 @@
-"""What the projector costs: beside a bare torch loop, skorch, embetter and two products in numpy.
+"""Measure the cost of the projector against a bare torch loop, skorch, embetter and
+numpy.
 
-A fit without cross-fitting is timed beside the same arithmetic in a bare loop over batches, and in
-skorch with its DataLoader, AdamW as torch sets it up and fused; the cross-fitted ``fit_transform``
-beside that fit. The projector at its defaults, and a plain one (``cv=None, passthrough=False``) at
-its 20 epochs and at half of them, are compared with embetter's ``ContrastiveTuner`` at its own,
-which uses no GPU: seconds of ``fit_transform``, and the macro-F1 of a logistic regression on
-held-out rows. ``transform`` is compared with the bare products of the
-same shapes. The memory of a fit is that of a process of its own, beyond what it held with the input
-loaded.
+A fit without cross-fitting is compared with the same arithmetic in a bare loop over
+batches, and in skorch with its DataLoader and with AdamW, fused and not. The
+cross-fitted ``fit_transform`` is compared with that fit. The projector with default
+parameters, and a plain one (``cv=None, passthrough=False``) with 20 and 10 epochs, are
+compared with embetter's ``ContrastiveTuner``, which uses no GPU: seconds of
+``fit_transform``, and macro-F1 of a logistic regression on held-out rows. ``transform``
+is compared with the matrix products alone. The memory of a fit is measured in a
+separate process, beyond its memory with the input.
 
-The arms take turns in one process, in reversed order every second turn; a ratio is the median of
-those within a turn. The embeddings are synthetic. Threads are left as torch and numpy set them.
-Other work on the same cores distorts the figures, ratios included: run it alone.
+The arms alternate in one process, in reversed order in every second round. Ratios are
+medians over rounds. The embeddings are synthetic. Threads are as set by torch and
+numpy. Run the script alone: other work on the same cores distorts even the ratios.
 """
 
 import argparse
@@ -48,7 +49,7 @@ MEGABYTE = 1e6
 
 
 def make_embeddings(n_rows, n_classes=10, modes_per_class=2, n_directions=8, noise=3.0):
-    """Make unit rows in a cone, of classes with several modes in a few of all directions."""
+    """Return unit rows in a cone; each class has several modes in a few directions."""
     rng = np.random.default_rng(0)
     normal = partial(rng.standard_normal, dtype=np.float32)
     n_modes = n_classes * modes_per_class
@@ -60,11 +61,11 @@ def make_embeddings(n_rows, n_classes=10, modes_per_class=2, n_directions=8, noi
     return X / np.linalg.norm(X, axis=1, keepdims=True), mode % n_classes
 
 
-# Fits of the same arithmetic.
+# Fits of the same arithmetic
 
 
 def make_projector(device, **params):
-    """Set up the projector that the peers do the arithmetic of."""
+    """Return the projector that is compared with bare loops."""
     return ContrastiveProjector(
         N_COMPONENTS,
         hidden_layer_sizes=(N_HIDDEN,),
@@ -77,7 +78,7 @@ def make_projector(device, **params):
 
 
 def make_network():
-    """Make the network that `make_projector` trains."""
+    """Return the network that `make_projector` trains."""
     return nn.Sequential(
         nn.Linear(N_FEATURES, N_HIDDEN),
         nn.ReLU(),
@@ -87,16 +88,16 @@ def make_network():
 
 
 class SupCon(nn.Module):
-    """The supervised contrastive loss of cosines, for one label a row."""
+    """Supervised contrastive loss of cosines, for one label per row."""
 
     def forward(self, z, y):
         z = F.normalize(z, dim=1)
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        log_p = (z @ z.T / 0.1).masked_fill(itself, -1e9).log_softmax(dim=1)
-        alike = (y[:, None] == y).float().masked_fill(itself, 0)
-        n_alike = alike.sum(dim=1)
-        losses = -(alike * log_p).sum(dim=1) / n_alike.clamp(min=1)
-        return losses.sum() / (n_alike > 0).sum().clamp(min=1)
+        diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        log_p = (z @ z.T / 0.1).masked_fill(diagonal, -1e9).log_softmax(dim=1)
+        positive = (y[:, None] == y).float().masked_fill(diagonal, 0)
+        n_positives = positive.sum(dim=1)
+        losses = -(positive * log_p).sum(dim=1) / n_positives.clamp(min=1)
+        return losses.sum() / (n_positives > 0).sum().clamp(min=1)
 
 
 def standardise(X):
@@ -105,7 +106,7 @@ def standardise(X):
 
 
 def fit_bare_loop(X, y, device):
-    """Train as a script without any library but torch would."""
+    """Train in a loop with torch alone."""
     X, y = torch.from_numpy(standardise(X)).to(device), torch.from_numpy(y).to(device)
     network, loss = make_network().to(device), SupCon()
     optimizer = torch.optim.AdamW(
@@ -120,10 +121,10 @@ def fit_bare_loop(X, y, device):
 
 
 def fit_skorch(X, y, device, **optimizer):
-    """Train by skorch with its own iterator."""
-    # Its defaults are the Dataset and the DataLoader, which fetches row by row, and the callbacks
-    # that keep history. The arithmetic is the bare loop's: rows are shuffled and none held back,
-    # neither of which is a default.
+    """Train by skorch with its default iterator."""
+    # Defaults are the Dataset, the DataLoader, which fetches row by row, and the callbacks of the
+    # history. Unlike the defaults, rows are shuffled and there is no validation set, as in the
+    # bare loop.
     net = NeuralNet(
         make_network(),
         SupCon(),
@@ -142,7 +143,7 @@ def fit_skorch(X, y, device, **optimizer):
 
 
 def bench_fits(n_rows, repeats, device):
-    """Time a fit beside its peers, and the cross-fitted projection of the training rows."""
+    """Time fits of all arms, and the cross-fitted projection."""
     X, y = make_embeddings(n_rows)
     single = make_projector(device, cv=None, random_state=0)
     crossed = make_projector(device, cv=N_FOLDS, random_state=0)
@@ -176,11 +177,11 @@ def bench_fits(n_rows, repeats, device):
     ]
 
 
-# embetter.
+# embetter
 
 
 def bench_embetter(n_rows, repeats, device):
-    """Compare seconds and the macro-F1 of what learns from the projected rows."""
+    """Compare seconds and the macro-F1 of a classifier on projected rows."""
     from embetter.finetune import ContrastiveTuner
 
     X, y = make_embeddings(n_rows)
@@ -220,7 +221,7 @@ def adapt(tuner, split):
 
 
 def score(adapted, split):
-    """Return the macro-F1, on held-out rows, of a classifier of the projected training rows."""
+    """Return the macro-F1 of a classifier on held-out projected rows."""
     tuner, Z_train = adapted
     _, X_test, y_train, y_test = split
     classifier = LogisticRegression(max_iter=1000).fit(Z_train, y_train)
@@ -230,14 +231,14 @@ def score(adapted, split):
 
 
 def compare(seconds, scores):
-    """Make the rows of each arm, and those of ours beside embetter's."""
+    """Return the rows of each arm and its comparison with embetter."""
     peer, _, short, _ = seconds
     rows = []
     for name in seconds:
         rows.append(row(f"{name}, seconds", np.median(seconds[name])))
         rows.append(row(f"{name}, macro-F1", np.median(scores[name])))
         if name != peer:
-            # Its F1 has room for fewer epochs; what cross-fitting may cost has a target above.
+            # Only the plain projector with few epochs has a target for its speed.
             least = 3 if name == short else None
             faster, better = seconds[peer] / seconds[name], scores[name] - scores[peer]
             rows.append(
@@ -247,11 +248,11 @@ def compare(seconds, scores):
     return rows
 
 
-# transform and memory.
+# transform and memory
 
 
 def bench_transform(n_rows, repeats, device):
-    """Compare `transform` with the matrix products that it cannot do without."""
+    """Compare `transform` with its matrix products alone."""
     X, y = make_embeddings(n_rows)
     projector = make_projector(device, cv=None, random_state=0).fit(X[:1000], y[:1000])
     first, second = (
@@ -270,14 +271,14 @@ def bench_transform(n_rows, repeats, device):
 
 
 def multiply(X, first, second):
-    """Do what is left of a projection without biases, scaling and checks."""
+    """Project without biases, scaling and validation."""
     H = X @ first
     np.maximum(H, 0, out=H)
     return H @ second
 
 
 def bench_memory(n_rows, device):
-    """Measure the peak memory of fits, each in a process of its own."""
+    """Measure the peak memory of fits, each in a separate process."""
     X, y = make_embeddings(n_rows)
     size = X.nbytes / MEGABYTE
     rows = [row("memory: the input, MB", size)]
@@ -301,8 +302,8 @@ def bench_memory(n_rows, device):
 
 
 def print_memory(folder, arm, device):
-    """Print what a fit adds to the peak memory, in a process that does nothing else."""
-    # What a fit holds does not grow with its epochs.
+    """Print the peak memory of a fit; runs in a separate process."""
+    # The memory of a fit does not grow with its epochs.
     projector = ContrastiveProjector(
         device=device, passthrough=arm == "passthrough", max_epochs=1, random_state=0
     )
@@ -313,17 +314,17 @@ def print_memory(folder, arm, device):
     print((peak_mib() - held) * 2**20 / MEGABYTE)
 
 
-# Measuring.
+# Measurement
 
 
 def take_turns(arms, repeats):
-    """Run each arm once to warm up, then all in turn; return seconds and results by arm."""
+    """Run each arm once to warm up, then alternate; return seconds and results."""
     for run in arms.values():
         run(0)
     seconds, results = ({name: [] for name in arms} for _ in range(2))
     for turn in range(repeats):
         for name in list(arms)[:: -1 if turn % 2 else 1]:
-            random.seed(turn)  # embetter draws its pairs by it
+            random.seed(turn)  # seeds the pairs of embetter
             torch.manual_seed(turn)
             tick = time.perf_counter()
             result = arms[name](turn)
@@ -333,7 +334,7 @@ def take_turns(arms, repeats):
 
 
 def row(measure, figure, *, most=None, least=None):
-    """Make a row of the table: a figure, and whether it meets its target, if it has one."""
+    """Return a row of the table: a figure, its target and whether it is met."""
     target = met = ""
     if most is not None:
         target, met = f"<= {most:g}", "yes" if figure <= most else "no"
@@ -343,13 +344,15 @@ def row(measure, figure, *, most=None, least=None):
 
 
 def main():
-    """Measure, print the table, and write it as JSON."""
+    """Measure, print the table, and write it as JSON if there is a path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="auto", help="where to train; default auto")
     parser.add_argument(
-        "--fast", action="store_true", help="a fiftieth of the rows, for a trial"
+        "--device", default="auto", help="device for training; default auto"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="use a fiftieth of the rows"
     )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)  # folder, arm
     options = parser.parse_args()

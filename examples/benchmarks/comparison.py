@@ -1,4 +1,4 @@
-"""How benchmarks run their arms, compare them and show what they found."""
+"""Run the arms of a benchmark, compare them and print the results."""
 
 import json
 import warnings
@@ -10,30 +10,30 @@ from scipy.stats import t as student
 
 
 def in_parallel(options, plan):
-    """Run each cell of a plan of (function, *arguments); return a row for each result."""
+    """Run each (function, *arguments) of a plan; return a table with a row per result."""
     results = Parallel(n_jobs=options.n_jobs, batch_size=1)(
-        delayed(quietly)(*c) for c in plan
+        delayed(quietly)(*call) for call in plan
     )
-    return pd.DataFrame(
-        [
-            row
-            for result in results
-            for row in (result if isinstance(result, list) else [result])
-        ]
-    )
+    rows = []
+    for result in results:
+        if isinstance(result, list):
+            rows.extend(result)
+        else:
+            rows.append(result)
+    return pd.DataFrame(rows)
 
 
 def quietly(run, *arguments):
-    """Call without the warnings of classifiers that have not converged."""
+    """Call a function; ignore warnings, mostly of classifiers that do not converge."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return run(*arguments)
 
 
 def summarise(cells, keys, measures, medians=None):
-    """Return records of means and sds over folds, and seeds, and of medians.
+    """Return records of mean ± standard deviation over folds and seeds, and of medians.
 
-    `medians` maps what to take the median of to the digits it is shown with.
+    `medians` maps columns, such as seconds, to their number of digits.
     """
     by = cells.groupby(keys, sort=False)
     means, sds = by[measures].mean(), by[measures].std()
@@ -46,16 +46,16 @@ def summarise(cells, keys, measures, medians=None):
 
 
 def difference(rows, arm, other, measure, n_folds):
-    """Compare two arms by their differences in the same folds."""
+    """Compare two arms by their differences within folds."""
     keys = [name for name in ("seed", "fold") if name in rows]
     wide = rows.pivot_table(measure, keys, "arm")
     return judge_gains((wide[arm] - wide[other]).dropna(), n_folds)
 
 
 def judge_gains(gains, n_folds):
-    """Summarise the gains of folds, and test whether their mean is zero.
+    """Summarise the gains over folds, and test whether their mean is zero.
 
-    The t-test is corrected for folds that share training rows (Nadeau and Bengio, 2003).
+    The t-test is corrected for overlapping training sets (Nadeau and Bengio, 2003).
     """
     error = np.sqrt((1 / len(gains) + 1 / (n_folds - 1)) * gains.var(ddof=1))
     return {
@@ -67,7 +67,7 @@ def judge_gains(gains, n_folds):
 
 
 def show(result, path=None):
-    """Print tables of records; write them as JSON where that is wanted."""
+    """Print tables of records, and write them as JSON if there is a path."""
     for name, rows in result.items():
         print(f"\n{name}\n{pd.DataFrame(rows).to_string(index=False)}")
     if path:

