@@ -1,7 +1,7 @@
 """
-======================
+=======================
 Classify without labels
-======================
+=======================
 
 A zero-shot classifier needs no labels. It learns a shared space from names and images
 of emoji. Each class is described by texts, and an image is assigned to the class with

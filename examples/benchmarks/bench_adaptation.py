@@ -342,7 +342,7 @@ MODALITIES = {
 
 
 def run_labels(task, arm, make, fold, n_folds):
-    """Several labels: keywords of emoji that occur at least 30 times, micro-F1."""
+    """Evaluate several labels: keywords of at least 30 emoji, by micro-F1."""
     X, data = load("emoji")
     words = data.data["keywords"].fillna("").str.get_dummies(sep=", ")
     words = words.loc[:, words.sum() >= 30].drop(columns="", errors="ignore").to_numpy()
@@ -364,7 +364,7 @@ def run_labels(task, arm, make, fold, n_folds):
 
 
 def run_numbers(task, arm, make, fold, n_folds):
-    """Numbers: how many paths a drawing has, on a log scale, by creator; R²."""
+    """Evaluate numbers: the logarithm of the number of paths, by creator, by R²."""
     X, data = load("openclipart")
     y = np.log1p(data.data["n_path"].to_numpy(float)) + 0.0
     train, test = list(GroupKFold(n_folds).split(X, y, data.groups))[fold]
@@ -380,7 +380,7 @@ def run_numbers(task, arm, make, fold, n_folds):
 
 
 def run_tree(task, arm, make, fold, n_folds):
-    """Judge a tree of labels: the group and the subcategory of emoji, macro-F1 of both."""
+    """Evaluate a tree of labels: group and subcategory of emoji, by macro-F1."""
     X, data = load("emoji")
     subcategory = np.unique(data.groups, return_inverse=True)[1]
     levels = np.stack([data.target.to_numpy(), subcategory], axis=1)
