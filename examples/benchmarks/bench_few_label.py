@@ -35,7 +35,7 @@ from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from vectors import BLOCKS
 
-from sklembed import LateFusionClassifier
+from sklembed import FusionClassifier
 from sklembed.evaluation import few_label_curve
 
 SCORES = {"f1_macro": "macro-F1", "accuracy": "accuracy", "roc_auc_ovr": "AUROC"}
@@ -76,7 +76,7 @@ PRETRAINED = {
 SUPERVISED = {
     WEAKLY: WEAKLY_PENALISED,
     WEAKLY + IMAGES_ALONE: make_pipeline(FROZEN_IMAGES, WEAKLY_PENALISED),
-    "late fusion": LateFusionClassifier(blocks=BLOCKS, random_state=0),
+    "late fusion": FusionClassifier("late", blocks=BLOCKS, random_state=0),
 }
 PROJECTORS = {PLAIN: ours(cv=None), CROSS_FITTED: ours()}
 # Further comparisons besides that with the control.

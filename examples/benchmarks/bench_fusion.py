@@ -35,9 +35,8 @@ from xgboost import XGBClassifier
 
 from sklembed import (
     DecisionFusionClassifier,
-    EarlyFusionClassifier,
     FrozenEncoder,
-    LateFusionClassifier,
+    FusionClassifier,
     ModalityGapAligner,
     PerModalityUnion,
 )
@@ -51,8 +50,8 @@ XGB = XGBClassifier(
 )
 
 OURS = {
-    "early fusion": EarlyFusionClassifier(blocks=BLOCKS, random_state=0),
-    "late fusion": LateFusionClassifier(blocks=BLOCKS, random_state=0),
+    "early fusion": FusionClassifier("early", blocks=BLOCKS, random_state=0),
+    "late fusion": FusionClassifier("late", blocks=BLOCKS, random_state=0),
     "decision fusion, LR": DecisionFusionClassifier(LR, blocks=BLOCKS, cv=3),
 }
 OTHERS = {
@@ -67,7 +66,7 @@ OTHERS = {
 }
 SINGLE = {
     "LR": LR,
-    "head": EarlyFusionClassifier(blocks={"it": slice(None)}, random_state=0),
+    "head": FusionClassifier(blocks={"it": slice(None)}, random_state=0),
 }
 
 
@@ -207,7 +206,7 @@ def run_shift(seed, shift_grid, noise_grid, n_folds):
         blocks = {"text": slice(0, 256), "image": slice(256, 512)}
         for head_name, head in {
             "LR": LR,
-            "late": LateFusionClassifier(blocks=blocks, random_state=seed),
+            "late": FusionClassifier("late", blocks=blocks, random_state=seed),
         }.items():
             pipeline = make_pipeline(
                 ModalityGapAligner(blocks, random_state=seed), head
@@ -297,22 +296,21 @@ def speed_table(options):
     X, data = load("emoji")
     y = data.target.to_numpy()
     records = []
-    for name, Head in (
-        ("early", EarlyFusionClassifier),
-        ("late", LateFusionClassifier),
-    ):
-        head = Head(blocks=BLOCKS, random_state=0, max_epochs=10, device="cpu")
+    for join in ("early", "late"):
+        head = FusionClassifier(
+            join, blocks=BLOCKS, random_state=0, max_epochs=10, device="cpu"
+        )
         ratios, ours, bare = [], [], []
-        head.fit(X, y), bare_loop(name, X, y)
+        head.fit(X, y), bare_loop(join, X, y)
         for _ in range(options.repeats):
             mine, theirs = (
                 timed(lambda h=head: h.fit(X, y)),
-                timed(lambda n=name: bare_loop(n, X, y)),
+                timed(lambda join=join: bare_loop(join, X, y)),
             )
             ours.append(mine), bare.append(theirs), ratios.append(mine / theirs)
         records.append(
             {
-                "head": name,
+                "head": join,
                 "fit s": np.median(ours),
                 "bare loop s": np.median(bare),
                 "ratio": np.median(ratios),
@@ -328,7 +326,7 @@ def timed(run):
     return time.perf_counter() - tick
 
 
-def bare_loop(fusion, X, y, n_epochs=10, batch_size=64):
+def bare_loop(join, X, y, n_epochs=10, batch_size=64):
     """Train the same network with layers of torch, and modality dropout."""
     import torch
     from torch import nn
@@ -344,7 +342,7 @@ def bare_loop(fusion, X, y, n_epochs=10, batch_size=64):
         )
 
     parts = nn.ModuleList(
-        [block(sum(widths))] if fusion == "early" else map(block, widths)
+        [block(sum(widths))] if join == "early" else map(block, widths)
     )
     output = nn.Linear(256 * len(parts), 9)
     parameters = [*parts.parameters(), *output.parameters()]
@@ -355,7 +353,7 @@ def bare_loop(fusion, X, y, n_epochs=10, batch_size=64):
             observed = torch.rand(len(rows), 2) >= 0.3
             observed[~observed.any(dim=1), 0] = True
             x = [part * observed[:, [i]] for i, part in enumerate(x)]
-            if fusion == "early":
+            if join == "early":
                 hidden = parts[0](torch.cat(x, dim=1))
             else:
                 pairs = zip(parts, x, strict=True)
@@ -379,7 +377,7 @@ def efficiency_table(options):
                 ("image", FrozenEncoder(efficientnet(), normalize=True), "image"),
             ]
         ),
-        EarlyFusionClassifier(blocks=BLOCKS, random_state=0),
+        FusionClassifier("early", blocks=BLOCKS, random_state=0),
     )
     X, y = emoji.data.iloc[::3], emoji.target.iloc[::3]
     report = efficiency_report(pipeline, X, y, n_epochs=2, random_state=0)
