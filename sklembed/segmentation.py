@@ -34,7 +34,7 @@ class PatchSegmenter(TrainedEstimator):
 
     A lightweight decoder of convolutions and upsampling, as in SETR [1]_, turns the patches of a
     :class:`FrozenEncoder` with ``output="tokens"`` into masks. Several columns of tokens are maps
-    of the same images on different grids. A finer map, such as that of a smaller `stride`, is
+    of the same images on different grids. A finer map, such as that of an earlier `layer`, is
     concatenated where the decoder reaches its grid, like the skip connections of a U-Net [2]_.
     The loss is the sum of the Dice and the focal loss [3]_.
 

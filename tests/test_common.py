@@ -489,7 +489,6 @@ SILENT = {
     "FrozenEncoder": {
         "batch_size",
         "store",
-        "store_dtype",
         "verbose",
         "missing",
         "errors",
@@ -499,8 +498,6 @@ SILENT = {
         "pooling",
         "layer",
         "layer_aggregation",
-        "special_tokens",
-        "stride",
         "max_length",
         "device",
         "dtype",

@@ -482,6 +482,32 @@ def test_a_backend_s_own_description_is_left_alone():
     assert spaces[0].fingerprint != spaces[1].fingerprint
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fingerprint"),
+    [
+        ("float32", "98d7749b92fe61d4ad4b0a2118cad48e"),
+        ("float16", "7d9a61187666402bffcdfbad7073c65e"),
+    ],
+)
+def test_fingerprints_stay_the_same_so_that_existing_stores_stay_valid(
+    tmp_path, dtype, fingerprint
+):
+    backend = CallableBackend(
+        lambda: len, name="n", version="1", modality="text", n_features=2
+    )
+    store = EmbeddingStore(tmp_path / "s.sqlite", dtype=dtype)
+    encoder = FrozenEncoder(backend, store=store)
+    assert encoder.fingerprint() == fingerprint
+
+
+def test_a_store_checks_its_precision(tmp_path):
+    with pytest.raises(ValueError, match="dtype must be 'float32' or .*got 'int8'"):
+        EmbeddingStore(dtype="int8")
+    store = EmbeddingStore(tmp_path / "s.sqlite", dtype="float16")
+    assert repr(store).endswith("s.sqlite', dtype='float16')")
+    assert pickle.loads(pickle.dumps(store)).dtype == "float16"
+
+
 def test_repeated_rows_are_copied_in_blocks(text_backend, monkeypatch):
     monkeypatch.setattr("sklembed.encoders.frozen._COPIED_ROWS", 3)
     texts = [None, *TEXTS, None, *TEXTS[::-1], *TEXTS]
@@ -671,9 +697,9 @@ def test_a_checkpoint_that_changes_after_fit_serves_no_old_vectors(
 
 def test_settings_of_other_vectors_after_fit_are_warned_of(checkpoints, tmp_path):
     encoder = FrozenEncoder(checkpoints["bert"], store=tmp_path / "s.sqlite").fit(TEXTS)
-    encoder.set_params(
-        batch_size=1, verbose=0, store=None, store_dtype="float16"
-    ).transform(TEXTS)
+    half = EmbeddingStore(tmp_path / "half.sqlite", dtype="float16")
+    encoder.set_params(batch_size=1, verbose=0, store=None).transform(TEXTS)
+    encoder.set_params(store=half).transform(TEXTS)
     with pytest.warns(UserWarning, match="fitted with other settings .pooling"):
         encoder.set_params(pooling="cls").transform(TEXTS)
     encoder.fit(TEXTS).transform(TEXTS)

@@ -13,7 +13,7 @@ import transformers as hf
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from PIL import Image
 
-from sklembed import CallableBackend, FrozenEncoder
+from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
 from sklembed.encoders import checkpoints as checkpoints_module
 from sklembed.encoders.frozen import _Column
 
@@ -1057,17 +1057,15 @@ CHANGING = {
     "pooling": ("bert", {}, {"pooling": "cls"}),
     "layer": ("bert", {}, {"layer": 1}),
     "layer_aggregation": ("bert", {"layer": [0, 1]}, {"layer_aggregation": "mean"}),
-    "special_tokens": ("bert", {"output": "tokens"}, {"special_tokens": True}),
-    "stride": ("resnet", {"output": "tokens"}, {"stride": 16}),
     "normalize": ("bert", {}, {"normalize": True}),
     "max_length": ("bert", {}, {"max_length": 5}),
     "dtype": ("bert", {"dtype": "float32"}, {"dtype": "bfloat16"}),
-    "store_dtype": ("bert", {}, {"store_dtype": "float16"}),
+    "store": ("bert", {}, {"store": EmbeddingStore("half.sqlite", dtype="float16")}),
     "trust_remote_code": ("remote", {}, {"trust_remote_code": True}),
 }
 # These change where and how it is done, what becomes of bad cells, or which checkpoint is meant.
 UNCHANGING = {
-    *("model", "batch_size", "device", "store", "missing", "errors", "verbose"),
+    *("model", "batch_size", "device", "missing", "errors", "verbose"),
     *("revision", "local_files_only"),
 }
 
@@ -1096,6 +1094,17 @@ def test_the_fingerprint_names_what_changes_a_vector(checkpoints, remote, parame
     family, base, change = CHANGING[parameter]
     model = (checkpoints | {"remote": remote})[family]
     assert fingerprint(model, **base) != fingerprint(model, **base | change)
+
+
+def test_the_key_of_token_vectors_keeps_its_entries(checkpoints):
+    """Another entry, or one that is left out, would make all stored vectors unreachable."""
+    encoder = FrozenEncoder(checkpoints["bert"], output="tokens")
+    description = encoder._space(encoder._backend()).description
+    assert " ".join(sorted(description)) == (
+        "backend checkpoint decoding dtype label layers lower_case max_length modality "
+        "output pool_prompt prompt remote_code special_tokens store_dtype unit_length"
+    )
+    assert description["special_tokens"] is False
 
 
 def test_every_parameter_is_known_to_change_vectors_or_not(checkpoints):
@@ -1488,17 +1497,11 @@ def test_one_encoder_may_call_another(checkpoints):
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "modernbert"])
-@pytest.mark.parametrize("special_tokens", [False, True])
-def test_word_tokens_equal_a_forward_pass_of_each_text_alone(
-    checkpoints, family, special_tokens
-):
-    tokens = encode(
-        checkpoints[family], TEXTS, output="tokens", special_tokens=special_tokens
-    )
-    kept = slice(None) if special_tokens else slice(1, -1)  # [CLS] … [SEP]
+def test_word_tokens_equal_a_forward_pass_of_each_text_alone(checkpoints, family):
+    tokens = encode(checkpoints[family], TEXTS, output="tokens")
     for cell, text in zip(tokens[:, 0], TEXTS, strict=True):
         assert cell.dtype == np.float32
-        expected = text_states(checkpoints[family], text)[kept]
+        expected = text_states(checkpoints[family], text)[1:-1]  # [CLS] … [SEP]
         np.testing.assert_allclose(cell, expected, atol=1e-5)
 
 
@@ -1513,26 +1516,26 @@ def test_patch_tokens_equal_a_forward_pass_of_each_picture_alone(
         checkpoints[family], output="tokens", store=None, dtype="float32"
     )
     patches = encoder.transform(pictures)[:, 0]
-    everything = encoder.set_params(special_tokens=True).transform(pictures)[:, 0]
     assert encoder.grid_shape() == (4, 4)
-    for some, all_, picture in zip(patches, everything, pictures, strict=True):
-        expected = image_states(checkpoints[family], picture)
-        np.testing.assert_allclose(all_, expected, atol=1e-5)
-        np.testing.assert_allclose(some, expected[n_special:], atol=1e-5)
-        assert len(some) == 16
+    for cell, picture in zip(patches, pictures, strict=True):
+        expected = image_states(checkpoints[family], picture)[n_special:]
+        np.testing.assert_allclose(cell, expected, atol=1e-5)
+        assert len(cell) == 16
 
 
 @pytest.mark.parametrize("family", ["resnet", "convnext"])
-@pytest.mark.parametrize(("stride", "stage"), [(None, 4), (32, 4), (16, 3), (8, 2)])
+@pytest.mark.parametrize(
+    ("layer", "stride", "stage"), [(-1, 32, 4), (-2, 16, 3), (-3, 8, 2), (2, 8, 2)]
+)
 def test_maps_of_convolutional_networks_come_at_a_chosen_stride(
-    checkpoints, pictures, family, stride, stage
+    checkpoints, pictures, family, layer, stride, stage
 ):
     path = checkpoints[family]
     encoder = FrozenEncoder(
-        path, output="tokens", stride=stride, store=None, dtype="float32"
+        path, output="tokens", layer=layer, store=None, dtype="float32"
     )
     tokens = encoder.transform(pictures)[:, 0]
-    side = 64 // (stride or 32)
+    side = 64 // stride
     assert encoder.grid_shape() == (side, side)
     model = hf.AutoModel.from_pretrained(path).eval()
     processor = hf.AutoImageProcessor.from_pretrained(path, backend="pil")
@@ -1720,13 +1723,6 @@ def test_encoders_that_differ_in_what_follows_the_model_share_its_weights(
             {"output": "tokens", "pooling": "cls"},
             "pooling='cls' would have no effect",
         ),
-        ("bert", {"special_tokens": True}, "special_tokens would have no effect"),
-        ("resnet", {"stride": 16}, "stride would have no effect with output='pooled'"),
-        (
-            "vit",
-            {"output": "tokens", "stride": 16},
-            "of a convolutional network instead of layer",
-        ),
         (
             "resnet",
             {"layer": [-1, -2], "output": "tokens"},
@@ -1777,12 +1773,13 @@ def test_tokens_come_back_from_the_store(checkpoints, store, pictures):
 
 def test_float16_halves_the_store_and_rounds_hits_and_misses_alike(checkpoints, store):
     encoder = FrozenEncoder(checkpoints["bert"], store=store, dtype="float32")
-    exact = encoder.transform(TEXTS)
-    rounded = encoder.set_params(store_dtype="float16").transform(TEXTS)
+    exact = encoder.fit(TEXTS).transform(TEXTS)
+    half = EmbeddingStore(store.path, dtype="float16")
+    rounded = encoder.set_params(store=half).transform(TEXTS)
     np.testing.assert_array_equal(rounded, exact.astype(np.float16))
     np.testing.assert_array_equal(rounded, encoder.transform(TEXTS))
     np.testing.assert_array_equal(
-        rounded, encoder.set_params(store=None).transform(TEXTS)
+        encoder.set_params(store=store).transform(TEXTS), exact
     )
     assert sorted(store.stats()["bytes"]) == [4 * 16 * 2, 4 * 16 * 4]
 

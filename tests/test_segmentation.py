@@ -744,8 +744,8 @@ def photographs(n_rows=40, side=32, seed=0):
     [
         ("dinov2_registers", {}, (4, 4)),
         ("vit", {"layer": -2}, (4, 4)),
-        ("resnet", {"stride": 16}, (4, 4)),
-        ("convnext", {"stride": 8}, (8, 8)),
+        ("resnet", {"layer": -2}, (4, 4)),
+        ("convnext", {"layer": -3}, (8, 8)),
     ],
 )
 def test_a_pipeline_maps_images_to_masks(checkpoints, kind, options, grid):
@@ -771,7 +771,10 @@ def test_a_union_of_two_strides_feeds_a_decoder_with_skips(checkpoints):
     frame = pd.DataFrame({"picture": images})
     encoder = FrozenEncoder(checkpoints["resnet"], output="tokens", store=None)
     union = PerModalityUnion(
-        [(f"s{n}", clone(encoder).set_params(stride=n), "picture") for n in (16, 32)]
+        [
+            ("s16", clone(encoder).set_params(layer=-2), "picture"),
+            ("s32", encoder, "picture"),
+        ]
     )
     pipe = make_pipeline(union, learner(max_epochs=20)).fit(frame[:30], masks[:30])
     assert pipe[-1].grids_ == [(2, 2), (4, 4)]

@@ -21,7 +21,7 @@ from sklearn.base import (
     _fit_context,
 )
 from sklearn.utils import check_random_state
-from sklearn.utils._param_validation import Interval, Options, StrOptions
+from sklearn.utils._param_validation import Interval, StrOptions
 from tqdm import tqdm
 
 from sklembed._table.columns import is_frame, output_container
@@ -52,12 +52,9 @@ _DECIDING = (
     "pooling",
     "layer",
     "layer_aggregation",
-    "special_tokens",
-    "stride",
     "normalize",
     "max_length",
     "dtype",
-    "store_dtype",
     "revision",
     "trust_remote_code",
 )
@@ -71,8 +68,6 @@ _HUB_ONLY = (
     "pooling",
     "layer",
     "layer_aggregation",
-    "special_tokens",
-    "stride",
     "max_length",
     "device",
     "dtype",
@@ -125,14 +120,6 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     layer_aggregation : {"concat", "mean"}, default="concat"
         How the vectors of several layers become one.
 
-    special_tokens : bool, default=False
-        Whether tokens that stand for no word or patch, such as class and register tokens, are part
-        of the output "tokens".
-
-    stride : {8, 16, 32} or None, default=None
-        For the tokens of a convolutional network: which feature map, by how many pixels apart its
-        cells are, instead of by `layer`. None is the last, of stride 32.
-
     normalize : bool, default=False
         Whether to scale vectors to unit length. Those of a sentence-transformers model that
         normalises have it anyway, whatever the pooling and the layer.
@@ -158,10 +145,6 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         Where vectors are stored, those of `transform` included. ``None`` stores none, and
         ``EmbeddingStore(path, read_only=True)`` only reads. A relative path is made absolute when
         it is first used, and in pickles, so that worker processes use the same file.
-
-    store_dtype : {"float32", "float16"}, default="float32"
-        Precision in which vectors are kept; "float16" halves the store. Vectors are rounded to it
-        whether they come from the store or the model.
 
     missing : {"nan", "error"}, default="nan"
         What becomes of None and NaN cells: a row of NaN, or an error.
@@ -222,8 +205,6 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         "pooling": [StrOptions({"auto", *POOLINGS})],
         "layer": [Integral, list, tuple],
         "layer_aggregation": [StrOptions({"concat", "mean"})],
-        "special_tokens": ["boolean"],
-        "stride": [Options(Integral, {8, 16, 32}), None],
         "normalize": ["boolean"],
         "max_length": [Interval(Integral, 1, None, closed="left"), None],
         "batch_size": [
@@ -233,7 +214,6 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         "device": [str],
         "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
         "store": [str, os.PathLike, EmbeddingStore, None],
-        "store_dtype": [StrOptions({"float32", "float16"})],
         "missing": [StrOptions({"nan", "error"})],
         "errors": [StrOptions({"raise", "missing"})],
         "revision": [str, None],
@@ -251,15 +231,12 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         pooling="auto",
         layer=-1,
         layer_aggregation="concat",
-        special_tokens=False,
-        stride=None,
         normalize=False,
         max_length=None,
         batch_size="auto",
         device="auto",
         dtype="auto",
         store="default",
-        store_dtype="float32",
         missing="nan",
         errors="raise",
         revision=None,
@@ -273,15 +250,12 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         self.pooling = pooling
         self.layer = layer
         self.layer_aggregation = layer_aggregation
-        self.special_tokens = special_tokens
-        self.stride = stride
         self.normalize = normalize
         self.max_length = max_length
         self.batch_size = batch_size
         self.device = device
         self.dtype = dtype
         self.store = store
-        self.store_dtype = store_dtype
         self.missing = missing
         self.errors = errors
         self.revision = revision
@@ -494,7 +468,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             self._encode(column, backend, None, space, first_row, chosen)
         )
         errors = [_relative_error(fresh[chosen[i]], stored[i]) for i in stored]
-        dtypes = {space.description.get("dtype", "float32"), self.store_dtype}
+        dtypes = {space.description.get("dtype", "float32"), space.dtype}
         return {
             "compared": len(errors),
             "median_error": float(np.median(errors)),
@@ -831,7 +805,10 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             parameters["model"] = os.fspath(self.model)
         else:
             del parameters["model"]  # a backend object describes itself
-        return parameters | {"layer": _as_ints(self.layer)}
+        return parameters | {
+            "layer": _as_ints(self.layer),
+            "store_dtype": self._store_dtype(),
+        }
 
     def _backend(self):
         """Return what offers the model, without loading it."""
@@ -848,8 +825,6 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 pooling_wanted=self.pooling,
                 layer=_as_ints(self.layer),
                 layer_aggregation=self.layer_aggregation,
-                special_tokens=bool(self.special_tokens),
-                stride=self.stride,
                 max_length_wanted=None
                 if self.max_length is None
                 else int(self.max_length),
@@ -899,7 +874,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             "output": self.output,
             "unit_length": bool(self.normalize or own.get("unit_length", False)),
             "decoding": DECODING_VERSION,
-            "store_dtype": self.store_dtype,
+            "store_dtype": self._store_dtype(),
         }
         key = {name: value for name, value in description.items() if name != "label"}
         text = json.dumps(key, sort_keys=True)
@@ -907,7 +882,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             fingerprint=blake2b(text.encode(), digest_size=16).hexdigest(),
             description=description,
             n_features=backend.n_features,
-            dtype=self.store_dtype,
+            dtype=self._store_dtype(),
             ragged=self.output == "tokens",
         )
 
@@ -922,6 +897,10 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             path = absolute(self.store)
             self._resolved_store = self.store, path
         return EmbeddingStore(path)
+
+    def _store_dtype(self):
+        """Return the precision in which vectors are stored: float32 without a store."""
+        return getattr(self.store, "dtype", "float32")
 
     def _required_store(self):
         store = self._store()
@@ -983,21 +962,21 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 f"numbers of {shape} were expected. Nothing of the batch was stored."
             )
         if not space.ragged:
-            vectors = self._finished(arrays)
+            vectors = self._finished(arrays, space.dtype)
             finite = np.isfinite(vectors).all(axis=1)
             return (vectors if finite.all() else vectors[finite]), finite
-        arrays = [self._finished(array) for array in arrays]
+        arrays = [self._finished(array, space.dtype) for array in arrays]
         finite = [bool(np.isfinite(array).all()) for array in arrays]
         return list(itertools.compress(arrays, finite)), finite
 
-    def _finished(self, vectors):
+    def _finished(self, vectors, dtype):
         """Scale to unit length if asked to, and round as the store does."""
         with np.errstate(over="ignore"):  # what overflows is refused
             vectors = vectors.astype(np.float32)
             if self.normalize:
                 norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
                 vectors /= np.maximum(norms, 1e-12)
-            return vectors.astype(self.store_dtype).astype(np.float32, copy=False)
+            return vectors.astype(dtype).astype(np.float32, copy=False)
 
     def _raise_unless_tolerated(self, error, column, row):
         """Raise an error that names the cell, unless the cell is to count as missing."""

@@ -74,8 +74,6 @@ class HuggingFaceBackend:
     pooling_wanted: str = "auto"
     layer: int | tuple[int, ...] = -1
     layer_aggregation: str = "concat"
-    special_tokens: bool = False
-    stride: int | None = None
     max_length_wanted: int | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -139,8 +137,6 @@ class HuggingFaceBackend:
     def layers(self) -> list[int]:
         """The hidden states asked for: 0 the embeddings, the number of layers the last state."""
         n_layers = self._n_layers
-        if self.stride is not None:
-            return [n_layers - {32: 0, 16: 1, 8: 2}[self.stride]]
         wanted = [self.layer] if isinstance(self.layer, int) else list(self.layer)
         if not wanted or not all(isinstance(layer, int) for layer in wanted):
             raise ValueError(
@@ -218,7 +214,8 @@ class HuggingFaceBackend:
         if len(self.layers) > 1:
             description["layer_aggregation"] = self.layer_aggregation
         if self.output == "tokens":
-            description["special_tokens"] = self.special_tokens
+            # Special tokens are always excluded; the entry keeps the keys of stored vectors.
+            description["special_tokens"] = False
         else:
             description |= {"pooling": self.pooling, "head": self._head}
             description["unit_length"] = self._head[-1:] == [{"kind": "normalize"}]
@@ -424,7 +421,7 @@ class HuggingFaceBackend:
                 keep.sum(1) > skipped
             )  # what is cut within the prompt is all there is
             keep[longer, :skipped] = 0
-            if self.output == "tokens" and not self.special_tokens:
+            if self.output == "tokens":
                 keep *= 1 - special
             states = self._states(loaded.model, inputs)
             if states[0].ndim == 3 and states[0].shape[1] != keep.shape[1]:
@@ -465,8 +462,7 @@ class HuggingFaceBackend:
             keep = torch.ones(
                 len(prepared), n_tokens, dtype=torch.long, device=model.device
             )
-            if not self.special_tokens:  # they come before the patches
-                keep[:, :n_special] = 0
+            keep[:, :n_special] = 0  # special tokens come before the patches
             return states, keep
 
         return prepare, _length, run
@@ -566,17 +562,6 @@ class HuggingFaceBackend:
                     f"The patches of {self._name} ({kind}) cannot be told from its configuration; "
                     "wrap the model in a CallableBackend."
                 )
-        elif self.special_tokens or self.stride is not None:
-            name = "special_tokens" if self.special_tokens else "stride"
-            raise ValueError(
-                f"{name} would have no effect with output='pooled'; pass output='tokens'"
-                + (", or choose the layer by layer=." if name == "stride" else ".")
-            )
-        if self.stride is not None and (not self._is_convolutional or self.layer != -1):
-            raise ValueError(
-                f"stride={self.stride} chooses the feature map of a convolutional network instead "
-                f"of layer; got layer={self.layer} and {self._name} ({kind})."
-            )
         if self.pooling in ("projected", "pooler") and self.layers != [self._n_layers]:
             raise ValueError(
                 f"layer={self.layer}, but pooling={self.pooling_wanted!r} takes the model's own "

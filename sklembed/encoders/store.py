@@ -63,6 +63,11 @@ class EmbeddingStore:
         vectors of new cells without storing them. `clear` and `prune` raise an error,
         and so does a path without a store.
 
+    dtype : {"float32", "float16"}, default="float32"
+        Precision in which encoders store vectors; "float16" halves the file. Vectors are rounded
+        to it before they are returned for the first time, and are always returned as float32.
+        Vectors of both precisions may lie in the same file, under different fingerprints.
+
     Examples
     --------
     >>> import tempfile
@@ -74,12 +79,14 @@ class EmbeddingStore:
     Index: []
     """
 
-    def __init__(self, path=None, *, max_bytes=None, read_only=False):
+    def __init__(self, path=None, *, max_bytes=None, read_only=False, dtype="float32"):
         if max_bytes is not None and max_bytes <= 0:
             raise ValueError(
                 f"max_bytes must be above 0, or None for no limit; got {max_bytes!r}. To store "
                 "nothing, pass store=None to the encoder."
             )
+        if dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype must be 'float32' or 'float16'; got {dtype!r}.")
         if path is not None:
             # Here, since the working directory may differ later or in a worker process.
             absolute = database.absolute(path)
@@ -87,10 +94,11 @@ class EmbeddingStore:
         self.path = path
         self.max_bytes = max_bytes
         self.read_only = read_only
+        self.dtype = dtype
 
     def __setstate__(self, state):
-        # Pickles of older releases have no read_only.
-        self.__dict__ = {"read_only": False} | state
+        # Pickles of older versions lack these attributes.
+        self.__dict__ = {"read_only": False, "dtype": "float32"} | state
 
     def __repr__(self):
         arguments = []
@@ -100,6 +108,8 @@ class EmbeddingStore:
             arguments.append(f"max_bytes={self.max_bytes}")
         if self.read_only:
             arguments.append("read_only=True")
+        if self.dtype != "float32":
+            arguments.append(f"dtype={self.dtype!r}")
         return f"EmbeddingStore({', '.join(arguments)})"
 
     def read(self, space, digests):
