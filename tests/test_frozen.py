@@ -104,7 +104,7 @@ def test_stats_of_an_encoder_that_has_done_nothing(text_backend, store):
 
 
 def test_stats_without_a_store(text_backend):
-    with pytest.raises(ValueError, match="store=None keeps nothing"):
+    with pytest.raises(ValueError, match="store=None stores no vectors"):
         FrozenEncoder(text_backend, store=None).stats()
 
 
@@ -315,7 +315,7 @@ def test_bad_columns_are_refused(text_backend, X, error, message):
         (np.zeros(9), r"returned shape \(9,\)"),
         (
             np.full((2, 9), np.nan),
-            "Row 0 .* returned NaN or too large numbers: for the cell 'a'",
+            "Row 0 .* returned NaN or too large numbers for the cell 'a'",
         ),
     ],
 )
@@ -342,7 +342,7 @@ def test_a_backend_that_breaks_its_promise_is_refused(store, made, message):
             ValueError,
             "max_length, dtype would have no",
         ),
-        ({"modality": "image"}, ValueError, "modality='image', but .* takes text"),
+        ({"modality": "image"}, ValueError, "modality='image', but .* encodes text"),
         ({"model": 3}, TypeError, "got 3, which lacks"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"store": 3}, ValueError, "store"),
@@ -509,7 +509,7 @@ def test_a_store_checks_its_precision(tmp_path):
 
 
 def test_repeated_rows_are_copied_in_blocks(text_backend, monkeypatch):
-    monkeypatch.setattr("sklembed.encoders.frozen._COPIED_ROWS", 3)
+    monkeypatch.setattr("sklembed.encoders.column._COPY_ROWS", 3)
     texts = [None, *TEXTS, None, *TEXTS[::-1], *TEXTS]
     vectors = FrozenEncoder(text_backend, store=None).transform(texts)
     filled = [text or "" for text in texts]
@@ -578,7 +578,7 @@ def test_a_cell_that_cannot_be_prepared_is_named(store):
 @pytest.fixture(autouse=True)
 def nothing_announced(monkeypatch):
     """Each test is a process of its own, as far as warnings go."""
-    monkeypatch.setattr("sklembed.encoders.frozen._ANNOUNCED", set())
+    monkeypatch.setattr("sklembed.encoders.column._ANNOUNCED", set())
 
 
 # A fitted encoder that is moved

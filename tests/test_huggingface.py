@@ -15,7 +15,7 @@ from PIL import Image
 
 from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
 from sklembed.encoders import checkpoints as checkpoints_module
-from sklembed.encoders.frozen import _Column
+from sklembed.encoders.column import Column
 
 TEXTS = [
     "the cat sat",
@@ -1753,7 +1753,7 @@ def test_models_that_are_no_encoders_of_texts_or_images_are_refused(tmp_path, co
 
 def test_polars_cannot_hold_tokens(checkpoints):
     encoder = FrozenEncoder(checkpoints["bert"], output="tokens", store=None)
-    with pytest.raises(ValueError, match="which polars does not have"):
+    with pytest.raises(ValueError, match="which polars does not support"):
         encoder.set_output(transform="polars").transform(TEXTS)
     frame = encoder.set_output(transform="pandas").transform(TEXTS)
     assert frame.shape == (4, 1)
@@ -1794,12 +1794,12 @@ def test_verify_finds_vectors_of_another_making(checkpoints, store):
     assert report["max_error"] <= report["tolerance"]
     space = encoder._space(encoder._backend())
     store.clear()
-    digests, _ = encoder._identify(_Column(TEXTS), "text")
+    keys = list(encoder._hash_cells(Column(TEXTS), "text"))
     wrong = np.ones((4, 16), dtype=np.float32)
     list(
         store.fill(
             space,
-            digests,
+            keys,
             encode=lambda chunks: _encode_as(wrong, chunks),
             claim_size=9,
         )

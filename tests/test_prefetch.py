@@ -260,6 +260,6 @@ def test_a_store_that_only_reads_is_refused(text_backend, store):
         text_backend, store=EmbeddingStore(store.path, read_only=True)
     )
     with pytest.raises(
-        ValueError, match="for reading only, so nothing can be encoded into it"
+        ValueError, match="is read-only, so no vectors can be stored in it"
     ):
         prefetch(encoder, ["a", "b"])

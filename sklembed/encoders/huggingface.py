@@ -69,12 +69,12 @@ class HuggingFaceBackend:
     """
 
     checkpoint: Checkpoint
-    modality_wanted: str = "auto"
+    modality_parameter: str = "auto"
     output: str = "pooled"
-    pooling_wanted: str = "auto"
+    pooling_parameter: str = "auto"
     layer: int | tuple[int, ...] = -1
     layer_aggregation: str = "concat"
-    max_length_wanted: int | None = None
+    max_length_parameter: int | None = None
     device: str = "auto"
     dtype: str = "auto"
 
@@ -82,19 +82,19 @@ class HuggingFaceBackend:
     def modality(self) -> Modality:
         """The modality asked for, checked against what the checkpoint offers."""
         offered = self._towers()
-        if self.modality_wanted == "auto":
+        if self.modality_parameter == "auto":
             if len(offered) > 1:
                 raise ValueError(
                     f"{self._name} encodes text and images; say which: modality='text' or "
                     "modality='image'."
                 )
             return offered[0]
-        if self.modality_wanted not in offered:
+        if self.modality_parameter not in offered:
             raise ValueError(
-                f"modality={self.modality_wanted!r}, but {self._name} "
+                f"modality={self.modality_parameter!r}, but {self._name} "
                 f"({self._config.model_type}) encodes {' and '.join(offered)}."
             )
-        return self.modality_wanted
+        return self.modality_parameter
 
     @property
     def n_features(self) -> int:
@@ -123,8 +123,8 @@ class HuggingFaceBackend:
     @functools.cached_property
     def pooling(self) -> str:
         """How a sequence of vectors becomes one."""
-        if self.pooling_wanted != "auto":
-            return self.pooling_wanted
+        if self.pooling_parameter != "auto":
+            return self.pooling_parameter
         if self._is_dual and self.output == "pooled":
             return "projected"
         if "pooling" in self._settings:
@@ -154,13 +154,13 @@ class HuggingFaceBackend:
     def max_length(self) -> int | None:
         """Tokens after which a text is cut; None leaves it to the tokenizer and the positions."""
         most = _most_tokens(self._tower)
-        if self.max_length_wanted is not None:
-            if most and self.max_length_wanted > most:
+        if self.max_length_parameter is not None:
+            if most and self.max_length_parameter > most:
                 raise ValueError(
-                    f"max_length={self.max_length_wanted}, but {self._name} takes at most {most} "
-                    "tokens. Leave max_length=None, or lower it."
+                    f"max_length={self.max_length_parameter}, but {self._name} takes at "
+                    f"most {most} tokens. Leave max_length=None, or lower it."
                 )
-            return self.max_length_wanted
+            return int(self.max_length_parameter)
         return self._settings.get("max_length")
 
     @property
@@ -545,7 +545,7 @@ class HuggingFaceBackend:
                 f"{self._name} ({kind}) encodes a text differently beside one of more than {short} "
                 f"tokens. Pass max_length={short}."
             )
-        if self.modality == "image" and self.max_length_wanted is not None:
+        if self.modality == "image" and self.max_length_parameter is not None:
             raise ValueError("max_length would have no effect: the cells are images.")
         if self._is_hierarchical and self.layers != [self._n_layers]:
             raise ValueError(
@@ -553,9 +553,9 @@ class HuggingFaceBackend:
                 f"({kind}) are not known here; leave layer=-1."
             )
         if self.output == "tokens":
-            if self.pooling_wanted != "auto":
+            if self.pooling_parameter != "auto":
                 raise ValueError(
-                    f"pooling={self.pooling_wanted!r} would have no effect with output='tokens'."
+                    f"pooling={self.pooling_parameter!r} would have no effect with output='tokens'."
                 )
             if self.modality == "image" and self._cell_size is None:
                 raise ValueError(
@@ -564,7 +564,7 @@ class HuggingFaceBackend:
                 )
         if self.pooling in ("projected", "pooler") and self.layers != [self._n_layers]:
             raise ValueError(
-                f"layer={self.layer}, but pooling={self.pooling_wanted!r} takes the model's own "
+                f"layer={self.layer}, but pooling={self.pooling_parameter!r} takes the model's own "
                 "vector, which comes after all layers. Pass pooling='mean' or 'cls'."
             )
         widths = {self._width(layer) for layer in self.layers}

@@ -75,7 +75,7 @@ def prefetch(estimator, X):
                 "it a store."
             )
     encoded = [
-        {"path": path} | encoder._encode_lacking(part) for path, encoder, part in jobs
+        {"path": path} | encoder._fill_store(part) for path, encoder, part in jobs
     ]
     by = ["path", "model", "fingerprint"]
     report = pd.DataFrame(encoded).groupby(by, sort=False, as_index=False, dropna=False)
