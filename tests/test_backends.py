@@ -68,8 +68,8 @@ def test_another_function_of_the_same_name_and_version_is_warned_of():
         ({"load": 3}, TypeError, "load must be a function"),
         ({"modality": "sound"}, ValueError, "modality must be one of"),
         ({"n_features": None}, ValueError, "n_features must be the width.*got None"),
-        ({"name": ""}, TypeError, "name must be a str"),
-        ({"version": 1}, TypeError, "version must be a str"),
+        ({"name": ""}, TypeError, "name must be a non-empty str"),
+        ({"version": 1}, TypeError, "version must be a non-empty str"),
     ],
 )
 def test_a_callable_backend_checks_its_arguments(options, error, message):
@@ -87,7 +87,7 @@ def test_a_callable_backend_checks_its_arguments(options, error, message):
 @pytest.mark.parametrize(
     ("load", "message"),
     [
-        (lambda texts: None, "load must take nothing.*asks for arguments"),
+        (lambda texts: None, "load must take no arguments.*requires arguments"),
         (
             lambda: "text",
             "load must return the encoding function, or a pair.*returned 'text'",

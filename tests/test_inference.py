@@ -137,7 +137,7 @@ def test_cells_are_prepared_while_the_model_is_busy():
         assert later.wait(timeout=30)
         return lengths(cells)
 
-    cells = ["early"] * inference._CELLS_A_JOB["text"] + ["late"]
+    cells = ["early"] * inference._JOB_SIZES["text"] + ["late"]
     results = run(Encoding(forward, prepare, budget=8), cells)
     assert sum(len(batch) for batch, _, _ in results) == len(cells)
 

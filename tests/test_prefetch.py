@@ -238,12 +238,12 @@ class NeedsLabels(TransformerMixin, BaseEstimator):
 def test_what_cannot_be_prefetched_is_said(text_backend, store, table):
     encoder = FrozenEncoder(text_backend, store=store)
     X = table[0][["note"]]
-    with pytest.raises(ValueError, match="holds no FrozenEncoder"):
+    with pytest.raises(ValueError, match="contains no FrozenEncoder"):
         prefetch(LogisticRegression(), X)
     with pytest.raises(ValueError, match="'frozenencoder' has store=None"):
         prefetch(make_pipeline(FrozenEncoder(text_backend, store=None)), X)
     with pytest.raises(
-        ValueError, match=r"cannot tell what reaches the encoders \['inside'\]"
+        ValueError, match=r"cannot determine the input of the encoders \['inside'\]"
     ):
         prefetch(HiddenEncoder(encoder), X)
     with pytest.raises(TypeError) as caught:

@@ -1,4 +1,4 @@
-"""Frozen encoders, and the store that keeps what they compute."""
+"""Frozen encoders, and the store of their vectors."""
 
 from sklembed.encoders.backends import CallableBackend
 from sklembed.encoders.frozen import FrozenEncoder

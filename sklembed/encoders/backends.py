@@ -1,4 +1,4 @@
-"""What a model must offer: describe itself, load, and say how it encodes. CallableBackend."""
+"""Backend, the protocol of models, and CallableBackend, which wraps any function."""
 
 import functools
 import inspect
@@ -17,66 +17,67 @@ Modality = Literal["text", "image"]
 
 MODALITIES = ("text", "image")
 
-_LARGE_PICKLE = (
-    1_000_000  # bytes; code takes some kilobytes, a model some hundred megabytes
-)
-_LOADED_CODE: dict[
-    str, Any
-] = {}  # the code of the function that loaded a model, by its key
+# Bytes. Code takes some kilobytes, a model some hundred megabytes.
+_LARGE_PICKLE = 1_000_000
+# Code of the functions that loaded models, by the key of the model.
+_LOADED_CODE: dict[str, Any] = {}
 
 
 class Backend(Protocol):
-    """What FrozenEncoder asks of a model, before and without loading it, and to load it.
+    """A model as FrozenEncoder uses it. Only `load` and `encoding` load weights.
 
-    `modality` says what the cells are: "text" cells arrive as str, "image" cells as RGB pictures.
+    Cells are str for the modality "text", and RGB PIL images for "image".
     """
 
     @property
     def modality(self) -> Modality:
-        """What the cells are."""
+        """Modality of the cells."""
 
     @property
     def n_features(self) -> int:
         """Width of the vectors."""
 
     def describe(self) -> dict[str, Any]:
-        """Name everything that changes a vector, in JSON's types."""
+        """Return everything that changes a vector, in JSON types."""
 
     def weights(self) -> str:
-        """Name what `load` loads; encoders that agree in it share one copy in a process."""
+        """Return the key of the weights. A process loads one copy for each key."""
 
     def load(self) -> Any:
         """Load the model."""
 
     def encoding(self, loaded: Any) -> Encoding:
-        """Say how what `load` returned encodes cells."""
+        """Return the steps by which the loaded model encodes cells."""
 
 
 class CallableBackend:
-    """Bring any model: a function that loads it, and what the vectors are to be known by.
+    """Wrap any model: a function that loads it, and the key of its vectors.
 
     Parameters
     ----------
     load : callable
-        Takes nothing, loads the model and returns ``encode``: a function that maps a list of cells
-        to an array of shape (n_cells, n_features), or for an encoder with ``output="tokens"`` to a
-        list of n_cells arrays of shape (n_tokens, n_features). It may return a pair ``prepare,
-        encode`` instead: ``prepare`` takes one cell, threads call it while the model is busy,
-        and ``encode`` is given a list of what it returned. `load` is called once a process, and
-        only when there is something to encode, so that neither clones nor pickles carry weights.
-        Load the model inside of it: a model from outside travels in every pickle, of which a
-        warning is given.
+        Takes no arguments, loads the model and returns ``encode``: a function that maps
+        a list of cells to an array of shape (n_cells, n_features), or for an encoder
+        with ``output="tokens"`` to a list of n_cells arrays of shape (n_tokens,
+        n_features). It may return a pair ``prepare, encode`` instead. Threads call
+        ``prepare`` on single cells while the model is busy, and ``encode`` takes a list
+        of prepared cells. `load` is called once per process, and only when there is a
+        cell to encode, so that neither clones nor pickles carry weights. Load the model
+        inside `load`: a model from outside is copied into every pickle, which raises a
+        warning.
 
     name : str
-        The model's name. With the version it is all that stored vectors are known by, in every
-        project that shares the store: make it as telling as the name of a package.
+        Name of the model. Name and version are the key of stored vectors in every
+        project that shares the store, so make the name as specific as that of a
+        package.
 
     version : str
-        Names everything else that changes a vector: weights, preprocessing, pooling. Change it
-        whenever you edit `load`, or you will be handed the vectors and the model of before.
+        Version of everything else that changes a vector: weights, preprocessing,
+        pooling. Change it whenever you edit `load`; otherwise the old vectors and the
+        old model are used.
 
     modality : {"text", "image"}
-        What the cells are: "text" cells arrive as str, "image" cells as RGB PIL images.
+        Modality of the cells: "text" cells are str, "image" cells are RGB PIL images.
 
     n_features : int
         Width of the vectors.
@@ -86,8 +87,10 @@ class CallableBackend:
     >>> import numpy as np
     >>> from sklembed import CallableBackend, FrozenEncoder
     >>> def load():
-    ...     return lambda texts: np.array([[len(t), t.count(" ")] for t in texts], dtype=float)
-    >>> backend = CallableBackend(load, name="shape", version="1", modality="text", n_features=2)
+    ...     return lambda texts: np.array([[len(t), t.count(" ")] for t in texts])
+    >>> backend = CallableBackend(
+    ...     load, name="shape", version="1", modality="text", n_features=2
+    ... )
     >>> FrozenEncoder(backend, store=None).transform(["to be", "or", None])
     array([[ 5.,  1.],
            [ 2.,  0.],
@@ -97,14 +100,12 @@ class CallableBackend:
     def __init__(self, load, *, name, version, modality, n_features):
         if not callable(load):
             raise TypeError(
-                f"load must be a function that takes nothing and returns the encoding function; "
-                f"got {load!r}."
+                "load must be a function that takes no arguments and returns the "
+                f"encoding function; got {load!r}."
             )
         for argument, value in (("name", name), ("version", version)):
             if not isinstance(value, str) or not value:
-                raise TypeError(
-                    f"{argument} must be a str that is not empty; got {value!r}."
-                )
+                raise TypeError(f"{argument} must be a non-empty str; got {value!r}.")
         if modality not in MODALITIES:
             raise ValueError(f"modality must be one of {MODALITIES}; got {modality!r}.")
         if not isinstance(n_features, Integral) or n_features < 1:
@@ -117,27 +118,26 @@ class CallableBackend:
         self.version = version
         self.modality = modality
         self.n_features = int(n_features)
-        self._is_weighed = False
+        self._is_size_checked = False
 
     def __getstate__(self):
-        """Return the state to pickle, and warn once where it would carry a model along."""
-        if not self._is_weighed:
-            self._is_weighed = True
-            self._warn_of_a_captured_model()
+        """Return the state to pickle, and warn once if it contains a model."""
+        if not self._is_size_checked:
+            self._is_size_checked = True
+            self._warn_of_large_pickle()
         return self.__dict__
 
-    def _warn_of_a_captured_model(self):
+    def _warn_of_large_pickle(self):
         try:
             n_bytes = len(pickle.dumps(wrap_non_picklable_objects(self._load)))
-        except (
-            Exception
-        ):  # whatever it is, the pickler that asks for the state raises it too
+        except Exception:  # raised again by the pickler that called __getstate__
             return
         if n_bytes > _LARGE_PICKLE:
             warnings.warn(
-                f"The function load of {self!r} is a pickle of {n_bytes / 1e6:.0f} MB, which each "
-                "task of a parallel search carries: it seems to use a model from outside. Load the "
-                "model inside of load, as in: def load(): return make_model().encode",
+                f"The function load of {self!r} is a pickle of {n_bytes / 1e6:.0f} MB, "
+                "which is copied for each task of a parallel search: it seems to use a "
+                "model from outside. Load the model inside of load, as in: def load(): "
+                "return make_model().encode",
                 UserWarning,
                 stacklevel=2,
             )
@@ -146,11 +146,11 @@ class CallableBackend:
         return f"CallableBackend({self.name!r}, version={self.version!r})"
 
     def __sklearn_clone__(self):
-        """Stay the same object in clones: a backend is a value and is never changed."""
+        """Return the backend itself, which is immutable."""
         return self
 
     def describe(self):
-        """Name what changes a vector.
+        """Return everything that changes a vector.
 
         Returns
         -------
@@ -166,7 +166,7 @@ class CallableBackend:
         }
 
     def weights(self):
-        """Name what `load` loads.
+        """Return the key of the loaded model.
 
         Returns
         -------
@@ -181,37 +181,39 @@ class CallableBackend:
         Returns
         -------
         loaded : callable or pair of callables
-            What the `load` given at construction returns.
+            The value that the `load` passed at construction returns.
 
         Raises
         ------
         TypeError
-            If `load` asks for arguments, or returns neither a function nor two.
+            If `load` requires arguments, or returns neither a function nor a pair of
+            functions.
         """
         if _needs_arguments(self._load):
             raise TypeError(
-                f"load must take nothing and return the encoding function, but {self._load!r} asks "
-                "for arguments. If it is the encoding function itself, pass: lambda: encode."
+                "load must take no arguments and return the encoding function, but "
+                f"{self._load!r} requires arguments. If it is the encoding function "
+                "itself, pass: lambda: encode."
             )
         loaded = self._load()
         _LOADED_CODE[self.weights()] = _code(self._load)
-        functions = (
-            loaded if isinstance(loaded, tuple) and len(loaded) == 2 else (loaded,)
-        )
-        if not all(callable(function) for function in functions):
+        functions = [loaded]
+        if isinstance(loaded, tuple) and len(loaded) == 2:
+            functions = loaded
+        if not all(map(callable, functions)):
             raise TypeError(
-                "load must return the encoding function, or a pair of functions (prepare, encode); "
-                f"it returned {loaded!r}."
+                "load must return the encoding function, or a pair of functions "
+                f"(prepare, encode); it returned {loaded!r}."
             )
         return loaded
 
     def encoding(self, loaded):
-        """Say how what `load` returned encodes cells.
+        """Return the steps by which the loaded model encodes cells.
 
         Parameters
         ----------
         loaded : callable or pair of callables
-            What `load` returned.
+            The return value of `load`.
 
         Returns
         -------
@@ -221,12 +223,13 @@ class CallableBackend:
         Warns
         -----
         UserWarning
-            If the function that loaded the model is another one of the same name and version.
+            If another function of the same name and version loaded the model.
         """
         if _LOADED_CODE.get(self.weights(), _code(self._load)) != _code(self._load):
             warnings.warn(
-                f"Another function load has loaded the model of {self!r} in this process, and its "
-                "vectors are returned. Change the version whenever you edit load.",
+                f"Another function load has loaded the model of {self!r} in this "
+                "process, and its vectors are returned. Change the version whenever "
+                "you edit load.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -237,9 +240,10 @@ class CallableBackend:
 
 
 def _code(value):
-    """Return what tells functions apart: their code, its constants and the values they capture.
+    """Return the code of a function, its constants and the values that it captures.
 
-    Of values only numbers and texts count; the place of a function in its file does not.
+    Two functions are equal if these are. Captured values are compared only if they are
+    numbers, texts or functions; the position of a function in its file is ignored.
     """
     if isinstance(value, types.CodeType):
         return value.co_code, value.co_names, tuple(map(_code, value.co_consts))
@@ -256,17 +260,19 @@ def _code(value):
 
 
 def _captured(cell):
-    """Return what tells a captured value from others; a function may capture itself."""
+    """Return the code of a captured value, without its own captured values."""
     try:
         value = cell.cell_contents
     except ValueError:  # not assigned yet
         return None
+    # Not _code(value): a function that captures itself would recurse for ever.
     return _code(getattr(value, "__code__", value))
 
 
 def _needs_arguments(function) -> bool:
-    """Tell whether a function cannot be called without arguments."""
-    return any(
-        p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        for p in inspect.signature(function).parameters.values()
-    )
+    """Return whether a function cannot be called without arguments."""
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    return False

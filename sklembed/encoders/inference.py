@@ -1,7 +1,8 @@
-"""Run a model over cells: loaded once a process, fed by threads, in batches that memory holds."""
+"""Run a model over cells, in batches that fit the memory and that threads prepare."""
 
 import contextlib
 import os
+import re
 import sys
 import threading
 from collections import OrderedDict, deque
@@ -13,35 +14,34 @@ from typing import Any
 
 import joblib
 
-_CELLS_A_JOB = {"text": 128, "image": 8}  # what a thread prepares at once
-_IMAGES_AHEAD = 32  # that threads prepare while the model is busy, by and large
+_JOB_SIZES = {"text": 128, "image": 8}  # cells that a thread prepares at once
+_IMAGES_AHEAD = 32  # approximate number of images prepared while the model is busy
 _LOADED_LIMIT = 4
 
-# What a backend loaded, and the lock of who runs it: one for each model, since a model may call
-# another, also in other threads, and wait for it.
+# Loaded models by key, with a lock for running them. Each model has its own lock, since
+# a model may call another one, also in other threads, and wait for it.
 _LOADED: OrderedDict[str, tuple[Any, threading.RLock]] = OrderedDict()
-_LOADING = threading.RLock()  # guards _LOADED; loading itself is not safe in threads
+_LOADING = threading.RLock()  # guards _LOADED and loading, which is not thread-safe
 
 
-def _one(prepared: Any) -> int:
+def _unit_cost(prepared: Any) -> int:
     return 1
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a loaded model encodes cells: a step for threads beside it, and the model itself.
+    """Steps of a loaded model: `prepare` runs in threads, `forward` is the model.
 
-    A batch costs its number of cells times the cost of the costliest, and at most `budget` where
-    the user names no batch size.
+    The cost of a batch is its number of cells times the maximum cost of a cell. Without
+    a batch size of the user it is at most `budget`.
     """
 
-    forward: Callable[
-        [list], Any
-    ]  # prepared cells -> (n, d) array, or n arrays (T_i, d)
-    prepare: Callable[[list], list] = (
-        list  # decoded cells -> prepared cells, one for each
-    )
-    cost: Callable[[Any], int] = _one  # of a prepared cell
+    # Prepared cells -> array (n, d), or n arrays (T_i, d).
+    forward: Callable[[list], Any]
+    # Decoded cells -> as many prepared cells.
+    prepare: Callable[[list], list] = list
+    # Prepared cell -> cost.
+    cost: Callable[[Any], int] = _unit_cost
     budget: int = 32
 
 
@@ -56,13 +56,13 @@ class _Cell:
 
 @dataclass
 class _Limit:
-    """What a batch may cost; lowered when memory runs out."""
+    """Maximum cost of a batch, lowered when memory runs out."""
 
     cost: int
 
 
 def _encoding_of(backend) -> tuple[Encoding, threading.RLock]:
-    """Load a backend's weights, unless this process has them; the last few stay loaded."""
+    """Load a backend's weights if this process has not; keep the last few models."""
     with _LOADING:
         key = backend.weights()
         if key not in _LOADED:
@@ -82,33 +82,33 @@ def encode(
     batch_size: int | None,
     on_error: Callable[[Exception, int], None],
 ) -> Iterator[tuple[list[int], list[int], Any]]:
-    """Encode the cells at given positions, in batches, preparing those to come meanwhile.
+    """Encode cells in batches, while threads prepare the following ones.
 
-    The model is loaded when there is a first position. When memory runs out the batch is halved,
-    and so are those that follow.
+    The model is loaded at the first position. If memory runs out, this batch and all
+    following ones are halved.
 
     Parameters
     ----------
     backend : Backend
-        What offers the model.
+        Backend of the model.
     chunks : iterable of list of int
-        The positions; pulled a little ahead of the model.
+        Positions of the cells; advanced slightly ahead of the model.
     decode : callable
         Takes a position and returns the decoded cell; runs in threads.
     batch_size : int or None
-        Cells to a batch; None for as many as the encoding's budget allows.
+        Number of cells in a batch. If None, limited by the budget of the encoding.
     on_error : callable
-        Takes what decoding raised and the position. If it returns, the cell is left out; if it
-        raises, all cells before have been yielded.
+        Takes an error of decoding and the position. If it returns, the cell is skipped;
+        if it raises, all cells before it have been yielded.
 
     Yields
     ------
     batch : list of int
-        Positions dealt with.
+        Positions of the batch.
     done : list of int
-        Those of them that could be encoded.
+        Positions of the encoded cells; empty for a cell with an error.
     values : ndarray of shape (n_done, d), or list of n_done ndarrays of shape (T_i, d)
-        Their vectors.
+        Vectors of the encoded cells.
     """
     chunks = iter(chunks)
     first = next(chunks, None)
@@ -116,12 +116,11 @@ def encode(
         return
     encoding, lock = _encoding_of(backend)
     if batch_size is not None:
-        encoding = replace(encoding, cost=_one, budget=batch_size)
+        encoding = replace(encoding, cost=_unit_cost, budget=batch_size)
     limit = _Limit(encoding.budget)
     cells = _prepare_ahead(encoding, chain([first], chunks), decode, backend.modality)
-    with contextlib.closing(
-        cells
-    ):  # else an error's frames would keep the threads alive
+    # Closed explicitly: the frames of an error would keep the threads alive.
+    with contextlib.closing(cells):
         for batch in _batches(cells, limit):
             if batch[0].error is not None:
                 on_error(batch[0].error, batch[0].position)
@@ -131,65 +130,75 @@ def encode(
 
 
 def _prepare_ahead(encoding, chunks, decode, modality) -> Iterator[_Cell]:
-    """Decode and prepare in threads, a few jobs ahead of whoever consumes the cells."""
+    """Decode and prepare cells in threads, a few jobs ahead of the consumer."""
+    n_threads, size = 1, _JOB_SIZES[modality]  # fast tokenizers have their own threads
+    if modality == "image":
+        n_threads = joblib.cpu_count()
+        # Images of a backend without `prepare` wait at their full size.
+        size = max(1, min(size, _IMAGES_AHEAD // n_threads))
 
     def prepare(positions):
-        if modality == "image":  # one by one, so that few wait at their full size
-            groups = [prepare_group([position]) for position in positions]
-        else:
-            groups = [prepare_group(positions)]
-        return sorted(chain.from_iterable(groups), key=lambda cell: -cell.cost)
-
-    def prepare_group(positions):
+        # Images one by one, so that few are in memory at their full size.
+        step = 1 if modality == "image" else len(positions)
         cells = []
-        for position in positions:
-            try:
-                cells.append(_Cell(position, decode(position)))
-            except (ValueError, OSError) as error:
-                cells.append(_Cell(position, error=without_frames(error)))
-        decoded = [cell for cell in cells if cell.error is None]
-        try:
-            prepare_all(decoded)
-        except (ValueError, OSError):  # whose fault is it?
-            for cell in decoded:
-                try:
-                    prepare_all([cell])
-                except (ValueError, OSError) as error:
-                    cell.decoded, cell.error = None, without_frames(error)
-        return cells
+        for group in _slices(positions, step):
+            cells += _prepare_group(encoding, group, decode)
+        return sorted(cells, key=lambda cell: -cell.cost)
 
-    def prepare_all(cells):
-        prepared = encoding.prepare([cell.decoded for cell in cells]) if cells else []
-        for cell, content in zip(cells, prepared, strict=True):
-            cell.decoded, cell.prepared, cell.cost = (
-                None,
-                content,
-                encoding.cost(content),
-            )
-
-    # Fast tokenizers have threads of their own, and are not to be shared by ours.
-    workers = 1 if modality == "text" else joblib.cpu_count()
-    size = _CELLS_A_JOB[modality]
-    if (
-        modality == "image"
-    ):  # a backend that prepares nothing waits with images at full size
-        size = max(1, min(size, _IMAGES_AHEAD // workers))
-    jobs = (chunk[i : i + size] for chunk in chunks for i in range(0, len(chunk), size))
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(n_threads)
     try:
-        ahead = deque()
-        for job in jobs:
-            ahead.append(pool.submit(prepare, job))
-            if len(ahead) > workers + 1:
-                yield from ahead.popleft().result()
-        while ahead:
-            yield from ahead.popleft().result()
+        futures = deque()
+        for chunk in chunks:
+            for job in _slices(chunk, size):
+                futures.append(pool.submit(prepare, job))
+                if len(futures) > n_threads + 1:
+                    yield from futures.popleft().result()
+        while futures:
+            yield from futures.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+def _slices(positions, size):
+    """Yield slices of at most `size` positions."""
+    for start in range(0, len(positions), size):
+        yield positions[start : start + size]
+
+
+def _prepare_group(encoding, positions, decode) -> list[_Cell]:
+    """Decode and prepare cells together, or one by one if one of them fails."""
+    cells, decoded = [], []
+    for position in positions:
+        cell = _Cell(position)
+        cells.append(cell)
+        try:
+            cell.decoded = decode(position)
+            decoded.append(cell)
+        except (ValueError, OSError) as error:
+            cell.error = without_frames(error)
+    try:
+        _prepare_cells(encoding, decoded)
+    except (ValueError, OSError):
+        for cell in decoded:
+            try:
+                _prepare_cells(encoding, [cell])
+            except (ValueError, OSError) as error:
+                cell.decoded, cell.error = None, without_frames(error)
+    return cells
+
+
+def _prepare_cells(encoding, cells):
+    """Set the prepared contents and costs of decoded cells."""
+    if not cells:
+        return
+    prepared = encoding.prepare([cell.decoded for cell in cells])
+    for cell, content in zip(cells, prepared, strict=True):
+        cell.decoded, cell.prepared = None, content
+        cell.cost = encoding.cost(content)
+
+
 def without_frames(error: BaseException) -> BaseException:
-    """Cut an error off the frames it passed through, which keep a decoder's pixels alive."""
+    """Remove an error's tracebacks, whose frames keep decoded pixels alive."""
     cause: BaseException | None = error
     while cause is not None:
         cause.__traceback__ = None
@@ -198,16 +207,15 @@ def without_frames(error: BaseException) -> BaseException:
 
 
 def _batches(cells: Iterable[_Cell], limit: _Limit) -> Iterator[list[_Cell]]:
-    """Gather as many cells as the limit allows; what could not be decoded comes alone."""
+    """Yield batches within the cost limit; a cell with an error has its own batch."""
     batch: list[_Cell] = []
-    costliest = 0
+    max_cost = 0
     for cell in cells:
-        costliest = max(costliest, cell.cost)
-        if batch and (
-            cell.error is not None or (len(batch) + 1) * costliest > limit.cost
-        ):
+        max_cost = max(max_cost, cell.cost)
+        is_full = (len(batch) + 1) * max_cost > limit.cost
+        if batch and (is_full or cell.error is not None):
             yield batch
-            batch, costliest = [], cell.cost
+            batch, max_cost = [], cell.cost
         if cell.error is None:
             batch.append(cell)
         else:
@@ -217,7 +225,7 @@ def _batches(cells: Iterable[_Cell], limit: _Limit) -> Iterator[list[_Cell]]:
 
 
 def _forward(encoding, lock, batch, limit):
-    """Run the model on a batch, or on its halves where memory does not hold the whole."""
+    """Run the model on a batch, or on its halves if memory runs out."""
     positions = [cell.position for cell in batch]
     try:
         with lock:
@@ -227,32 +235,27 @@ def _forward(encoding, lock, batch, limit):
             raise
         if len(batch) == 1:
             raise MemoryError(
-                "the model ran out of memory on a single cell. Lower max_length, take a smaller "
-                f"model or another device ({error})"
+                "the model ran out of memory on a single cell. Lower max_length, or use "
+                f"a smaller model or another device ({error})"
             ) from error
     else:
         yield positions, positions, values
         return
-    _free_memory()  # outside of the except block, which keeps the failed batch's tensors alive
+    # After the except block, which keeps the tensors of the failed batch alive.
+    _free_memory()
     half = len(batch) // 2
-    limit.cost = half * max(cell.cost for cell in batch)
+    limit.cost = half * max(batch, key=lambda cell: cell.cost).cost
     yield from _forward(encoding, lock, batch[:half], limit)
     yield from _forward(encoding, lock, batch[half:], limit)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Tell a lack of memory, of the host or an accelerator, from any other trouble."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (
-            isinstance(error, RuntimeError)
-            and any(
-                words in str(error)
-                for words in ("can't allocate memory", "out of memory")
-            )
-        )
-    )
+    """Return whether the host or an accelerator has run out of memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # torch raises a RuntimeError on the CPU, and on some accelerators.
+    message = re.search("can't allocate memory|out of memory", str(error))
+    return isinstance(error, RuntimeError) and message is not None
 
 
 def _free_memory() -> None:
@@ -261,18 +264,18 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _start_afresh_after_fork() -> None:
-    """Forget models in a forked child, whose locks may be held by a thread that is no more."""
+def _reset_after_fork() -> None:
+    """Forget the models in a forked child: their locks may be held for ever."""
     global _LOADING
     _LOADING = threading.RLock()
     _LOADED.clear()
-    # Else the tokenizers library says at length that it does so itself.
+    # Prevents a long warning of the tokenizers library, which turns it off itself.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # The threads with which torch has computed are no more, and it would wait for them for ever.
+    # torch would wait for ever for its threads, which the child does not have.
     torch = sys.modules.get("torch")
     if hasattr(torch, "set_num_threads"):
         torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_afresh_after_fork)
+    os.register_at_fork(after_in_child=_reset_after_fork)
