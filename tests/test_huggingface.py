@@ -1554,7 +1554,7 @@ def test_the_grid_of_a_processor_that_keeps_proportions_is_unknown(
     shutil.copytree(checkpoints["vit"], path)
     options = {"size": {"shortest_edge": 32}, "do_center_crop": False}
     hf.CLIPImageProcessorPil(**options).save_pretrained(path)
-    with pytest.raises(ValueError, match="keeps the proportions of a picture"):
+    with pytest.raises(ValueError, match="keeps the proportions of an image"):
         FrozenEncoder(path, output="tokens").grid_shape()
 
 
@@ -1708,7 +1708,7 @@ def test_encoders_that_differ_in_what_follows_the_model_share_its_weights(
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("bert", {"layer": []}, "layer must be an int or a list of some"),
+        ("bert", {"layer": []}, "layer must be an int or a list of ints"),
         ("swin", {"layer": 0}, "the widths and grids of the stages"),
         ("vit", {"max_length": 5}, "max_length would have no effect"),
         (

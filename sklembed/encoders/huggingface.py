@@ -1,8 +1,9 @@
-"""Text and vision checkpoints through transformers: pooled vectors, tokens, layers, both towers."""
+"""HuggingFaceBackend: text and vision checkpoints and dual encoders of transformers."""
 
 import contextlib
 import copy
 import functools
+import math
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,17 +16,17 @@ from sklembed.encoders.inference import Encoding
 
 POOLINGS = ("mean", "cls", "max", "last", "pooler")
 
-# What a batch may cost in tokens. A CPU is fastest while a batch's activations fit its caches.
+# Maximum cost of a batch in tokens. A CPU is fastest if activations fit its caches.
 _BUDGETS = {"cpu": 2048}
-_BUDGET_OF_ACCELERATORS = 65536
-_PIXELS_A_TOKEN = 16 * 16
-_UNLIMITED = 1_000_000  # tokenizers say 1e30 where they know no limit
-# What batching may change of a vector, relative to its length, by the precision of the model.
+_ACCELERATOR_BUDGET = 65536
+_PIXELS_PER_TOKEN = 16 * 16
+_UNLIMITED = 1_000_000  # tokenizers without a limit have a max_length of 1e30
+# Relative error that batching may cause, by the precision of the model.
 TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
-# Longer than the blocks by which some models cut texts.
+# Longer than the blocks into which some models split texts.
 _LONG_TEXT = "the dog sat under a tree, and then the cat slept on a mat, " * 5
 
-# Vision transformers whose first token stands for the picture; others have patches alone.
+# Vision transformers with a class token; others have patches only.
 _WITH_CLASS_TOKEN = {
     "beit",
     "clip_vision_model",
@@ -38,7 +39,7 @@ _WITH_CLASS_TOKEN = {
     "vit_msn",
 }
 _RANDOM = {"vit_mae"}
-# By which configurations name the width of the hidden states.
+# Names of the width of the hidden states in configurations.
 _WIDTHS = (
     "hidden_size",
     "d_model",
@@ -48,7 +49,7 @@ _WIDTHS = (
     "model_dim",
     "hidden_dim",
 )
-# Position embeddings of these begin behind the padding token's index.
+# Their position embeddings start after the index of the padding token.
 _OFFSET_POSITIONS = {
     "camembert",
     "data2vec-text",
@@ -62,10 +63,12 @@ _OFFSET_POSITIONS = {
 
 @dataclass(frozen=True)
 class HuggingFaceBackend:
-    """A text or vision checkpoint, or one tower of a dual encoder, through transformers.
+    """A text or vision checkpoint, or one tower of a dual encoder, in transformers.
 
-    The parameters are those of FrozenEncoder. Only `load` and `encoding` need the weights. What
-    the files say is read once: an object of this class lives for one call of the encoder.
+    The fields are parameters of FrozenEncoder. Those named `…_parameter` may be "auto"
+    or None; the property of the same name resolves them. Only `load` and `encoding`
+    need the weights. Files are read once per object, which lives for one call of the
+    encoder.
     """
 
     checkpoint: Checkpoint
@@ -80,97 +83,94 @@ class HuggingFaceBackend:
 
     @functools.cached_property
     def modality(self) -> Modality:
-        """The modality asked for, checked against what the checkpoint offers."""
-        offered = self._towers()
+        """Modality of the cells, which the checkpoint must support."""
+        supported = self._modalities()
         if self.modality_parameter == "auto":
-            if len(offered) > 1:
+            if len(supported) > 1:
                 raise ValueError(
-                    f"{self._name} encodes text and images; say which: modality='text' or "
-                    "modality='image'."
+                    f"{self._name} encodes text and images; say which: modality='text' "
+                    "or modality='image'."
                 )
-            return offered[0]
-        if self.modality_parameter not in offered:
+            return supported[0]
+        if self.modality_parameter not in supported:
             raise ValueError(
                 f"modality={self.modality_parameter!r}, but {self._name} "
-                f"({self._config.model_type}) encodes {' and '.join(offered)}."
+                f"({self._model_type}) encodes {' and '.join(supported)}."
             )
         return self.modality_parameter
 
     @property
     def n_features(self) -> int:
         """Width of the vectors, from the configuration."""
-        config = self._tower
         if self.output == "pooled":
-            if self.pooling == "projected" and getattr(
-                self._config, "projection_dim", None
-            ):
-                return self._config.projection_dim
-            if self.pooling in (
-                "projected",
-                "pooler",
-            ):  # SigLIP's texts have a width of their own
-                return getattr(config, "projection_size", None) or self._width(
-                    self._n_layers
-                )
-            resized = [
-                step["n_features"] for step in self._head if "n_features" in step
-            ]
-            if resized:
-                return resized[-1]
+            projection_dim = getattr(self._config, "projection_dim", None)
+            if self.pooling == "projected" and projection_dim:
+                return projection_dim
+            if self.pooling in ("projected", "pooler"):
+                # SigLIP projects its texts to a width of their own.
+                projection_size = getattr(self._tower, "projection_size", None)
+                return projection_size or self._width(self._n_layers)
+            for step in reversed(self._head):
+                if "n_features" in step:
+                    return step["n_features"]
         widths = [self._width(layer) for layer in self.layers]
-        return widths[0] if self.layer_aggregation == "mean" else sum(widths)
+        if self.layer_aggregation == "mean":
+            return widths[0]
+        return sum(widths)
 
     @functools.cached_property
     def pooling(self) -> str:
-        """How a sequence of vectors becomes one."""
+        """Reduction of the vectors of tokens to one."""
         if self.pooling_parameter != "auto":
             return self.pooling_parameter
         if self._is_dual and self.output == "pooled":
             return "projected"
         if "pooling" in self._settings:
             return self._settings["pooling"]
-        if self.modality == "text":
-            return "mean"
-        return "cls" if self._config.model_type in _WITH_CLASS_TOKEN else "mean"
+        if self.modality == "image" and self._model_type in _WITH_CLASS_TOKEN:
+            return "cls"
+        return "mean"
 
     @functools.cached_property
     def layers(self) -> list[int]:
-        """The hidden states asked for: 0 the embeddings, the number of layers the last state."""
+        """Indices of the hidden states, from 0 (embeddings) to the number of layers."""
         n_layers = self._n_layers
-        wanted = [self.layer] if isinstance(self.layer, int) else list(self.layer)
-        if not wanted or not all(isinstance(layer, int) for layer in wanted):
+        layers = self.layer
+        if isinstance(layers, int):
+            layers = [layers]
+        if not layers or not all(isinstance(layer, int) for layer in layers):
             raise ValueError(
-                f"layer must be an int or a list of some; got {self.layer!r}."
+                f"layer must be an int or a list of ints; got {self.layer!r}."
             )
-        for layer in wanted:
+        for layer in layers:
             if not -n_layers - 1 <= layer <= n_layers:
                 raise ValueError(
-                    f"layer={layer}, but {self._name} has hidden states 0 (the embeddings) to "
-                    f"{n_layers}, or {-n_layers - 1} to -1 from the end."
+                    f"layer={layer}, but {self._name} has hidden states 0 (the "
+                    f"embeddings) to {n_layers}, or {-n_layers - 1} to -1 from the end."
                 )
-        return [layer % (n_layers + 1) for layer in wanted]
+        return [layer % (n_layers + 1) for layer in layers]
 
     @property
     def max_length(self) -> int | None:
-        """Tokens after which a text is cut; None leaves it to the tokenizer and the positions."""
-        most = _most_tokens(self._tower)
-        if self.max_length_parameter is not None:
-            if most and self.max_length_parameter > most:
-                raise ValueError(
-                    f"max_length={self.max_length_parameter}, but {self._name} takes at "
-                    f"most {most} tokens. Leave max_length=None, or lower it."
-                )
-            return int(self.max_length_parameter)
-        return self._settings.get("max_length")
+        """Maximum number of tokens of a text; None for the limit of the tokenizer."""
+        max_length, n_positions = self.max_length_parameter, _n_positions(self._tower)
+        if max_length is None:
+            return self._settings.get("max_length")
+        if n_positions and max_length > n_positions:
+            raise ValueError(
+                f"max_length={max_length}, but {self._name} takes at most {n_positions} "
+                "tokens. Leave max_length=None, or lower it."
+            )
+        return int(max_length)
 
     @property
     def grid_shape(self) -> tuple[int, int]:
-        """Rows and columns of the patches, or of the feature map, that image tokens stand for.
+        """Rows and columns of the patches, or of the feature map, of an image.
 
         Raises
         ------
         ValueError
-            If the model encodes text, or the grid depends on the picture.
+            If the model encodes text, or the grid depends on the image.
         """
         if self.modality == "text":
             raise ValueError(
@@ -179,34 +179,32 @@ class HuggingFaceBackend:
         from PIL import Image
 
         processor = _load_image_processor(self.checkpoint)
-        sizes = {
-            processor(images=[Image.new("RGB", size)], return_tensors="np")[
-                "pixel_values"
-            ].shape
-            for size in ((64, 48), (48, 96))
-        }
-        if len(sizes) > 1:
+        shapes = set()
+        for size in ((64, 48), (48, 96)):
+            inputs = processor(images=[Image.new("RGB", size)], return_tensors="np")
+            shapes.add(inputs["pixel_values"].shape)
+        if len(shapes) > 1:
             raise ValueError(
-                f"{self._name} keeps the proportions of a picture, so each has a grid of its own."
+                f"{self._name} keeps the proportions of an image, so that grids differ."
             )
-        height, width = sizes.pop()[-2:]
-        return self._grid((height, width))
+        return self._grid(*shapes.pop()[-2:])
 
     def describe(self) -> dict[str, Any]:
-        """Name what changes a vector: checkpoint, tower, layers, pooling, length, precision.
+        """Describe everything that changes a vector, in JSON types.
 
         Raises
         ------
         ValueError, OSError
-            If the checkpoint cannot be found, or does not offer what is asked of it.
+            If the checkpoint cannot be found, or does not support the parameters.
         """
-        self._check()
+        self._check_model()
+        self._check_parameters()
+        remote_code = self.checkpoint.other_code() or self.checkpoint.runs_remote_code
         description = {
             "backend": "huggingface",
             "label": self.checkpoint.name,  # for people; no part of the fingerprint
             "checkpoint": self.checkpoint.identity(),
-            "remote_code": self.checkpoint.other_code()
-            or self.checkpoint.runs_remote_code,
+            "remote_code": remote_code,
             "modality": self.modality,
             "layers": self.layers,
             "dtype": self._dtype_name,
@@ -229,15 +227,15 @@ class HuggingFaceBackend:
         return description
 
     def weights(self) -> str:
-        """Name the weights, their precision and where they lie; all else is done with them."""
+        """Return the key of the weights: checkpoint, code, precision and device."""
         code = " by its own code" if self.checkpoint.runs_remote_code else ""
-        code += "".join(
-            f" of {repo}@{sha}" for repo, sha in self.checkpoint.other_code().items()
-        )
-        return f"{self.checkpoint.identity()}{code} in {self._dtype_name} on {self._device}"
+        for repository, commit in self.checkpoint.other_code().items():
+            code += f" of {repository}@{commit}"
+        identity = self.checkpoint.identity()
+        return f"{identity}{code} in {self._dtype_name} on {self._device}"
 
     def load(self) -> "_Loaded":
-        """Load the checkpoint, to evaluation mode, on the device."""
+        """Load the checkpoint on the device, in evaluation mode."""
         from transformers import AutoModel
 
         self.checkpoint.check_weights()
@@ -248,44 +246,46 @@ class HuggingFaceBackend:
                 **self.checkpoint.model_source(),
             )
         unused = ["lm_head"]
-        if hasattr(model, "encoder") and hasattr(model, "decoder"):  # T5 and its like
+        if hasattr(model, "encoder") and hasattr(model, "decoder"):  # such as T5
             model = model.get_encoder()
             unused.append("decoder")
-        absent = [
-            key for key in report["missing_keys"] if not any(u in key for u in unused)
-        ]
-        absent += [str(key) for key in report["mismatched_keys"]]
+        absent = []
+        for key in report["missing_keys"]:
+            if not any(name in key for name in unused):
+                absent.append(key)
+        for key in report["mismatched_keys"]:
+            absent.append(str(key))
         for config in (model.config, model.config.get_text_config()):
             if getattr(config, "use_cache", False):
-                config.use_cache = (
-                    False  # keys and values of all layers serve generation alone
-                )
+                # Only generation needs the keys and values of all layers.
+                config.use_cache = False
         model = model.eval().requires_grad_(False).to(self._device)
         return _Loaded(model, absent)
 
     def encoding(self, loaded: "_Loaded") -> Encoding:
-        """Say how the loaded checkpoint encodes cells.
+        """Return the steps by which the loaded checkpoint encodes cells.
 
         Raises
         ------
         OSError
-            If tokenizer files or weights are absent, which transformers would make up.
+            If tokenizer files or weights are absent, which transformers would
+            initialise at random.
         """
         self._check_weights(loaded.absent)
-        steps = self._text_steps if self.modality == "text" else self._image_steps
-        prepare, cost, run = steps(loaded)
-        head = [
-            _head_step(step, self.checkpoint, loaded.model.device)
-            for step in self._head
-        ]
+        if self.modality == "text":
+            prepare, run = self._text_steps(loaded)
+        else:
+            prepare, run = self._image_steps(loaded)
+        device = loaded.model.device
+        head = [_head_step(step, self.checkpoint, device) for step in self._head]
 
         def encode(prepared):
             with _torch().inference_mode():
-                states, keep = run(prepared)
+                states, mask = run(prepared)
                 if self.output == "tokens":
-                    return _ragged(_combine(states, self.layer_aggregation), keep)
+                    return _ragged(_combine(states, self.layer_aggregation), mask)
                 if self.pooling not in ("projected", "pooler"):
-                    states = [_pool(state, keep, self.pooling) for state in states]
+                    states = [_pool(state, mask, self.pooling) for state in states]
                 vectors = _combine(states, self.layer_aggregation)
                 for step in head:
                     vectors = step(vectors)
@@ -298,39 +298,33 @@ class HuggingFaceBackend:
                 loaded.batchings[self] = self._find_batching(encode, prepare)
             return _encode_in_groups(encode, prepared, loaded.batchings[self])
 
-        budget = _BUDGETS.get(loaded.model.device.type, _BUDGET_OF_ACCELERATORS)
-        return Encoding(forward, prepare, cost, budget)
+        budget = _BUDGETS.get(device.type, _ACCELERATOR_BUDGET)
+        return Encoding(forward, prepare, _length, budget)
 
     def _find_batching(self, encode, prepare) -> str:
-        """Find out by trial which cells may share a batch: any, those of one length, or none.
+        """Test which cells may share a batch: "any", those of "one length", or "none".
 
-        A model may ignore the attention mask or mix padding into short texts; another may mix the
-        cells of a batch, as by statistics of the batch. Neither says so in its configuration.
+        A model may ignore the attention mask or mix padding into short texts. It may
+        also mix the cells of a batch, for example by statistics of the batch.
+        Configurations do not tell.
 
         Raises
         ------
         ValueError
-            If the model gives a cell another vector each time.
+            If the model encodes a cell differently each time.
         """
         first, longer = prepare(_trial_cells(self.modality))
-        if self.modality == "text" and _length(first) == _length(
-            longer
-        ):  # a small max_length
-            (first,) = prepare([""])
-        alone = encode([first])[0]
+        if self.modality == "text" and _length(first) == _length(longer):
+            (first,) = prepare([""])  # a small max_length cuts both to the same length
+        vector = encode([first])[0]
+        tolerance = TOLERANCES[self._dtype_name] * max(np.linalg.norm(vector), 1e-12)
 
-        def is_unchanged(
-            batch,
-        ):  # its last cell, as some models read the first cell's mask for all
-            beside = encode(batch)[-1]
-            error = (
-                np.linalg.norm(beside - alone)
-                if beside.shape == alone.shape
-                else np.inf
-            )
-            return error <= TOLERANCES[self._dtype_name] * max(
-                np.linalg.norm(alone), 1e-12
-            )
+        def is_unchanged(batch):
+            # The last of the batch: some models apply the mask of the first cell to all.
+            batch_vector = encode(batch)[-1]
+            if batch_vector.shape != vector.shape:
+                return False
+            return np.linalg.norm(batch_vector - vector) <= tolerance
 
         if is_unchanged([longer, first]):
             return "any"
@@ -342,158 +336,138 @@ class HuggingFaceBackend:
         if is_unchanged([first]):
             return "none"
         raise ValueError(
-            f"{self._name} ({self._config.model_type}) gives the same cell another vector each "
+            f"{self._name} ({self._model_type}) gives the same cell another vector each "
             "time, so its vectors cannot be stored. Choose another checkpoint."
         )
 
     def _text_steps(self, loaded):
-        """Return how texts are tokenised, what they cost, and how the model runs on them."""
+        """Return the functions that tokenise texts and run the model on them."""
         tokenizer = loaded.tokenizer(self.checkpoint)
-        prompt, lower_case = (
-            self._settings.get("prompt", ""),
-            self._settings.get("lower_case"),
-        )
-        limits = [
-            self.max_length or tokenizer.model_max_length,
-            _most_tokens(self._tower),
-        ]
-        max_length = min(limit for limit in [*limits, _UNLIMITED] if limit is not None)
-        n_special = tokenizer.num_special_tokens_to_add()
-        if max_length <= n_special:
-            raise ValueError(
-                f"max_length={max_length} leaves no room for a text: {self._name} adds {n_special} "
-                "special tokens to each."
-            )
-        # SigLIP reads the last position, and was trained with every text padded to full length.
-        whole = self._config.model_type.startswith("siglip")
-        skipped = (
-            0
-            if self._settings.get("pool_prompt", True)
-            else _prompt_length(tokenizer, prompt)
-        )
-        fillers = (
-            tokenizer.pad_token_id,
-            tokenizer.eos_token_id,
-            0,
-        )  # masked: any will do
-        padding = {
-            "input_ids": next(token for token in fillers if token is not None),
-            "token_type_ids": tokenizer.pad_token_type_id,
-            "attention_mask": 0,
-            "special_tokens_mask": 1,
-        }
-        empty = padding | {"attention_mask": 1}
+        prompt = self._settings.get("prompt", "")
+        lower_case = self._settings.get("lower_case", False)
+        max_length = self._tokenizer_limit(tokenizer)
+        n_skipped = 0
+        if not self._settings.get("pool_prompt", True):
+            n_skipped = _prompt_length(tokenizer, prompt)
+        # SigLIP reads the last position, and was trained on texts padded to full length.
+        pads_to_max = self._model_type.startswith("siglip")
+        padding = _padding_values(tokenizer)
+        placeholder = padding | {"attention_mask": 1}
 
         def prepare(texts):
             texts = [prompt + text for text in texts]
-            with loaded.tokenizing:  # a fast tokenizer refuses two threads at once
+            if lower_case:
+                texts = [text.lower() for text in texts]
+            with loaded.tokenizing:  # a fast tokenizer raises if two threads use it
                 columns = tokenizer(
-                    [text.lower() for text in texts] if lower_case else texts,
-                    padding="max_length" if whole else False,
-                    truncation=max_length < _UNLIMITED,
-                    max_length=max_length if max_length < _UNLIMITED else None,
+                    texts,
+                    padding="max_length" if pads_to_max else False,
+                    truncation=max_length is not None,
+                    max_length=max_length,
                     return_attention_mask=True,
                     return_special_tokens_mask=True,
                 )
-            names = [name for name in padding if name in columns]
-            # Where a tokenizer adds no special tokens, an empty text has no token at all.
-            return [
-                {name: columns[name][i] or [empty[name]] for name in names}
-                for i in range(len(texts))
-            ]
+            cells = [{} for _ in texts]
+            for name in padding.keys() & columns.keys():
+                for cell, tokens in zip(cells, columns[name], strict=True):
+                    # Without special tokens an empty text has no token at all.
+                    cell[name] = tokens or [placeholder[name]]
+            return cells
 
         def run(prepared):
-            inputs = {
-                name: _pad(
-                    [cell[name] for cell in prepared],
-                    padding[name],
-                    loaded.model.device,
-                )
-                for name in prepared[0]
-            }
-            special, keep = (
-                inputs.pop("special_tokens_mask"),
-                inputs["attention_mask"].clone(),
-            )
-            if whole:
+            inputs = {}
+            for name in prepared[0]:
+                rows = [cell[name] for cell in prepared]
+                inputs[name] = _pad(rows, padding[name], loaded.model.device)
+            is_special = inputs.pop("special_tokens_mask")
+            mask = inputs["attention_mask"].clone()
+            if pads_to_max:
                 del inputs["attention_mask"]
-            longer = (
-                keep.sum(1) > skipped
-            )  # what is cut within the prompt is all there is
-            keep[longer, :skipped] = 0
+            # A text that is cut within the prompt consists of the prompt: keep it.
+            is_longer = mask.sum(1) > n_skipped
+            mask[is_longer, :n_skipped] = 0
             if self.output == "tokens":
-                keep *= 1 - special
+                mask *= 1 - is_special
             states = self._states(loaded.model, inputs)
-            if states[0].ndim == 3 and states[0].shape[1] != keep.shape[1]:
+            if states[0].ndim == 3 and states[0].shape[1] != mask.shape[1]:
                 raise ValueError(
-                    f"{self._name} ({self._config.model_type}) returns {states[0].shape[1]} "
-                    f"vectors for {keep.shape[1]} tokens, so they cannot be pooled here. Wrap the "
-                    "model in a CallableBackend."
+                    f"{self._name} ({self._model_type}) returns {states[0].shape[1]} "
+                    f"vectors for {mask.shape[1]} tokens, so they cannot be pooled. Wrap "
+                    "the model in a CallableBackend."
                 )
-            return states, keep
+            return states, mask
 
-        return prepare, _length, run
+        return prepare, run
+
+    def _tokenizer_limit(self, tokenizer) -> int | None:
+        """Return the maximum number of tokens of a text, or None."""
+        max_length = self.max_length or tokenizer.model_max_length or _UNLIMITED
+        max_length = min(max_length, _n_positions(self._tower) or _UNLIMITED)
+        n_special = tokenizer.num_special_tokens_to_add()
+        if max_length <= n_special:
+            raise ValueError(
+                f"max_length={max_length} leaves no room for a text: {self._name} adds "
+                f"{n_special} special tokens to each."
+            )
+        if max_length >= _UNLIMITED:
+            return None
+        return max_length
 
     def _image_steps(self, loaded):
-        """Return how pictures become pixels, what they cost, and how the model runs on them."""
+        """Return the functions that make pixels of images and run the model on them."""
         processor, model = loaded.image_processor(self.checkpoint), loaded.model
 
-        def prepare(pictures):
-            return [
-                processor(images=[picture], return_tensors="np")["pixel_values"][0]
-                for picture in pictures
-            ]
+        def prepare(images):
+            pixels = []
+            for image in images:
+                inputs = processor(images=[image], return_tensors="np")
+                pixels.append(inputs["pixel_values"][0])
+            return pixels
 
         def run(prepared):
             torch = _torch()
-            if len({pixels.shape for pixels in prepared}) > 1:
-                raise ValueError(
-                    f"{self._name} keeps the proportions of pictures, so that they do not fit "
-                    "into one batch. Pass batch_size=1, or give its processor a fixed size."
-                )
+            for pixels in prepared:
+                if pixels.shape != prepared[0].shape:
+                    raise ValueError(
+                        f"{self._name} keeps the proportions of images, so that they do "
+                        "not fit into one batch. Pass batch_size=1, or give its "
+                        "processor a fixed size."
+                    )
             pixels = torch.from_numpy(np.stack(prepared)).to(model.device, model.dtype)
             states = self._states(model, {"pixel_values": pixels})
             if self.output == "pooled":
                 return states, None
-            n_tokens, n_special = (
-                states[0].shape[1],
-                self._count_special_tokens(pixels, states[0]),
-            )
-            keep = torch.ones(
-                len(prepared), n_tokens, dtype=torch.long, device=model.device
-            )
-            keep[:, :n_special] = 0  # special tokens come before the patches
-            return states, keep
+            # (batch, tokens); special tokens come before the patches
+            mask = torch.ones(states[0].shape[:2], dtype=torch.long)
+            mask[:, : self._count_special_tokens(pixels, states[0])] = 0
+            return states, mask
 
-        return prepare, _length, run
+        return prepare, run
 
     def _count_special_tokens(self, pixels, states) -> int:
-        """Count the class and register tokens, and make sure that the rest is the grid."""
-        rows, columns = self._grid(pixels.shape[-2:])
-        kind, expected = self._tower.model_type, 0
-        if kind in _WITH_CLASS_TOKEN:
-            expected = (
-                1
-                + (getattr(self._tower, "num_register_tokens", 0) or 0)
-                + (kind == "deit")
-            )
-        if states.shape[1] != expected + rows * columns:
+        """Count class and register tokens, and check that all others form the grid."""
+        rows, columns = self._grid(*pixels.shape[-2:])
+        model_type = self._tower.model_type
+        n_special = 0
+        if model_type in _WITH_CLASS_TOKEN:
+            n_registers = getattr(self._tower, "num_register_tokens", 0) or 0
+            n_special = 1 + n_registers + (model_type == "deit")
+        if states.shape[1] != n_special + rows * columns:
             raise ValueError(
-                f"{self._name} ({kind}) makes {states.shape[1]} tokens of a picture, which are not "
-                f"{expected} special ones and a grid of {rows} x {columns}. Wrap the model in a "
-                "CallableBackend that returns the tokens you want."
+                f"{self._name} ({model_type}) returns {states.shape[1]} tokens for an "
+                f"image, which are not {n_special} special ones and a grid of {rows} x "
+                f"{columns}. Wrap the model in a CallableBackend that returns the patches."
             )
-        return expected
+        return n_special
 
     def _states(self, model, inputs):
-        """Run the model or the tower; return (batch, tokens, dim) states, or its own vector."""
+        """Run the model or tower. Return states (batch, tokens, dim), or pooled vectors."""
         if self.pooling == "projected":
-            run = (
-                model.get_text_features
-                if self.modality == "text"
-                else model.get_image_features
-            )
-            output = run(**inputs)  # in transformers 5 the vector is a field of it
+            run = model.get_image_features
+            if self.modality == "text":
+                run = model.get_text_features
+            output = run(**inputs)
+            # In transformers 5 the vector is a field of the output.
             return [getattr(output, "pooler_output", output).float()]
         if self._is_dual:
             model = model.text_model if self.modality == "text" else model.vision_model
@@ -501,8 +475,8 @@ class HuggingFaceBackend:
             vector = getattr(model(**inputs), "pooler_output", None)
             if vector is None:
                 raise ValueError(
-                    f"pooling='pooler', but {self._name} ({self._config.model_type}) has no pooled "
-                    "vector of its own. Pass pooling='mean', 'cls' or 'last'."
+                    f"pooling='pooler', but {self._name} ({self._model_type}) has no "
+                    "pooled vector of its own. Pass pooling='mean', 'cls' or 'last'."
                 )
             return [vector.float().flatten(1)]
         if self.layers == [self._n_layers]:
@@ -510,98 +484,105 @@ class HuggingFaceBackend:
         output = model(output_hidden_states=True, **inputs)
         if len(output.hidden_states) != self._n_layers + 1:
             raise ValueError(
-                f"{self._name} ({self._config.model_type}) returned {len(output.hidden_states)} "
-                f"hidden states, and {self._n_layers + 1} were expected. Leave layer=-1."
+                f"{self._name} ({self._model_type}) returned {len(output.hidden_states)} "
+                f"hidden states; expected {self._n_layers + 1}. Leave layer=-1."
             )
         states = [*output.hidden_states[: self._n_layers], output.last_hidden_state]
         return [_as_sequence(states[layer]) for layer in self.layers]
 
-    def _check(self) -> None:
-        """Refuse what the checkpoint cannot do, and what would silently have no effect."""
-        kind = self._config.model_type
-        if kind in _RANDOM:
+    def _check_model(self) -> None:
+        """Raise an error for checkpoints whose vectors are not reproducible."""
+        if self._model_type in _RANDOM:
             raise ValueError(
-                f"{self._name} ({kind}) masks patches at random, so a picture has no vector of "
-                "its own. Choose another checkpoint."
+                f"{self._name} ({self._model_type}) masks patches at random, so that the "
+                "vector of an image is not unique. Choose another checkpoint."
             )
         if self.checkpoint.file("adapter_config.json", optional=True) is not None:
             raise ValueError(
-                f"{self._name} has an adapter, which changes vectors only where peft is installed. "
-                "Load it with peft, merge it into the model and save that: "
+                f"{self._name} has an adapter, which changes vectors only if peft is "
+                "installed. Load it with peft, merge it into the model and save that: "
                 "model.merge_and_unload().save_pretrained(directory)."
             )
-        if kind == "big_bird" and self._config.attention_type == "block_sparse":
+        if (
+            self._model_type == "big_bird"
+            and self._config.attention_type == "block_sparse"
+        ):
             raise ValueError(
-                f"{self._name} (big_bird) changes its attention for good at the first short text. "
-                "Save it with attention_type='original_full'."
+                f"{self._name} (big_bird) changes its attention permanently at the first "
+                "short text. Save it with attention_type='original_full'."
             )
         rope = getattr(self._tower, "rope_parameters", None) or {}
-        short = rope.get("original_max_position_embeddings") or 0
-        if (
-            rope.get("rope_type") == "longrope"
-            and (self.max_length or short + 1) > short
-        ):
+        limit = rope.get("original_max_position_embeddings") or 0
+        is_longer = (self.max_length or math.inf) > limit
+        if rope.get("rope_type") == "longrope" and is_longer:
             raise ValueError(
-                f"{self._name} ({kind}) encodes a text differently beside one of more than {short} "
-                f"tokens. Pass max_length={short}."
+                f"{self._name} ({self._model_type}) encodes a text differently beside one "
+                f"of more than {limit} tokens. Pass max_length={limit}."
             )
+
+    def _check_parameters(self) -> None:
+        """Raise an error for parameters that the model does not support or would ignore."""
+        is_last_layer = self.layers == [self._n_layers]
         if self.modality == "image" and self.max_length_parameter is not None:
             raise ValueError("max_length would have no effect: the cells are images.")
-        if self._is_hierarchical and self.layers != [self._n_layers]:
+        if self._is_hierarchical and not is_last_layer:
             raise ValueError(
-                f"layer={self.layer}, but the widths and grids of the stages of {self._name} "
-                f"({kind}) are not known here; leave layer=-1."
+                f"layer={self.layer}, but the widths and grids of the stages of "
+                f"{self._name} ({self._model_type}) are unknown; leave layer=-1."
             )
-        if self.output == "tokens":
-            if self.pooling_parameter != "auto":
-                raise ValueError(
-                    f"pooling={self.pooling_parameter!r} would have no effect with output='tokens'."
-                )
-            if self.modality == "image" and self._cell_size is None:
-                raise ValueError(
-                    f"The patches of {self._name} ({kind}) cannot be told from its configuration; "
-                    "wrap the model in a CallableBackend."
-                )
-        if self.pooling in ("projected", "pooler") and self.layers != [self._n_layers]:
+        if self.output == "tokens" and self.pooling_parameter != "auto":
             raise ValueError(
-                f"layer={self.layer}, but pooling={self.pooling_parameter!r} takes the model's own "
-                "vector, which comes after all layers. Pass pooling='mean' or 'cls'."
+                f"pooling={self.pooling_parameter!r} would have no effect with "
+                "output='tokens'."
+            )
+        is_image_tokens = self.output == "tokens" and self.modality == "image"
+        if is_image_tokens and self._cell_size is None:
+            raise ValueError(
+                f"The size of the patches of {self._name} ({self._model_type}) is not in "
+                "its configuration; wrap the model in a CallableBackend."
+            )
+        if self.pooling in ("projected", "pooler") and not is_last_layer:
+            raise ValueError(
+                f"layer={self.layer}, but pooling={self.pooling_parameter!r} takes the "
+                "model's own vector, which comes after all layers. Pass pooling='mean' "
+                "or 'cls'."
             )
         widths = {self._width(layer) for layer in self.layers}
-        if len(widths) > 1 and (
-            self.layer_aggregation == "mean" or self.output == "tokens"
-        ):
+        needs_equal_widths = self.layer_aggregation == "mean" or self.output == "tokens"
+        if len(widths) > 1 and needs_equal_widths:
             raise ValueError(
-                f"The layers {self.layer} of {self._name} differ in width or in grid; pool them "
-                "with layer_aggregation='concat', or choose one."
+                f"The layers {self.layer} of {self._name} differ in width or in grid; "
+                "pool them with layer_aggregation='concat', or choose a single layer."
             )
 
     def _check_weights(self, absent) -> None:
-        """Refuse weights that transformers made up, unless nothing is done with them."""
+        """Raise an error for weights that are used and absent from the checkpoint."""
         if not self._is_dual and self.pooling != "pooler":
             absent = [key for key in absent if "pooler" not in key]
         if absent:
             raise OSError(
                 f"{self._name} lacks {len(absent)} weights of its architecture, such as "
-                f"{absent[:2]}; they would be made up at random. Save the whole model by "
-                "save_pretrained."
+                f"{absent[:2]}; they would be initialised at random. Save the full model "
+                "by save_pretrained."
             )
 
-    def _towers(self) -> list[Modality]:
+    def _modalities(self) -> list[Modality]:
+        """List the modalities that the checkpoint encodes."""
         config = self._config
         if self._is_dual:
             return ["text", "image"]
-        if hasattr(config, "vision_config") or not (
-            hasattr(config, "num_channels") or hasattr(config, "vocab_size")
-        ):
+        has_images = hasattr(config, "num_channels")
+        has_text = hasattr(config, "vocab_size")
+        if hasattr(config, "vision_config") or not (has_images or has_text):
             raise ValueError(
-                f"{self._name} ({config.model_type}) is neither a text model, a vision model nor a "
-                "dual encoder of both with a common space. Wrap it in a CallableBackend."
+                f"{self._name} ({self._model_type}) is neither a text model, a vision "
+                "model nor a dual encoder of both with a common space. Wrap it in a "
+                "CallableBackend."
             )
-        return ["image"] if hasattr(config, "num_channels") else ["text"]
+        return ["image"] if has_images else ["text"]
 
     def _width(self, layer: int) -> int:
-        """Find the width of a hidden state in the configuration."""
+        """Return the width of a hidden state, from the configuration."""
         config = self._tower
         is_last = layer == self._n_layers
         if is_last and getattr(config, "neck_hidden_sizes", None):  # MobileViT
@@ -609,45 +590,48 @@ class HuggingFaceBackend:
         if is_last and getattr(config, "word_embed_proj_dim", None):  # OPT
             return config.word_embed_proj_dim
         if self._is_convolutional:
-            widths = [getattr(config, "embedding_size", config.hidden_sizes[0])]
-            return [*widths, *config.hidden_sizes][layer]
-        for named in (config, config.get_text_config()):
+            stem_width = getattr(config, "embedding_size", config.hidden_sizes[0])
+            return [stem_width, *config.hidden_sizes][layer]
+        for source in (config, config.get_text_config()):
             for name in _WIDTHS:
-                if isinstance(getattr(named, name, None), int):
-                    return getattr(named, name)
+                if isinstance(getattr(source, name, None), int):
+                    return getattr(source, name)
         if is_last and self.modality == "image" and not self._is_dual:
             width = _measure_width(self.checkpoint, self.checkpoint.identity())
             if width is not None:
                 return width
         raise ValueError(
-            f"The width of the vectors of {self._name} ({config.model_type}) cannot be read from "
+            f"The width of the vectors of {self._name} ({config.model_type}) is not in "
             "its configuration; wrap the model in a CallableBackend."
         )
 
-    def _grid(self, size) -> tuple[int, int]:
-        """Count the rows and columns of patches, or of the feature map, in pixels of a size."""
-        if self._is_convolutional or self._is_hierarchical:  # which pad the last cell
-            return tuple(-(-length // self._cell_size) for length in size)
-        return tuple(length // self._cell_size for length in size)
+    def _grid(self, height, width) -> tuple[int, int]:
+        """Return the rows and columns of patches, or of the feature map, of an image."""
+        rows, columns = height / self._cell_size, width / self._cell_size
+        if self._is_convolutional or self._is_hierarchical:
+            return math.ceil(rows), math.ceil(columns)  # these pad the image
+        return math.floor(rows), math.floor(columns)
 
     @functools.cached_property
     def _cell_size(self) -> int | None:
-        """Pixels from one token of a picture to the next; None where the configuration is mute."""
+        """Pixels between neighbouring tokens of an image; None if unknown."""
         config = self._tower
         if self._is_convolutional:
+            # The last map has stride 32, and each earlier one half of it.
             return 32 >> (self._n_layers - self.layers[0])
-        patch = getattr(config, "patch_size", None)
-        patch = patch[0] if isinstance(patch, list | tuple) else patch
-        return patch and patch << (
-            len(config.depths) - 1 if self._is_hierarchical else 0
-        )
+        patch_size = getattr(config, "patch_size", None)
+        if isinstance(patch_size, list | tuple):
+            patch_size = patch_size[0]
+        if patch_size and self._is_hierarchical:
+            # Patches are merged two by two between the stages.
+            return patch_size << (len(config.depths) - 1)
+        return patch_size
 
     @functools.cached_property
     def _n_layers(self) -> int:
-        config = self._tower
         if self._is_convolutional:
-            return len(config.hidden_sizes)
-        return getattr(config, "num_hidden_layers", None) or 0
+            return len(self._tower.hidden_sizes)
+        return getattr(self._tower, "num_hidden_layers", None) or 0
 
     @functools.cached_property
     def _is_convolutional(self) -> bool:
@@ -655,51 +639,50 @@ class HuggingFaceBackend:
 
     @functools.cached_property
     def _is_hierarchical(self) -> bool:
-        """Tell transformers that merge patches from stage to stage, as Swin does."""
+        """Whether the model merges patches from stage to stage, as Swin does."""
         return hasattr(self._tower, "depths") and not self._is_convolutional
 
     @functools.cached_property
     def _is_dual(self) -> bool:
-        """Tell an encoder of texts and images from a generative model that reads both."""
+        """Whether texts and images have a common space, unlike in generative models."""
         config = self._config
-        return (
-            hasattr(config, "text_config")
-            and hasattr(config, "vision_config")
-            and (
-                hasattr(config, "projection_dim")
-                or config.model_type.startswith("siglip")
-            )
+        if not (hasattr(config, "text_config") and hasattr(config, "vision_config")):
+            return False
+        return hasattr(config, "projection_dim") or self._model_type.startswith(
+            "siglip"
         )
 
     @functools.cached_property
     def _tower(self):
-        """The configuration of the model, or of the dual encoder's tower that is asked for."""
+        """Configuration of the model, or of the dual encoder's tower for the modality."""
         if not self._is_dual:
             return self._config
-        return (
-            self._config.text_config
-            if self.modality == "text"
-            else self._config.vision_config
-        )
+        if self.modality == "text":
+            return self._config.text_config
+        return self._config.vision_config
 
     @functools.cached_property
     def _head(self) -> list[dict[str, Any]]:
-        """What sentence-transformers files do to a pooled vector.
+        """Steps of the sentence-transformers files after pooling.
 
-        Dense layers are trained for the files' own pooling, and left out for another.
+        Dense layers are trained for the pooling of the files, and skipped for another
+        one.
         """
         if self.output == "tokens":
             return []
         steps = self._settings.get("head", [])
-        if self.pooling != self._settings.get("pooling") or self.layers != [
-            self._n_layers
-        ]:
-            return [step for step in steps if step["kind"] == "normalize"]
-        return steps
+        is_last_layer = self.layers == [self._n_layers]
+        if self.pooling == self._settings.get("pooling") and is_last_layer:
+            return steps
+        return [step for step in steps if step["kind"] == "normalize"]
 
     @property
     def _name(self) -> str:
         return repr(self.checkpoint.model)
+
+    @property
+    def _model_type(self) -> str:
+        return self._config.model_type
 
     @functools.cached_property
     def _config(self):
@@ -724,17 +707,16 @@ class HuggingFaceBackend:
 
 @dataclass
 class _Loaded:
-    """A model on its device, and what prepares cells for it, loaded when first asked for.
+    """A model on its device, with its tokenizer or image processor, loaded on first use.
 
-    A checkpoint may lie in several places. What prepares is read where the encoder that asks has
-    found it: elsewhere it may have been changed since the model was loaded.
+    The same weights may lie at several paths. Tokenizers and processors are read from
+    the path of the first encoder that uses them, since files elsewhere may have changed
+    after the model was loaded.
     """
 
     model: Any
     absent: list[str]  # weights that the checkpoint lacks
-    batchings: dict[Any, str] = field(
-        default_factory=dict
-    )  # backend -> cells that share a batch
+    batchings: dict[Any, str] = field(default_factory=dict)  # by backend
     tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokenizer: Any = None
     _image_processor: Any = None
@@ -752,12 +734,13 @@ class _Loaded:
 
 @functools.lru_cache(maxsize=64)
 def _measure_width(checkpoint, identity) -> int | None:
-    """Run an image model without its weights, where its configuration does not name the width."""
+    """Run an image model on the meta device to find a width that is not configured."""
     from transformers import AutoModel
 
     config = copy.deepcopy(checkpoint.config())
     size = getattr(config, "image_size", None) or 224
-    size = (size, size) if isinstance(size, int) else size
+    if isinstance(size, int):
+        size = (size, size)
     torch = _torch()
     try:
         with _quiet(), torch.device("meta"), torch.inference_mode():
@@ -766,7 +749,7 @@ def _measure_width(checkpoint, identity) -> int | None:
             )
             pixels = torch.empty(1, config.num_channels, *size)
             states = model.eval()(pixel_values=pixels).last_hidden_state
-    except Exception:  # of any architecture; the caller says what to do
+    except Exception:  # architectures raise any error; the caller says how to proceed
         return None
     return _as_sequence(states).shape[-1]
 
@@ -778,23 +761,29 @@ def _load_tokenizer(checkpoint):
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(**checkpoint.source())
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:  # of a tokenizer class without its files
+    except (KeyError, TypeError, ValueError) as error:  # the class lacks its files
         reason = " ".join(str(error).split())
         raise OSError(
-            f"The tokenizer of {checkpoint.model!r} cannot be loaded. Save it beside the model: "
-            f"tokenizer.save_pretrained(directory). (transformers says: {reason})"
+            f"The tokenizer of {checkpoint.model!r} cannot be loaded. Save it beside the "
+            "model: tokenizer.save_pretrained(directory). (transformers says: "
+            f"{reason})"
         ) from error
-    # Where the files are absent, transformers makes one that knows no word and says nothing.
+    # Without files transformers silently makes a tokenizer with an empty vocabulary.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise OSError(
-            f"{checkpoint.model!r} holds no tokenizer files, without which every text looks alike. "
-            "Save the tokenizer beside the model: tokenizer.save_pretrained(directory)."
+            f"{checkpoint.model!r} holds no tokenizer files, without which all texts have "
+            "the same tokens. Save the tokenizer beside the model: "
+            "tokenizer.save_pretrained(directory)."
         )
     return tokenizer
+
+
+def _load_image_processor(checkpoint):
+    from transformers import AutoImageProcessor
+
+    checkpoint.check_image_processor()
+    # Pillow resizes identically on every machine; torchvision, if installed, does not.
+    return AutoImageProcessor.from_pretrained(backend="pil", **checkpoint.source())
 
 
 def _trial_cells(modality) -> list:
@@ -808,14 +797,14 @@ def _trial_cells(modality) -> list:
 
 
 def _length(prepared) -> int:
-    """Count the tokens of a prepared text, or what an image costs in tokens."""
+    """Return the number of tokens of a prepared text or image."""
     if isinstance(prepared, dict):
         return len(prepared["input_ids"])
-    return max(1, prepared[0].size // _PIXELS_A_TOKEN)
+    return max(1, prepared[0].size // _PIXELS_PER_TOKEN)
 
 
 def _encode_in_groups(encode, prepared, batching: str):
-    """Encode cells together as far as they may share a batch; keep their order."""
+    """Encode cells together if they may share a batch; keep their order."""
     if batching == "any":
         return encode(prepared)
     groups: dict[int, list[int]] = {}
@@ -827,125 +816,133 @@ def _encode_in_groups(encode, prepared, batching: str):
         encoded = encode([prepared[position] for position in positions])
         for position, value in zip(positions, encoded, strict=True):
             values[position] = value
-    return values if encoded[0].ndim == 2 else np.stack(values)
+    if values[0].ndim == 2:  # tokens
+        return values
+    return np.stack(values)
+
+
+def _padding_values(tokenizer) -> dict[str, int]:
+    """Return the padding value of each input of a model."""
+    # Padding is masked, so that any token may replace an undefined padding token.
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return {
+        "input_ids": next(token for token in tokens if token is not None),
+        "token_type_ids": tokenizer.pad_token_type_id,
+        "attention_mask": 0,
+        "special_tokens_mask": 1,
+    }
 
 
 def _prompt_length(tokenizer, prompt: str) -> int:
-    """Count the tokens of a prompt, without the one that ends a text."""
+    """Count the tokens of a prompt, without the token that ends a text."""
     ids = tokenizer(prompt)["input_ids"]
     return len(ids) - (bool(ids) and ids[-1] in tokenizer.all_special_ids)
 
 
-def _load_image_processor(checkpoint):
-    from transformers import AutoImageProcessor
-
-    checkpoint.check_image_processor()
-    # Pillow resizes alike on every machine; torchvision, where present, would not.
-    return AutoImageProcessor.from_pretrained(backend="pil", **checkpoint.source())
-
-
 def _head_step(step, checkpoint, device):
-    """Make a function of one step that sentence-transformers files apply to pooled vectors."""
+    """Return the function of one sentence-transformers step after pooling."""
     torch = _torch()
     if step["kind"] == "normalize":
         return lambda vectors: torch.nn.functional.normalize(vectors, dim=1)
     if step["kind"] == "truncate":
         return lambda vectors: vectors[:, : step["n_features"]]
-    weights = checkpoint.tensors(step["path"])
-    if "linear.weight" not in weights:
+    tensors = checkpoint.tensors(step["path"])
+    if "linear.weight" not in tensors:
         raise OSError(
             f"The weights in the folder {step['path']!r} of {checkpoint.model!r} lack "
-            f"'linear.weight'; they are {list(weights)}. Download the whole model again."
+            f"'linear.weight'; they are {list(tensors)}. Download the full model again."
         )
-    weights = {name: tensor.to(device).float() for name, tensor in weights.items()}
+    weight = tensors["linear.weight"].to(device).float()
+    bias = tensors.get("linear.bias")
+    if bias is not None:
+        bias = bias.to(device).float()
     activation = getattr(torch.nn, step["activation"])()
-    return lambda vectors: activation(
-        torch.nn.functional.linear(
-            vectors, weights["linear.weight"], weights.get("linear.bias")
-        )
-    )
+    return lambda vectors: activation(torch.nn.functional.linear(vectors, weight, bias))
 
 
-def _most_tokens(config) -> int | None:
-    """Find how many tokens a model has positions for, where it says so."""
-    most = max(getattr(config, "max_position_embeddings", None) or 0, 0) or None
-    if most and config.model_type in _OFFSET_POSITIONS:
-        most -= config.pad_token_id + 1
-    return most
+def _n_positions(config) -> int | None:
+    """Return the maximum number of tokens of a model, or None."""
+    n_positions = getattr(config, "max_position_embeddings", None) or 0
+    if n_positions <= 0:
+        return None
+    if config.model_type in _OFFSET_POSITIONS:
+        n_positions -= config.pad_token_id + 1
+    return n_positions
 
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep transformers from printing a bar and a report for every model that a worker loads.
+    """Hide the progress bar and the report of transformers while a model is loaded.
 
-    What the report says of weights that are used and absent is an error of ours.
+    Weights that the report lists as absent raise an error of this package instead.
     """
     from transformers.utils import logging
 
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    has_progress_bar = logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity(max(verbosity, logging.ERROR))
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if shown:
+        if has_progress_bar:
             logging.enable_progress_bar()
 
 
 def _torch():
-    """Import torch when a model is about to run, and not before."""
+    """Import torch only when a model is about to run."""
     import torch
 
     return torch
 
 
 def _pad(rows, value, device):
-    """Stack rows of different lengths, padded on the right: on the left, positions would shift."""
+    """Stack rows of different lengths, padded on the right to keep their positions."""
     torch = _torch()
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, True, value).to(
-        device
-    )  # (batch, tokens)
+    padded = torch.nn.utils.rnn.pad_sequence(tensors, True, value)  # (batch, tokens)
+    return padded.to(device)
 
 
 def _as_sequence(states):
-    """Lay out a convolutional network's (batch, dim, height, width) as (batch, tokens, dim)."""
+    """Reshape feature maps (batch, dim, height, width) to (batch, tokens, dim)."""
     states = states.float()
-    return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+    if states.ndim == 4:
+        states = states.flatten(2).transpose(1, 2)
+    return states
 
 
-def _pool(states, keep, pooling: str):
-    """Reduce (batch, tokens, dim) to (batch, dim), leaving out what `keep` marks by 0."""
+def _pool(states, mask, pooling: str):
+    """Reduce (batch, tokens, dim) to (batch, dim) over the tokens with mask 1."""
     torch = _torch()
-    if keep is None:
-        keep = torch.ones(states.shape[:2], device=states.device)
-    keep = keep.to(states.dtype)  # (batch, tokens)
+    if mask is None:
+        mask = torch.ones(states.shape[:2], device=states.device)
+    mask = mask.to(states.dtype)  # (batch, tokens)
     rows = torch.arange(len(states), device=states.device)
     if pooling == "cls":
-        return states[rows, keep.argmax(dim=1)]
+        return states[rows, mask.argmax(dim=1)]
     if pooling == "last":
-        return states[rows, keep.shape[1] - 1 - keep.flip(1).argmax(dim=1)]
+        return states[rows, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)]
     if pooling == "max":
-        return states.masked_fill(keep[..., None] == 0, float("-inf")).amax(dim=1)
+        return states.masked_fill(mask[..., None] == 0, float("-inf")).amax(dim=1)
     if pooling == "weightedmean":
-        keep = keep * torch.arange(1, keep.shape[1] + 1, device=keep.device)
-    n_tokens = keep.sum(dim=1, keepdim=True)
-    total = (states * keep[..., None]).sum(dim=1)
-    return total / (n_tokens.sqrt() if pooling == "mean_sqrt_len" else n_tokens)
+        mask = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    norm = mask.sum(dim=1, keepdim=True)
+    if pooling == "mean_sqrt_len":
+        norm = norm.sqrt()
+    return (states * mask[..., None]).sum(dim=1) / norm
 
 
 def _combine(states, aggregation: str):
-    """Join the vectors of several layers, or average them."""
+    """Concatenate or average the vectors of several layers."""
     torch = _torch()
-    return (
-        torch.stack(states).mean(0)
-        if aggregation == "mean"
-        else torch.cat(states, dim=-1)
-    )
+    if aggregation == "mean":
+        return torch.stack(states).mean(0)
+    return torch.cat(states, dim=-1)
 
 
-def _ragged(states, keep):
-    """Split (batch, tokens, dim) into an array (T_i, dim) a cell, of the tokens to keep."""
-    states, keep = states.cpu().numpy(), keep.bool().cpu().numpy()
-    return [state[kept] for state, kept in zip(states, keep, strict=True)]
+def _ragged(states, mask):
+    """Split (batch, tokens, dim) into an array (T_i, dim) of unmasked tokens per cell."""
+    states, mask = states.cpu().numpy(), mask.bool().cpu().numpy()
+    return [state[rows] for state, rows in zip(states, mask, strict=True)]
