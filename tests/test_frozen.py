@@ -315,7 +315,7 @@ def test_bad_columns_are_refused(text_backend, X, error, message):
         (np.zeros(9), r"returned shape \(9,\)"),
         (
             np.full((2, 9), np.nan),
-            "Row 0 .* returned NaN or too large numbers for the cell 'a'",
+            "Row 0 .* returned NaN or too large numbers: cell 'a'",
         ),
     ],
 )

@@ -110,10 +110,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         encoders such as CLIP.
 
     output : {"pooled", "tokens"}, default="pooled"
-        Whether to return one vector per cell, or the vectors of its tokens (words, image
-        patches, cells of a convolutional feature map). Tokens are one object column of
-        arrays of shape (n_tokens, n_features), with None for missing cells. Special tokens,
-        such as class and register tokens, are excluded. See :meth:`grid_shape`.
+        Whether to return one vector per cell, or the vectors of its tokens (words,
+        image patches, cells of a convolutional feature map). Tokens are one object
+        column of arrays of shape (n_tokens, n_features), with None for missing cells.
+        Special tokens, such as class and register tokens, are excluded. See
+        :meth:`grid_shape`.
 
     pooling : {"auto", "mean", "cls", "max", "last", "pooler"}, default="auto"
         How the vectors of tokens are reduced to one. "auto" follows the files of
@@ -547,7 +548,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             )
 
     def _hash_cells(self, column, modality):
-        """Yield the hash of each cell, and None where it is missing."""
+        """Yield the hash of each cell; None for missing cells."""
         settings = getattr(self, "_image_settings", None)
         for row, cell in enumerate(column.cells):
             key = None
@@ -692,11 +693,12 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             vectors, is_finite = self._validate_values(values, len(done), space)
             failed = list(itertools.compress(done, ~is_finite))
             done = list(itertools.compress(done, is_finite))
-            yield list(set(batch).difference(failed)), done, vectors
+            rest = list(set(batch).difference(failed))
+            yield rest, done, vectors
             for i in failed:
                 error = ValueError(
-                    "the model returned NaN or too large numbers for the cell "
-                    f"{shorten(column.cells[rows[i]])} in {space.dtype}. Drop the "
+                    "the model returned NaN or too large numbers: cell "
+                    f"{shorten(column.cells[rows[i]])}, dtype {space.dtype}. Drop the "
                     "cell, mark it as missing by None, or pass errors='missing'"
                 )
                 self._raise_or_record(error, column, rows[i])
@@ -761,16 +763,14 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         texts = [
             cell for cell in column.cells[:_N_SAMPLE_CELLS] if isinstance(cell, str)
         ]
-        for text in texts:
-            if not names_image_file(text):
-                return
-        if not texts:
+        if not texts or not all(map(names_image_file, texts)):
             return
         column.warn_once(
             "image files",
             f"The cells of {column} are the names of image files, such as "
-            f"{texts[0]!r}, and {self.model!r} encodes text: it reads the names, not the "
-            "images. Choose an image model, or modality='image' if the model encodes both.",
+            f"{texts[0]!r}, and {self.model!r} encodes text: it reads the names, not "
+            "the images. Choose an image model, or modality='image' if the model "
+            "encodes both.",
             stacklevel=4,
         )
 
@@ -797,8 +797,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if fingerprint != space.fingerprint:
             raise OSError(
                 f"{self.model!r} had another fingerprint in fit, under other versions "
-                "of the libraries, so that new vectors would not match the stored ones. "
-                "Fit the encoder again."
+                "of the libraries, so that new vectors would not match the stored "
+                "ones. Fit the encoder again."
             )
 
     def _backend_and_space(self):
@@ -877,8 +877,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if changed:
             warnings.warn(
                 f"This encoder was fitted with other settings ({', '.join(changed)}), "
-                "so its vectors differ from those that downstream estimators were fitted "
-                "on. Fit again, or set the parameters back.",
+                "so its vectors differ from those that downstream estimators were "
+                "fitted on. Fit again, or set the parameters back.",
                 UserWarning,
                 stacklevel=4,
             )

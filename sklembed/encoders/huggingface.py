@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import math
+import re
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,10 +114,9 @@ class HuggingFaceBackend:
             for step in reversed(self._head):
                 if "n_features" in step:
                     return step["n_features"]
-        widths = [self._width(layer) for layer in self.layers]
         if self.layer_aggregation == "mean":
-            return widths[0]
-        return sum(widths)
+            return self._widths[0]
+        return sum(self._widths)
 
     @functools.cached_property
     def pooling(self) -> str:
@@ -138,11 +138,11 @@ class HuggingFaceBackend:
         layers = self.layer
         if isinstance(layers, int):
             layers = [layers]
-        if not layers or not all(isinstance(layer, int) for layer in layers):
-            raise ValueError(
-                f"layer must be an int or a list of ints; got {self.layer!r}."
-            )
-        for layer in layers:
+        for layer in layers or [None]:
+            if not isinstance(layer, int):
+                raise ValueError(
+                    f"layer must be an int or a list of ints; got {self.layer!r}."
+                )
             if not -n_layers - 1 <= layer <= n_layers:
                 raise ValueError(
                     f"layer={layer}, but {self._name} has hidden states 0 (the "
@@ -158,8 +158,8 @@ class HuggingFaceBackend:
             return self._settings.get("max_length")
         if n_positions and max_length > n_positions:
             raise ValueError(
-                f"max_length={max_length}, but {self._name} takes at most {n_positions} "
-                "tokens. Leave max_length=None, or lower it."
+                f"max_length={max_length}, but {self._name} takes at most "
+                f"{n_positions} tokens. Leave max_length=None, or lower it."
             )
         return int(max_length)
 
@@ -212,7 +212,7 @@ class HuggingFaceBackend:
         if len(self.layers) > 1:
             description["layer_aggregation"] = self.layer_aggregation
         if self.output == "tokens":
-            # Special tokens are always excluded; the entry keeps the keys of stored vectors.
+            # Special tokens are never returned; the entry keeps keys of stored vectors.
             description["special_tokens"] = False
         else:
             description |= {"pooling": self.pooling, "head": self._head}
@@ -245,13 +245,13 @@ class HuggingFaceBackend:
                 output_loading_info=True,
                 **self.checkpoint.model_source(),
             )
-        unused = ["lm_head"]
+        unused = "lm_head"
         if hasattr(model, "encoder") and hasattr(model, "decoder"):  # such as T5
             model = model.get_encoder()
-            unused.append("decoder")
+            unused = "lm_head|decoder"
         absent = []
         for key in report["missing_keys"]:
-            if not any(name in key for name in unused):
+            if re.search(unused, key) is None:
                 absent.append(key)
         for key in report["mismatched_keys"]:
             absent.append(str(key))
@@ -320,7 +320,7 @@ class HuggingFaceBackend:
         tolerance = TOLERANCES[self._dtype_name] * max(np.linalg.norm(vector), 1e-12)
 
         def is_unchanged(batch):
-            # The last of the batch: some models apply the mask of the first cell to all.
+            # The last cell: some models apply the mask of the first one to all.
             batch_vector = encode(batch)[-1]
             if batch_vector.shape != vector.shape:
                 return False
@@ -336,20 +336,20 @@ class HuggingFaceBackend:
         if is_unchanged([first]):
             return "none"
         raise ValueError(
-            f"{self._name} ({self._model_type}) gives the same cell another vector each "
-            "time, so its vectors cannot be stored. Choose another checkpoint."
+            f"{self._name} ({self._model_type}) gives the same cell another vector "
+            "each time, so its vectors cannot be stored. Choose another checkpoint."
         )
 
     def _text_steps(self, loaded):
         """Return the functions that tokenise texts and run the model on them."""
-        tokenizer = loaded.tokenizer(self.checkpoint)
+        tokenizer, model = loaded.tokenizer(self.checkpoint), loaded.model
         prompt = self._settings.get("prompt", "")
         lower_case = self._settings.get("lower_case", False)
         max_length = self._tokenizer_limit(tokenizer)
         n_skipped = 0
         if not self._settings.get("pool_prompt", True):
             n_skipped = _prompt_length(tokenizer, prompt)
-        # SigLIP reads the last position, and was trained on texts padded to full length.
+        # SigLIP reads the last position, and was trained on texts of full length.
         pads_to_max = self._model_type.startswith("siglip")
         padding = _padding_values(tokenizer)
         placeholder = padding | {"attention_mask": 1}
@@ -368,7 +368,9 @@ class HuggingFaceBackend:
                     return_special_tokens_mask=True,
                 )
             cells = [{} for _ in texts]
-            for name in padding.keys() & columns.keys():
+            for name in padding:
+                if name not in columns:
+                    continue
                 for cell, tokens in zip(cells, columns[name], strict=True):
                     # Without special tokens an empty text has no token at all.
                     cell[name] = tokens or [placeholder[name]]
@@ -377,8 +379,7 @@ class HuggingFaceBackend:
         def run(prepared):
             inputs = {}
             for name in prepared[0]:
-                rows = [cell[name] for cell in prepared]
-                inputs[name] = _pad(rows, padding[name], loaded.model.device)
+                inputs[name] = _pad(prepared, name, padding[name]).to(model.device)
             is_special = inputs.pop("special_tokens_mask")
             mask = inputs["attention_mask"].clone()
             if pads_to_max:
@@ -388,12 +389,12 @@ class HuggingFaceBackend:
             mask[is_longer, :n_skipped] = 0
             if self.output == "tokens":
                 mask *= 1 - is_special
-            states = self._states(loaded.model, inputs)
+            states = self._states(model, inputs)
             if states[0].ndim == 3 and states[0].shape[1] != mask.shape[1]:
                 raise ValueError(
                     f"{self._name} ({self._model_type}) returns {states[0].shape[1]} "
-                    f"vectors for {mask.shape[1]} tokens, so they cannot be pooled. Wrap "
-                    "the model in a CallableBackend."
+                    f"vectors for {mask.shape[1]} tokens, so they cannot be pooled. "
+                    "Wrap the model in a CallableBackend."
                 )
             return states, mask
 
@@ -429,8 +430,8 @@ class HuggingFaceBackend:
             for pixels in prepared:
                 if pixels.shape != prepared[0].shape:
                     raise ValueError(
-                        f"{self._name} keeps the proportions of images, so that they do "
-                        "not fit into one batch. Pass batch_size=1, or give its "
+                        f"{self._name} keeps the proportions of images, so that they "
+                        "do not fit into one batch. Pass batch_size=1, or give its "
                         "processor a fixed size."
                     )
             pixels = torch.from_numpy(np.stack(prepared)).to(model.device, model.dtype)
@@ -456,12 +457,12 @@ class HuggingFaceBackend:
             raise ValueError(
                 f"{self._name} ({model_type}) returns {states.shape[1]} tokens for an "
                 f"image, which are not {n_special} special ones and a grid of {rows} x "
-                f"{columns}. Wrap the model in a CallableBackend that returns the patches."
+                f"{columns}. Wrap the model in a CallableBackend that returns patches."
             )
         return n_special
 
     def _states(self, model, inputs):
-        """Run the model or tower. Return states (batch, tokens, dim), or pooled vectors."""
+        """Run the model. Return states (batch, tokens, dim), or pooled vectors."""
         if self.pooling == "projected":
             run = model.get_image_features
             if self.modality == "text":
@@ -484,8 +485,9 @@ class HuggingFaceBackend:
         output = model(output_hidden_states=True, **inputs)
         if len(output.hidden_states) != self._n_layers + 1:
             raise ValueError(
-                f"{self._name} ({self._model_type}) returned {len(output.hidden_states)} "
-                f"hidden states; expected {self._n_layers + 1}. Leave layer=-1."
+                f"{self._name} ({self._model_type}) returned "
+                f"{len(output.hidden_states)} hidden states; expected "
+                f"{self._n_layers + 1}. Leave layer=-1."
             )
         states = [*output.hidden_states[: self._n_layers], output.last_hidden_state]
         return [_as_sequence(states[layer]) for layer in self.layers]
@@ -494,8 +496,8 @@ class HuggingFaceBackend:
         """Raise an error for checkpoints whose vectors are not reproducible."""
         if self._model_type in _RANDOM:
             raise ValueError(
-                f"{self._name} ({self._model_type}) masks patches at random, so that the "
-                "vector of an image is not unique. Choose another checkpoint."
+                f"{self._name} ({self._model_type}) masks patches at random, so that "
+                "the vector of an image is not unique. Choose another checkpoint."
             )
         if self.checkpoint.file("adapter_config.json", optional=True) is not None:
             raise ValueError(
@@ -503,25 +505,23 @@ class HuggingFaceBackend:
                 "installed. Load it with peft, merge it into the model and save that: "
                 "model.merge_and_unload().save_pretrained(directory)."
             )
-        if (
-            self._model_type == "big_bird"
-            and self._config.attention_type == "block_sparse"
-        ):
+        is_sparse = getattr(self._config, "attention_type", None) == "block_sparse"
+        if self._model_type == "big_bird" and is_sparse:
             raise ValueError(
-                f"{self._name} (big_bird) changes its attention permanently at the first "
-                "short text. Save it with attention_type='original_full'."
+                f"{self._name} (big_bird) changes its attention permanently at the "
+                "first short text. Save it with attention_type='original_full'."
             )
         rope = getattr(self._tower, "rope_parameters", None) or {}
         limit = rope.get("original_max_position_embeddings") or 0
-        is_longer = (self.max_length or math.inf) > limit
-        if rope.get("rope_type") == "longrope" and is_longer:
+        is_longrope = rope.get("rope_type") == "longrope"
+        if is_longrope and (self.max_length or math.inf) > limit:
             raise ValueError(
-                f"{self._name} ({self._model_type}) encodes a text differently beside one "
-                f"of more than {limit} tokens. Pass max_length={limit}."
+                f"{self._name} ({self._model_type}) encodes a text differently beside "
+                f"one of more than {limit} tokens. Pass max_length={limit}."
             )
 
     def _check_parameters(self) -> None:
-        """Raise an error for parameters that the model does not support or would ignore."""
+        """Raise an error for parameters that the model cannot use or would ignore."""
         is_last_layer = self.layers == [self._n_layers]
         if self.modality == "image" and self.max_length_parameter is not None:
             raise ValueError("max_length would have no effect: the cells are images.")
@@ -538,8 +538,8 @@ class HuggingFaceBackend:
         is_image_tokens = self.output == "tokens" and self.modality == "image"
         if is_image_tokens and self._cell_size is None:
             raise ValueError(
-                f"The size of the patches of {self._name} ({self._model_type}) is not in "
-                "its configuration; wrap the model in a CallableBackend."
+                f"The size of the patches of {self._name} ({self._model_type}) is not "
+                "in its configuration; wrap the model in a CallableBackend."
             )
         if self.pooling in ("projected", "pooler") and not is_last_layer:
             raise ValueError(
@@ -547,9 +547,8 @@ class HuggingFaceBackend:
                 "model's own vector, which comes after all layers. Pass pooling='mean' "
                 "or 'cls'."
             )
-        widths = {self._width(layer) for layer in self.layers}
         needs_equal_widths = self.layer_aggregation == "mean" or self.output == "tokens"
-        if len(widths) > 1 and needs_equal_widths:
+        if needs_equal_widths and len(set(self._widths)) > 1:
             raise ValueError(
                 f"The layers {self.layer} of {self._name} differ in width or in grid; "
                 "pool them with layer_aggregation='concat', or choose a single layer."
@@ -561,9 +560,9 @@ class HuggingFaceBackend:
             absent = [key for key in absent if "pooler" not in key]
         if absent:
             raise OSError(
-                f"{self._name} lacks {len(absent)} weights of its architecture, such as "
-                f"{absent[:2]}; they would be initialised at random. Save the full model "
-                "by save_pretrained."
+                f"{self._name} lacks {len(absent)} weights of its architecture, such "
+                f"as {absent[:2]}; they would be initialised at random. Save the full "
+                "model by save_pretrained."
             )
 
     def _modalities(self) -> list[Modality]:
@@ -580,6 +579,11 @@ class HuggingFaceBackend:
                 "CallableBackend."
             )
         return ["image"] if has_images else ["text"]
+
+    @functools.cached_property
+    def _widths(self) -> list[int]:
+        """Widths of the hidden states in `layers`."""
+        return [self._width(layer) for layer in self.layers]
 
     def _width(self, layer: int) -> int:
         """Return the width of a hidden state, from the configuration."""
@@ -606,7 +610,7 @@ class HuggingFaceBackend:
         )
 
     def _grid(self, height, width) -> tuple[int, int]:
-        """Return the rows and columns of patches, or of the feature map, of an image."""
+        """Return the rows and columns of the patches or the feature map of an image."""
         rows, columns = height / self._cell_size, width / self._cell_size
         if self._is_convolutional or self._is_hierarchical:
             return math.ceil(rows), math.ceil(columns)  # these pad the image
@@ -654,7 +658,7 @@ class HuggingFaceBackend:
 
     @functools.cached_property
     def _tower(self):
-        """Configuration of the model, or of the dual encoder's tower for the modality."""
+        """Configuration of the model, or of the tower of a dual encoder."""
         if not self._is_dual:
             return self._config
         if self.modality == "text":
@@ -707,11 +711,11 @@ class HuggingFaceBackend:
 
 @dataclass
 class _Loaded:
-    """A model on its device, with its tokenizer or image processor, loaded on first use.
+    """A model on its device, with its tokenizer or image processor.
 
-    The same weights may lie at several paths. Tokenizers and processors are read from
-    the path of the first encoder that uses them, since files elsewhere may have changed
-    after the model was loaded.
+    These are loaded on first use. The same weights may lie at several paths. Tokenizers
+    and processors are read from the path of the first encoder that uses them, since
+    files elsewhere may have changed after the model was loaded.
     """
 
     model: Any
@@ -764,15 +768,15 @@ def _load_tokenizer(checkpoint):
     except (KeyError, TypeError, ValueError) as error:  # the class lacks its files
         reason = " ".join(str(error).split())
         raise OSError(
-            f"The tokenizer of {checkpoint.model!r} cannot be loaded. Save it beside the "
-            "model: tokenizer.save_pretrained(directory). (transformers says: "
+            f"The tokenizer of {checkpoint.model!r} cannot be loaded. Save it beside "
+            "the model: tokenizer.save_pretrained(directory). (transformers says: "
             f"{reason})"
         ) from error
     # Without files transformers silently makes a tokenizer with an empty vocabulary.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise OSError(
-            f"{checkpoint.model!r} holds no tokenizer files, without which all texts have "
-            "the same tokens. Save the tokenizer beside the model: "
+            f"{checkpoint.model!r} holds no tokenizer files, without which all texts "
+            "have the same tokens. Save the tokenizer beside the model: "
             "tokenizer.save_pretrained(directory)."
         )
     return tokenizer
@@ -824,9 +828,12 @@ def _encode_in_groups(encode, prepared, batching: str):
 def _padding_values(tokenizer) -> dict[str, int]:
     """Return the padding value of each input of a model."""
     # Padding is masked, so that any token may replace an undefined padding token.
-    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_token = 0
+    for token in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            pad_token = token
     return {
-        "input_ids": next(token for token in tokens if token is not None),
+        "input_ids": pad_token,
         "token_type_ids": tokenizer.pad_token_type_id,
         "attention_mask": 0,
         "special_tokens_mask": 1,
@@ -897,12 +904,11 @@ def _torch():
     return torch
 
 
-def _pad(rows, value, device):
-    """Stack rows of different lengths, padded on the right to keep their positions."""
+def _pad(cells, name, value):
+    """Stack an input of all cells, padded on the right to keep positions."""
     torch = _torch()
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    padded = torch.nn.utils.rnn.pad_sequence(tensors, True, value)  # (batch, tokens)
-    return padded.to(device)
+    rows = [torch.tensor(cell[name], dtype=torch.long) for cell in cells]
+    return torch.nn.utils.rnn.pad_sequence(rows, True, value)  # (batch, tokens)
 
 
 def _as_sequence(states):
@@ -943,6 +949,6 @@ def _combine(states, aggregation: str):
 
 
 def _ragged(states, mask):
-    """Split (batch, tokens, dim) into an array (T_i, dim) of unmasked tokens per cell."""
+    """Split (batch, tokens, dim) into an array (T_i, dim) of tokens per cell."""
     states, mask = states.cpu().numpy(), mask.bool().cpu().numpy()
     return [state[rows] for state, rows in zip(states, mask, strict=True)]
