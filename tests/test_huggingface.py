@@ -143,7 +143,7 @@ def test_siglip_texts_are_padded_as_in_training(checkpoints):
 def test_a_checkpoint_without_tokenizer_files_is_refused(checkpoints, tmp_path):
     path = tmp_path / "bert"
     shutil.copytree(checkpoints["bert"], path, ignore=shutil.ignore_patterns("*token*"))
-    with pytest.raises(OSError, match="holds no tokenizer files"):
+    with pytest.raises(OSError, match="contains no tokenizer files"):
         encode(str(path), TEXTS)
 
 

@@ -306,7 +306,7 @@ class HuggingFaceBackend:
 
         A model may ignore the attention mask or mix padding into short texts. It may
         also mix the cells of a batch, for example by statistics of the batch.
-        Configurations do not tell.
+        Configurations do not state it.
 
         Raises
         ------
@@ -775,7 +775,7 @@ def _load_tokenizer(checkpoint):
     # Without files transformers silently makes a tokenizer with an empty vocabulary.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise OSError(
-            f"{checkpoint.model!r} holds no tokenizer files, without which all texts "
+            f"{checkpoint.model!r} contains no tokenizer files, without which all texts "
             "have the same tokens. Save the tokenizer beside the model: "
             "tokenizer.save_pretrained(directory)."
         )

@@ -66,7 +66,8 @@ class EmbeddingStore:
     dtype : {"float32", "float16"}, default="float32"
         Precision in which encoders store vectors; "float16" halves the file. Vectors are rounded
         to it before they are returned for the first time, and are always returned as float32.
-        Vectors of both precisions may lie in the same file, under different fingerprints.
+        Vectors of both precisions may lie in the same file, under different fingerprints;
+        pass the same dtype to read them again.
 
     Examples
     --------
