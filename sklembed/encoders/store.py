@@ -64,10 +64,10 @@ class EmbeddingStore:
         and so does a path without a store.
 
     dtype : {"float32", "float16"}, default="float32"
-        Precision in which encoders store vectors; "float16" halves the file. Vectors are rounded
-        to it before they are returned for the first time, and are always returned as float32.
-        Vectors of both precisions may lie in the same file, under different fingerprints;
-        pass the same dtype to read them again.
+        Precision in which encoders store vectors; "float16" halves the file. Vectors
+        are rounded to it before they are returned for the first time, and are always
+        returned as float32. Vectors of both precisions may be in the same file, under
+        different fingerprints; pass the same dtype to read them again.
 
     Examples
     --------
