@@ -224,19 +224,18 @@ each = pytest.mark.parametrize("name", CASES)
 
 
 def output(estimator, X):
-    """Return what a fitted estimator makes of rows."""
-    return (
-        estimator.transform(X)
-        if hasattr(estimator, "transform")
-        else estimator.predict_proba(X)
-    )
+    """Return the output of a fitted estimator."""
+    for method in ("transform", "predict_proba"):
+        if hasattr(estimator, method):
+            return getattr(estimator, method)(X)
+    return estimator.predict(X)
 
 
 def fit_output(estimator, X, y):
-    """Return what an estimator makes of its training rows."""
+    """Return the output of an estimator for its training rows."""
     if hasattr(estimator, "fit_transform"):
         return estimator.fit_transform(X, y)
-    return estimator.fit(X, y).predict_proba(X)
+    return output(estimator.fit(X, y), X)
 
 
 @pytest.fixture
@@ -334,7 +333,7 @@ def test_every_form_of_numeric_input_gives_the_same_numbers(case):
         )
 
 
-@pytest.mark.parametrize("name", NUMERIC)
+@pytest.mark.parametrize("name", [name for name in NUMERIC if "Regressor" not in name])
 def test_every_kind_of_label_gives_the_same_numbers(case):
     estimator, X, y = case
     expected = fit_output(clone(estimator), X, y)
