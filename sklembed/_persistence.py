@@ -1,4 +1,4 @@
-"""How a fitted estimator leaves Python and comes back: safetensors and JSON."""
+"""Save and load fitted estimators as safetensors and JSON."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import numpy as np
 import sklembed
 
 _FORMAT = 1
-# What scikit-learn keeps of requests and callbacks.
-_OF_THE_PROCESS = {"_metadata_request", "_skl_callbacks", "_parent_callback_ctx"}
+# Attributes that scikit-learn sets for metadata routing and callbacks.
+_NOT_SAVED = {"_metadata_request", "_skl_callbacks", "_parent_callback_ctx"}
 _WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
 
 
@@ -19,36 +19,34 @@ def save(estimator, directory) -> None:
     Raises
     ------
     TypeError
-        If a parameter or an attribute is of a kind that JSON does not know.
+        If a parameter or an attribute has a type that JSON does not support.
     """
     from safetensors.numpy import save_file
 
-    arrays, plain = {}, {}
+    params = estimator.get_params(deep=False)
+    arrays, fitted = {}, {}
     for name, value in vars(estimator).items():
-        if name in estimator.get_params(deep=False) or name in _OF_THE_PROCESS:
+        if name in params or name in _NOT_SAVED:
             continue
-        if _is_arrays(value):
-            arrays |= {f"{name}/{key}": array for key, array in value.items()}
-            plain[name] = {"arrays": list(value)}
+        if _is_dict_of_arrays(value):
+            for key, array in value.items():
+                arrays[f"{name}/{key}"] = np.asarray(array, order="C")
+            fitted[name] = {"arrays": list(value)}
         else:
-            plain[name] = {"value": _to_json(value, name)}
+            fitted[name] = {"value": _to_json(value, name)}
+    for name, value in params.items():
+        params[name] = _to_json(value, name)
     config = {
         "format": _FORMAT,
         "class": type(estimator).__name__,
         "sklembed": sklembed.__version__,
-        "params": {
-            name: _to_json(value, name)
-            for name, value in estimator.get_params(deep=False).items()
-        },
-        "fitted": plain,
+        "params": params,
+        "fitted": fitted,
     }
-    text = json.dumps(config, indent=1)  # before anything is written
+    text = json.dumps(config, indent=1)  # can fail, so before anything is written
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: np.asarray(array, order="C") for name, array in arrays.items()},
-        directory / _WEIGHTS,
-    )
+    save_file(arrays, directory / _WEIGHTS)
     (directory / _CONFIG).write_text(text, encoding="utf-8")
 
 
@@ -58,7 +56,7 @@ def load(cls, directory):
     Raises
     ------
     ValueError
-        If the directory holds an estimator of another class or format.
+        If the directory contains an estimator of another class or format.
     """
     from safetensors.numpy import load_file
 
@@ -66,13 +64,12 @@ def load(cls, directory):
     config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
     if (config.get("format"), config.get("class")) != (_FORMAT, cls.__name__):
         raise ValueError(
-            f"{directory} holds a {config.get('class')} in format {config.get('format')}; expected "
-            f"a {cls.__name__} in format {_FORMAT}."
+            f"{directory} contains a {config.get('class')} in format {config.get('format')}; "
+            f"expected a {cls.__name__} in format {_FORMAT}."
         )
     arrays = load_file(directory / _WEIGHTS)
-    estimator = cls(
-        **{name: _from_json(value) for name, value in config["params"].items()}
-    )
+    params = {name: _from_json(value) for name, value in config["params"].items()}
+    estimator = cls(**params)
     for name, entry in config["fitted"].items():
         if "arrays" in entry:
             value = {key: arrays[f"{name}/{key}"] for key in entry["arrays"]}
@@ -82,55 +79,45 @@ def load(cls, directory):
     return estimator
 
 
-def _is_arrays(value) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(v, np.ndarray) for v in value.values()
-    )
+def _is_dict_of_arrays(value) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(isinstance(item, np.ndarray) for item in value.values())
 
 
 def _to_json(value, name):
-    """Turn a value into what JSON knows, arrays and tuples marked so that they come back."""
-    if isinstance(value, np.ndarray):
-        values = [_to_json(item, name) for item in value.tolist()]
-        return {
-            "array": values,
-            "dtype": "object" if value.dtype.kind == "O" else str(value.dtype),
-        }
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, slice):
-        return {
-            "slice": [
-                _to_json(part, name) for part in (value.start, value.stop, value.step)
-            ]
-        }
-    if isinstance(value, tuple):
-        return {"tuple": [_to_json(item, name) for item in value]}
-    if isinstance(value, list):
-        return [_to_json(item, name) for item in value]
-    if isinstance(value, dict):
-        return {
-            "dict": [[_to_json(k, name), _to_json(v, name)] for k, v in value.items()]
-        }
+    """Return a value that JSON supports; arrays, slices and tuples are marked by their type."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        dtype = "object" if value.dtype.kind == "O" else str(value.dtype)
+        return {"array": _to_json(value.tolist(), name), "dtype": dtype}
+    if isinstance(value, list):
+        return [_to_json(item, name) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": _to_json(list(value), name)}
+    if isinstance(value, slice):
+        return {"slice": _to_json([value.start, value.stop, value.step], name)}
+    if isinstance(value, dict):  # a list of pairs, because keys of JSON are strings
+        return {"dict": _to_json([list(item) for item in value.items()], name)}
     raise TypeError(
-        f"{name} holds a {type(value).__name__}, which JSON does not know. Save by pickle, joblib "
-        f"or skops, or set {name} to a plain value first."
+        f"{name} is a {type(value).__name__}, which JSON does not support. Save with pickle, "
+        f"joblib or skops, or set {name} to a plain value first."
     )
 
 
 def _from_json(value):
+    """Return the value from which `_to_json` was made."""
     if isinstance(value, list):
         return [_from_json(item) for item in value]
     if not isinstance(value, dict):
         return value
     if "array" in value:
-        return np.array(
-            [_from_json(item) for item in value["array"]], dtype=value["dtype"]
-        )
-    if "slice" in value:
-        return slice(*value["slice"])
+        return np.array(_from_json(value["array"]), dtype=value["dtype"])
     if "tuple" in value:
         return tuple(_from_json(value["tuple"]))
-    return {_from_json(k): _from_json(v) for k, v in value["dict"]}
+    if "slice" in value:
+        return slice(*value["slice"])
+    return dict(_from_json(value["dict"]))

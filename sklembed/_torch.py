@@ -73,7 +73,9 @@ def to_tensors(
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """Copy a tensor to an array; bfloat16, which numpy lacks, becomes float32."""
     tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return tensor.numpy()
 
 
 def rebuilt(

@@ -45,8 +45,10 @@ def check_labelled_table(estimator, X, y, *, dtype, reset):
         check_no_missing_label(y)
     X, y = check_table(estimator, X, y, dtype=dtype, reset=reset)
     check_classification_targets(y)
-    several_labels = y.ndim == 2 and y.shape[1] > 1
-    target = encode_target(y, "multilabel" if several_labels else "multiclass")
+    target_type = "multiclass"
+    if y.ndim == 2 and y.shape[1] > 1:
+        target_type = "multilabel"
+    target = encode_target(y, target_type)
     if not (reset or np.array_equal(estimator.classes_, target.classes)):
         raise ValueError(
             f"With warm_start, y must have the classes {estimator.classes_.tolist()} of the "
@@ -54,8 +56,9 @@ def check_labelled_table(estimator, X, y, *, dtype, reset):
             "network."
         )
     estimator.classes_ = target.classes
-    binary = target.kind == "multiclass" and len(target.classes) == 2
-    estimator.target_type_ = "binary" if binary else target.kind
+    estimator.target_type_ = target.kind
+    if target.kind == "multiclass" and len(target.classes) == 2:
+        estimator.target_type_ = "binary"
     return X, target
 
 

@@ -1,4 +1,4 @@
-"""A gate: of several representations of the same rows, the simplest that serves as well as any."""
+"""The gate: choose the simplest of several representations with a near-optimal score."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,17 +17,18 @@ def choose(
     folds: Sequence[Fold],
     sample_weight: np.ndarray | None = None,
 ) -> tuple[str, dict[str, np.ndarray]]:
-    """Judge representations by a linear probe out of fold, and apply the one-standard-error rule.
+    """Score representations by a linear probe out of fold, and apply the one-standard-error rule.
 
-    The rule: of the candidates, ordered from simple to complex, take the first that falls behind
-    the best by no more than the standard error of the difference over the folds.
+    Of the candidates, ordered from simple to complex, the rule takes the first whose score is
+    within one standard error of the best. The standard error is that of the difference over the
+    folds.
 
     Parameters
     ----------
     candidates : mapping of str to ndarray of shape (n_samples, n_columns)
         Representations, the simplest first.
     target : Target
-        What the probe, a ridge regression, has to tell from them.
+        Target of the probe, a ridge regression.
     folds : sequence of (train, held_out)
         Positions of rows.
     sample_weight : ndarray of shape (n_samples,) or None
@@ -41,14 +42,13 @@ def choose(
         Balanced accuracy (classes, the coarsest level), micro-F1 (labels) or R² (numbers) in each
         fold.
     """
-    scores = {
-        name: np.array([_score(Z, target, fold, sample_weight) for fold in folds])
-        for name, Z in candidates.items()
-    }
+    scores = {}
+    for name, Z in candidates.items():
+        scores[name] = np.array([_score(Z, target, f, sample_weight) for f in folds])
     best = max(scores, key=lambda name: scores[name].mean())
     for name, score in scores.items():
-        behind = scores[best] - score
-        if behind.mean() <= behind.std(ddof=1) / np.sqrt(len(behind)):
+        gap = scores[best] - score
+        if gap.mean() <= gap.std(ddof=1) / np.sqrt(len(gap)):
             return name, scores
     return best, scores
 
@@ -56,26 +56,21 @@ def choose(
 def _score(
     Z: np.ndarray, target: Target, fold: Fold, weight: np.ndarray | None
 ) -> float:
-    """Fit the probe on a fold's training rows and judge it on those held out."""
+    """Fit the probe on the training rows of a fold, and score it on the held-out rows."""
     train, held_out = fold
     fit_weight = None
     if weight is not None:
         train, held_out = train[weight[train] > 0], held_out[weight[held_out] > 0]
         fit_weight, weight = weight[train], weight[held_out]
-    Y = codes = target.values if target.strata is None else target.strata
+    Y = target.values
     if target.strata is not None:
-        Y = np.eye(codes.max() + 1)[codes]
-    probe = RidgeCV(np.logspace(-3, 3, 7)).fit(
-        Z[train], Y[train], sample_weight=fit_weight
-    )
-    # Of a single column, as where one class is left, the probe predicts a vector.
+        Y = np.eye(target.strata.max() + 1)[target.strata]
+    probe = RidgeCV(np.logspace(-3, 3, 7))
+    probe.fit(Z[train], Y[train], sample_weight=fit_weight)
+    # The probe predicts a vector if Y has one column, as for a single class.
     predicted = probe.predict(Z[held_out]).reshape(Y[held_out].shape)
     if target.kind == "continuous":
-        if (Y == Y[0]).all():  # nothing to tell from any representation
-            return 1.0
-        # Against the variance of all rows, so that a fold of a single row has a score too.
-        errors = np.square(Y[held_out] - predicted).mean(axis=1)
-        return 1 - np.average(errors, weights=weight) / Y.var(axis=0).mean()
+        return _r2(Y, Y[held_out], predicted, weight)
     if target.kind == "multilabel":
         return f1_score(
             Y[held_out],
@@ -84,12 +79,32 @@ def _score(
             sample_weight=weight,
             zero_division=0.0,
         )
-    # Balanced accuracy, among the classes that held-out rows have. scikit-learn's warns of one.
-    codes = codes[held_out]
+    return _balanced_accuracy(target.strata[held_out], predicted, weight)
+
+
+def _r2(
+    Y: np.ndarray,
+    Y_held_out: np.ndarray,
+    predicted: np.ndarray,
+    weight: np.ndarray | None,
+) -> float:
+    """Return R² relative to the variance of all rows, so that a fold of one row has a score."""
+    if (Y == Y[0]).all():  # all representations predict a constant equally well
+        return 1.0
+    errors = np.square(Y_held_out - predicted).mean(axis=1)
+    return 1 - np.average(errors, weights=weight) / Y.var(axis=0).mean()
+
+
+def _balanced_accuracy(
+    codes: np.ndarray, predicted: np.ndarray, weight: np.ndarray | None
+) -> float:
+    """Return the mean recall of the held-out classes; scikit-learn's warns of a single class."""
     present = np.unique(codes)
-    right = present[predicted[:, present].argmax(axis=1)] == codes
-    weight = np.ones(len(codes)) if weight is None else weight
-    recalls = [
-        np.average(right[codes == c], weights=weight[codes == c]) for c in present
-    ]
+    correct = present[predicted[:, present].argmax(axis=1)] == codes
+    if weight is None:
+        weight = np.ones(len(codes))
+    recalls = []
+    for code in present:
+        rows = codes == code
+        recalls.append(np.average(correct[rows], weights=weight[rows]))
     return float(np.mean(recalls))

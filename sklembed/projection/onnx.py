@@ -4,7 +4,7 @@ import numpy as np
 
 
 def to_onnx(projector, path) -> None:
-    """Write what a projector's `transform` computes as an ONNX graph.
+    """Write the `transform` of a projector as an ONNX graph.
 
     Raises
     ------
@@ -16,7 +16,7 @@ def to_onnx(projector, path) -> None:
         from onnx import TensorProto, helper, numpy_helper
     except ImportError as error:
         raise ImportError(
-            "to_onnx needs the package onnx: pip install 'sklembed[onnx]'."
+            "to_onnx requires the package onnx: pip install 'sklembed[onnx]'."
         ) from error
 
     nodes, constants = [], {}
@@ -35,9 +35,12 @@ def to_onnx(projector, path) -> None:
         x = node("Sub", ["X", constant("mean", weights["mean"])])
         x = node("Div", [x, constant("scale", weights["scale"])])
         for layer in range(sum(name.endswith(".weight") for name in weights)):
-            names = [f"layers.{layer}.weight", f"layers.{layer}.bias"]
-            x = node("Relu", [x]) if layer else x
-            x = node("Gemm", [x, *(constant(n, weights[n]) for n in names)], transB=1)
+            if layer:
+                x = node("Relu", [x])
+            weight, bias = f"layers.{layer}.weight", f"layers.{layer}.bias"
+            constant(weight, weights[weight])
+            constant(bias, weights[bias])
+            x = node("Gemm", [x, weight, bias], transB=1)
         if projector.similarity == "cosine":
             axes = constant("columns", np.array([1], dtype=np.int64))
             norm = node("ReduceL2", [x, axes])
@@ -45,31 +48,32 @@ def to_onnx(projector, path) -> None:
             x = node("Div", [x, node("Max", [norm, tiny])])
         parts.append(x)
     if projector.gate_ != "projection":
-        x = node("Sub", ["X", constant("input.mean", projector.components_["mean"])])
-        parts.append(
-            node("MatMul", [x, constant("input.axes", projector.components_["axes"].T)])
-        )
-    joined = node("Concat", parts, axis=1) if len(parts) > 1 else parts[0]
-    # Runtimes differ in what Relu and Max make of NaN: a missing row is marked by its own input.
-    nothing = node("Mul", ["X", constant("zero", np.float32(0))])
-    missing = node(
-        "ReduceSum", [nothing, constant("axis", np.array([1], dtype=np.int64))]
-    )
+        components = projector.components_
+        x = node("Sub", ["X", constant("input.mean", components["mean"])])
+        x = node("MatMul", [x, constant("input.axes", components["axes"].T)])
+        parts.append(x)
+    joined = parts[0]
+    if len(parts) > 1:
+        joined = node("Concat", parts, axis=1)
+    # Runtimes differ in the Relu and the Max of NaN, so X * 0 marks missing rows explicitly.
+    zeros = node("Mul", ["X", constant("zero", np.float32(0))])
+    axis = constant("axis", np.array([1], dtype=np.int64))
+    missing = node("ReduceSum", [zeros, axis])
     nodes.append(helper.make_node("Add", [joined, missing], ["Z"]))
+
+    def table(name, n_columns):
+        shape = ["n_samples", n_columns]
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+    tensors = []
+    for name, value in constants.items():
+        tensors.append(numpy_helper.from_array(value, name))
     graph = helper.make_graph(
         nodes,
         type(projector).__name__,
-        [
-            helper.make_tensor_value_info(
-                "X", TensorProto.FLOAT, ["n_samples", projector.n_features_in_]
-            )
-        ],
-        [
-            helper.make_tensor_value_info(
-                "Z", TensorProto.FLOAT, ["n_samples", projector._n_features_out]
-            )
-        ],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        [table("X", projector.n_features_in_)],
+        [table("Z", projector._n_features_out)],
+        tensors,
     )
     model = helper.make_model(
         graph,
