@@ -197,15 +197,15 @@ def any_loss(z, affinity):
 @pytest.mark.parametrize(
     ("options", "kind"),
     [
-        ({"cv": KFold(3)}, "cv holds a KFold"),
-        ({"loss": any_loss}, "loss holds a function"),
+        ({"cv": KFold(3)}, "cv is a KFold"),
+        ({"loss": any_loss}, "loss is a function"),
         (
             {"random_state": np.random.RandomState(0)},
-            "random_state holds a RandomState",
+            "random_state is a RandomState",
         ),  # noqa: NPY002
         (
             {"skorch_params": {"predict_nonlinearity": any_loss}},
-            "skorch_params holds a function",
+            "skorch_params is a function",
         ),
     ],
     ids=["cv", "loss", "random_state", "skorch_params"],
@@ -215,7 +215,7 @@ def test_what_json_does_not_know_is_refused_before_anything_is_written(
 ):
     projector = small(**options).fit(*clusters)
     with pytest.raises(
-        TypeError, match=f"{kind}, which JSON does not know. Save by pickle"
+        TypeError, match=f"{kind}, which JSON does not support. Save by pickle"
     ):
         projector.save(tmp_path / "it")
     assert not (tmp_path / "it").exists()
@@ -228,7 +228,7 @@ def test_labels_that_json_does_not_know_are_refused(clusters, tmp_path):
     ]
     projector = small().fit(X, days.astype(object))
     with pytest.raises(
-        TypeError, match="classes_ holds a date, which JSON does not know"
+        TypeError, match="classes_ is a date, which JSON does not support"
     ):
         projector.save(tmp_path / "it")
     assert not (tmp_path / "it").exists()
@@ -247,7 +247,7 @@ def test_an_unfitted_projector_is_not_saved(tmp_path):
         (
             "class",
             "FeatureUnion",
-            "holds a FeatureUnion in format 1; expected a ContrastiveProj",
+            "contains a FeatureUnion in format 1; expected a ContrastiveProj",
         ),
         ("format", 99, "in format 99; expected a ContrastiveProjector in format 1"),
     ],
