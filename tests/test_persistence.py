@@ -215,7 +215,7 @@ def test_what_json_does_not_know_is_refused_before_anything_is_written(
 ):
     projector = small(**options).fit(*clusters)
     with pytest.raises(
-        TypeError, match=f"{kind}, which JSON does not support. Save by pickle"
+        TypeError, match=f"{kind}, which JSON does not support. Save with pickle"
     ):
         projector.save(tmp_path / "it")
     assert not (tmp_path / "it").exists()
