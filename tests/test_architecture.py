@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from sklearn.base import BaseEstimator
@@ -110,11 +111,18 @@ def test_mypy_rejects_unknown_keywords_of_public_classes(tmp_path):
     program = tmp_path / "program.py"
     calls = "\nsklembed.".join(CALLS_WITH_AN_UNKNOWN_KEYWORD)
     program.write_text(PROGRAM.format(call=calls))
-    options = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
-    report, _, _ = api.run([*options, str(program)])
+    # Analysing torch and pandas takes a minute, so only this package and the program are read.
+    options = ["--config-file=", "--follow-imports=skip", f"--cache-dir={tmp_path}"]
+    package = str(Path(sklembed.__file__).parent)
+    report, _, _ = api.run([*options, package, str(program)])
+    errors = [line for line in report.splitlines() if "program.py" in line]
+    errors = [line for line in errors if ": error: " in line]
     for call in CALLS_WITH_AN_UNKNOWN_KEYWORD:
-        assert f'for "{call.split("(")[0]}"' in report, report
-    assert f"Found {len(CALLS_WITH_AN_UNKNOWN_KEYWORD)} errors" in report, report
+        name = call.split("(")[0]
+        assert any("keyword argument" in e and f'for "{name}"' in e for e in errors), (
+            report
+        )
+    assert len(errors) == len(CALLS_WITH_AN_UNKNOWN_KEYWORD), report
 
 
 SHARED = {*TrainedEstimator._parameter_constraints, "blocks", "n_jobs"}
