@@ -479,6 +479,20 @@ def test_the_custom_loss_of_a_single_network_has_no_leading_axis(loss, weighted)
     torch.testing.assert_close(single, stacked[0])
 
 
+@pytest.mark.parametrize("n_networks", [None, 2])
+def test_a_custom_loss_of_each_row_is_an_error(n_networks):
+    z, y = stacked_batch()
+    if n_networks is None:
+        z, y = z[0], y[0]
+
+    def row_losses(z, affinity):
+        return z.square().sum(dim=1)
+
+    loss = CustomLoss(row_losses, label_affinity, n_networks)
+    with pytest.raises(ValueError, match=r"must return a scalar.*shape \(6,\)"):
+        loss(z, y, None)
+
+
 def test_a_single_network_trains_the_parameters_of_a_copy_of_the_module():
     z, y = stacked_batch()
     module = ProxyAnchorLoss(num_classes=2, embedding_size=4)

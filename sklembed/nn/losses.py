@@ -295,7 +295,13 @@ class CustomLoss(nn.Module):
             z, y = z[weight > 0], y[weight > 0]
         if not len(z):
             return z.sum() * 0.0
-        return loss(z, y if self.takes_labels else self.affinity(y))
+        result = loss(z, y if self.takes_labels else self.affinity(y))
+        if result.ndim > 0:
+            raise ValueError(
+                f"A custom loss must return a scalar, but {loss!r} returned a tensor of shape "
+                f"{tuple(result.shape)}. Average it over the batch."
+            )
+        return result
 
 
 def _mean(losses: Tensor, weight: Tensor | None) -> Tensor:
