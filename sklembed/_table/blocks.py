@@ -125,9 +125,9 @@ def _read_from_names(names: Sequence[str] | None) -> dict[str, list[int]]:
     if names is None:
         raise ValueError(
             "blocks=None reads the modalities from column names such as 'text__0', but X "
-            "has no names. Call set_output(transform='pandas') on the pipeline or the "
-            "union, or pass blocks, for example {'text': slice(0, 384), 'image': "
-            "slice(384, 1664)}."
+            "has no names. Call set_output(transform='pandas') on the whole pipeline, so "
+            "that each step returns named columns, or pass blocks, for example {'text': "
+            "slice(0, 384), 'image': slice(384, 1664)}."
         )
     positions: dict[str, list[int]] = {}
     previous = None
