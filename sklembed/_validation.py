@@ -133,6 +133,8 @@ def _object_columns(X):
                 yield X.columns[position], X.iloc[:, position].to_numpy()
     elif isinstance(X, np.ndarray) and X.dtype.kind in "OUT" and X.ndim in (1, 2):
         yield from enumerate(X.reshape(len(X), -1).T)
+    elif isinstance(X, list) and any(isinstance(cell, str) for cell in X):
+        yield 0, X
 
 
 def _is_number(text: str | bytes) -> bool:

@@ -1384,3 +1384,12 @@ def test_texts_are_refused(Encoder):
         ValueError, match="column 'text__0' of X is the text 'a red cat'.*Encode"
     ):
         small(Encoder, blocks=None).fit(X)
+
+
+@each_encoder
+def test_a_list_of_texts_is_no_query(Encoder):
+    encoder = small(Encoder).fit(world())
+    with pytest.raises(
+        ValueError, match="Row 0 of column 0 .* is the text 'a red cat'"
+    ):
+        encoder.encode(["a red cat"], "text")
