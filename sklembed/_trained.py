@@ -1,6 +1,7 @@
 """TrainedEstimator: the base class of estimators that train a small network."""
 
 from collections.abc import Iterable
+from copy import copy
 from itertools import repeat
 from numbers import Integral, Real
 
@@ -18,9 +19,9 @@ from sklembed._targets import hold_back
 class TrainedEstimator(CallbackSupportMixin, BaseEstimator):
     """Base class of estimators that train one small network on the rows of a table.
 
-    A subclass writes `__init__` and `fit`. Its `fit` reads the table, calls `_set_structure`,
-    divides the rows with `_split_rows` and ends in `_train_network`, which sets `weights_`,
-    `history_`, `n_iter_` and `n_parameters_`. Predictions use `weights_` alone.
+    A subclass writes `__init__` and `fit`. Its `fit` calls `_begin_fit`, reads the table, calls
+    `_set_structure`, divides the rows with `_split_rows` and ends in `_train_network`, which sets
+    `weights_`, `history_`, `n_iter_` and `n_parameters_`. Predictions use `weights_` alone.
 
     Warm start, early stopping, callbacks of scikit-learn and saving are the same in all
     subclasses.
@@ -80,9 +81,14 @@ class TrainedEstimator(CallbackSupportMixin, BaseEstimator):
         """
         return _persistence.load(cls, directory)
 
-    def _resumes(self):
-        """Return whether `fit` continues from the weights of the previous fit."""
-        return self.warm_start and hasattr(self, "weights_")
+    def _begin_fit(self):
+        """Return whether `fit` continues from the weights of the previous fit.
+
+        If not, these weights are deleted, so that an estimator whose fit fails is not fitted.
+        """
+        if not self.warm_start and hasattr(self, "weights_"):
+            del self.weights_
+        return hasattr(self, "weights_")
 
     def _set_structure(self, structure, resume):
         """Keep the arguments that determine the shapes of the network.
@@ -98,8 +104,6 @@ class TrainedEstimator(CallbackSupportMixin, BaseEstimator):
                 f"X require {structure}, so training cannot be resumed. Clone the estimator to "
                 "fit a new network."
             )
-        if not resume and hasattr(self, "weights_"):
-            del self.weights_  # an estimator whose fit fails is not fitted
         self.structure_ = structure
 
     def _split_rows(self, rows, strata, seed, suffices=len, needs="one row"):
@@ -173,7 +177,7 @@ class TrainedEstimator(CallbackSupportMixin, BaseEstimator):
         self.n_parameters_ = trained.n_parameters
 
     def _set_trained(self, history, weights):
-        """Set the attributes that training determines; also called after each epoch."""
+        """Set the attributes that training determines."""
         self.weights_ = weights
         self.history_ = history
         self.n_iter_ = len(history)
@@ -181,14 +185,16 @@ class TrainedEstimator(CallbackSupportMixin, BaseEstimator):
     def _report_epochs(self, context, X, y, update=None):
         """Return a function that reports each epoch to the callbacks; None without callbacks.
 
-        `update` sets the attributes that depend on `weights_` and on the training rows.
+        `update` takes an estimator and sets its attributes that depend on `weights_` and on the
+        training rows.
         """
 
         def fitted_attributes(history, weights):
-            self._set_trained(history, weights)
+            fitted = copy(self)  # training may still fail, so self must not change
+            fitted._set_trained(history, weights)
             if update is not None:
-                update()
-            attributes = vars(self).items()
+                update(fitted)
+            attributes = vars(fitted).items()
             return {name: value for name, value in attributes if name.endswith("_")}
 
         return _callbacks.each_epoch(self, context, X, y, fitted_attributes)

@@ -90,7 +90,7 @@ class _CrossModalEncoder(TransformerMixin, TrainedEstimator):
             If the space has collapsed, so that non-pairs are nearly identical, or if the contexts
             have.
         """
-        resume = self._resumes()
+        resume = self._begin_fit()
         parts = self._read(X, reset=not resume)
         self._check_network()
         rows = self._find_pairs(parts)

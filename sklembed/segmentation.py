@@ -272,7 +272,7 @@ class PatchSegmenter(TrainedEstimator):
         UserWarning
             If masks differ in size and `mask_size` is None.
         """
-        resume = self._resumes()
+        resume = self._begin_fit()
         check_layer_sizes(self.hidden_layer_sizes)
         maps = self._read(X, reset=not resume)
         masks = self._check_masks(X, y)

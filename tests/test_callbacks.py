@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -309,3 +310,41 @@ def test_cross_modal_encoders_report_every_epoch(clusters, Encoder, warm_start):
             assert [epoch[name] for epoch in reported.history_] == similarities
             recorded = [epoch[name] for epoch in encoder.history_]
             assert recorded[: n_past + epochs] == similarities
+
+
+class Diverge:
+    """Read the estimator after each epoch, and let training fail after the second."""
+
+    def setup(self, estimator, context):
+        self.n_epochs = 0
+
+    def teardown(self, estimator, context):
+        pass
+
+    def on_fit_task_begin(self, estimator, context):
+        pass
+
+    def on_fit_task_end(
+        self, estimator, context, *, X=None, y=None, fitted_estimator=None
+    ):
+        assert fitted_estimator.n_iter_
+        self.n_epochs += 1
+        if self.n_epochs == 2:
+            raise RuntimeError("stopped")
+
+
+@pytest.mark.parametrize("warm_start", [False, True], ids=["new", "resumed"])
+def test_a_fit_that_fails_under_callbacks_leaves_no_weights_of_its_own(
+    clusters, warm_start
+):
+    X, y = clusters
+    projector = small(warm_start=warm_start).fit(X, y)
+    Z, n_iter = projector.transform(X), projector.n_iter_
+    with pytest.raises(RuntimeError, match="stopped"):
+        projector.set_callbacks(Diverge()).fit(X, y)
+    if warm_start:
+        assert projector.n_iter_ == n_iter
+        np.testing.assert_array_equal(projector.transform(X), Z)
+    else:
+        with pytest.raises(NotFittedError):
+            projector.transform(X)

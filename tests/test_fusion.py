@@ -11,6 +11,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.datasets import make_classification
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression, SGDClassifier
 from sklearn.metrics import (
     balanced_accuracy_score,
@@ -1154,3 +1155,17 @@ def test_join_can_be_searched():
         small_regressor("early", max_epochs=2), {"join": ["early", "late"]}, cv=2
     )
     assert set(search.fit(X, y).cv_results_["param_join"]) == {"early", "late"}
+
+
+@pytest.mark.parametrize("change", ["labels", "blocks"])
+def test_a_fit_that_fails_leaves_an_unfitted_estimator(change):
+    X, y = world()
+    classifier = small("early", max_epochs=1).fit(X, y)
+    if change == "labels":
+        y = np.zeros_like(y)
+    else:
+        classifier.set_params(blocks={"text": slice(0, 6)})
+    with pytest.raises(ValueError, match="1 class only|in 0 of the blocks"):
+        classifier.fit(X, y)
+    with pytest.raises(NotFittedError):
+        classifier.predict(X)

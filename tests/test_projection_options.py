@@ -535,6 +535,13 @@ def test_a_refused_fit_leaves_the_last_one_as_it_was(clusters):
     with pytest.raises(ValueError, match="X has 19 features"):
         projector.fit(X[:, 1:], y)
     np.testing.assert_array_equal(projector.transform(X), Z)
+    with pytest.raises(ValueError, match="No two of the 2 observed rows"):
+        projector.partial_fit(X[:2], ["a", "b"])
+    assert projector.classes_.tolist() == np.unique(y).tolist()
+    projector.set_params(hidden_layer_sizes=(8,), passthrough=False)
+    with pytest.raises(ValueError, match="training cannot be resumed"):
+        projector.fit(X, y)
+    np.testing.assert_array_equal(projector.transform(X), Z)
 
 
 # skorch

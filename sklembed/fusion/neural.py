@@ -397,7 +397,7 @@ class FusionClassifier(ClassifierMixin, _FusionNetwork):
             modalities are missing in all rows, a cell is not a number, a block is NaN in part of
             a row, or `class_weight` names a label that `y` does not have.
         """
-        resume = self._resumes()
+        resume = self._begin_fit()
         check_layer_sizes(self.hidden_layer_sizes)
         label_names = getattr(y, "columns", None)
         table, target = check_labelled_table(
@@ -726,7 +726,7 @@ class FusionRegressor(RegressorMixin, _FusionNetwork):
         """
         from sklembed.nn.losses import squared_error
 
-        resume = self._resumes()
+        resume = self._begin_fit()
         check_layer_sizes(self.hidden_layer_sizes)
         table, y = check_table(
             self, X, y, dtype=np.float32, reset=not resume, y_numeric=True

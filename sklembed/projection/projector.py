@@ -396,14 +396,14 @@ class ContrastiveProjector(
         """
         resume = hasattr(self, "weights_")
         classes = getattr(self, "classes_", None)
-        data = self._read(X, y, sample_weight, reset=not resume)
+        data = self._read(X, y, sample_weight, resume)
         if resume and isinstance(classes, np.ndarray):
             self.classes_ = np.union1d(classes, self.classes_)
         seed = draw_seed(self.random_state)
         set_components = None  # those of the first call stay
         if not resume:
             components = self._reduce_input(data, seed)
-            set_components = partial(self._set_components, data, components)
+            set_components = self._components_setter(data, components)
         self._train_on_all(data, seed, resume, set_components, max_epochs=1)
         return self
 
@@ -467,15 +467,15 @@ class ContrastiveProjector(
         """Fit, and return the projected training rows if the caller is `fit_transform`."""
         check_routing_enabled(params, self)
         routed = process_routing(self, caller, **params)
-        resume = self._resumes()
-        data = self._read(X, y, sample_weight, reset=not resume)
+        resume = self._begin_fit()
+        data = self._read(X, y, sample_weight, resume)
         self._check_labels(data, y)
         seed = draw_seed(self.random_state)
         folds = None
         if cross_fit:
             folds = make_folds(self.cv, data, seed, routed["splitter"]["split"])
         components = self._reduce_input(data, seed)
-        set_components = partial(self._set_components, data, components)
+        set_components = self._components_setter(data, components)
         n_trainings = 1 if folds is None else 2
         context = self._init_callback_context(max_subtasks=n_trainings)
         with _callbacks.task(self, context, X, y):
@@ -491,8 +491,8 @@ class ContrastiveProjector(
             return None
         return self._output(Z, data.X, data.observed)
 
-    def _read(self, X, y, sample_weight, *, reset):
-        """Validate the training set, and return it."""
+    def _read(self, X, y, sample_weight, resume):
+        """Validate the training set, set the structure of the network, and return the set."""
         check_layer_sizes(self.hidden_layer_sizes)
         check_vectors(X, self)
         if y is not None:
@@ -505,7 +505,7 @@ class ContrastiveProjector(
             ensure_all_finite="allow-nan",
             ensure_min_samples=2,
             multi_output=True,
-            reset=reset,
+            reset=not resume,
         )
         observed = observed_rows(X, names=getattr(self, "feature_names_in_", None))
         if not observed.any():
@@ -515,7 +515,6 @@ class ContrastiveProjector(
             )
         target = encode_target(y, self.target_type)
         weight = self._row_weights(X, target, sample_weight)
-        self.target_type_, self.classes_ = target.kind, target.classes
         data = TrainingData(
             table=X,
             labels=target.values if target.strata is None else target.strata,
@@ -530,6 +529,9 @@ class ContrastiveProjector(
                 f"({target.describe()}), so there are no positive pairs. Use more rows or fewer "
                 "classes; if y contains measurements or counts, set target_type='continuous'."
             )
+        sizes = [X.shape[1], *self.hidden_layer_sizes, self.n_components]
+        self._set_structure({"sizes": [int(size) for size in sizes]}, resume)
+        self.target_type_, self.classes_ = target.kind, target.classes
         return data
 
     def _check_labels(self, data, y):
@@ -572,8 +574,6 @@ class ContrastiveProjector(
     ):
         """Train the network that `transform` uses."""
         X, labels = data.X, data.target.values
-        sizes = [X.shape[1], *self.hidden_layer_sizes, self.n_components]
-        self._set_structure({"sizes": [int(size) for size in sizes]}, resume)
         if resume:
             scaling = self.weights_["mean"], self.weights_["scale"]
         else:
@@ -593,7 +593,7 @@ class ContrastiveProjector(
                 **options,
             )
             if set_components is not None:
-                set_components()
+                set_components(self)
 
     def _cross_fit(self, data, folds, seed, context):
         """Project each row by the network of its fold, mapped onto the network of all rows."""
@@ -673,14 +673,21 @@ class ContrastiveProjector(
             "axes": (pca.components_ / norm).astype(np.float32),
         }
 
-    def _set_components(self, data, components):
-        """Set the principal axes, scaled to the norm of the projection, which is 1 for cosines."""
-        if components and self.similarity == "dot":
-            rows = data.training_rows()
-            Z = project(self.weights_, data.X[rows], self.similarity)
-            norm = np.sqrt(np.square(Z).sum(axis=1).mean())
-            components = components | {"axes": components["axes"] * norm}
-        self.components_ = components
+    def _components_setter(self, data, components):
+        """Return a function that sets the principal axes of a fitted projector.
+
+        They are scaled to the norm of the projection, which is 1 for cosines.
+        """
+
+        def set_components(fitted):
+            fitted.components_ = components
+            if components and self.similarity == "dot":
+                rows = data.training_rows()
+                Z = project(fitted.weights_, data.X[rows], self.similarity)
+                norm = np.sqrt(np.square(Z).sum(axis=1).mean())
+                fitted.components_ = components | {"axes": components["axes"] * norm}
+
+        return set_components
 
     def _choose_output(self, data, folds, Z):
         """Choose between the input, its projection and both."""
