@@ -1169,3 +1169,13 @@ def test_a_fit_that_fails_leaves_an_unfitted_estimator(change):
         classifier.fit(X, y)
     with pytest.raises(NotFittedError):
         classifier.predict(X)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_a_warm_start_refuses_labels_in_place_of_classes(n_classes):
+    X, y = world(n_classes=n_classes)
+    classifier = small("early", max_epochs=1, warm_start=True).fit(X, y)
+    before = classifier.predict(X)
+    with pytest.raises(ValueError, match="multilabel"):
+        classifier.fit(X, np.eye(n_classes, dtype=int)[y])
+    np.testing.assert_array_equal(classifier.predict(X), before)

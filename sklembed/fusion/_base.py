@@ -45,21 +45,31 @@ def check_labelled_table(estimator, X, y, *, dtype, reset):
         check_no_missing_label(y)
     X, y = check_table(estimator, X, y, dtype=dtype, reset=reset)
     check_classification_targets(y)
-    target_type = "multiclass"
+    kind = "multiclass"
     if y.ndim == 2 and y.shape[1] > 1:
-        target_type = "multilabel"
-    target = encode_target(y, target_type)
-    if not (reset or np.array_equal(estimator.classes_, target.classes)):
+        kind = "multilabel"
+    target = encode_target(y, kind)
+    target_type = kind
+    if kind == "multiclass" and len(target.classes) == 2:
+        target_type = "binary"
+    if not reset:
+        _check_same_labels(estimator, target.classes, target_type)
+    estimator.classes_, estimator.target_type_ = target.classes, target_type
+    return X, target
+
+
+def _check_same_labels(estimator, classes, target_type):
+    """Refuse labels of other values or of another type than in the previous fit."""
+    if not np.array_equal(classes, estimator.classes_):
         raise ValueError(
             f"With warm_start, y must have the classes {estimator.classes_.tolist()} of the "
-            f"previous fit; got {target.classes.tolist()}. Clone the classifier to fit a new "
-            "network."
+            f"previous fit; got {classes.tolist()}. Clone the classifier to fit a new network."
         )
-    estimator.classes_ = target.classes
-    estimator.target_type_ = target.kind
-    if target.kind == "multiclass" and len(target.classes) == 2:
-        estimator.target_type_ = "binary"
-    return X, target
+    if target_type != estimator.target_type_:
+        raise ValueError(
+            f"With warm_start, y must be {estimator.target_type_}, as in the previous fit; got "
+            f"{target_type}. Clone the classifier to fit a new network."
+        )
 
 
 def warn_ignored(name, reason):
