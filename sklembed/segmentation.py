@@ -276,11 +276,11 @@ class PatchSegmenter(TrainedEstimator):
         check_layer_sizes(self.hidden_layer_sizes)
         maps = self._read(X, reset=not resume)
         masks = self._check_masks(X, y)
-        self.order_, grids = self._find_grids(maps)
+        order, grids = self._find_grids(maps)
         classes = self._find_classes(masks, resume)
         structure = {
             "grids": grids,
-            "widths": [maps[i][0].shape[1] for i in self.order_],
+            "widths": [maps[i][0].shape[1] for i in order],
             "hidden_layer_sizes": [int(size) for size in self.hidden_layer_sizes],
             "n_classes": len(classes),
         }
@@ -291,7 +291,7 @@ class PatchSegmenter(TrainedEstimator):
                 f"{self.classes_.tolist()}; got {classes.tolist()}. Clone the segmenter to fit a "
                 "new network."
             )
-        self.classes_ = classes
+        self.order_, self.classes_ = order, classes
         self._find_mask_size(masks, resume)
         self._check_patches(maps)
         patches, codes = self._pack(maps), self._encode(masks)

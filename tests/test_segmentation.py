@@ -251,6 +251,17 @@ def test_the_order_of_columns_makes_no_difference(hidden_layer_sizes):
     np.testing.assert_array_equal(one.predict_proba(X), other.predict_proba(X[:, ::-1]))
 
 
+def test_a_refused_warm_start_keeps_the_order_of_maps():
+    X, y = two_maps()
+    X[:, 1:] = column([np.pad(cell, ((0, 0), (0, 2))) for cell in X[:, 1]])
+    segmenter = learner(warm_start=True, max_epochs=1).fit(X, y)
+    before = segmenter.predict(X)
+    segmenter.set_params(hidden_layer_sizes=(4, 4, 4))
+    with pytest.raises(ValueError, match="training cannot be resumed"):
+        segmenter.fit(X[:, ::-1], y)
+    np.testing.assert_array_equal(segmenter.predict(X), before)
+
+
 def test_maps_of_one_grid_join_one_after_another():
     X, y = two_maps()
     first, last = (
