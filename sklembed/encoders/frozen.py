@@ -39,7 +39,7 @@ from sklembed.encoders.huggingface import POOLINGS, TOLERANCES, HuggingFaceBacke
 from sklembed.encoders.inference import encode, without_frames
 from sklembed.encoders.store import EmbeddingStore
 
-# Cells claimed at once. Many keep claims rare, few let processes share the work.
+# Cells per claim. Larger claims cost less, smaller claims spread work over processes.
 _CLAIM_SIZE = {"text": 128, "image": 64}
 # Parameters that change a vector, besides the content of the checkpoint and the
 # precision of the store.
@@ -56,10 +56,10 @@ _VECTOR_PARAMETERS = (
     "revision",
     "trust_remote_code",
 )
-# Entries of a description that change a vector by rounding, or not at all.
+# Entries of a description that change vectors by rounding at most.
 _PRECISION_ENTRIES = ("dtype", "store_dtype", "label")
 _N_SAMPLE_CELLS = 20  # of a text column, searched for names of image files
-# A backend object decides these itself, so that they would have no effect beside it.
+# A backend object sets these itself, so the parameters would have no effect.
 _CHECKPOINT_PARAMETERS = (
     "pooling",
     "layer",
@@ -87,8 +87,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     Each distinct cell is encoded only once. A store on disk keeps every vector under
     the hash of the cell's content and the fingerprint of the model. Cross-validation
     folds, candidates of a grid search, clones, worker processes and later runs read it
-    from there (arXiv 2502.02048 and 2406.02601 use the same economy: one inference per
-    sample).
+    from there. One inference per sample is also the scheme of arXiv 2502.02048 and
+    2406.02601.
 
     `transform` works without `fit`, and `fit` never runs the model. Pickles and clones
     carry no weights; a model is loaded once per process, when there is a cell to
@@ -577,7 +577,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if column.missing.all():
             raise ValueError(
                 f"All {n_cells} cells of {column} are missing: there is nothing to "
-                "encode. Leave the branch out, or check the column."
+                "encode. Remove the branch, or check the column."
             )
         self.space_ = asdict(space) | {
             "modality": backend.modality,
@@ -671,7 +671,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         """Yield batches, their cells with a vector, and the vectors.
 
         Batches and chunks are lists of indices into `rows`. Cells without a vector
-        follow in a batch of their own, so that the vectors before an error are stored.
+        follow in a separate batch, so that the vectors before an error are stored.
         """
         settings = getattr(self, "_image_settings", None)
 

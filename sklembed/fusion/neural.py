@@ -80,7 +80,7 @@ class _FusionNetwork(TrainedEstimator):
     def _find_scaling(self, X, observed, rows, resume):
         """Return the mean and scale of each column over the training rows that have it.
 
-        If training is resumed, a block keeps its scaling, unless it was ignored so far.
+        If training is resumed, a block keeps its scaling, unless it was ignored before.
         """
         mean = np.zeros(X.shape[1], dtype=np.float32)
         scale = np.ones(X.shape[1], dtype=np.float32)
@@ -92,14 +92,14 @@ class _FusionNetwork(TrainedEstimator):
                 mean[columns], scale[columns] = moments(batches)
         if resume:
             ignored = np.isin(list(self.blocks_), self.ignored_blocks_)
-            new = np.repeat(ignored, self._n_columns())
-            mean = np.where(new, mean, self.weights_["mean"])
-            scale = np.where(new, scale, self.weights_["scale"])
+            is_new = np.repeat(ignored, self._n_columns())
+            mean = np.where(is_new, mean, self.weights_["mean"])
+            scale = np.where(is_new, scale, self.weights_["scale"])
             self.weights_ = self.weights_ | {"mean": mean, "scale": scale}
         return mean, scale
 
     def _find_ignored(self, observed, resume):
-        """Set the blocks that no training row has ever had, and warn about each."""
+        """Set the blocks without an observed training row, and warn about each."""
         unobserved = np.array(list(self.blocks_))[~observed.any(axis=0)].tolist()
         if resume:
             ignored = set(self.ignored_blocks_) & set(unobserved)
@@ -177,7 +177,9 @@ class FusionClassifier(ClassifierMixin, _FusionNetwork):
     hidden layers for each modality and concatenates their outputs. A linear layer follows.
 
     A modality may be missing: its block is NaN. Modalities are hidden at random during training
-    (`modality_dropout`), so that one fit serves rows with any of them. Columns are standardised.
+    (`modality_dropout`), so that the network also predicts from some of them. Columns are
+    standardised.
+
     Neural networks tend to be overconfident: for calibrated probabilities wrap the classifier in
     :class:`~sklearn.calibration.CalibratedClassifierCV`, for example with
     ``method="temperature"``.
@@ -206,8 +208,8 @@ class FusionClassifier(ClassifierMixin, _FusionNetwork):
         Dropout probability of hidden units during training.
 
     modality_dropout : float, default=0.3
-        Probability of hiding a modality of a row during training, so that one fit serves
-        every subset of modalities. Each row keeps at least one modality.
+        Probability of hiding a modality of a row during training, so that one fitted
+        network predicts from every subset of modalities. Each row keeps at least one.
 
     class_weight : dict, "balanced" or None, default=None
         Weights of classes in the loss, as in scikit-learn. With several labels, the weight of
@@ -535,7 +537,7 @@ class FusionRegressor(RegressorMixin, _FusionNetwork):
 
     The networks are those of :class:`FusionClassifier`, trained by the squared error. Targets are
     standardised for training. Modalities may be missing, and are hidden at random during training
-    (`modality_dropout`), so that one fit serves rows with any of them.
+    (`modality_dropout`), so that the network also predicts from some of them.
 
     Parameters
     ----------
@@ -558,8 +560,8 @@ class FusionRegressor(RegressorMixin, _FusionNetwork):
         Dropout probability of hidden units during training.
 
     modality_dropout : float, default=0.3
-        Probability of hiding a modality of a row during training, so that one fit serves
-        every subset of modalities. Each row keeps at least one modality.
+        Probability of hiding a modality of a row during training, so that one fitted
+        network predicts from every subset of modalities. Each row keeps at least one.
 
     max_epochs : int, default=30
         Number of passes over the training rows.

@@ -56,8 +56,8 @@ class ContrastiveProjector(
 
     A small multi-layer perceptron is trained on pairs of labelled rows, as in [1]_, with the
     supervised contrastive loss of [2]_ or the pairwise loss of [1]_. The embeddings stay
-    frozen; training takes seconds on a CPU. The output has the projection and, with
-    `passthrough`, the principal components of the input.
+    frozen; training takes seconds on a CPU. The output consists of the projection and, with
+    `passthrough`, of the principal components of the input.
 
     `fit_transform` is *cross-fitted*, as in :class:`~sklearn.preprocessing.TargetEncoder`: each
     training row is projected by a network that was not trained on its label, and the space of
@@ -103,7 +103,7 @@ class ContrastiveProjector(
         which half have fewer than 10 rows, or more than 10 of which half have one row.
 
     passthrough : bool or "auto", default=True
-        Whether the output also has the input, reduced to at most `n_components` principal
+        Whether the output also contains the input, reduced to at most `n_components` principal
         components and scaled to the norm of the projection. "auto" chooses between the input,
         the projection and both: the simplest, in this order, for which the score of a linear
         probe is within one standard error of the best over the folds of `cv`. Without folds
@@ -325,8 +325,8 @@ class ContrastiveProjector(
         ------
         ValueError
             If a label is missing or a list, no two observed rows belong together, all rows have
-            the same target, `class_weight` has no entry of a class of `y` while a class has no
-            weight, no row is observed, a row is partly NaN, or `X` has tokens or texts.
+            the same target, `class_weight` has an entry for an unknown class and none for a class
+            of `y`, no row is observed, a row is partly NaN, or `X` has tokens or texts.
 
         Warns
         -----
@@ -400,7 +400,7 @@ class ContrastiveProjector(
         if resume and isinstance(classes, np.ndarray):
             self.classes_ = np.union1d(classes, self.classes_)
         seed = draw_seed(self.random_state)
-        set_components = None  # those of the first call stay
+        set_components = None  # later calls keep the components of the first
         if not resume:
             components = self._reduce_input(data, seed)
             set_components = self._components_setter(data, components)
