@@ -1116,7 +1116,9 @@ def test_the_regressor_resumes_and_stops_early(join):
     regressor.fit(X, y + 1)
     assert regressor.n_iter_ == 4
     assert regressor.target_mean_ == mean
-    with pytest.raises(ValueError, match=r"shape of the previous fit.*Clone"):
+    with pytest.raises(
+        ValueError, match=r"shape of the previous fit, \(\); got \(2,\).*Clone"
+    ):
         regressor.fit(X, np.stack([y, y], axis=1))
     options = {"early_stopping": True, "n_iter_no_change": 3, "max_epochs": 300}
     stopped = small_regressor(join, **options, lr=0.02).fit(X, y)

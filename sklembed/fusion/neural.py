@@ -741,8 +741,8 @@ class FusionRegressor(RegressorMixin, _FusionNetwork):
             self._scale_targets(y, weight)
         elif y.shape[1:] != np.shape(self.target_mean_):
             raise ValueError(
-                f"With warm_start, y must have the shape of the previous fit, (n_samples, "
-                f"*{np.shape(self.target_mean_)}); got {y.shape}. Clone the regressor to fit a "
+                "With warm_start, a row of y must have the shape of the previous fit, "
+                f"{np.shape(self.target_mean_)}; got {y.shape[1:]}. Clone the regressor to fit a "
                 "new network."
             )
         targets = (y - self.target_mean_) / self.target_scale_
