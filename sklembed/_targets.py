@@ -255,7 +255,7 @@ def warn_if_measured(target: Target, y) -> None:
         return
     finest = target.values.reshape(len(target.values), -1)[:, -1]
     warnings.warn(
-        f"y holds {len(np.unique(finest))} distinct whole numbers or dates in "
+        f"y has {len(np.unique(finest))} distinct whole numbers or dates in "
         f"{len(finest)} rows and was taken for {target.kind} labels, which have no "
         "order. If they are measurements or counts, set target_type='continuous'. If "
         f"they are labels, set target_type={target.kind!r}, which silences this "

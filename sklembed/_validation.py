@@ -199,7 +199,7 @@ def encode_classes(y) -> tuple[np.ndarray, np.ndarray]:
     classes, codes = sorted_labels(column_or_1d(y, warn=True))
     if len(classes) < 2:
         raise ValueError(
-            f"y holds 1 class only ({classes[0]} in all {len(codes)} rows); at least "
+            f"y has 1 class only ({classes[0]} in all {len(codes)} rows); at least "
             "two are needed."
         )
     return classes, codes
@@ -240,7 +240,7 @@ def check_masks(y, name="y") -> list[np.ndarray]:
     """
     masks = [_as_mask(raw, f"Row {row} of {name}") for row, raw in enumerate(y)]
     if not masks:
-        raise ValueError(f"{name} holds no mask; at least one is needed.")
+        raise ValueError(f"{name} has no mask; at least one is needed.")
     return masks
 
 
@@ -283,7 +283,7 @@ def check_labels_of_pixels(labels: np.ndarray, owner: str) -> None:
         invalid |= labels != np.floor(labels)
     if invalid.any():
         raise ValueError(
-            f"{owner} holds the label {labels[invalid][0]}; labels of pixels are whole "
+            f"{owner} has the label {labels[invalid][0]}; labels of pixels are whole "
             f"numbers from 0, the background, to {_LARGEST_PIXEL_LABEL}."
         )
 
@@ -336,7 +336,7 @@ def check_layer_sizes(sizes) -> None:
     for size in sizes:
         if not isinstance(size, Integral) or isinstance(size, bool) or size <= 0:
             raise ValueError(
-                "hidden_layer_sizes must hold positive integers, such as (256,), or be "
+                "hidden_layer_sizes must contain positive integers, such as (256,), or be "
                 f"empty; got {sizes!r}."
             )
 

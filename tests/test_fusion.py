@@ -431,7 +431,7 @@ def test_scattered_columns_make_the_same_head(join):
 @each_join
 def test_what_a_head_cannot_learn_from_is_refused(join):
     X, y = world()
-    with pytest.raises(ValueError, match="y holds 1 class only"):
+    with pytest.raises(ValueError, match="y has 1 class only"):
         small(join).fit(X, np.zeros(300))
     with pytest.raises(ValueError, match="Unknown label type"):
         small(join).fit(X, np.linspace(0, 1, 300))
@@ -446,7 +446,7 @@ def test_what_a_head_cannot_learn_from_is_refused(join):
     with pytest.raises(ValueError, match="X has no names"):
         small(join, blocks=None).fit(X, y)
     with pytest.raises(
-        ValueError, match="hidden_layer_sizes must hold positive integers"
+        ValueError, match="hidden_layer_sizes must contain positive integers"
     ):
         small(join, hidden_layer_sizes=(0,)).fit(X, y)
     with pytest.raises(ValueError, match="validation_fraction=0.9 splits 3 rows"):

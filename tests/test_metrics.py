@@ -411,7 +411,7 @@ def test_masks_that_cannot_be_compared_are_refused_by_row(score):
     for options in ({"empty": "skip"}, {"adjusted": True}):
         with pytest.raises(ValueError, match="All 8 masks are empty"):
             score(nothing, found, **options)
-    for wrong, message in ((0.5, "holds the label 0.5"), (-1, "holds the label -1")):
+    for wrong, message in ((0.5, "has the label 0.5"), (-1, "has the label -1")):
         torn = [*found[:4], np.full(found[4].shape, wrong), *found[5:]]
         with pytest.raises(ValueError, match=f"Row 4 of y_pred {message}"):
             score(truth, torn)

@@ -373,7 +373,7 @@ def test_a_random_state_instance_is_drawn_from(clusters):
 @pytest.mark.parametrize(
     ("y", "message"),
     [
-        (["a"] * 90, "y holds 1 class only .a in all 90 rows"),
+        (["a"] * 90, "y has 1 class only .a in all 90 rows"),
         (
             np.arange(90).astype(str),
             "No two of the 90 observed rows belong together .*90 classes",

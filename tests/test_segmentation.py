@@ -1056,12 +1056,12 @@ BAD_MASKS = {
     "None": (None, "got None"),
     "a path": ("mask.png", "got 'mask.png'"),
     "a label": (1, "got 1"),
-    "fractions": (np.full((8, 8), 0.5), "holds the label 0.5; .* whole numbers from 0"),
-    "negative": (np.full((8, 8), -1), "holds the label -1"),
-    "negative fractions": (np.full((8, 8), -0.5), "holds the label -0.5"),
-    "large": (np.full((8, 8), 65536), "holds the label 65536; .* to 65535"),
-    "NaN": (np.where(np.eye(8), np.nan, 1), "holds the label nan"),
-    "infinity": (np.where(np.eye(8), np.inf, 1), "holds the label inf"),
+    "fractions": (np.full((8, 8), 0.5), "has the label 0.5; .* whole numbers from 0"),
+    "negative": (np.full((8, 8), -1), "has the label -1"),
+    "negative fractions": (np.full((8, 8), -0.5), "has the label -0.5"),
+    "large": (np.full((8, 8), 65536), "has the label 65536; .* to 65535"),
+    "NaN": (np.where(np.eye(8), np.nan, 1), "has the label nan"),
+    "infinity": (np.where(np.eye(8), np.inf, 1), "has the label inf"),
     "words": (
         np.full((8, 8), "cat"),
         "should be a mask of whole numbers; got dtype <U3",
@@ -1174,11 +1174,11 @@ BAD_PARAMETERS = {
     "size of one number": ({"mask_size": 8}, "mask_size"),
     "an empty layer": (
         {"hidden_layer_sizes": (4, 0)},
-        "hidden_layer_sizes must hold positive",
+        "hidden_layer_sizes must contain positive",
     ),
     "a layer of 4.5": (
         {"hidden_layer_sizes": (4.5,)},
-        "hidden_layer_sizes must hold positive",
+        "hidden_layer_sizes must contain positive",
     ),
     "fewer layers than maps": (
         {"hidden_layer_sizes": (4,)},
@@ -1230,7 +1230,7 @@ def test_scores_of_what_cannot_be_scored_are_refused():
         segmenter.score(X, None)
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         segmenter.score(X, y[:5])
-    with pytest.raises(ValueError, match="Row 0 of y holds the label -1"):
+    with pytest.raises(ValueError, match="Row 0 of y has the label -1"):
         segmenter.score(X, -y)
 
 
@@ -1242,7 +1242,7 @@ def test_masks_keep_their_type_unless_they_are_floats():
     assert [mask.dtype for mask in masks[:4]] == [bool, np.uint8, np.int64, np.uint16]
     assert all(mask.shape == (2, 3) for mask in masks[:4])
     assert masks[4].tolist() == [[0, 1], [2, 3]]
-    with pytest.raises(ValueError, match="y holds no mask"):
+    with pytest.raises(ValueError, match="y has no mask"):
         check_masks([])
 
 
@@ -1288,7 +1288,7 @@ def test_a_mask_of_unequal_rows_is_refused_by_row():
 
 
 def test_a_mask_of_nan_and_infinity_is_refused_without_a_warning():
-    with pytest.raises(ValueError, match="Row 0 of y holds the label"):
+    with pytest.raises(ValueError, match="Row 0 of y has the label"):
         check_masks([[[np.nan, np.inf]]])
 
 

@@ -160,11 +160,11 @@ def test_one_column_is_a_vector_unless_it_is_a_label():
             "auto",
             "NaN or None in 1 of 2 rows, first in row 1",
         ),
-        (["a", "a"], "auto", "y holds 1 class only .a in all 2 rows"),
+        (["a", "a"], "auto", "y has 1 class only .a in all 2 rows"),
         ([0.5, 0.5, 0.5], "auto", r"y is \[0.5\] in all 3 rows"),
         ([[0.5, 1.5]] * 3, "auto", r"y is \[0.5, 1.5\] in all 3 rows"),
         ([1.0, 2.5, np.inf], "continuous", "contains infinity"),
-        ([["a", "x"], ["a", "y"]], "auto", "y holds 1 class only"),
+        ([["a", "x"], ["a", "y"]], "auto", "y has 1 class only"),
         ([0, 1, 1], "multilabel", "a column of 0 and 1 for each label; got shape .3,."),
         ([[0, 2], [1, 1]], "multilabel", r"a column of 0 and 1 .* values \[0 1 2\]"),
         (

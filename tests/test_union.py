@@ -597,7 +597,7 @@ def test_a_flat_output_is_refused_with_the_way_out(table):
 
 
 def test_errors_name_the_branch_and_the_rows_it_saw(table):
-    with pytest.raises(ValueError, match="y holds 1 class only") as caught:
+    with pytest.raises(ValueError, match="y has 1 class only") as caught:
         PerModalityUnion([("h", ContrastiveProjector(), ["height"])]).fit_transform(
             table, ["x", "y", "y", "x", "y", "x"][:1] + ["x", "y", "x", "y", "x"]
         )
