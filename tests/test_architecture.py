@@ -90,6 +90,7 @@ sklembed.PerModalityUnion([])
 sklembed.{call}
 """
 CALLS_WITH_AN_UNKNOWN_KEYWORD = [
+    "CallableBackend(print, n_feature=2)",
     "CanonicalAligner(n_component=2)",
     "ContrastiveProjector(n_component=16)",
     "CrossAttentionAdaptor(mixup=True)",
@@ -108,6 +109,9 @@ CALLS_WITH_AN_UNKNOWN_KEYWORD = [
 
 def test_mypy_rejects_unknown_keywords_of_public_classes(tmp_path):
     api = pytest.importorskip("mypy.api")
+    called = {call.split("(")[0] for call in CALLS_WITH_AN_UNKNOWN_KEYWORD}
+    public = {n for n in sklembed.__all__ if isinstance(getattr(sklembed, n), type)}
+    assert called == public
     program = tmp_path / "program.py"
     calls = "\nsklembed.".join(CALLS_WITH_AN_UNKNOWN_KEYWORD)
     program.write_text(PROGRAM.format(call=calls))
