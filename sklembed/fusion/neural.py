@@ -80,21 +80,23 @@ class _FusionNetwork(TrainedEstimator):
     def _find_scaling(self, X, observed, rows, resume):
         """Return the mean and scale of each column over the training rows that have it.
 
-        If training is resumed, a block keeps its scaling, unless it was ignored before.
+        If training is resumed, only blocks that were ignored before get a new scaling.
         """
+        new_blocks = list(self.blocks_)
         mean = np.zeros(X.shape[1], dtype=np.float32)
         scale = np.ones(X.shape[1], dtype=np.float32)
-        for mask, columns in zip(observed.T, self._column_slices(), strict=True):
+        if resume:
+            new_blocks = self.ignored_blocks_
+            mean, scale = self.weights_["mean"].copy(), self.weights_["scale"].copy()
+        for name, mask, columns in zip(
+            self.blocks_, observed.T, self._column_slices(), strict=True
+        ):
             rows_of_block = rows[mask[rows]]
-            if len(rows_of_block):
+            if name in new_blocks and len(rows_of_block):
                 chunks = gen_batches(len(rows_of_block), _CHUNK_ROWS)
                 batches = (X[rows_of_block[chunk], columns] for chunk in chunks)
                 mean[columns], scale[columns] = moments(batches)
         if resume:
-            ignored = np.isin(list(self.blocks_), self.ignored_blocks_)
-            is_new = np.repeat(ignored, self._n_columns())
-            mean = np.where(is_new, mean, self.weights_["mean"])
-            scale = np.where(is_new, scale, self.weights_["scale"])
             self.weights_ = self.weights_ | {"mean": mean, "scale": scale}
         return mean, scale
 
