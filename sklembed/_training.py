@@ -268,7 +268,7 @@ class Batches:
                 index = nn.utils.rnn.pad_sequence(list(batch), True, padding_value=-1)
             else:
                 index = batch[0]
-            # An empty mask on the CPU costs no transfer from the device.
+            # Padding is found on the CPU, because a test on the device would wait for it.
             mask = index >= 0 if bool((index < 0).any()) else None
             index = index.clamp(min=0).to(
                 self.X.device
