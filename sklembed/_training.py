@@ -264,19 +264,16 @@ class Batches:
             ]
         parts = [torch.tensor_split(order, self.n_batches) for order in orders]
         for batch in zip(*parts, strict=True):
+            # The index has the shape (batch,), or (n_networks, batch).
             if self.stacked:
                 index = nn.utils.rnn.pad_sequence(list(batch), True, padding_value=-1)
             else:
                 index = batch[0]
             # Padding is found on the CPU, because a test on the device would wait for it.
             mask = index >= 0 if bool((index < 0).any()) else None
-            index = index.clamp(min=0).to(
-                self.X.device
-            )  # (batch,) or (n_networks, batch)
-            yield (
-                _take(self.X, index),
-                (_take(self.y, index), self._weight(mask, index)),
-            )
+            index = index.clamp(min=0).to(self.X.device)
+            X, y = _take(self.X, index), _take(self.y, index)
+            yield X, (y, self._weight(mask, index))
 
     def _weight(self, mask: Tensor | None, index: Tensor) -> Tensor:
         """Return the weights of a batch; empty if all are 1, because skorch rejects None."""

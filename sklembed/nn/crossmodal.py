@@ -443,9 +443,8 @@ class AdaptorNetwork(CrossModalNetwork):
         x = F.normalize(self.projections[modality](tokens), dim=-1)
         # Queries start at the mean of the tokens, which the residual connection passes on.
         queries = self.queries + masked_mean(x, observed)[:, None]
-        x = torch.cat(
-            [queries, x], dim=1
-        )  # (batch, n_queries + n_tokens, n_components)
+        # (batch, n_queries + n_tokens, n_components)
+        x = torch.cat([queries, x], dim=1)
         if not len(self.layers):
             return x[:, positions]
         *hidden_layers, last = self.layers
