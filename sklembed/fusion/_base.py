@@ -3,13 +3,23 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 from scipy.special import expit, softmax
+from sklearn.utils import column_or_1d, compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import validate_data
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_is_fitted,
+    validate_data,
+)
 
 from sklembed._table.blocks import observed_in_block, resolve_blocks
 from sklembed._targets import encode_target
-from sklembed._validation import check_no_missing_label, check_vectors
+from sklembed._validation import (
+    check_class_weight,
+    check_no_missing_label,
+    check_vectors,
+)
 
 TINY = np.finfo(np.float64).tiny  # lower limit of probabilities before the logarithm
 
@@ -37,6 +47,15 @@ def check_table(estimator, X, y, *, dtype, reset, **options):
             name: len(columns[part]) for name, part in estimator.blocks_.items()
         }
     return X, y
+
+
+def check_rows(estimator, X):
+    """Validate a table to predict for."""
+    check_is_fitted(estimator)
+    check_vectors(X, estimator)
+    return validate_data(
+        estimator, X, dtype=np.float32, ensure_all_finite="allow-nan", reset=False
+    )
 
 
 def check_labelled_table(estimator, X, y, *, dtype, reset):
@@ -103,6 +122,98 @@ def find_prior(target, weight):
         return np.average(target.values, axis=0, weights=weight)
     shares = np.bincount(target.values, weights=weight, minlength=len(target.classes))
     return shares / shares.sum()
+
+
+def weight_classes(weight, target, class_weight):
+    """Return the weights of rows multiplied by the weights of their classes."""
+    if class_weight is None:
+        return weight
+    check_class_weight(class_weight, target.classes)
+    # Rows of weight 0 must not influence the class weights.
+    codes = target.values[weight > 0]
+    present = np.unique(codes)
+    classes = target.classes[present]
+    if isinstance(class_weight, dict):  # y may lack some of the classes
+        class_weight = {c: class_weight.get(c, 1.0) for c in classes.tolist()}
+    by_class = np.zeros(len(target.classes), dtype=weight.dtype)
+    by_class[present] = compute_class_weight(
+        class_weight, classes=classes, y=target.classes[codes]
+    )
+    weight = weight * by_class[target.values]
+    check_positive_weight(weight, "The product of sample_weight and class_weight")
+    return weight
+
+
+def scale_targets(y, weight):
+    """Return mean and scale of numeric targets; the scale of constant targets is 1."""
+    y, weight = y.astype(np.float64), weight.astype(np.float64)
+    mean = np.average(y, axis=0, weights=weight)
+    variance = np.average(np.square(y - mean), axis=0, weights=weight)
+    return mean, np.where(variance > 0, np.sqrt(variance), 1.0)[()]
+
+
+def check_weights(sample_weight, X):
+    """Return the weights of the rows, float64, which are not negative.
+
+    Raises
+    ------
+    ValueError
+        If there is not one finite weight for each row, or none is positive.
+    """
+    weight = _check_sample_weight(
+        sample_weight, X, dtype=np.float64, ensure_non_negative=True
+    )
+    check_positive_weight(weight, "sample_weight")
+    return weight
+
+
+def check_positive_weight(weight, name):
+    """Refuse weights of rows of which none is positive."""
+    if not (weight > 0).any():
+        raise ValueError(
+            f"{name} is zero in all {len(weight)} rows. Give a positive weight to the "
+            "rows to learn from."
+        )
+
+
+def encode_groups(groups, weight):
+    """Return the group of each row as a code; None without groups.
+
+    Parameters
+    ----------
+    groups : array-like of shape (n_samples,) or None
+        Groups of any type.
+    weight : ndarray of shape (n_samples,)
+        Weights of the rows.
+
+    Raises
+    ------
+    ValueError
+        If the number of groups differs from that of the rows, a group is missing, or
+        all rows of positive weight are in one group.
+    """
+    if groups is None:
+        return None
+    groups = column_or_1d(groups)
+    if len(groups) != len(weight):
+        raise ValueError(
+            f"groups has {len(groups)} values, but X has {len(weight)} rows. Pass the "
+            "group of each row."
+        )
+    codes, _ = pd.factorize(groups)
+    missing = np.flatnonzero(codes < 0)
+    if len(missing):
+        raise ValueError(
+            f"groups has no value in {len(missing)} rows, first in row {missing[0]}. "
+            "Give rows without a group one of their own."
+        )
+    used = codes[weight > 0]
+    if (used == used[0]).all():
+        raise ValueError(
+            f"All {len(used)} rows of positive weight are in one group, so none can be "
+            "predicted by a fit without its group. Pass two or more groups, or none."
+        )
+    return codes
 
 
 def logits_of_prior(prior, target_type):

@@ -5,7 +5,7 @@ from numbers import Real
 
 import numpy as np
 from sklearn.base import ClassifierMixin, RegressorMixin, _fit_context
-from sklearn.utils import compute_class_weight, gen_batches
+from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import (
     _check_sample_weight,
@@ -17,7 +17,6 @@ from sklembed import _callbacks
 from sklembed._callbacks import with_callbacks
 from sklembed._trained import TrainedEstimator, moments
 from sklembed._validation import (
-    check_class_weight,
     check_layer_sizes,
     check_vectors,
     draw_seed,
@@ -30,7 +29,9 @@ from sklembed.fusion._base import (
     find_prior,
     logits_of_prior,
     probabilities,
+    scale_targets,
     warn_ignored,
+    weight_classes,
 )
 
 _CHUNK_ROWS = 1024  # of a forward pass: a chunk stays in the caches of the processor
@@ -472,21 +473,9 @@ class FusionClassifier(ClassifierMixin, _FusionNetwork):
         weight = _check_sample_weight(
             sample_weight, X, dtype=np.float32, ensure_non_negative=True
         )
-        if self.class_weight is None or target.kind != "multiclass":
+        if target.kind == "multilabel":
             return weight
-        check_class_weight(self.class_weight, self.classes_)
-        # Rows of weight 0 must not influence the class weights.
-        codes = target.values[weight > 0]
-        present = np.unique(codes)
-        classes = self.classes_[present]
-        class_weight = self.class_weight
-        if isinstance(class_weight, dict):  # y may lack some of the classes
-            class_weight = {c: class_weight.get(c, 1.0) for c in classes.tolist()}
-        by_class = np.zeros(len(self.classes_), dtype=np.float32)
-        by_class[present] = compute_class_weight(
-            class_weight, classes=classes, y=self.classes_[codes]
-        )
-        return weight * by_class[target.values]
+        return weight_classes(weight, target, self.class_weight)
 
     def _label_weights(self, target, weight, names):
         """Return the weight of rows with each of several labels, or None."""
@@ -740,7 +729,7 @@ class FusionRegressor(RegressorMixin, _FusionNetwork):
             sample_weight, table, dtype=np.float32, ensure_non_negative=True
         )
         if not resume:
-            self._scale_targets(y, weight)
+            self.target_mean_, self.target_scale_ = scale_targets(y, weight)
         elif y.shape[1:] != np.shape(self.target_mean_):
             raise ValueError(
                 "With warm_start, a row of y must have the shape of the previous fit, "
@@ -771,14 +760,6 @@ class FusionRegressor(RegressorMixin, _FusionNetwork):
 
     def _n_outputs(self):
         return np.size(self.target_mean_)
-
-    def _scale_targets(self, y, weight):
-        """Set the mean and the scale of the targets; the scale of constant targets is 1."""
-        weight = weight.astype(np.float64)
-        mean = np.average(y, axis=0, weights=weight)
-        variance = np.average(np.square(y - mean), axis=0, weights=weight)
-        self.target_mean_ = mean
-        self.target_scale_ = np.where(variance > 0, np.sqrt(variance), 1.0)[()]
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

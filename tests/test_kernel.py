@@ -1,0 +1,776 @@
+"""Kernel ridge on blocks: closed forms against brute force, scaling, calibration, search."""
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.optimize import minimize
+from scipy.special import expit, log_softmax
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+
+from sklembed import KernelFusionClassifier, KernelFusionRegressor
+from sklembed._grid import descend
+from sklembed.fusion import kernel
+from sklembed.fusion.calibration import fit_slopes
+from sklembed.fusion.scaling import find_table_blocks, fit_scaling, scale_blocks
+
+WIDTH = 18  # columns of a vector; blocks below 16 columns are table columns
+BLOCKS = {
+    "text": slice(0, WIDTH),
+    "image": slice(WIDTH, 2 * WIDTH),
+    "table": slice(2 * WIDTH, 2 * WIDTH + 3),
+}
+VECTORS = {"text": BLOCKS["text"], "image": BLOCKS["image"]}
+
+
+def make_table(n_rows=60, n_classes=3, seed=0):
+    """Return two vectors and three table columns side by side, and classes."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n_rows) % n_classes
+    X = rng.normal(size=(n_rows, 2 * WIDTH + 3))
+    X[:, :WIDTH] += rng.normal(size=(n_classes, WIDTH))[y]
+    X[:, -1] += y
+    return X, y
+
+
+def make_vectors(n_rows=60, n_classes=3, seed=0):
+    X, y = make_table(n_rows, n_classes, seed)
+    return X[:, : 2 * WIDTH], y
+
+
+def classifier(blocks=BLOCKS, **options):
+    return KernelFusionClassifier(blocks=blocks, random_state=0, **options)
+
+
+def regressor(blocks=BLOCKS, **options):
+    return KernelFusionRegressor(blocks=blocks, random_state=0, **options)
+
+
+def make_labels(y):
+    """Return three labels of each row, of which the last is rare."""
+    return np.column_stack([y == 0, y != 1, np.arange(len(y)) % 9 == 4]).astype(int)
+
+
+def make_numbers(X, y):
+    return y + X[:, 0] - X[:, -1] / 2
+
+
+# Closed forms
+
+
+def make_rows(n_rows=14, n_outputs=2, weighted=True):
+    """Return a kernel matrix, training rows with targets, and groups."""
+    rng = np.random.default_rng(1)
+    Z = rng.normal(size=(n_rows, 4))
+    K = np.exp(-0.3 * np.square(Z[:, None] - Z[None]).sum(axis=2))
+    weight = rng.uniform(0.2, 3, n_rows) if weighted else np.ones(n_rows)
+    targets = rng.normal(size=(n_rows, n_outputs))
+    return K, kernel._Rows(Z, targets, weight, np.arange(n_rows) % 4)
+
+
+def ridge(K, data, train, alpha):
+    """Solve (W K + alpha) coef = W y for some rows, without symmetry or square roots."""
+    W = np.diag(data.weight[train])
+    system = W @ K[np.ix_(train, train)] + alpha * np.eye(len(train))
+    return np.linalg.solve(system, W @ data.targets[train])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("by_group", [False, True])
+def test_closed_form_equals_fits_without_the_row_or_its_group(weighted, by_group):
+    K, data = make_rows(weighted=weighted)
+    rows = np.arange(len(K))
+    groups = data.groups if by_group else rows
+    coef, predicted = kernel._solve_dual(
+        K, data, 0.1, kernel._rows_by_group(groups) if by_group else None
+    )
+    np.testing.assert_allclose(coef, ridge(K, data, rows, 0.1), rtol=1e-8)
+    for group in np.unique(groups):
+        train, held_out = rows[groups != group], rows[groups == group]
+        expected = K[np.ix_(held_out, train)] @ ridge(K, data, train, 0.1)
+        np.testing.assert_allclose(predicted[held_out], expected, rtol=1e-8)
+
+
+def test_groups_of_single_rows_are_leave_one_out():
+    K, data = make_rows()
+    singles = kernel._rows_by_group(np.arange(len(K))[::-1])
+    with_groups = kernel._solve_dual(K, data, 0.1, singles)[1]
+    np.testing.assert_allclose(with_groups, kernel._solve_dual(K, data, 0.1, None)[1])
+
+
+def fitted_without(model, X, y, rows, scaled_like):
+    """Predict with the coefficients of a fit on some rows, all else as in another fit."""
+    targets = (y - scaled_like.target_mean_) / scaled_like.target_scale_
+    landmarks = scaled_like._scale(X[rows].astype(np.float32))
+    reduced = clone(model)
+    vars(reduced).update(vars(scaled_like))
+    reduced._landmarks = landmarks
+    K = reduced._kernel(landmarks)
+    reduced._coef = np.linalg.solve(
+        K + scaled_like.alpha_ * np.eye(len(rows)), targets[rows, None]
+    )
+    return reduced
+
+
+def test_predictions_out_of_fold_are_those_of_fits_without_the_row():
+    X, y = make_table(30)
+    y = make_numbers(X, y)
+    model = regressor(gamma=0.5, alpha=0.1)
+    out_of_fold = model._fit(X, y, None, None)
+    for row in (0, 11, 29):
+        rest = np.delete(np.arange(30), row)
+        reduced = fitted_without(model, X, y, rest, model)
+        expected = reduced.predict(X[[row]])
+        np.testing.assert_allclose(out_of_fold[row], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_landmarks_at_all_rows_equal_the_exact_fit(weighted):
+    X, y = make_table(60)
+    y = make_numbers(X, y)
+    weight = np.random.default_rng(0).uniform(0.5, 2, 60) if weighted else None
+    exact = regressor(gamma=0.5, alpha=0.1).fit(X, y, sample_weight=weight)
+    on_landmarks = clone(exact).fit(X, y, sample_weight=weight)
+    data = kernel._Rows(
+        X.astype(np.float32),
+        ((y - exact.target_mean_) / exact.target_scale_)[:, None],
+        np.ones(60) if weight is None else weight,
+        None,
+    )
+    on_landmarks._fit_landmarks(data, np.arange(60), 0)
+    new = make_table(40, seed=1)[0]
+    np.testing.assert_allclose(
+        on_landmarks.predict(new), exact.predict(new), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("n_groups", [None, 2, 3, 12])
+def test_fold_predictions_on_landmarks_equal_refits_without_the_fold(n_groups):
+    X, y = make_table(60)
+    X = X.astype(np.float32)
+    rng = np.random.default_rng(0)
+    targets, weight = rng.normal(size=(60, 2)), rng.uniform(0.5, 2, 60)
+    groups = None if n_groups is None else np.arange(60) % n_groups
+    data = kernel._Rows(X, targets, weight, groups)
+    model = regressor(gamma=0.5, alpha=0.3).fit(X, y)
+    predicted = model._fit_landmarks(data, np.arange(0, 60, 3), 0)
+    fold_of = kernel._fold_of_rows(data, 0)
+    K = model._kernel(model._scale(X))  # rows by landmarks
+    penalty = model._kernel(model._landmarks) + kernel._JITTER * np.eye(20)
+    for fold in np.unique(fold_of):
+        train, held_out = fold_of != fold, fold_of == fold
+        W = weight[train, None]
+        system = K[train].T @ (W * K[train]) + 0.3 * penalty
+        coef = np.linalg.solve(system, K[train].T @ (W * targets[train]))
+        np.testing.assert_allclose(predicted[held_out], K[held_out] @ coef, rtol=1e-5)
+    if groups is not None:
+        for group in range(n_groups):
+            assert len(np.unique(fold_of[groups == group])) == 1
+
+
+def test_few_landmarks_come_close_to_the_exact_fit():
+    X, y = make_table(300)
+    exact = classifier().fit(X[:200], y[:200])
+    approximate = classifier(n_landmarks=100).fit(X[:200], y[:200])
+    assert {len(block.values) for block in approximate._landmarks.values()} == {100}
+    assert approximate.score(X[200:], y[200:]) > 0.9
+    P = exact.predict_proba(X[200:])
+    assert np.abs(P - approximate.predict_proba(X[200:])).mean() < 0.1
+
+
+@pytest.mark.parametrize("n_rows", [3, 4, 6])
+def test_hardly_any_rows_and_landmarks(n_rows):
+    X, y = make_table(n_rows, n_classes=2)
+    model = classifier(n_landmarks=2).fit(X, y)
+    assert np.isfinite(model.predict_proba(X)).all()
+
+
+def test_landmarks_may_be_equal_rows():
+    X, y = make_table(15)
+    X, y = np.repeat(X, 20, axis=0), np.repeat(y, 20)
+    model = classifier(gamma=16.0, n_landmarks=200).fit(X, y)
+    assert model.score(X, y) == 1
+    smooth = classifier(gamma=1e-3, n_landmarks=200).fit(X, y)
+    assert np.isfinite(smooth.predict_proba(X)).all()
+
+
+# Weights
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "numbers"])
+@pytest.mark.parametrize("n_landmarks", [3000, 20])
+def test_a_row_of_weight_two_is_a_repeated_row(kind, n_landmarks, monkeypatch):
+    X, y = make_table(40)
+    X[::5, -1] = np.nan  # imputed by a weighted median
+    monkeypatch.setitem(kernel._GRID, "table_share", np.array([0.3]))
+    model = classifier(gamma=0.5, alpha=0.2)
+    target = make_labels(y) if kind == "labels" else y
+    if kind == "numbers":
+        model, target = regressor(gamma=0.5, alpha=0.2), make_numbers(X[:, :-1], y)
+    weight = 1 + (np.arange(40) % 3 == 0)
+    repeated = np.repeat(np.arange(40), weight)
+    if n_landmarks < 40:  # the same landmarks, and so the same function
+        fit_landmarks = kernel._KernelFusion._fit_landmarks
+
+        def on_the_first(self, data, landmarks, seed):
+            _, first = np.unique(data.X[:, 0], return_index=True)
+            return fit_landmarks(self, data, first[:20], seed)
+
+        monkeypatch.setattr(kernel._KernelFusion, "_fit_landmarks", on_the_first)
+        model.set_params(n_landmarks=20)
+    weighted = clone(model).fit(X, target, sample_weight=weight)
+    plain = clone(model).fit(X[repeated], target[repeated])
+    rows = X.astype(np.float32)
+    np.testing.assert_allclose(  # the slopes are fitted on predictions that differ
+        weighted._predict_ridge(rows), plain._predict_ridge(rows), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_rows_of_weight_zero_are_not_used(make):
+    X, y = make_table(50)
+    weight = np.r_[np.random.default_rng(0).uniform(0.5, 2, 40), np.zeros(10)]
+    garbage = X.copy()
+    garbage[40:] = 1e6
+    for options in ({}, {"n_landmarks": 25}):
+        with_zeros = make(**options).fit(garbage, y, sample_weight=weight)
+        without = make(**options).fit(X[:40], y[:40], sample_weight=weight[:40])
+        output = "predict_proba" if make is classifier else "predict"
+        np.testing.assert_allclose(
+            getattr(with_zeros, output)(X), getattr(without, output)(X), rtol=1e-6
+        )
+
+
+def test_a_multiple_of_all_weights_changes_nothing():
+    X, y = make_table(50)
+    weight = np.random.default_rng(0).uniform(0.5, 2, 50)
+    first = classifier().fit(X, y, sample_weight=weight).predict_proba(X)
+    second = classifier().fit(X, y, sample_weight=1e4 * weight).predict_proba(X)
+    np.testing.assert_allclose(first, second, rtol=1e-6)
+
+
+def test_class_weights_are_sample_weights():
+    X, y = make_table(50)
+    y = np.array(["ant", "bee", "cow"])[np.minimum(y, np.arange(50) % 7)]
+    by_class = {"ant": 0.5, "bee": 2.0, "cow": 3.0}
+    weight = np.array([by_class[label] for label in y])
+    first = classifier(class_weight=by_class).fit(X, y)
+    second = classifier().fit(X, y, sample_weight=weight)
+    np.testing.assert_allclose(first.predict_proba(X), second.predict_proba(X))
+    balanced = classifier(class_weight="balanced").fit(X, y)
+    np.testing.assert_allclose(balanced.prior_, 1 / 3)
+
+
+def test_a_class_of_weight_zero_is_never_predicted():
+    X, y = make_table(50)
+    model = classifier(class_weight={0: 0, 1: 1, 2: 1}).fit(X, y)
+    assert model.predict_proba(X).shape == (50, 3)
+    assert set(model.predict(X)) == {1, 2}
+
+
+def test_weights_that_are_zero_everywhere_are_refused():
+    X, y = make_table(20)
+    with pytest.raises(ValueError, match=r"non-zero|zero in all 20 rows"):
+        classifier().fit(X, y, sample_weight=np.zeros(20))
+    model = classifier(class_weight={0: 0, 1: 0, 2: 0})
+    with pytest.raises(ValueError, match="class_weight is zero in all 20 rows"):
+        model.fit(X, y)
+    with pytest.raises(ValueError, match=r"[Nn]egative"):
+        classifier().fit(X, y, sample_weight=-np.ones(20))
+
+
+# Missing values and scaling
+
+
+def test_a_missing_block_contributes_zero():
+    X, y = make_vectors()
+    model = classifier(VECTORS).fit(X, y)
+    half = X.copy()
+    half[:, VECTORS["image"]] = np.nan
+    K = model._kernel(model._scale(half.astype(np.float32)))
+    blocks = model._scale(X.astype(np.float32))
+    text = blocks["text"].values.astype(float)
+    cosine = text @ text.T
+    np.testing.assert_allclose(
+        K, np.exp(-model.gamma_ * (1 - cosine)) / 2, rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("kind", ["binary", "classes", "labels"])
+def test_a_row_without_any_block_gets_the_prior(kind):
+    X, y = make_vectors()
+    y = {"binary": y == 2, "classes": y, "labels": make_labels(y)}[kind]
+    X[::7, VECTORS["text"]] = np.nan
+    weight = np.random.default_rng(0).uniform(0.5, 2, len(X))
+    model = classifier(VECTORS).fit(X, y, sample_weight=weight)
+    empty = np.full((2, X.shape[1]), np.nan)
+    predicted = model.predict_proba(empty)
+    expected = model.prior_
+    if kind == "labels":
+        np.testing.assert_allclose(expected, np.average(y, axis=0, weights=weight))
+    else:
+        np.testing.assert_allclose(expected.sum(), 1)
+    np.testing.assert_allclose(predicted, [expected, expected], rtol=1e-9)
+
+
+def test_a_row_without_any_block_gets_the_mean():
+    X, y = make_vectors()
+    y = np.column_stack([make_numbers(X, y), y])
+    weight = np.random.default_rng(0).uniform(0.5, 2, len(X))
+    model = regressor(VECTORS).fit(X, y, sample_weight=weight)
+    mean = np.average(y, axis=0, weights=weight)
+    predicted = model.predict(np.full((1, X.shape[1]), np.nan))
+    np.testing.assert_allclose(predicted, [mean])
+
+
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_units_do_not_matter(make):
+    X, y = make_table()
+    y = y if make is classifier else make_numbers(X, y)
+    X[::6, -2] = np.nan
+    new = make_table(seed=1)[0]
+    new[::5, -1] = np.nan
+    shift = np.zeros(X.shape[1])
+    shift[:WIDTH] = np.linspace(-2, 2, WIDTH)
+    factor = np.ones(X.shape[1])
+    factor[BLOCKS["text"]], factor[BLOCKS["image"]] = 50, 1e-3
+    factor[BLOCKS["table"]] = [1e6, 1e-6, 1000]
+    shift[BLOCKS["table"]] = [3e6, 1e-5, -2000]
+    output = "predict_proba" if make is classifier else "predict"
+    expected = getattr(make().fit(X, y), output)(new)
+    changed = getattr(make().fit(factor * X + shift, y), output)(factor * new + shift)
+    np.testing.assert_allclose(changed, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_blocks_that_tell_nothing_leave_the_scores_finite():
+    X, y = make_table()
+    new = make_table(seed=1)[0]
+    constant, missing, single = X.copy(), X.copy(), X.copy()
+    constant[:, BLOCKS["image"]] = 0.1
+    constant[:, -1] = 0.1
+    missing[:, BLOCKS["image"]] = np.nan
+    missing[:, -1] = np.nan
+    single[1:, BLOCKS["image"]] = np.nan
+    single[1:, -1] = np.nan
+    for table in (constant, missing, single):
+        model = classifier().fit(table, y)
+        assert np.isfinite(model.predict_proba(new)).all()
+        assert model.score(table, y) > 0.8
+
+
+def test_other_values_of_a_constant_column_count_as_equal():
+    X, y = make_table()
+    X[:, -2] = 7
+    model = classifier().fit(X, y)
+    new = X.copy()
+    new[:, -2] = 1e9
+    np.testing.assert_array_equal(model.predict_proba(new), model.predict_proba(X))
+
+
+def test_what_rounding_leaves_of_a_constant_vector_is_not_a_direction():
+    rng = np.random.default_rng(0)
+    vector = rng.normal(size=WIDTH).astype(np.float32)
+    X = vector * (1 + 1e-7 * rng.normal(size=(40, WIDTH))).astype(np.float32)
+    blocks = {"text": slice(None)}
+    scaling = fit_scaling(X, blocks, [], np.ones(40))
+    assert not scale_blocks(X, blocks, scaling)["text"].values.any()
+
+
+def test_a_block_that_all_new_rows_lack():
+    X, y = make_table()
+    new = X.copy()
+    new[:, BLOCKS["image"]] = np.nan
+    new[:, -3:] = np.nan
+    model = classifier().fit(X, y)
+    assert model.score(new, y) > 0.8
+
+
+def test_weighted_medians_are_medians_of_repeated_rows():
+    rng = np.random.default_rng(0)
+    for n_rows in (1, 2, 5, 8):
+        X = rng.integers(0, 6, size=(n_rows, 2)).astype(np.float32)
+        weight = rng.integers(1, 4, n_rows).astype(float)
+        scaling = fit_scaling(X, {"t": slice(None)}, ["t"], weight)["t"]
+        repeated = np.repeat(X, weight.astype(int), axis=0)
+        np.testing.assert_allclose(scaling["median"], np.median(repeated, axis=0))
+        np.testing.assert_allclose(scaling["mean"], repeated.mean(axis=0), rtol=1e-6)
+
+
+def test_table_blocks_are_found():
+    X, y = make_table()
+    assert classifier().fit(X, y).table_blocks_ == ["table"]
+    wide = {"table": slice(0, 20), "narrow": slice(20, 22), "rest": slice(22, None)}
+    X[0, 30] = np.nan
+    assert find_table_blocks("auto", X, wide) == ["table", "narrow", "rest"]
+    assert find_table_blocks(["rest", "rest"], X, wide) == ["rest"]
+    with pytest.raises(ValueError, match=r"table_blocks has 'tabel', but the blocks"):
+        classifier(table_blocks=["tabel"]).fit(X, y)
+
+
+@pytest.mark.parametrize("n_rows", [60, 5000])
+def test_a_vector_missing_in_part_is_refused_by_row_and_block(n_rows):
+    X, y = make_table(60)
+    model = classifier(table_blocks=["table"], n_landmarks=30).fit(X, y)
+    new = np.tile(X, (n_rows // 60 + 1, 1))[:n_rows]
+    new[n_rows - 3, WIDTH + 1] = np.nan
+    message = f"NaN in 1 of {WIDTH} columns of row {n_rows - 3} of block 'image'"
+    with pytest.raises(ValueError, match=message):
+        model.predict(new)
+    weight = np.r_[0, np.ones(n_rows - 1)]
+    y = np.arange(n_rows) % 2
+    with pytest.raises(ValueError, match=message):
+        model.fit(new, y, sample_weight=weight)
+
+
+def test_infinity_is_refused():
+    X, y = make_table()
+    infinite = X.copy()
+    infinite[3, 2] = np.inf
+    with pytest.raises(ValueError, match="infinity"):
+        classifier().fit(infinite, y)
+    with pytest.raises(ValueError, match="infinity"):
+        classifier().fit(X, y).predict(infinite)
+
+
+# Targets
+
+
+def test_labels_of_all_kinds():
+    X, y = make_table()
+    words = np.array(["ant", "bee", "cow"], dtype=object)[y]
+    model = classifier().fit(X, words)
+    assert model.classes_.tolist() == ["ant", "bee", "cow"]
+    assert (model.predict(X) == words).mean() > 0.9
+    binary = classifier().fit(X, y == 1)
+    logits = binary.decision_function(X)
+    assert logits.shape == (60,)
+    np.testing.assert_allclose(binary.predict_proba(X)[:, 1], expit(logits))
+    np.testing.assert_array_equal(binary.predict(X), logits > 0)
+
+
+def test_several_labels():
+    X, y = make_table()
+    Y = np.column_stack([make_labels(y), np.zeros(60), np.ones(60)]).astype(int)
+    model = classifier().fit(X, Y)
+    P = model.predict_proba(X)
+    assert P.shape == Y.shape
+    assert (P[:, 3] < 0.05).all()
+    assert (P[:, 4] > 0.95).all()
+    assert (model.predict(X)[:, :2] == Y[:, :2]).mean() > 0.9
+    np.testing.assert_allclose(P, expit(model.decision_function(X)))
+    with pytest.raises(ValueError, match=r"class_weight='balanced' requires classes"):
+        classifier(class_weight="balanced").fit(X, Y)
+
+
+def test_two_classes_as_labels_rank_rows_equally():
+    X, y = make_vectors()  # without table columns, whose share is chosen
+    binary = classifier(VECTORS, gamma=1.0, alpha=0.1).fit(X, y == 0)
+    Y = np.column_stack([y == 0, y != 0]).astype(int)
+    labels = classifier(VECTORS, gamma=1.0, alpha=0.1).fit(X, Y)
+    np.testing.assert_array_equal(
+        np.argsort(binary.decision_function(X)),
+        np.argsort(labels.decision_function(X)[:, 0]),
+    )
+
+
+def test_several_numbers_are_fitted_with_shared_settings():
+    X, y = make_table()
+    numbers = make_numbers(X, y)
+    targets = np.column_stack([numbers, np.full(60, 0.1), 1e6 - 1e3 * numbers])
+    model = regressor(gamma=0.5, alpha=0.1).fit(X, targets)
+    alone = clone(model).fit(X, numbers)
+    predicted = model.predict(X)
+    np.testing.assert_allclose(predicted[:, 0], alone.predict(X), rtol=1e-9)
+    np.testing.assert_allclose(predicted[:, 1], 0.1)
+    np.testing.assert_allclose(predicted[:, 2], 1e6 - 1e3 * predicted[:, 0])
+
+
+def test_a_group_that_decides_the_class():
+    X, y = make_table()
+    model = classifier().fit(X, y, groups=y)
+    assert np.isfinite(model.predict_proba(X)).all()
+    assert model.slopes_[0] < classifier().fit(X, y).slopes_[0]
+
+
+def test_groups_change_the_choice():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(12), 10)
+    centres = rng.normal(size=(12, WIDTH))
+    X = centres[groups] + 0.2 * rng.normal(size=(120, WIDTH))
+    y = centres[groups, 0] + rng.normal(size=12)[groups]  # half of it is of the group
+    blocks = {"text": slice(None)}
+    alone = regressor(blocks).fit(X, y)
+    grouped = regressor(blocks).fit(X, y, groups=groups.astype(str))
+    assert grouped.alpha_ > alone.alpha_
+
+
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_groups_that_cannot_be_used_are_refused(make):
+    X, y = make_table()
+    with pytest.raises(ValueError, match="groups has 59 values, but X has 60 rows"):
+        make().fit(X, y, groups=np.arange(59))
+    groups = np.arange(60.0)
+    groups[7] = np.nan
+    with pytest.raises(ValueError, match="no value in 1 rows, first in row 7"):
+        make().fit(X, y, groups=groups)
+    with pytest.raises(ValueError, match="60 rows of positive weight are in one group"):
+        make().fit(X, y, groups=["a"] * 60)
+    weight = np.ones(60)
+    weight[0] = 0
+    with pytest.raises(ValueError, match="59 rows of positive weight are in one group"):
+        make().fit(X, y, groups=["b"] + ["a"] * 59, sample_weight=weight)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("n_rows", [2, 3])
+@pytest.mark.parametrize("kind", ["classes", "labels", "numbers"])
+def test_two_and_three_rows(n_rows, kind):
+    X, _ = make_table(n_rows)
+    y = np.array([0, 1, 1])[:n_rows]
+    model = regressor() if kind == "numbers" else classifier()
+    target = np.column_stack([y, 1 - y, 0 * y]) if kind == "labels" else y
+    predicted = model.fit(X, target).predict(X)
+    assert predicted.shape == target.shape
+    assert np.isfinite(predicted).all()
+
+
+def test_equal_rows():
+    X, y = make_table(5)
+    X, y = np.repeat(X, 12, axis=0), np.repeat(y, 12)
+    model = classifier().fit(X, y)
+    P = model.predict_proba(X)
+    assert (P.argmax(axis=1) == y).all()
+    np.testing.assert_array_equal(P[::12], P[11::12])
+
+
+@pytest.mark.parametrize("gamma", [1e-12, 1e12, 1e300])
+@pytest.mark.parametrize("alpha", [1e-6, 1e12])
+def test_extreme_settings_give_finite_scores(gamma, alpha):
+    X, y = make_table()
+    model = classifier(gamma=gamma, alpha=alpha).fit(X, y)
+    P = model.predict_proba(make_table(seed=1)[0])
+    np.testing.assert_allclose(P.sum(axis=1), 1)
+    model = regressor(gamma=gamma, alpha=alpha).fit(X, y)
+    assert np.isfinite(model.predict(X)).all()
+
+
+def test_a_penalty_too_small_for_equal_rows_is_refused():
+    X, y = make_table(20)
+    X, y = np.repeat(X, 3, axis=0), np.repeat(y, 3)
+    with pytest.raises(ValueError, match=r"alpha=1e-300 is too small.*of 60 rows"):
+        classifier(gamma=1e-6, alpha=1e-300).fit(X, y)
+
+
+def test_a_wide_kernel_of_a_standardised_column_is_linear_regression():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(80, 1))
+    model = regressor({"x": [0]}, gamma=1e-6, alpha=1e-9).fit(x, 3 * x[:, 0] + 1)
+    np.testing.assert_allclose(model.predict(x / 2), 1.5 * x[:, 0] + 1, atol=0.01)
+
+
+def test_the_search_finds_what_brute_force_finds(monkeypatch):
+    X, y = make_table(40)
+    model = classifier(blocks={"all": slice(None)}).fit(X, y)
+    errors = {}
+    for gamma in kernel._GRID["gamma"]:
+        for alpha in kernel._GRID["alpha"]:
+            fixed = clone(model).set_params(gamma=gamma, alpha=alpha)
+            log_probabilities = fixed._fit(X, y, None, None)
+            errors[gamma, alpha] = -log_probabilities[np.arange(40), y].mean()
+    chosen = errors[model.gamma_, model.alpha_]
+    assert chosen <= min(errors.values()) + 0.02
+    assert chosen == pytest.approx(min(errors.values()), rel=0.1)
+
+
+def test_probabilities_are_calibrated_on_predictions_out_of_fold():
+    X, y = make_vectors(120)
+    X = X + 2 * np.random.default_rng(1).normal(size=X.shape)
+    model = classifier(VECTORS)
+    out_of_fold = model._fit(X, y, None, None)
+    for factor in (0.5, 0.9, 1.1, 2.0):
+        prior = np.log(model.prior_)
+        other = log_softmax(prior + factor * (out_of_fold - prior), axis=1)
+        assert log_loss(y, np.exp(out_of_fold)) <= log_loss(y, np.exp(other)) + 1e-6
+
+
+# Forms of input
+
+
+def test_forms_of_input():
+    X, y = make_table()
+    X = X.astype(np.float32)
+    X[::7, BLOCKS["image"]] = np.nan
+    expected = classifier().fit(X, y).predict_proba(X)
+    names = []
+    for block, columns in BLOCKS.items():
+        names += [f"{block}__{i}" for i in range(columns.stop - columns.start)]
+    frame = pd.DataFrame(X, columns=names)
+    np.testing.assert_array_equal(
+        classifier(blocks=None).fit(frame, y).predict_proba(frame), expected
+    )
+    readonly = X.astype(np.float64)
+    readonly.flags.writeable = False
+    np.testing.assert_allclose(
+        classifier().fit(readonly, y).predict_proba(readonly), expected
+    )
+    order = np.random.default_rng(0).permutation(X.shape[1])
+    positions = np.argsort(order)
+    shuffled = {block: positions[columns] for block, columns in BLOCKS.items()}
+    np.testing.assert_allclose(
+        classifier(shuffled).fit(X[:, order], y).predict_proba(X[:, order]), expected
+    )
+
+
+@pytest.mark.parametrize("n_landmarks", [3000, 25])
+def test_the_order_of_the_rows_does_not_matter(n_landmarks):
+    X, y = make_table()
+    X[::7, BLOCKS["image"]] = np.nan
+    model = classifier(n_landmarks=n_landmarks).fit(X, y)
+    P = model.predict_proba(X)
+    order = np.random.default_rng(0).permutation(60)
+    np.testing.assert_allclose(model.predict_proba(X[order]), P[order], rtol=1e-9)
+    alone = np.concatenate([model.predict_proba(X[[i]]) for i in range(60)])
+    np.testing.assert_allclose(alone, P, rtol=1e-9)
+    if n_landmarks > 60:
+        refitted = clone(model).fit(X[order], y[order])
+        np.testing.assert_allclose(refitted.predict_proba(X), P, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_landmarks", [3000, 25])
+@pytest.mark.parametrize("kind", ["words", "labels", "numbers"])
+def test_save_and_load_and_pickle(tmp_path, n_landmarks, kind):
+    X, y = make_table()
+    X[::7, BLOCKS["image"]] = np.nan
+    model = classifier(n_landmarks=n_landmarks)
+    if kind == "numbers":
+        model, y = regressor(n_landmarks=n_landmarks), make_numbers(X[:, -3:], y)
+    elif kind == "words":
+        y = np.array(["ant", "bee", "cöw"])[y]
+    else:
+        y = make_labels(y)
+    output = "predict" if kind == "numbers" else "predict_proba"
+    model.fit(X, y)
+    expected = getattr(model, output)(X)
+    model.save(tmp_path)
+    loaded = type(model).load(tmp_path)
+    for copy in (loaded, pickle.loads(pickle.dumps(model)), clone(model).fit(X, y)):
+        np.testing.assert_array_equal(getattr(copy, output)(X), expected)
+    assert loaded.predict(X).dtype == model.predict(X).dtype
+    assert repr(loaded.get_params()) == repr(model.get_params())
+    expected_class = "KernelFusionRegressor" if kind != "numbers" else "Classifier"
+    other = KernelFusionRegressor if kind != "numbers" else KernelFusionClassifier
+    with pytest.raises(ValueError, match=f"expected a .*{expected_class}"):
+        other.load(tmp_path)
+
+
+def test_a_model_on_landmarks_does_not_contain_the_training_table():
+    X, y = make_table(300)
+    model = classifier(n_landmarks=20).fit(X, y)
+    assert len(pickle.dumps(model)) < X.astype(np.float32).nbytes
+
+
+# The search, and the calibration
+
+
+@pytest.mark.parametrize("start", [(0, 0, 0), (6, 0, 3), (3, 4, 5)])
+def test_descend_finds_the_minimum_of_a_convex_function(start):
+    calls = []
+
+    def error(position):
+        calls.append(position)
+        x, y, z = position
+        return (x - 4) ** 2 + (y - 1) ** 2 + (z - 5) ** 2 + 0.5 * (x - 4) * (y - 1)
+
+    assert descend(error, (7, 5, 6), start) == (4, 1, 5)
+    assert len(calls) == len(set(calls)) < 7 * 5 * 6
+
+
+def test_descend_stays_where_no_neighbour_is_better():
+    assert descend(lambda position: 0.0, (3, 3), (1, 1)) == (1, 1)
+    assert descend(lambda position: 0.0, (1, 1), (0, 0)) == (0, 0)
+
+
+def loss_of_classes(logits, y, weight):
+    """Return the log loss, with one more row of unknown class."""
+    logs = log_softmax(logits, axis=1)
+    n_rows = weight.sum() ** 2 / np.square(weight).sum()
+    of_labels = -np.average(logs[np.arange(len(y)), y], weights=weight)
+    of_unknown = -np.average(logs.mean(axis=1), weights=weight)
+    return (n_rows * of_labels + of_unknown) / (n_rows + 1)
+
+
+def loss_of_labels(logits, y, weight):
+    total = 0
+    for label, column in enumerate(y.T):
+        two_classes = np.column_stack([0 * column, logits[:, label]])
+        total += loss_of_classes(two_classes, column, weight)
+    return total
+
+
+@pytest.mark.parametrize("n_slopes", [1, 3])
+@pytest.mark.parametrize("kind", ["classes", "labels"])
+def test_slopes_are_those_of_brute_force(kind, n_slopes):
+    rng = np.random.default_rng(0)
+    weight, offset = rng.uniform(0.2, 2, 80), rng.normal(size=3)
+    features = rng.normal(size=(n_slopes, 80, 3))
+    y, loss = rng.integers(0, 3, 80), loss_of_classes
+    features[0, np.arange(80), y] += 1
+    if kind == "labels":
+        y, loss = (
+            (features[0] + rng.normal(size=(80, 3)) > 0).astype(int),
+            loss_of_labels,
+        )
+    slopes, error = fit_slopes(features, y, weight, offset)
+
+    def brute_force(slopes):
+        return loss(np.tensordot(slopes, features, 1) + offset, y, weight)
+
+    result = minimize(
+        brute_force,
+        np.ones(n_slopes),
+        method="Nelder-Mead",
+        options={"xatol": 1e-8, "fatol": 1e-12, "maxiter": 10_000},
+    )
+    np.testing.assert_allclose(slopes, result.x, atol=1e-3)
+    assert error == pytest.approx(result.fun, abs=1e-7)
+    assert error == pytest.approx(brute_force(slopes))
+
+
+def test_slopes_of_two_classes_are_logistic_regression_without_penalty():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 100)
+    score = y + rng.normal(size=100)
+    features = np.stack([np.zeros(100), score], axis=1)[None]
+    slopes, _ = fit_slopes(features, y, np.ones(100))
+    model = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-8)
+    weight = np.r_[
+        100 * np.ones(100), np.ones(200) / 2
+    ]  # each class for an unknown one
+    repeated = np.tile(score, 3)[:, None]
+    model.fit(repeated, np.r_[y, 0 * y, 0 * y + 1], sample_weight=weight)
+    np.testing.assert_allclose(slopes, model.coef_[0], rtol=1e-3)
+
+
+def test_scores_that_are_right_in_few_rows_are_not_certain():
+    previous = np.inf
+    for n_rows in (1000, 30, 4):
+        y = np.arange(n_rows) % 2
+        slopes, _ = fit_slopes(np.eye(2)[y][None], y, np.ones(n_rows))
+        probability = expit(slopes[0])
+        # one row in n_rows + 1 is of unknown class
+        assert probability == pytest.approx(1 - 0.5 / (n_rows + 1), abs=1e-4)
+        assert slopes[0] < previous
+        previous = slopes[0]
+
+
+def test_scores_that_are_wrong_get_no_slope():
+    y = np.array([0, 1, 0, 1])
+    features = -np.eye(2)[y][None]
+    slopes, error = fit_slopes(features, y, np.ones(4))
+    assert slopes.tolist() == [0]
+    assert error == pytest.approx(np.log(2))
