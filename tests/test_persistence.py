@@ -247,9 +247,9 @@ def test_an_unfitted_projector_is_not_saved(tmp_path):
         (
             "class",
             "FeatureUnion",
-            "contains a FeatureUnion in format 1; expected a ContrastiveProj",
+            "contains a FeatureUnion in format 2; expected a ContrastiveProj",
         ),
-        ("format", 99, "in format 99; expected a ContrastiveProjector in format 1"),
+        ("format", 99, "in format 99; expected a ContrastiveProjector in format 2"),
     ],
 )
 def test_what_another_class_or_version_wrote_is_refused(

@@ -1,0 +1,260 @@
+"""The members of the ensembles: models that fail differently on the same blocks.
+
+The outputs of a member are log-probabilities of classes, log-odds of labels, or numbers,
+of shape (n_samples, n_outputs). `fit` returns those of the training rows out of fold.
+"""
+
+import numpy as np
+from scipy.special import log_softmax, logit
+from sklearn.base import clone, is_classifier
+from sklearn.dummy import DummyClassifier
+from sklearn.ensemble import (
+    HistGradientBoostingClassifier,
+    HistGradientBoostingRegressor,
+)
+from sklearn.linear_model import LogisticRegression
+from sklearn.utils.parallel import Parallel, delayed
+from threadpoolctl import threadpool_limits
+
+from sklembed._grid import descend
+from sklembed.ensemble.features import Problem, View
+from sklembed.ensemble.ridge import fit_ridge, rotate
+from sklembed.fusion.calibration import fit_slopes
+from sklembed.fusion.kernel import KernelFusionClassifier, KernelFusionRegressor
+
+_SMALLEST = 1e-6  # probability
+_CS = 10.0 ** np.arange(-1.5, 2.5, 0.5)  # inverse penalties of logistic regression
+_START_C = 3  # 1.0
+_SEARCH_ROWS = 10_000  # the penalty hardly depends on the number of rows
+_SEARCH_LABELS = 16
+_CALIBRATION_ROWS = 600  # out of fold, on which trees are calibrated
+_WEIGHTED_BINS = 63
+_ROWS_OF_THREADS = 20_000  # from which more than one thread pays
+_CLASSIFIER = {
+    "max_iter": 40,
+    "max_leaf_nodes": 8,
+    "min_samples_leaf": 10,
+    "max_features": 0.2,
+    "l2_regularization": 3.0,
+    "early_stopping": False,
+}
+_REGRESSOR = {
+    "max_iter": 300,
+    "learning_rate": 0.03,
+    "max_leaf_nodes": 12,
+    "max_features": 0.3,
+    "l2_regularization": 5.0,
+    "early_stopping": False,
+}
+
+
+class Linear:
+    """Logistic or ridge regression on one form of the blocks.
+
+    Parameters
+    ----------
+    form : {"scaled", "projected_and_scaled"}
+        The form of the blocks, an attribute of `View`.
+    """
+
+    def __init__(self, form: str):
+        self.form = form
+
+    def fit(self, view: View, problem: Problem) -> np.ndarray:
+        """Choose the penalty on the folds and fit; return outputs out of fold."""
+        Z = getattr(view, self.form)
+        if problem.kind == "numbers":
+            return self._fit_ridge(Z, problem)
+        return self._fit_logistic(Z, problem)
+
+    def outputs(self, view: View) -> np.ndarray:
+        """Return the outputs for the rows of a view."""
+        scores = getattr(view, self.form) @ self.coef + self.intercept
+        if self.kind == "classes":
+            return log_softmax(scores, axis=1)
+        return scores
+
+    def _fit_ridge(self, Z, problem):
+        ridge, out_of_fold = fit_ridge(Z, problem.y, problem.weight, problem.folds)
+        self.kind, self.penalty = problem.kind, ridge.penalty
+        self.coef, self.intercept = ridge.coef, ridge.intercept
+        return out_of_fold
+
+    def _fit_logistic(self, Z, problem):
+        """Fit a logistic regression, or one for each label."""
+        self.kind = problem.kind
+        Z, axes = rotate(Z)
+        search = _subset(problem)
+        position = descend(
+            lambda p: _log_loss(_CS[p[0]], Z, search), [len(_CS)], (_START_C,)
+        )
+        C = _CS[position[0]]
+        self.penalty = float(1 / C)
+        out_of_fold = _out_of_fold(C, Z, problem, problem.group_folds)
+        coef, self.intercept = _fit_scores(C, Z, problem, slice(None))
+        self.coef = axes @ coef
+        return out_of_fold
+
+
+def _subset(problem):
+    """Return the problem with some of the rows and labels, evenly spread."""
+    step = max(1, -(-len(problem.X) // _SEARCH_ROWS))
+    folds = [(train[::step], held_out[::step]) for train, held_out in problem.folds]
+    y, n_outputs = problem.y, problem.n_outputs
+    if problem.kind == "labels" and n_outputs > _SEARCH_LABELS:
+        by_frequency = np.argsort(y.sum(axis=0), kind="stable")
+        spread = np.linspace(0, n_outputs - 1, _SEARCH_LABELS).astype(np.intp)
+        y, n_outputs = y[:, by_frequency[spread]], _SEARCH_LABELS
+    return problem._replace(y=y, n_outputs=n_outputs, folds=folds)
+
+
+def _log_loss(C, Z, problem):
+    """Return the log loss of calibrated outputs out of fold."""
+    out_of_fold = _out_of_fold(C, Z, problem, problem.folds)
+    rows = np.concatenate([held_out for _, held_out in problem.folds])
+    outputs = out_of_fold[rows]
+    return fit_slopes(outputs[None], problem.y[rows], problem.weight[rows])[1]
+
+
+def _out_of_fold(C, Z, problem, folds):
+    """Return the outputs of logistic regression for the held-out rows of all folds."""
+    fitted = Parallel(n_jobs=problem.n_jobs)(
+        delayed(_fit_scores)(C, Z, problem, train) for train, _ in folds
+    )
+    out_of_fold = np.full((len(Z), problem.n_outputs), np.nan)
+    for (_, held_out), (coef, intercept) in zip(folds, fitted, strict=True):
+        scores = Z[held_out] @ coef + intercept
+        if problem.kind == "classes":
+            scores = log_softmax(scores, axis=1)
+        out_of_fold[held_out] = scores
+    return out_of_fold
+
+
+def _fit_scores(C, Z, problem, rows):
+    """Fit logistic regression; return coefficients and intercepts of all outputs."""
+    Z, y, weight = Z[rows], problem.y[rows], problem.weight[rows]
+    if problem.kind == "classes":
+        return _fit_classes(C, Z, y, weight, problem.n_outputs)
+    coef = np.zeros((Z.shape[1], problem.n_outputs))
+    intercept = np.zeros(problem.n_outputs)
+    for label in range(problem.n_outputs):
+        coef_of_classes, intercepts = _fit_classes(C, Z, y[:, label], weight, 2)
+        coef[:, label] = coef_of_classes[:, 1] - coef_of_classes[:, 0]
+        intercept[label] = intercepts[1] - intercepts[0]
+    return coef, intercept
+
+
+def _fit_classes(C, Z, codes, weight, n_classes):
+    """Fit logistic regression; classes without a row get a low constant score."""
+    used = weight > 0
+    Z, codes, weight = Z[used], codes[used], weight[used]
+    present = np.unique(codes).astype(np.intp)
+    coef = np.zeros((Z.shape[1], n_classes))
+    intercept = np.full(n_classes, -np.log(len(codes) + n_classes))
+    intercept[present] = 0
+    if len(present) == 1:
+        return coef, intercept
+    model = LogisticRegression(C=C, max_iter=300, tol=1e-3)
+    model.fit(Z, codes, sample_weight=weight)
+    if len(present) == 2:
+        coef[:, present[1]] = model.coef_[0]
+        intercept[present[1]] = model.intercept_[0]
+    else:
+        coef[:, present] = model.coef_.T
+        intercept[present] = model.intercept_
+    return coef, intercept
+
+
+class Kernel:
+    """Ridge regression in a mean of kernels, one per block."""
+
+    def fit(self, view: View, problem: Problem) -> np.ndarray:
+        """Choose the widths and the penalty and fit; return outputs out of fold."""
+        if problem.kind == "numbers":
+            self.model = KernelFusionRegressor(random_state=problem.seed)
+        else:
+            self.model = KernelFusionClassifier(random_state=problem.seed)
+        self.model.set_params(blocks=problem.blocks, table_blocks=problem.table_blocks)
+        return self.model._fit(problem.X, problem.y, problem.weight, problem.groups)
+
+    def outputs(self, view: View) -> np.ndarray:
+        """Return the outputs for the rows of a view."""
+        return self.model._outputs(view.X)
+
+
+class Trees:
+    """Gradient boosting of trees on projections and table columns."""
+
+    def fit(self, view: View, problem: Problem) -> np.ndarray:
+        """Fit, also on some of the folds; return outputs out of fold, NaN elsewhere."""
+        self.kind, self.n_outputs = problem.kind, problem.n_outputs
+        Z = view.projected_and_raw
+        out_of_fold = np.full((len(Z), problem.n_outputs), np.nan)
+        n_predicted = 0
+        for train, held_out in problem.group_folds:
+            models = _fit_trees(Z, problem, train)
+            with _few_threads(held_out):
+                out_of_fold[held_out] = self._outputs(models, Z[held_out])
+            n_predicted += len(held_out)
+            if n_predicted >= _CALIBRATION_ROWS:
+                break
+        self.models = _fit_trees(Z, problem, np.arange(len(Z)))
+        return out_of_fold
+
+    def outputs(self, view: View) -> np.ndarray:
+        """Return the outputs for the rows of a view."""
+        Z = view.projected_and_raw
+        with _few_threads(Z):
+            return self._outputs(self.models, Z)
+
+    def _outputs(self, models, Z):
+        if self.kind == "numbers":
+            return np.column_stack([model.predict(Z) for model in models])
+        if self.kind == "classes":
+            probabilities = np.zeros((len(Z), self.n_outputs))
+            present = models[0].classes_.astype(np.intp)
+            probabilities[:, present] = models[0].predict_proba(Z)
+            return np.log(np.maximum(probabilities, _SMALLEST))
+        log_odds = np.empty((len(Z), self.n_outputs))
+        for label, model in enumerate(models):
+            positive = model.predict_proba(Z) @ (model.classes_ == 1)
+            log_odds[:, label] = logit(np.clip(positive, _SMALLEST, 1 - _SMALLEST))
+        return log_odds
+
+
+def _fit_trees(Z, problem, rows):
+    """Fit gradient boosting: one model for all classes, one per label or number."""
+    rows = rows[problem.weight[rows] > 0]
+    Z, y, weight = Z[rows], problem.y[rows], problem.weight[rows]
+    Z[:, np.isnan(Z).all(axis=0)] = 0  # bins need a value, which no split uses
+    model = HistGradientBoostingClassifier(**_CLASSIFIER)
+    if problem.kind == "numbers":
+        model = HistGradientBoostingRegressor(**_REGRESSOR)
+    model.set_params(random_state=problem.seed)
+    if (weight == weight[0]).all():
+        weight = None
+    else:  # weighted quantiles of a column take a tenth of a second at 255 bins
+        model.set_params(max_bins=_WEIGHTED_BINS)
+    targets = y.reshape(len(y), -1).T
+    with _few_threads(Z):
+        return Parallel(n_jobs=problem.n_jobs)(
+            delayed(_fit_trees_of_target)(model, Z, target, weight)
+            for target in targets
+        )
+
+
+def _few_threads(Z):
+    """Limit OpenMP to one thread for small tables.
+
+    Threads of gradient boosting wait for each other at every node, which is slow where
+    other processes use the processors.
+    """
+    n_threads = 1 if len(Z) < _ROWS_OF_THREADS else None
+    return threadpool_limits(n_threads, user_api="openmp")
+
+
+def _fit_trees_of_target(model, Z, y, weight):
+    """Fit gradient boosting, or a constant where all rows have one class."""
+    if is_classifier(model) and len(np.unique(y)) == 1:
+        model = DummyClassifier()
+    return clone(model).fit(Z, y, sample_weight=weight)
