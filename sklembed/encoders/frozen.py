@@ -595,6 +595,15 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         column.warn_of_errors(stacklevel=2)
         return vectors
 
+    def _share_to_encode(self, X):
+        """Return the share of distinct cells that are not stored."""
+        self._validate_params()
+        column, _, space = self._validate(X)
+        store = self._store()
+        if store is None or not len(column.rows):
+            return 1.0
+        return float(np.mean(store.lacks(space, column.distinct_keys())))
+
     def _fill_store(self, X):
         """Encode cells that are not stored, and count them; for `prefetch`."""
         self._validate_params()

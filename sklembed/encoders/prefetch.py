@@ -186,6 +186,11 @@ def _walk(estimator, X, path):
             yield from _walk(candidate, X, (*path, "estimator"))
     elif hasattr(estimator, "steps"):
         yield from _walk_steps(estimator.steps, X, path)
+    elif hasattr(estimator, "make_union"):  # a MultimodalVectorizer
+        # Its own encoders are templates, which the union has a clone of for each column.
+        yield from _walk(estimator, None, path)
+        union, columns = estimator.make_union(X)
+        yield from _walk(union, columns, path)
     else:
         for name, inner, part in _parts(estimator, X):
             if _contains_encoder(inner):
@@ -248,6 +253,6 @@ def _contains_encoder(estimator):
     if not hasattr(estimator, "get_params"):
         return False
     for value in [estimator, *estimator.get_params(deep=True).values()]:
-        if isinstance(value, FrozenEncoder):
+        if isinstance(value, FrozenEncoder) or hasattr(value, "make_union"):
             return True
     return False
