@@ -13,14 +13,19 @@ if TYPE_CHECKING:
         FrozenEncoder,
         prefetch,
     )
+    from sklembed.ensemble import EmbeddingClassifier, EmbeddingRegressor
     from sklembed.fusion import (
         DecisionFusionClassifier,
         FusionClassifier,
         FusionRegressor,
+        KernelFusionClassifier,
+        KernelFusionRegressor,
     )
+    from sklembed.pipeline import multimodal_pipeline
     from sklembed.projection import ContrastiveProjector
     from sklembed.segmentation import PatchSegmenter
     from sklembed.union import PerModalityUnion
+    from sklembed.vectorizer import MultimodalVectorizer
     from sklembed.zero_shot import ZeroShotClassifier
 
 __version__ = "0.1.0"
@@ -30,11 +35,16 @@ __all__ = [
     "ContrastiveProjector",
     "CrossAttentionAdaptor",
     "DecisionFusionClassifier",
+    "EmbeddingClassifier",
+    "EmbeddingRegressor",
     "EmbeddingStore",
     "FrozenEncoder",
     "FusionClassifier",
     "FusionRegressor",
+    "KernelFusionClassifier",
+    "KernelFusionRegressor",
     "ModalityGapAligner",
+    "MultimodalVectorizer",
     "PatchSegmenter",
     "PerModalityUnion",
     "SharedFusionEncoder",
@@ -42,6 +52,7 @@ __all__ = [
     "datasets",
     "evaluation",
     "metrics",
+    "multimodal_pipeline",
     "plots",
     "prefetch",
 ]
@@ -54,15 +65,21 @@ _MODULES = {
     "ContrastiveProjector": "projection",
     "CrossAttentionAdaptor": "crossmodal",
     "DecisionFusionClassifier": "fusion",
+    "EmbeddingClassifier": "ensemble",
+    "EmbeddingRegressor": "ensemble",
     "EmbeddingStore": "encoders",
     "FrozenEncoder": "encoders",
     "FusionClassifier": "fusion",
     "FusionRegressor": "fusion",
+    "KernelFusionClassifier": "fusion",
+    "KernelFusionRegressor": "fusion",
     "ModalityGapAligner": "alignment",
+    "MultimodalVectorizer": "vectorizer",
     "PatchSegmenter": "segmentation",
     "PerModalityUnion": "union",
     "SharedFusionEncoder": "crossmodal",
     "ZeroShotClassifier": "zero_shot",
+    "multimodal_pipeline": "pipeline",
     "prefetch": "encoders",
 }
 

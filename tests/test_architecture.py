@@ -95,11 +95,16 @@ CALLS_WITH_AN_UNKNOWN_KEYWORD = [
     "ContrastiveProjector(n_component=16)",
     "CrossAttentionAdaptor(mixup=True)",
     "DecisionFusionClassifier(weight=None)",
+    "EmbeddingClassifier(member=['kernel'])",
+    "EmbeddingRegressor(class_weight='balanced')",
     "EmbeddingStore(dtypes='float16')",
     "FrozenEncoder('a/model', store_dtype='float16')",
     "FusionClassifier(fusion='late')",
     "FusionRegressor(class_weight='balanced')",
+    "KernelFusionClassifier(gammas='auto')",
+    "KernelFusionRegressor(class_weight='balanced')",
     "ModalityGapAligner(kind='shift')",
+    "MultimodalVectorizer(encoder=None)",
     "PatchSegmenter(grid=(2, 2))",
     "PerModalityUnion([], n_job=2)",
     "SharedFusionEncoder(structure_weight=1.0)",
@@ -130,10 +135,14 @@ def test_mypy_rejects_unknown_keywords_of_public_classes(tmp_path):
 
 
 SHARED = {*TrainedEstimator._parameter_constraints, "blocks", "n_jobs"}
-# An encoder is not trained, and an aligner has no network.
+# An encoder is not trained, and these estimators have no network of their own.
 OF_THEIR_OWN = {
     "FrozenEncoder": {"device", "batch_size", "verbose"},
     "ModalityGapAligner": {"random_state"},
+    "KernelFusionClassifier": {"random_state"},
+    "KernelFusionRegressor": {"random_state"},
+    "EmbeddingClassifier": {"random_state"},
+    "EmbeddingRegressor": {"random_state"},
 }
 
 
