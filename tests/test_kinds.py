@@ -25,7 +25,7 @@ from sklembed.vectorizer.parsing import (
 )
 
 FOLDER = Path(tempfile.mkdtemp(prefix="sklembed-photos-"))
-N_ROWS = [30, 60, 200, 2500]
+N_ROWS = [30, 200, 2500]
 
 WORDS = (
     "silver river quiet garden broken window yellow engine paper lantern winter market "
