@@ -180,7 +180,8 @@ def _load_sklearn(data):
     """Load an estimator of scikit-learn; refuse types of other packages."""
     unknown = _skops().get_untrusted_types(data=data)
     for name in unknown:
-        if name.split(".")[0] != "sklearn":
+        # Before scikit-learn 1.9, its compiled losses have the module "_loss".
+        if not name.startswith(("sklearn.", "_loss.Cy")):
             raise ValueError(
                 f"The file contains a {name}, but only estimators of scikit-learn are "
                 "expected. Do not trust it."

@@ -747,7 +747,7 @@ def test_slopes_of_two_classes_are_logistic_regression_without_penalty():
     score = y + rng.normal(size=100)
     features = np.stack([np.zeros(100), score], axis=1)[None]
     slopes, _ = fit_slopes(features, y, np.ones(100))
-    model = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-8)
+    model = LogisticRegression(C=1e12, fit_intercept=False, tol=1e-8)
     weight = np.r_[
         100 * np.ones(100), np.ones(200) / 2
     ]  # each class for an unknown one
