@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from sklearn.utils.validation import check_is_fitted
 
 import sklembed
 
@@ -12,6 +13,50 @@ _FORMAT = 2
 # Attributes that scikit-learn sets for metadata routing and callbacks.
 _NOT_SAVED = {"_metadata_request", "_skl_callbacks", "_parent_callback_ctx"}
 _WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
+
+
+class Saved:
+    """The methods `save` and `load` of estimators."""
+
+    def save(self, directory):
+        """Write the fitted estimator to ``weights.safetensors`` and ``config.json``.
+
+        Neither file contains code. `load` reads them on any machine and needs no torch.
+        Trees are written by skops, which must be installed.
+
+        Parameters
+        ----------
+        directory : str or Path
+            Directory of the files; created if it does not exist.
+
+        Raises
+        ------
+        TypeError
+            If a parameter or a label has a type that JSON does not support. Use pickle then.
+        """
+        check_is_fitted(self)
+        save(self, directory)
+
+    @classmethod
+    def load(cls, directory):
+        """Read an estimator that `save` wrote.
+
+        Parameters
+        ----------
+        directory : str or Path
+            Directory of the files.
+
+        Returns
+        -------
+        estimator : estimator
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If the directory contains an estimator of another class.
+        """
+        return load(cls, directory)
 
 
 def save(estimator, directory) -> None:

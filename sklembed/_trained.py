@@ -9,14 +9,14 @@ import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils._param_validation import Interval
-from sklearn.utils.validation import check_is_fitted
 
-from sklembed import _callbacks, _persistence
+from sklembed import _callbacks
 from sklembed._callbacks import CallbackSupportMixin
+from sklembed._persistence import Saved
 from sklembed._targets import hold_back
 
 
-class TrainedEstimator(CallbackSupportMixin, BaseEstimator):
+class TrainedEstimator(Saved, CallbackSupportMixin, BaseEstimator):
     """Base class of estimators that train one small network on the rows of a table.
 
     A subclass writes `__init__` and `fit`. Its `fit` calls `_begin_fit`, reads the table, calls
@@ -41,45 +41,6 @@ class TrainedEstimator(CallbackSupportMixin, BaseEstimator):
         "verbose": ["verbose"],
         "skorch_params": [dict, None],
     }
-
-    def save(self, directory):
-        """Write the fitted estimator to ``weights.safetensors`` and ``config.json``.
-
-        Neither file contains code. `load` reads them on any machine and needs no torch.
-
-        Parameters
-        ----------
-        directory : str or Path
-            Directory of the files; created if it does not exist.
-
-        Raises
-        ------
-        TypeError
-            If a parameter or a label has a type that JSON does not support. Use pickle then.
-        """
-        check_is_fitted(self)
-        _persistence.save(self, directory)
-
-    @classmethod
-    def load(cls, directory):
-        """Read an estimator that `save` wrote.
-
-        Parameters
-        ----------
-        directory : str or Path
-            Directory of the files.
-
-        Returns
-        -------
-        estimator : estimator
-            The fitted estimator.
-
-        Raises
-        ------
-        ValueError
-            If the directory contains an estimator of another class.
-        """
-        return _persistence.load(cls, directory)
 
     def _begin_fit(self):
         """Return whether `fit` continues from the weights of the previous fit.

@@ -17,10 +17,10 @@ from sklearn.model_selection import (
 )
 from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import StrOptions
-from sklearn.utils.validation import check_is_fitted
 
-from sklembed import _callbacks, _persistence
+from sklembed import _callbacks
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
+from sklembed._persistence import Saved
 from sklembed._validation import draw_seed, split_rows
 from sklembed.ensemble.features import Features, Problem
 from sklembed.ensemble.members import Kernel, Linear, Trees
@@ -61,7 +61,7 @@ def _default_members(problem):
     return list(MEMBERS)
 
 
-class _EmbeddingEnsemble(CallbackSupportMixin, BaseEstimator):
+class _EmbeddingEnsemble(Saved, CallbackSupportMixin, BaseEstimator):
     """Average members on blocks of embeddings; a subclass reads the target."""
 
     _parameter_constraints: dict = {
@@ -72,46 +72,6 @@ class _EmbeddingEnsemble(CallbackSupportMixin, BaseEstimator):
         "n_jobs": [Integral, None],
         "random_state": ["random_state"],
     }
-
-    def save(self, directory):
-        """Write the fitted estimator to ``weights.safetensors`` and ``config.json``.
-
-        Neither file contains code. Requires ``skops`` if there are trees.
-
-        Parameters
-        ----------
-        directory : str or Path
-            Directory of the files; created if it does not exist.
-
-        Raises
-        ------
-        TypeError
-            If a parameter or a label has a type that JSON does not support. Use pickle
-            then.
-        """
-        check_is_fitted(self)
-        _persistence.save(self, directory)
-
-    @classmethod
-    def load(cls, directory):
-        """Read an estimator that `save` wrote.
-
-        Parameters
-        ----------
-        directory : str or Path
-            Directory of the files.
-
-        Returns
-        -------
-        estimator : estimator
-            The fitted estimator.
-
-        Raises
-        ------
-        ValueError
-            If the directory contains an estimator of another class.
-        """
-        return _persistence.load(cls, directory)
 
     def _fit_members(self, problem, X, y):
         """Fit the members, and calibrate each on its predictions out of fold."""

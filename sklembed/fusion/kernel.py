@@ -9,10 +9,9 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, _fit_co
 from sklearn.model_selection import GroupKFold, KFold
 from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import check_is_fitted
 
-from sklembed import _persistence
 from sklembed._grid import descend
+from sklembed._persistence import Saved
 from sklembed.fusion._base import (
     TINY,
     check_labelled_table,
@@ -57,7 +56,7 @@ _START = {
 }  # positions in the grid
 
 
-class _KernelFusion(BaseEstimator):
+class _KernelFusion(Saved, BaseEstimator):
     """Kernel ridge with a kernel per block; a subclass reads the target."""
 
     _parameter_constraints: dict = {
@@ -68,40 +67,6 @@ class _KernelFusion(BaseEstimator):
         "n_landmarks": [Interval(Integral, 2, None, closed="left")],
         "random_state": ["random_state"],
     }
-
-    def save(self, directory):
-        """Write the fitted estimator to ``weights.safetensors`` and ``config.json``.
-
-        Neither file contains code.
-
-        Parameters
-        ----------
-        directory : str or Path
-            Directory of the files; created if it does not exist.
-        """
-        check_is_fitted(self)
-        _persistence.save(self, directory)
-
-    @classmethod
-    def load(cls, directory):
-        """Read an estimator that `save` wrote.
-
-        Parameters
-        ----------
-        directory : str or Path
-            Directory of the files.
-
-        Returns
-        -------
-        estimator : estimator
-            The fitted estimator.
-
-        Raises
-        ------
-        ValueError
-            If the directory contains an estimator of another class.
-        """
-        return _persistence.load(cls, directory)
 
     def _fit_ridge(self, X, targets, weight, groups):
         """Fit a ridge regression in the kernel; return predictions out of fold.
