@@ -6,7 +6,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import get_tags
 
 from sklembed.ensemble import EmbeddingClassifier, EmbeddingRegressor
-from sklembed.vectorizer import MultimodalVectorizer
+from sklembed.vectorizer import MultimodalVectorizer, default_table_vectorizer
 
 _ESTIMATORS = {"classifier": EmbeddingClassifier, "regressor": EmbeddingRegressor}
 
@@ -112,15 +112,13 @@ def multimodal_pipeline(
 
 def _complete_table():
     """Return a transformer of table columns that leaves no value missing."""
-    from skrub import TableVectorizer  # imports matplotlib
-
     return make_pipeline(
-        TableVectorizer(), SimpleImputer(add_indicator=True), StandardScaler()
+        default_table_vectorizer(), SimpleImputer(add_indicator=True), StandardScaler()
     )
 
 
 def _as_estimator(estimator, n_jobs):
-    """Return the final estimator: that of a name, or the one passed."""
+    """Return the final estimator, by name or as passed."""
     if isinstance(estimator, str):
         if estimator not in _ESTIMATORS:
             raise ValueError(

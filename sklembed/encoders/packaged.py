@@ -36,7 +36,7 @@ def minilm():
     Returns
     -------
     directory : str
-        Checkpoint directory for :class:`FrozenEncoder`. The vectors are those of the
+        Checkpoint directory for :class:`FrozenEncoder`. It gives the vectors of the
         hub model "sentence-transformers/all-MiniLM-L6-v2". They have unit length.
 
     Raises
@@ -74,7 +74,7 @@ def efficientnet_lite0(*, stride=None, side=None):
 
     side : int or None, default=None
         If not None, average the map into `side` x `side` tokens, which saves space. The
-        map is that of stride 32 unless `stride` is set.
+        map has stride 32 unless `stride` is set.
 
     Returns
     -------

@@ -25,6 +25,7 @@ from sklembed._validation import draw_seed, split_rows
 from sklembed.ensemble.features import Features, Problem
 from sklembed.ensemble.members import Kernel, Linear, Trees
 from sklembed.fusion._base import (
+    TINY,
     check_labelled_table,
     check_rows,
     check_table,
@@ -173,7 +174,6 @@ class _EmbeddingEnsemble(Saved, CallbackSupportMixin, BaseEstimator):
     def _predict_members(self, X):
         """Return the calibrated predictions of each member."""
         X = check_rows(self, X)
-        check_vectors_complete(X, self.blocks_, self.table_blocks_)
         chunks = {name: [] for name in self.members_}
         for rows in gen_batches(len(X), _CHUNK_ROWS):
             view = self._features.view(X[rows])
@@ -265,11 +265,10 @@ def _score(predicted, rows, problem):
     if problem.kind == "numbers":
         return float(r2_score(y, predicted, sample_weight=weight))
     if problem.kind == "classes":
-        likelihood = predicted[np.arange(len(y)), y]
-        logs = np.log(np.maximum(likelihood, np.finfo(float).tiny))
+        likelihood = predicted[np.arange(len(y)), y][:, None]
     else:
         likelihood = np.where(y > 0, predicted, 1 - predicted)
-        logs = np.log(np.maximum(likelihood, np.finfo(float).tiny)).sum(axis=1)
+    logs = np.log(np.maximum(likelihood, TINY)).sum(axis=1)
     return float(np.average(logs, weights=weight))
 
 
@@ -287,8 +286,7 @@ class EmbeddingClassifier(ClassifierMixin, _EmbeddingEnsemble):
 
     The settings of each member are chosen on predictions out of fold, on which its
     probabilities are also calibrated. All members share one set of folds, and each
-    block is projected once. Members have equal weights: weights learned on random folds
-    do not hold for rows of new groups.
+    block is projected once. Members have equal weights.
 
     A modality may be missing: its block is NaN. Single values of table columns may be
     missing as well. They are imputed by the median, with an indicator, except in trees.

@@ -11,7 +11,7 @@ from sklembed._targets import encode_target
 from sklembed.fusion.scaling import fit_scaling, scale_blocks
 from sklembed.projection import ContrastiveProjector
 
-_N_COMPONENTS = 64  # of a projection, and of the principal components beside it
+_N_COMPONENTS = 64  # of a projection; it has as many principal components
 _N_PRINCIPAL = 30  # components where there is no projection
 _MAX_EPOCHS = 20  # of a projection, for up to 5,000 rows
 _FULL_EPOCH_ROWS = 5000
@@ -53,7 +53,7 @@ class Features:
         self.projections: dict[str, ContrastiveProjector | PCA] = {}
 
     def project(self, problem: Problem) -> dict[str, np.ndarray]:
-        """Fit a projection for each block of vectors; return that of the training rows.
+        """Fit a projection for each block of vectors; return the projected training rows.
 
         Each row is projected by a network that was not trained on its label. Where the
         target is numbers, or no network can be trained, the projection consists of
@@ -78,7 +78,7 @@ class Features:
         return side_by_side([block.values for block in scaled.values()], len(X))
 
     def view(self, X: np.ndarray, projected: dict | None = None) -> "View":
-        """Return the forms of a table; those of the training rows are passed."""
+        """Return the forms of a table. Projections of training rows must be passed."""
         return View(self, X, projected)
 
 

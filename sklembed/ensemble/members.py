@@ -1,7 +1,7 @@
 """The members of the ensembles: models that fail differently on the same blocks.
 
 The outputs of a member are log-probabilities of classes, log-odds of labels, or numbers,
-of shape (n_samples, n_outputs). `fit` returns those of the training rows out of fold.
+of shape (n_samples, n_outputs). `fit` returns outputs of the training rows out of fold.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ from sklembed.fusion.kernel import KernelFusionClassifier, KernelFusionRegressor
 
 _SMALLEST = 1e-6  # probability
 _CS = 10.0 ** np.arange(-1.5, 2.5, 0.5)  # inverse penalties of logistic regression
-_START_C = 3  # 1.0
+_START_C = 3  # position of 1.0
 _SEARCH_ROWS = 10_000  # the penalty hardly depends on the number of rows
 _SEARCH_LABELS = 16
 _CALIBRATION_ROWS = 600  # out of fold, on which trees are calibrated
@@ -170,11 +170,14 @@ class Kernel:
 
     def fit(self, view: View, problem: Problem) -> np.ndarray:
         """Choose the widths and the penalty and fit; return outputs out of fold."""
+        estimator = KernelFusionClassifier
         if problem.kind == "numbers":
-            self.model = KernelFusionRegressor(random_state=problem.seed)
-        else:
-            self.model = KernelFusionClassifier(random_state=problem.seed)
-        self.model.set_params(blocks=problem.blocks, table_blocks=problem.table_blocks)
+            estimator = KernelFusionRegressor
+        self.model = estimator(
+            blocks=problem.blocks,
+            table_blocks=problem.table_blocks,
+            random_state=problem.seed,
+        )
         return self.model._fit(problem.X, problem.y, problem.weight, problem.groups)
 
     def outputs(self, view: View) -> np.ndarray:
@@ -193,7 +196,7 @@ class Trees:
         n_predicted = 0
         for train, held_out in problem.group_folds:
             models = _fit_trees(Z, problem, train)
-            with _few_threads(held_out):
+            with _few_threads(len(held_out)):
                 out_of_fold[held_out] = self._outputs(models, Z[held_out])
             n_predicted += len(held_out)
             if n_predicted >= _CALIBRATION_ROWS:
@@ -204,7 +207,7 @@ class Trees:
     def outputs(self, view: View) -> np.ndarray:
         """Return the outputs for the rows of a view."""
         Z = view.projected_and_raw
-        with _few_threads(Z):
+        with _few_threads(len(Z)):
             return self._outputs(self.models, Z)
 
     def _outputs(self, models, Z):
@@ -233,23 +236,23 @@ def _fit_trees(Z, problem, rows):
     model.set_params(random_state=problem.seed)
     if (weight == weight[0]).all():
         weight = None
-    else:  # weighted quantiles of a column take a tenth of a second at 255 bins
+    else:  # scikit-learn computes weighted quantiles bin by bin, in Python
         model.set_params(max_bins=_WEIGHTED_BINS)
     targets = y.reshape(len(y), -1).T
-    with _few_threads(Z):
+    with _few_threads(len(Z)):
         return Parallel(n_jobs=problem.n_jobs)(
             delayed(_fit_trees_of_target)(model, Z, target, weight)
             for target in targets
         )
 
 
-def _few_threads(Z):
+def _few_threads(n_rows):
     """Limit OpenMP to one thread for small tables.
 
     Threads of gradient boosting wait for each other at every node, which is slow where
     other processes use the processors.
     """
-    n_threads = 1 if len(Z) < _ROWS_OF_THREADS else None
+    n_threads = 1 if n_rows < _ROWS_OF_THREADS else None
     return threadpool_limits(n_threads, user_api="openmp")
 
 

@@ -15,10 +15,6 @@ class Ridge(NamedTuple):
     intercept: np.ndarray  # (n_outputs,)
     penalty: float
 
-    def predict(self, Z: np.ndarray) -> np.ndarray:
-        """Return the predictions, (n_samples, n_outputs)."""
-        return Z @ self.coef + self.intercept
-
 
 def fit_ridge(Z, targets, weight, folds) -> tuple[Ridge, np.ndarray]:
     """Fit a ridge regression with the penalty of the smallest error out of fold.

@@ -20,6 +20,7 @@ from sklembed._validation import (
     check_no_missing_label,
     check_vectors,
 )
+from sklembed.fusion.scaling import check_vectors_complete
 
 TINY = np.finfo(np.float64).tiny  # lower limit of probabilities before the logarithm
 
@@ -53,9 +54,11 @@ def check_rows(estimator, X):
     """Validate a table to predict for."""
     check_is_fitted(estimator)
     check_vectors(X, estimator)
-    return validate_data(
+    X = validate_data(
         estimator, X, dtype=np.float32, ensure_all_finite="allow-nan", reset=False
     )
+    check_vectors_complete(X, estimator.blocks_, estimator.table_blocks_)
+    return X
 
 
 def check_labelled_table(estimator, X, y, *, dtype, reset):
@@ -189,7 +192,7 @@ def encode_groups(groups, weight):
     Raises
     ------
     ValueError
-        If the number of groups differs from that of the rows, a group is missing, or
+        If the number of groups differs from the number of rows, a group is missing, or
         all rows of positive weight are in one group.
     """
     if groups is None:
@@ -205,7 +208,7 @@ def encode_groups(groups, weight):
     if len(missing):
         raise ValueError(
             f"groups has no value in {len(missing)} rows, first in row {missing[0]}. "
-            "Give rows without a group one of their own."
+            "Give each row without a group a new group."
         )
     used = codes[weight > 0]
     if (used == used[0]).all():

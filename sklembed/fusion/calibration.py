@@ -55,8 +55,7 @@ def fit_slopes(features, y, weight, offset=0.0):
 
     start = np.zeros(len(features))
     start[0] = 1
-    bounds = [(0, _LARGEST_SLOPE)] + [(-_LARGEST_SLOPE, _LARGEST_SLOPE)] * (
-        len(features) - 1
-    )
+    bounds = [(-_LARGEST_SLOPE, _LARGEST_SLOPE)] * len(features)
+    bounds[0] = 0, _LARGEST_SLOPE
     result = minimize(loss, start, jac=True, bounds=bounds, method="L-BFGS-B")
     return result.x, result.fun

@@ -36,9 +36,7 @@ from sklembed.fusion.scaling import (
 
 _SEARCH_ROWS = 1500  # widths and penalty hardly depend on the number of rows
 _CHUNK_ROWS = 2048  # rows of the kernel matrix that are computed at a time
-_N_FOLDS = (
-    5  # at most, for predictions out of fold, if there are more rows than landmarks
-)
+_N_FOLDS = 5  # at most, for predictions out of fold if rows are not all landmarks
 _EPSILON = np.finfo(np.float64).eps
 _JITTER = 1e-6  # added to the diagonal of the kernel matrix of the landmarks
 # Values that leave-one-out chooses from; the search moves to neighbours.
@@ -48,12 +46,8 @@ _GRID = {
     "table_gamma": 4.0 ** np.arange(-3, 5),
     "table_share": np.array([0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95]),
 }
-_START = {
-    "alpha": 3,
-    "gamma": 4,
-    "table_gamma": 3,
-    "table_share": 3,
-}  # positions in the grid
+# Positions in the grid.
+_START = {"alpha": 3, "gamma": 4, "table_gamma": 3, "table_share": 3}
 
 
 class _KernelFusion(Saved, BaseEstimator):
@@ -198,9 +192,7 @@ class _KernelFusion(Saved, BaseEstimator):
         grams = np.zeros((n_folds, n_landmarks, n_landmarks))
         moments = np.zeros((n_folds, n_landmarks, n_outputs))
         for fold in range(n_folds):
-            rows_of_fold = np.flatnonzero(fold_of == fold)
-            for chunk in gen_batches(len(rows_of_fold), _CHUNK_ROWS):
-                rows = rows_of_fold[chunk]
+            for rows in _chunks(np.flatnonzero(fold_of == fold)):
                 K = self._kernel(self._scale(data.X[rows]))
                 weighted = K * data.weight[rows, None]
                 grams[fold] += K.T @ weighted
@@ -216,9 +208,7 @@ class _KernelFusion(Saved, BaseEstimator):
         self._coef = _solve_primal(gram, moment, factor, self.alpha_)
         predicted = np.empty_like(data.targets)
         for fold, coef in enumerate(coefs):
-            rows_of_fold = np.flatnonzero(fold_of == fold)
-            for chunk in gen_batches(len(rows_of_fold), _CHUNK_ROWS):
-                rows = rows_of_fold[chunk]
+            for rows in _chunks(np.flatnonzero(fold_of == fold)):
                 predicted[rows] = self._kernel(self._scale(data.X[rows])) @ coef
         return predicted
 
@@ -236,7 +226,6 @@ class _KernelFusion(Saved, BaseEstimator):
 
     def _predict_ridge(self, X):
         """Return the predictions for the rows of a validated table."""
-        check_vectors_complete(X, self.blocks_, self.table_blocks_)
         predicted = np.empty((len(X), self._coef.shape[1]))
         for chunk in gen_batches(len(X), _CHUNK_ROWS):
             predicted[chunk] = self._kernel(self._scale(X[chunk])) @ self._coef
@@ -265,6 +254,12 @@ class _Rows:
         """Return a subset of the rows."""
         groups = None if self.groups is None else self.groups[rows]
         return _Rows(self.X[rows], self.targets[rows], self.weight[rows], groups)
+
+
+def _chunks(rows):
+    """Yield consecutive parts of an array of rows."""
+    for chunk in gen_batches(len(rows), _CHUNK_ROWS):
+        yield rows[chunk]
 
 
 def _at(grid, position):
@@ -388,7 +383,7 @@ class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
     The width of the kernels, the penalty and the share of the table columns are chosen
     by leave-one-out, which has a closed form for ridge regression, or by
     leave-one-group-out if `groups` are passed. Probabilities are calibrated on these
-    predictions. Nothing needs tuning, and a fit takes seconds for a few thousand rows.
+    predictions. Nothing needs tuning.
 
     The computing time grows with the cube of the number of rows up to `n_landmarks`.
     Larger tables use Nyström's approximation with that many random rows, whose time and
@@ -658,9 +653,8 @@ class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
 class KernelFusionRegressor(RegressorMixin, _KernelFusion):
     """Predict numbers by ridge regression in a mean of kernels, one per block.
 
-    The kernels, and the choice of their width and of the penalty by leave-one-out, are
-    those of :class:`KernelFusionClassifier`. A row of missing vectors gets the mean of
-    the targets.
+    Kernels, widths and penalty are chosen as in :class:`KernelFusionClassifier`. A row
+    of missing vectors gets the mean of the targets.
 
     Parameters
     ----------

@@ -57,7 +57,7 @@ _LARGEST_ID_RANGE = 2.5
 _MOST_SHARED_WORDS = 0.1
 _LEAST_WITH_DIGITS = 0.7
 _LEAST_ID_LENGTH = 8  # shorter codes, such as postal codes, may have telling parts
-_CODE_LENGTH = 9  # digits of equal number, such as those of bar codes and phones
+_CODE_LENGTH = 9  # digits of equal number, as in bar codes and phone numbers
 
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _TOKEN = re.compile(r"[^\W\d_]{2,}|\d+")
@@ -86,7 +86,8 @@ class ColumnReading:
 
     `form` is the decimal separator of numbers or the format of dates. `are_texts`:
     whether all observed cells are str. `is_dirty`: whether `fit` met cells of another
-    kind. `blocks`: the blocks of the column by the parameter that sets their encoder.
+    kind. `has_absent_images`: whether names are paths of images, but no such file
+    exists. `blocks`: the blocks of the column by the parameter that sets their encoder.
     """
 
     name: str
@@ -98,6 +99,7 @@ class ColumnReading:
     form: str | None = None
     are_texts: bool = False
     is_dirty: bool = False
+    has_absent_images: bool = False
     encoder: str = ""
     seconds: float = 0.0
     blocks: dict[str, str] = field(default_factory=dict)
@@ -325,11 +327,11 @@ def _read_texts(reading, values, repeats):
         n_files = sum(map(os.path.isfile, sample))
         if n_files:
             return _as(reading, "image", "paths of image files")
-        return _as(
-            reading,
-            "name",
-            f"names of image files of which none exists, such as {shorten(sample[0])}",
+        reading.has_absent_images = True
+        reason = (
+            f"names of image files of which none exists, such as {shorten(sample[0])}"
         )
+        return _as(reading, "name", reason)
     reading.form = find_date_format(sample, _LEAST_SHARE)
     if reading.form is not None:
         return _as(reading, "datetime", f"dates as {reading.form}")
@@ -359,12 +361,10 @@ def _are_codes(sample):
     """Return whether digits are codes: with leading zeros, or long and equally long."""
     if any(text[0] == "0" and text.isdigit() and len(text) > 1 for text in sample):
         return True
-    lengths = {len(text) for text in sample}
-    return (
-        lengths <= {max(lengths)}
-        and min(lengths) >= _CODE_LENGTH
-        and all(text.isdigit() for text in sample)
-    )
+    length = len(sample[0])
+    if length < _CODE_LENGTH:
+        return False
+    return all(text.isdigit() and len(text) == length for text in sample)
 
 
 def _read_written_numbers(reading, values, texts):
@@ -388,8 +388,9 @@ def _read_words(reading, texts, sample, n_categories, repeats):
     is_json = _share(sample, _is_json) >= _LEAST_SHARE
     is_long = n_words.mean() >= 8
     is_prose = is_prose and not (are_urls or is_json)
-    few = n_categories <= _MOST_CATEGORIES and repeats >= _LEAST_REPEATS[is_prose]
-    if few and not (is_long and is_prose):
+    is_repeated = repeats >= _LEAST_REPEATS[is_prose]
+    are_categories = n_categories <= _MOST_CATEGORIES and is_repeated
+    if are_categories and not (is_long and is_prose):
         return _as(reading, "categorical", f"{n_categories} categories")
     if is_prose:
         return _as(reading, "text", description)

@@ -22,7 +22,7 @@ class LexicalEncoder(TransformerMixin, BaseEstimator):
 
     N-grams of three and four characters within words recognise parts of codes, names
     and misspelt words. Words that `fit` has not seen are encoded by the n-grams that
-    they share with those of `fit`.
+    they share with texts of `fit`.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ class LexicalEncoder(TransformerMixin, BaseEstimator):
         Returns
         -------
         vectors : ndarray of shape (n_samples, n_features_out), dtype float32
-            The vectors. A text that shares no n-gram with those of `fit` is zero.
+            The vectors. A text that shares no n-gram with texts of `fit` is zero.
         """
         check_is_fitted(self)
         return self._encode(*_distinct_texts(X))

@@ -1,4 +1,4 @@
-"""The table of how columns are read, and what it needs: costs and copies of the target."""
+"""The table of kinds, the cost of encoding, and copies of the target."""
 
 import os
 
@@ -56,10 +56,10 @@ def estimate_seconds(table, readings, branches) -> None:
             columns = [columns]
         for name in columns:
             reading = readings[name]
-            labels = [
-                label for label in (reading.encoder, _label(transformer)) if label
-            ]
-            reading.encoder = " + ".join(labels)
+            label = _label(transformer)
+            if reading.encoder:
+                label = f"{reading.encoder} + {label}"
+            reading.encoder = label
             if reading.kind not in SECONDS_PER_CELL:
                 continue
             for encoder in frozen_encoders(transformer):

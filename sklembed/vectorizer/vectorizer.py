@@ -82,7 +82,7 @@ class MultimodalVectorizer(CallbackSupportMixin, TransformerMixin, BaseEstimator
     Each text has a block of frozen vectors, ``<column>__…``, and one of its characters,
     ``<column>_lexical__…``; a name only the latter, called ``<column>__…``; an image a
     block ``<column>__…``. All other columns are in one block, ``table__…``. A column
-    whose name cannot be that of a block gets a similar one.
+    whose name cannot name a block gets a similar one.
 
     Parameters
     ----------
@@ -101,13 +101,13 @@ class MultimodalVectorizer(CallbackSupportMixin, TransformerMixin, BaseEstimator
         Encoder of images, as `text_encoder`. If None, images are dropped.
 
     lexical : bool or transformer, default=True
-        Encoder of the characters of texts, beside `text_encoder`, and of names. True is
+        Encoder of the characters of texts, in addition to `text_encoder`, and of names. True is
         tf-idf of n-grams of 3 and 4 characters within words, with a truncated SVD of up
         to 30 components. If False, texts have only frozen vectors, and names are
         dropped unless there is a `name_encoder`.
 
     name_encoder : transformer or None, default=None
-        Transformer of one column of names. If None, that of `lexical`.
+        Transformer of one column of names. If None, `lexical` applies.
 
     table_vectorizer : transformer or None, default=None
         Transformer of all other columns, which receives floats for numbers and
@@ -405,7 +405,7 @@ class MultimodalVectorizer(CallbackSupportMixin, TransformerMixin, BaseEstimator
         Parameters
         ----------
         input_features : array-like of str or None, default=None
-            Names of the input columns, which must be those of fit.
+            Names of the input columns, which must equal the columns of fit.
 
         Returns
         -------
@@ -568,11 +568,14 @@ class MultimodalVectorizer(CallbackSupportMixin, TransformerMixin, BaseEstimator
             "text": {"text_encoder": self.text_encoder, "lexical": self.lexical},
             "name": {"name_encoder": self.name_encoder, "lexical": self.lexical},
         }.get(reading.kind, {})
-        if not encoders or any(
-            value not in (None, False) for value in encoders.values()
-        ):
+        set_to = []
+        for name, value in encoders.items():
+            if value not in (None, False):
+                return
+            set_to.append(f"{name}={value}")
+        if not set_to:
             return
-        absent = " and ".join(f"{name}={value}" for name, value in encoders.items())
+        absent = " and ".join(set_to)
         reading.reason = f"{reading.kind} ({reading.reason}), but {absent}"
         reading.kind = "dropped"
 
@@ -600,8 +603,8 @@ class MultimodalVectorizer(CallbackSupportMixin, TransformerMixin, BaseEstimator
     def _encoders(self, kind):
         """Return a new encoder for each block of a column, by parameter."""
         encoders = {}
-        if kind in _FROZEN:
-            parameter = _FROZEN[kind]
+        parameter = _FROZEN.get(kind)
+        if parameter is not None and getattr(self, parameter) is not None:
             encoders[parameter] = self._frozen_encoder(parameter, kind)
         if kind == "name" and self.name_encoder is not None:
             encoders["name_encoder"] = clone(self.name_encoder)
@@ -609,18 +612,16 @@ class MultimodalVectorizer(CallbackSupportMixin, TransformerMixin, BaseEstimator
             encoders["lexical"] = LexicalEncoder()
             if self.lexical is not True:
                 encoders["lexical"] = clone(self.lexical)
-        return {
-            name: encoder for name, encoder in encoders.items() if encoder is not None
-        }
+        return encoders
 
     def _frozen_encoder(self, parameter, modality):
-        """Return a new encoder of texts or images; None if the parameter is None."""
+        """Return a new encoder of texts or images."""
         encoder = getattr(self, parameter)
         if isinstance(encoder, str | os.PathLike):
             return FrozenEncoder(encoder, modality=modality, normalize=True)
         if hasattr(encoder, "describe") and hasattr(encoder, "load"):  # a backend
             return FrozenEncoder(encoder, normalize=True)
-        if encoder is None or _is_transformer(encoder):
+        if _is_transformer(encoder):
             return clone(encoder, safe=False)
         raise TypeError(
             f"{parameter} must be a hub id, a checkpoint directory, a backend, a "
@@ -643,13 +644,7 @@ class MultimodalVectorizer(CallbackSupportMixin, TransformerMixin, BaseEstimator
     def _table_transformer(self):
         if self.table_vectorizer is not None:
             return clone(self.table_vectorizer)
-        from skrub import TableVectorizer  # imports matplotlib
-
-        # Without drop="if_binary", with which unknown categories cause a warning.
-        one_hot = OneHotEncoder(
-            sparse_output=False, dtype=np.float32, handle_unknown="ignore"
-        )
-        return TableVectorizer(low_cardinality=one_hot)
+        return default_table_vectorizer()
 
     def _check_encoders(self, branches):
         """Refuse encoders that cannot be reached, and say how to pass another one."""
@@ -730,6 +725,17 @@ class MultimodalVectorizer(CallbackSupportMixin, TransformerMixin, BaseEstimator
         return tags
 
 
+def default_table_vectorizer():
+    """Return skrub's vectorizer of numbers, categories and dates."""
+    from skrub import TableVectorizer  # imports matplotlib
+
+    # Without drop="if_binary", with which unknown categories cause a warning.
+    one_hot = OneHotEncoder(
+        sparse_output=False, dtype=np.float32, handle_unknown="ignore"
+    )
+    return TableVectorizer(low_cardinality=one_hot)
+
+
 def _as_list(columns):
     if isinstance(columns, str):
         return [columns]
@@ -792,7 +798,7 @@ def _list_names(title, names):
 
 def _warn_of_absent_images(readings):
     for reading in readings:
-        if reading.kind == "name" and "none exists" in reading.reason:
+        if reading.has_absent_images:
             warnings.warn(
                 f"Column {reading.name!r} has {reading.reason}: it is read as names. "
                 "Paths refer to the working directory.",
