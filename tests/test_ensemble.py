@@ -24,8 +24,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sklembed import EmbeddingClassifier, EmbeddingRegressor, PerModalityUnion
-from sklembed.ensemble import estimators
+from sklembed.ensemble import estimators, svm
 from sklembed.ensemble.estimators import MEMBERS, _make_folds
+from sklembed.ensemble.svm import couple
 
 WIDTH = 18  # columns of a vector; blocks below 16 columns are table columns
 BLOCKS = {
@@ -35,6 +36,12 @@ BLOCKS = {
 }
 CHEAP = ["linear", "kernel"]
 FAST = ["linear", "trees"]
+SEVERAL = {
+    "words": list(MEMBERS),
+    "labels": ["linear", "kernel", "projection"],
+    "number": ["kernel", "trees"],
+    "numbers": ["kernel", "trees"],
+}
 
 
 def make_table(n_rows=60, n_classes=3, seed=0):
@@ -77,13 +84,19 @@ def ensemble(kind="words", members="auto", blocks=BLOCKS, **options):
     return cls(blocks=blocks, members=members, random_state=0, **options)
 
 
+def members_of(kinds):
+    """Return pairs of a kind of target and a member for it."""
+    pairs = [(kind, member) for kind in kinds for member in MEMBERS]
+    return [pair for pair in pairs if pair[0] == "words" or pair[1] != "svm"]
+
+
 def output(model, X):
     return (getattr(model, "predict_proba", None) or model.predict)(X)
 
 
 @pytest.fixture(scope="module")
 def fitted():
-    """Return a function that fits the default members once for each kind of target."""
+    """Return a function that fits several members once for each kind of target."""
     models = {}
 
     def fit(kind):
@@ -91,7 +104,8 @@ def fitted():
             X, y = make_table()
             X = with_gaps(X)
             filled = make_table()[0]
-            models[kind] = ensemble(kind).fit(X, target_of(kind, filled, y))
+            target = target_of(kind, filled, y)
+            models[kind] = ensemble(kind, SEVERAL[kind]).fit(X, target)
         return models[kind], with_gaps(make_table()[0])
 
     return fit
@@ -127,9 +141,8 @@ def test_scores_and_seconds_are_reported_for_each_member(fitted, kind):
     assert all(limit <= score for score in model.scores_.values())
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-@pytest.mark.parametrize("kind", ["words", "number"])
-def test_scores_out_of_fold_are_close_to_those_of_new_rows(member, kind):
+@pytest.mark.parametrize(("kind", "member"), members_of(["words", "number"]))
+def test_scores_out_of_fold_are_close_to_those_of_new_rows(kind, member):
     X, y = make_table(300)
     X += 0.7 * np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
     target = target_of(kind, make_table(300)[0], y)
@@ -153,9 +166,8 @@ def test_the_average_of_members_is_not_worse_than_they_are_on_average(fitted):
 # Members
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_member_stands_alone(member, kind):
+@pytest.mark.parametrize(("kind", "member"), members_of(KINDS))
+def test_each_member_stands_alone(kind, member):
     X, y = make_table()
     target = target_of(kind, X, y)
     model = ensemble(kind, [member]).fit(with_gaps(X), target)
@@ -164,6 +176,62 @@ def test_each_member_stands_alone(member, kind):
         kind == "number" and output(model, X).shape == (60,)
     )
     assert np.isfinite(output(model, with_gaps(X))).all()
+
+
+@pytest.mark.parametrize("kind", ["labels", "number"])
+def test_a_support_vector_machine_requires_classes(kind):
+    X, y = make_table()
+    with pytest.raises(ValueError, match=f"'svm' requires classes, but y has {kind}"):
+        ensemble(kind, ["svm"]).fit(X, target_of(kind, X, y))
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 7])
+def test_coupling_recovers_the_probabilities_behind_the_pairs(n_classes):
+    rng = np.random.default_rng(0)
+    P = rng.dirichlet(np.ones(n_classes), size=50).clip(1e-3)
+    P /= P.sum(axis=1, keepdims=True)
+    first, second = np.triu_indices(n_classes, 1)
+    in_pairs = P[:, first] / (P[:, first] + P[:, second])
+    np.testing.assert_allclose(couple(in_pairs, n_classes), P, atol=1e-5)
+
+
+def test_coupling_minimises_the_disagreement_of_the_pairs():
+    rng = np.random.default_rng(0)
+    first, second = np.triu_indices(4, 1)
+    in_pairs = rng.uniform(0.2, 0.8, size=(5, 6))
+
+    def disagreement(p, row):
+        losses = in_pairs[row] * p[second] - (1 - in_pairs[row]) * p[first]
+        return np.square(losses).sum()
+
+    for row, p in enumerate(couple(in_pairs, 4)):
+        assert p.sum() == pytest.approx(1)
+        step = 1e-3 * rng.normal(size=(50, 4))
+        step -= step.mean(axis=1, keepdims=True)  # probabilities still sum to 1
+        for other in p + step:
+            assert disagreement(p, row) < disagreement(other, row)
+
+
+def test_a_class_that_a_fold_lacks_is_improbable_there():
+    X, y = make_table()
+    y = np.where(np.arange(60) == 7, 3, y)  # a class with a single row
+    model = ensemble(members=["svm"]).fit(X, y)
+    P = model.predict_proba(X)
+    assert np.isfinite(P).all()
+    assert P[:, 3].mean() < 0.2
+    folds = [(np.flatnonzero(y != k), np.flatnonzero(y == k)) for k in range(4)]
+    apart = ensemble(members=["svm"], cv=folds).fit(X, y)
+    assert np.isfinite(apart.predict_proba(X)).all()
+
+
+def test_the_default_members_depend_on_the_size_of_the_table(monkeypatch):
+    X, y = make_table()
+    assert list(ensemble().fit(X, y).members_) == ["kernel", "svm"]
+    monkeypatch.setattr(estimators, "_SVM_ROWS", 59)
+    monkeypatch.setattr(estimators, "_MANY_CLASSES", 2)
+    many = ["linear", "kernel", "projection"]
+    assert list(ensemble().fit(X, y).members_) == many
+    assert list(ensemble().fit(X, y == 0).members_) == [*many, "trees"]
 
 
 @pytest.mark.parametrize("kind", ["labels", "number"])
@@ -728,7 +796,12 @@ def test_a_fitted_ensemble_does_not_contain_the_training_table(fitted, kind):
     for path, array in arrays_of(model, "", set()):
         if n_rows in array.shape:
             of_rows.add(path)
-    allowed = ("/members_/kernel/model/_landmarks/", "/members_/kernel/model/_coef")
+    allowed = (
+        "/members_/kernel/model/_landmarks/",
+        "/members_/kernel/model/_coef",
+        "/members_/svm/rows",  # of which most are support vectors
+        "/members_/svm/machines/",
+    )
     assert all(path.startswith(allowed) for path in of_rows), of_rows
 
 
@@ -736,11 +809,9 @@ def test_logits_of_labels_are_linear_in_those_of_the_member(fitted):
     model, X = fitted("labels")
     view = model._features.view(X)
     for name, predicted in model.member_predictions(X).items():
-        slope, intercept = model.slopes_[name]
         outputs = model.members_[name].outputs(view)
-        np.testing.assert_allclose(
-            logit(predicted), slope * outputs + intercept, rtol=1e-4, atol=1e-4
-        )
+        logits = model.slopes_[name] * outputs + model.intercepts_[name]
+        np.testing.assert_allclose(logit(predicted), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_seconds_are_those_of_the_fit():
@@ -748,3 +819,73 @@ def test_seconds_are_those_of_the_fit():
     started = time.perf_counter()
     model = ensemble(members=CHEAP).fit(X, y)
     assert sum(model.seconds_.values()) <= time.perf_counter() - started
+
+
+# Rows of weight 0, groups and absent classes in the folds
+
+
+def make_group_centres(n_groups=40):
+    """Return rows around centres of groups, whose classes cannot be learned from others."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(n_groups), 6)
+    X = rng.normal(size=(n_groups, 40))[groups] + 0.1 * rng.normal(
+        size=(len(groups), 40)
+    )
+    return X.astype(np.float32), rng.integers(0, 2, n_groups)[groups], groups
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_no_member_knows_the_groups_of_held_out_rows(member):
+    X, y, groups = make_group_centres()
+    model = ensemble(members=[member], blocks={"v": slice(None)})
+    assert model.fit(X, y, groups=groups).scores_[member] < -0.5
+    by_splitter = clone(model).set_params(cv=KFold(5, shuffle=True, random_state=0))
+    if member != "kernel":  # it has no folds
+        by_splitter.set_params(cv=list(by_splitter.cv.split(X)))
+        assert by_splitter.fit(X, y, groups=groups).scores_[member] < -0.5
+
+
+def test_numbers_are_scored_on_new_groups():
+    X, y, groups = make_group_centres()
+    number = np.random.default_rng(1).normal(size=40)[groups]
+    members = ["linear", "kernel", "projection", "trees"]
+    model = ensemble("number", members, blocks={"v": slice(None)})
+    scores = model.fit(X, number, groups=groups).scores_
+    assert all(score < 0.5 for score in scores.values())
+
+
+def test_rows_of_weight_0_change_neither_the_members_nor_the_fit(monkeypatch):
+    X, y = make_table()
+    more = np.vstack([X, np.zeros((90, X.shape[1]), dtype=np.float32)])
+    labels = np.r_[y, np.zeros(90, dtype=y.dtype)]
+    weight = np.r_[np.ones(60), np.zeros(90)]
+    monkeypatch.setattr(estimators, "_SVM_ROWS", 60)
+    alone = ensemble(table_blocks=["table"]).fit(X, y)
+    together = ensemble(table_blocks=["table"]).fit(more, labels, sample_weight=weight)
+    assert list(together.members_) == ["kernel", "svm"]
+    assert together.members_["svm"].gamma == alone.members_["svm"].gamma
+    P = alone.predict_proba(X)
+    np.testing.assert_allclose(together.predict_proba(X), P, atol=0.05)
+
+
+def test_trees_are_calibrated_on_rows_of_positive_weight():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 1300)
+    X = rng.normal(size=(1300, 20)) + y[:, None]
+    rows, weight = np.arange(1300), np.ones(1300)
+    weight[:700] = 0
+    folds = [
+        (rows[700:], rows[:700]),
+        (np.r_[rows[:700], rows[1000:]], rows[700:1000]),
+        (rows[:1000], rows[1000:]),
+    ]
+    model = ensemble(members=["trees"], blocks={"v": slice(None)}, cv=folds)
+    assert model.fit(X, y, sample_weight=weight).slopes_["trees"] > 0
+
+
+def test_many_classes_are_coupled_in_batches(monkeypatch):
+    X, y = make_table()
+    model = ensemble(members=["svm"]).fit(X, y)
+    P = model.predict_proba(X)
+    monkeypatch.setattr(svm, "_BATCH_PAIRS", 63)  # seven rows
+    np.testing.assert_allclose(model.predict_proba(X), P, rtol=1e-9)

@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss
 from sklembed import KernelFusionClassifier, KernelFusionRegressor
 from sklembed._grid import descend
 from sklembed.fusion import kernel
-from sklembed.fusion.calibration import fit_slopes
+from sklembed.fusion.calibration import calibrate, fit_calibration, fit_sigmoids
 from sklembed.fusion.scaling import find_table_blocks, fit_scaling, scale_blocks
 
 WIDTH = 18  # columns of a vector; blocks below 16 columns are table columns
@@ -91,14 +91,16 @@ def test_closed_form_equals_fits_without_the_row_or_its_group(weighted, by_group
     for group in np.unique(groups):
         train, held_out = rows[groups != group], rows[groups == group]
         expected = K[np.ix_(held_out, train)] @ ridge(K, data, train, 0.1)
-        np.testing.assert_allclose(predicted[held_out], expected, rtol=1e-8)
+        np.testing.assert_allclose(predicted[-1][held_out], expected, rtol=1e-8)
 
 
 def test_groups_of_single_rows_are_leave_one_out():
     K, data = make_rows()
     singles = kernel._rows_by_group(np.arange(len(K))[::-1])
-    with_groups = kernel._solve_dual(K, data, 0.1, singles)[1]
-    np.testing.assert_allclose(with_groups, kernel._solve_dual(K, data, 0.1, None)[1])
+    by_row, by_group = kernel._solve_dual(K, data, 0.1, singles)[1]
+    np.testing.assert_allclose(by_group, by_row)
+    (without_groups,) = kernel._solve_dual(K, data, 0.1, None)[1]
+    np.testing.assert_array_equal(without_groups, by_row)
 
 
 def fitted_without(model, X, y, rows, scaled_like):
@@ -119,7 +121,7 @@ def test_predictions_out_of_fold_are_those_of_fits_without_the_row():
     X, y = make_table(30)
     y = make_numbers(X, y)
     model = regressor(gamma=0.5, alpha=0.1)
-    out_of_fold = model._fit(X, y, None, None)
+    (out_of_fold,) = model._fit(X, y, None, None)
     for row in (0, 11, 29):
         rest = np.delete(np.arange(30), row)
         reduced = fitted_without(model, X, y, rest, model)
@@ -156,8 +158,8 @@ def test_fold_predictions_on_landmarks_equal_refits_without_the_fold(n_groups):
     groups = None if n_groups is None else np.arange(60) % n_groups
     data = kernel._Rows(X, targets, weight, groups)
     model = regressor(gamma=0.5, alpha=0.3).fit(X, y)
-    predicted = model._fit_landmarks(data, np.arange(0, 60, 3), 0)
-    fold_of = kernel._fold_of_rows(data, 0)
+    predicted = model._fit_landmarks(data, np.arange(0, 60, 3), 0)[-1]
+    fold_of = kernel._folds_of_rows(data, 0)[-1]
     K = model._kernel(model._scale(X))  # rows by landmarks
     penalty = model._kernel(model._landmarks) + kernel._JITTER * np.eye(20)
     for fold in np.unique(fold_of):
@@ -396,7 +398,49 @@ def test_weighted_medians_are_medians_of_repeated_rows():
         scaling = fit_scaling(X, {"t": slice(None)}, ["t"], weight)["t"]
         repeated = np.repeat(X, weight.astype(int), axis=0)
         np.testing.assert_allclose(scaling["median"], np.median(repeated, axis=0))
-        np.testing.assert_allclose(scaling["mean"], repeated.mean(axis=0), rtol=1e-6)
+        deviations = np.abs(repeated - np.median(repeated, axis=0))
+        usual = np.median(deviations, axis=0)
+        usual = np.where(usual > 0, usual, deviations.mean(axis=0))
+        expected = np.where(usual > 0, 6 * usual, np.inf)  # a constant column
+        np.testing.assert_allclose(scaling["spread"], expected)
+        squashed = np.arcsinh((repeated - scaling["median"]) / scaling["spread"])
+        np.testing.assert_allclose(scaling["mean"], squashed.mean(axis=0), atol=1e-9)
+
+
+def test_an_outlier_hides_no_differences():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(50, 1))
+    with_outlier = np.vstack([X, [[1e12]]])
+    blocks = {"t": slice(None)}
+    scaling = fit_scaling(with_outlier, blocks, ["t"], np.ones(51))
+    scores = scale_blocks(X, blocks, scaling)["t"].values[:, 0]
+    assert np.corrcoef(scores, X[:, 0])[0, 1] > 0.99
+    assert np.ptp(scores) > 0.4
+
+
+def test_a_lexical_block_is_appended_to_the_vectors_of_its_text():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(40, 30)).astype(np.float32)
+    X[3] = np.nan
+    parts = slice(0, 20), slice(20, 30)
+    names = {"t": parts[0], "t_lexical": parts[1]}  # narrow, but not table columns
+    assert find_table_blocks("auto", X, names) == []
+    scaling = fit_scaling(X, names, [], np.ones(40))
+    (block,) = scale_blocks(X, names, scaling).values()
+    norms = np.linalg.norm(block.values, axis=1)
+    np.testing.assert_allclose(np.delete(norms, 3), 1, rtol=1e-5)
+    assert norms[3] == 0
+    assert np.flatnonzero(~block.observed).tolist() == [3]
+    lexical = np.linalg.norm(block.values[:, parts[1]], axis=1)
+    vectors = np.linalg.norm(block.values[:, parts[0]], axis=1)
+    np.testing.assert_allclose(
+        np.delete(lexical, 3), 0.3 * np.delete(vectors, 3), rtol=1e-5
+    )
+    alone = {"other": parts[0], "t_lexical": parts[1]}  # of a text without vectors
+    scaling = fit_scaling(X, alone, [], np.ones(40))
+    assert list(scale_blocks(X, alone, scaling)) == ["other", "t_lexical"]
+    model = classifier(names).fit(X, np.arange(40) % 2)
+    assert np.isfinite(model.predict_proba(X)).all()
 
 
 def test_table_blocks_are_found():
@@ -492,7 +536,7 @@ def test_a_group_that_decides_the_class():
     X, y = make_table()
     model = classifier().fit(X, y, groups=y)
     assert np.isfinite(model.predict_proba(X)).all()
-    assert model.slopes_[0] < classifier().fit(X, y).slopes_[0]
+    assert model.slope_ < classifier().fit(X, y).slope_
 
 
 def test_groups_change_the_choice():
@@ -568,9 +612,9 @@ def test_a_penalty_too_small_for_equal_rows_is_refused():
 
 def test_a_wide_kernel_of_a_standardised_column_is_linear_regression():
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(80, 1))
+    x = rng.uniform(-1, 1, size=(80, 1))
     model = regressor({"x": [0]}, gamma=1e-6, alpha=1e-9).fit(x, 3 * x[:, 0] + 1)
-    np.testing.assert_allclose(model.predict(x / 2), 1.5 * x[:, 0] + 1, atol=0.01)
+    np.testing.assert_allclose(model.predict(x / 2), 1.5 * x[:, 0] + 1, atol=0.05)
 
 
 def test_the_search_finds_what_brute_force_finds(monkeypatch):
@@ -580,7 +624,7 @@ def test_the_search_finds_what_brute_force_finds(monkeypatch):
     for gamma in kernel._GRID["gamma"]:
         for alpha in kernel._GRID["alpha"]:
             fixed = clone(model).set_params(gamma=gamma, alpha=alpha)
-            log_probabilities = fixed._fit(X, y, None, None)
+            (log_probabilities,) = fixed._fit(X, y, None, None)
             errors[gamma, alpha] = -log_probabilities[np.arange(40), y].mean()
     chosen = errors[model.gamma_, model.alpha_]
     assert chosen <= min(errors.values()) + 0.02
@@ -591,7 +635,7 @@ def test_probabilities_are_calibrated_on_predictions_out_of_fold():
     X, y = make_vectors(120)
     X = X + 2 * np.random.default_rng(1).normal(size=X.shape)
     model = classifier(VECTORS)
-    out_of_fold = model._fit(X, y, None, None)
+    (out_of_fold,) = model._fit(X, y, None, None)
     for factor in (0.5, 0.9, 1.1, 2.0):
         prior = np.log(model.prior_)
         other = log_softmax(prior + factor * (out_of_fold - prior), axis=1)
@@ -712,65 +756,112 @@ def loss_of_labels(logits, y, weight):
     return total
 
 
-@pytest.mark.parametrize("n_slopes", [1, 3])
 @pytest.mark.parametrize("kind", ["classes", "labels"])
-def test_slopes_are_those_of_brute_force(kind, n_slopes):
+def test_a_calibration_is_that_of_brute_force(kind):
     rng = np.random.default_rng(0)
-    weight, offset = rng.uniform(0.2, 2, 80), rng.normal(size=3)
-    features = rng.normal(size=(n_slopes, 80, 3))
+    weight, scores = rng.uniform(0.2, 2, 80), rng.normal(size=(80, 3))
     y, loss = rng.integers(0, 3, 80), loss_of_classes
-    features[0, np.arange(80), y] += 1
+    scores[np.arange(80), y] += 1
+    scores[:, 2] -= 3  # scores neglect a class
     if kind == "labels":
-        y, loss = (
-            (features[0] + rng.normal(size=(80, 3)) > 0).astype(int),
-            loss_of_labels,
-        )
-    slopes, error = fit_slopes(features, y, weight, offset)
+        y, loss = (scores + rng.normal(size=(80, 3)) > 0).astype(int), loss_of_labels
+    slope, intercepts, error = fit_calibration(scores, y, weight)
 
-    def brute_force(slopes):
-        return loss(np.tensordot(slopes, features, 1) + offset, y, weight)
+    def brute_force(parameters):
+        return loss(parameters[0] * scores + parameters[1:], y, weight)
 
     result = minimize(
         brute_force,
-        np.ones(n_slopes),
+        np.r_[1.0, np.zeros(3)],
         method="Nelder-Mead",
         options={"xatol": 1e-8, "fatol": 1e-12, "maxiter": 10_000},
     )
-    np.testing.assert_allclose(slopes, result.x, atol=1e-3)
+    assert slope == pytest.approx(result.x[0], abs=2e-3)
+    best = result.x[1:]
+    if kind == "classes":  # a constant changes nothing
+        best = best - best.mean()
+    np.testing.assert_allclose(intercepts, best, atol=2e-3)
     assert error == pytest.approx(result.fun, abs=1e-7)
-    assert error == pytest.approx(brute_force(slopes))
+    assert error == pytest.approx(brute_force(np.r_[slope, intercepts]))
 
 
-def test_slopes_of_two_classes_are_logistic_regression_without_penalty():
+def test_a_calibration_corrects_a_neglected_class():
     rng = np.random.default_rng(0)
-    y = rng.integers(0, 2, 100)
-    score = y + rng.normal(size=100)
-    features = np.stack([np.zeros(100), score], axis=1)[None]
-    slopes, _ = fit_slopes(features, y, np.ones(100))
-    model = LogisticRegression(C=1e12, fit_intercept=False, tol=1e-8)
-    weight = np.r_[
-        100 * np.ones(100), np.ones(200) / 2
-    ]  # each class for an unknown one
-    repeated = np.tile(score, 3)[:, None]
-    model.fit(repeated, np.r_[y, 0 * y, 0 * y + 1], sample_weight=weight)
-    np.testing.assert_allclose(slopes, model.coef_[0], rtol=1e-3)
+    y = rng.integers(0, 3, 3000)
+    scores = np.eye(3)[y] + 0.5 * rng.normal(size=(3000, 3))
+    slope, intercepts, loss = fit_calibration(scores, y, np.ones(3000))
+    biased = scores - [0, 0, 1]
+    same_slope, corrected, same_loss = fit_calibration(biased, y, np.ones(3000))
+    assert same_slope == pytest.approx(slope, rel=1e-2)
+    assert same_loss == pytest.approx(loss, abs=1e-5)
+    expected = intercepts + slope * np.array([-1, -1, 2]) / 3
+    np.testing.assert_allclose(corrected, expected, atol=0.05)
+
+
+def test_sigmoids_are_logistic_regressions_without_penalty():
+    rng = np.random.default_rng(0)
+    column = np.repeat([0, 2], [90, 30])  # there are no scores in column 1
+    scores, weight = rng.normal(size=120), rng.uniform(0, 2, 120)
+    truth = (scores + rng.normal(size=120) > 0.5).astype(int)
+    slopes, intercepts = fit_sigmoids(scores, truth, weight, column, 3)
+    for i in (0, 2):
+        w, score, y = weight[column == i], scores[column == i, None], truth[column == i]
+        n_rows = w.sum() ** 2 / np.square(w).sum()
+        unknown = w / n_rows / 2  # each class for the row of unknown class
+        model = LogisticRegression(C=1e12, tol=1e-8)
+        model.fit(
+            np.tile(score, (3, 1)),
+            np.r_[y, 0 * y, 0 * y + 1],
+            sample_weight=np.r_[w, unknown, unknown],
+        )
+        assert slopes[i] == pytest.approx(model.coef_[0, 0], rel=5e-3)
+        assert intercepts[i] == pytest.approx(model.intercept_[0], abs=5e-3)
+    assert intercepts[1] == 0
 
 
 def test_scores_that_are_right_in_few_rows_are_not_certain():
     previous = np.inf
     for n_rows in (1000, 30, 4):
         y = np.arange(n_rows) % 2
-        slopes, _ = fit_slopes(np.eye(2)[y][None], y, np.ones(n_rows))
-        probability = expit(slopes[0])
+        slope, _, _ = fit_calibration(np.eye(2)[y], y, np.ones(n_rows))
         # one row in n_rows + 1 is of unknown class
-        assert probability == pytest.approx(1 - 0.5 / (n_rows + 1), abs=1e-4)
-        assert slopes[0] < previous
-        previous = slopes[0]
+        assert expit(slope) == pytest.approx(1 - 0.5 / (n_rows + 1), abs=1e-4)
+        assert slope < previous
+        previous = slope
 
 
 def test_scores_that_are_wrong_get_no_slope():
     y = np.array([0, 1, 0, 1])
-    features = -np.eye(2)[y][None]
-    slopes, error = fit_slopes(features, y, np.ones(4))
-    assert slopes.tolist() == [0]
+    slope, _, error = fit_calibration(-np.eye(2)[y], y, np.ones(4))
+    assert slope == 0
     assert error == pytest.approx(np.log(2))
+
+
+def test_folds_of_groups_correct_the_slope_alone():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 500)
+    scores = 3 * np.eye(3)[y] + rng.normal(size=(500, 3)) - [0, 0, 1]
+    of_groups = scores + 2 * rng.normal(size=(500, 3))  # right less often
+    of_groups[::2] = np.nan  # rows without a score
+    slope, intercepts = calibrate([scores], y, np.ones(500))
+    careful, shifted = calibrate([scores, of_groups], y, np.ones(500))
+    assert careful < 0.8 * slope
+    np.testing.assert_allclose(shifted / careful, intercepts / slope)
+    logits = careful * of_groups[1::2] + shifted
+    expected = fit_calibration(logits, y[1::2], np.ones(250), with_intercepts=False)
+    assert expected[0] == pytest.approx(1, abs=1e-3)
+    assert not expected[1].any()
+
+
+@pytest.mark.parametrize("factor", [1, 0.3, 1 / 7])
+def test_medians_do_not_depend_on_the_unit_of_weights(factor):
+    X = np.arange(58.0)[:, None].astype(np.float32)
+    scaling = fit_scaling(X, {"t": slice(None)}, ["t"], np.full(58, factor))["t"]
+    assert scaling["median"].tolist() == [28.5]
+
+
+def test_a_penalty_too_small_for_equal_landmarks_is_an_error():
+    X, y = make_table(40)
+    X, y = np.repeat(X, 4, axis=0), np.repeat(y, 4)
+    with pytest.raises(ValueError, match=r"alpha=1e-14 is too small"):
+        classifier(alpha=1e-14, gamma=0.01, n_landmarks=30).fit(X, y)

@@ -24,6 +24,7 @@ from sklembed._persistence import Saved
 from sklembed._validation import draw_seed, split_rows
 from sklembed.ensemble.features import Features, Problem
 from sklembed.ensemble.members import Kernel, Linear, Trees
+from sklembed.ensemble.svm import SupportVectorMachine
 from sklembed.fusion._base import (
     TINY,
     check_labelled_table,
@@ -35,14 +36,18 @@ from sklembed.fusion._base import (
     scale_targets,
     weight_classes,
 )
-from sklembed.fusion.calibration import fit_slopes
+from sklembed.fusion.calibration import calibrate
 from sklembed.fusion.scaling import check_vectors_complete, find_table_blocks
 from sklembed.projection.folds import check_each_row_held_out_once
 
-MEMBERS = ("linear", "kernel", "projection", "trees")
+MEMBERS = ("linear", "kernel", "svm", "projection", "trees")
+_SVM_ROWS = 5000  # more take too long
+_SVM_DECISIONS = 20_000_000  # of rows for pairs of classes, more take too much memory
 _MANY_CLASSES = 30  # gradient boosting fits a tree for each class in each iteration
 _LARGE_TABLE = 20_000  # rows, above which an int cv means two folds
 _CHUNK_ROWS = 8192  # of a prediction
+# scikit-learn warns of folds with few rows per class.
+_FEW_ROWS = "The number of unique classes is greater than 50% of the number of samples"
 
 
 def _make_member(name):
@@ -50,16 +55,22 @@ def _make_member(name):
         return Linear("scaled")
     if name == "projection":
         return Linear("projected_and_scaled")
-    return {"kernel": Kernel, "trees": Trees}[name]()
+    return {"kernel": Kernel, "svm": SupportVectorMachine, "trees": Trees}[name]()
 
 
 def _default_members(problem):
     """Return the members that are used by default."""
     if problem.kind == "numbers":
         return ["kernel", "trees"]
-    if problem.kind == "labels" or problem.n_outputs > _MANY_CLASSES:
+    if problem.kind == "labels":
+        return ["kernel"]
+    n_rows = np.count_nonzero(problem.weight > 0)
+    n_pairs = problem.n_outputs * (problem.n_outputs - 1) // 2
+    if n_rows <= _SVM_ROWS and n_rows * n_pairs <= _SVM_DECISIONS:
+        return ["kernel", "svm"]
+    if problem.n_outputs > _MANY_CLASSES:
         return ["linear", "kernel", "projection"]
-    return list(MEMBERS)
+    return ["linear", "kernel", "projection", "trees"]
 
 
 class _EmbeddingEnsemble(Saved, CallbackSupportMixin, BaseEstimator):
@@ -77,8 +88,8 @@ class _EmbeddingEnsemble(Saved, CallbackSupportMixin, BaseEstimator):
     def _fit_members(self, problem, X, y):
         """Fit the members, and calibrate each on its predictions out of fold."""
         names = self._member_names(problem)
-        self.members_, self.slopes_ = {}, {}
-        self.scores_, self.seconds_ = {}, {}
+        self.members_, self.scores_, self.seconds_ = {}, {}, {}
+        self.slopes_, self.intercepts_ = {}, {}
         out_of_fold = {}
         context = self._init_callback_context(max_subtasks=len(names) + 1)
         with _callbacks.task(self, context, X, y):
@@ -87,17 +98,19 @@ class _EmbeddingEnsemble(Saved, CallbackSupportMixin, BaseEstimator):
                 started = time.perf_counter()
                 member = _make_member(name)
                 task = _callbacks.subtask(context, f"fit-{name}", 0)
-                with _callbacks.task(self, task, X, y):
+                with _callbacks.task(self, task, X, y), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=_FEW_ROWS)
                     outputs = member.fit(view, problem)
-                rows = np.flatnonzero(~np.isnan(outputs[:, 0]) & (problem.weight > 0))
-                self.slopes_[name] = _fit_calibration(outputs, rows, problem)
                 self.members_[name] = member
-                out_of_fold[name] = self._calibrate(name, outputs)
-                self.scores_[name] = _score(out_of_fold[name], rows, problem)
+                if problem.kind != "numbers":
+                    self.slopes_[name], self.intercepts_[name] = calibrate(
+                        outputs, problem.y, problem.weight
+                    )
+                out_of_fold[name] = self._calibrate(name, outputs[-1])
+                self.scores_[name] = _score(out_of_fold[name], problem)
                 self.seconds_[name] = time.perf_counter() - started
         average = np.mean(list(out_of_fold.values()), axis=0)
-        rows = np.flatnonzero(~np.isnan(average[:, 0]) & (problem.weight > 0))
-        self.scores_["average"] = _score(average, rows, problem)
+        self.scores_["average"] = _score(average, problem)
 
     def _fit_features(self, problem, names, context, X, y):
         """Return the features, and the view of the training rows."""
@@ -128,6 +141,10 @@ class _EmbeddingEnsemble(Saved, CallbackSupportMixin, BaseEstimator):
     def _member_names(self, problem):
         if isinstance(self.members, str):
             return _default_members(problem)
+        if "svm" in self.members and problem.kind != "classes":
+            raise ValueError(
+                f"The member 'svm' requires classes, but y has {problem.kind}. Leave it out."
+            )
         return list(self.members)
 
     def _make_problem(self, X, y, kind, strata, labels, weight, groups):
@@ -137,16 +154,18 @@ class _EmbeddingEnsemble(Saved, CallbackSupportMixin, BaseEstimator):
         self.table_blocks_ = find_table_blocks(self.table_blocks, X, self.blocks_)
         check_vectors_complete(X, self.blocks_, self.table_blocks_)
         cv = 5 if self.cv is None else self.cv
+        group_folds = None
+        if groups is not None:
+            n_folds = cv if isinstance(cv, Integral) else 5
+            group_folds = _make_folds(n_folds, weight, strata, groups, seed)
         if isinstance(cv, Integral):
-            folds = group_folds = _make_folds(cv, weight, strata, None, seed)
-            if groups is not None:
-                group_folds = _make_folds(cv, weight, strata, groups, seed)
+            folds = _make_folds(cv, weight, strata, None, seed)
         else:
             params = {} if groups is None else {"groups": groups}
             splitter = check_cv(cv, labels, classifier=strata is not None)
             folds = split_rows(splitter, X, labels, params)
             check_each_row_held_out_once(folds, len(X))
-            folds = group_folds = _without_unused(folds, weight)
+            folds = _without_unused(folds, weight)
         return Problem(
             X=X,
             y=y,
@@ -164,12 +183,12 @@ class _EmbeddingEnsemble(Saved, CallbackSupportMixin, BaseEstimator):
 
     def _calibrate(self, name, outputs):
         """Return probabilities of classes or labels, or numbers unchanged."""
-        slopes = self.slopes_[name]
-        if not len(slopes):
+        if name not in self.slopes_:
             return outputs
-        if len(slopes) == 1:
-            return softmax(slopes[0] * outputs, axis=1)
-        return expit(slopes[0] * outputs + slopes[1])
+        logits = self.slopes_[name] * outputs + self.intercepts_[name]
+        if self.target_type_ == "multilabel":
+            return expit(logits)
+        return softmax(logits, axis=1)
 
     def _predict_members(self, X):
         """Return the calibrated predictions of each member."""
@@ -248,19 +267,9 @@ def _without_unused(folds, weight):
     return used_in_training
 
 
-def _fit_calibration(outputs, rows, problem):
-    """Return the slopes by which outputs become probabilities; none for numbers."""
-    if problem.kind == "numbers":
-        return np.empty(0)
-    features = outputs[rows][None]
-    if problem.kind == "labels":
-        features = np.concatenate([features, np.ones_like(features)])
-    slopes, _ = fit_slopes(features, problem.y[rows], problem.weight[rows])
-    return slopes
-
-
-def _score(predicted, rows, problem):
-    """Return the mean log-likelihood out of fold, or R² for numbers."""
+def _score(predicted, problem):
+    """Return the mean log-likelihood of the rows with a prediction, or R² for numbers."""
+    rows = np.flatnonzero(~np.isnan(predicted[:, 0]) & (problem.weight > 0))
     predicted, y, weight = predicted[rows], problem.y[rows], problem.weight[rows]
     if problem.kind == "numbers":
         return float(r2_score(y, predicted, sample_weight=weight))
@@ -277,16 +286,19 @@ class EmbeddingClassifier(ClassifierMixin, _EmbeddingEnsemble):
 
     The classifier averages calibrated members that make different errors:
 
-    - "linear": logistic regression on all blocks;
     - "kernel": :class:`KernelFusionClassifier`, ridge regression in a mean of kernels,
       one per block;
+    - "svm": a support vector machine in the product of these kernels, whose pairwise
+      decisions are coupled [1]_;
+    - "linear": logistic regression on all blocks;
     - "projection": logistic regression on the cross-fitted
-      :class:`ContrastiveProjector` of each block, as in [1]_, and the table columns;
+      :class:`ContrastiveProjector` of each block, as in [2]_, and the table columns;
     - "trees": gradient boosting on the same projections and the table columns.
 
     The settings of each member are chosen on predictions out of fold, on which its
-    probabilities are also calibrated. All members share one set of folds, and each
-    block is projected once. Members have equal weights.
+    probabilities are also calibrated: by a slope, and an intercept for each class. All
+    members share one set of folds, and each block is projected once. Members have equal
+    weights.
 
     A modality may be missing: its block is NaN. Single values of table columns may be
     missing as well. They are imputed by the median, with an indicator, except in trees.
@@ -306,8 +318,11 @@ class EmbeddingClassifier(ClassifierMixin, _EmbeddingEnsemble):
         blocks with a row of which only some values are missing.
 
     members : "auto" or list of str, default="auto"
-        Names of the members. "auto" means all four; without "trees" with several labels
-        or more than 30 classes.
+        Names of the members. "auto" means "kernel" and "svm": in the benchmarks, more
+        members are slower and not better. A support vector machine takes too long on
+        many rows and too much memory for many pairs of classes: above 5,000 rows, or
+        20 million pairs of all rows, "auto" means all others, without "trees" above 30
+        classes. With several labels it means "kernel". "svm" is for classes only.
 
     class_weight : dict, "balanced" or None, default=None
         Weights of classes, as in scikit-learn. Not supported with several labels.
@@ -315,7 +330,7 @@ class EmbeddingClassifier(ClassifierMixin, _EmbeddingEnsemble):
     cv : int, cross-validation splitter, iterable or None, default=5
         Folds on which members are tuned and calibrated; None means 5. If an int, the
         number of shuffled folds, stratified by class, and at most 2 above 20,000 rows.
-        A splitter must hold out each row exactly once.
+        A splitter must hold out each row exactly once. The kernel uses leave-one-out.
 
     n_jobs : int or None, default=None
         Number of jobs to run in parallel, as in scikit-learn: None means 1, and -1
@@ -336,9 +351,12 @@ class EmbeddingClassifier(ClassifierMixin, _EmbeddingEnsemble):
     members_ : dict of str to object
         The fitted members.
 
-    slopes_ : dict of str to ndarray
+    slopes_ : dict of str to float
         The slope by which log-probabilities of each member are multiplied, which is the
-        inverse of a temperature. With several labels, slope and intercept of log-odds.
+        inverse of a temperature. With several labels, the slope of log-odds.
+
+    intercepts_ : dict of str to ndarray of shape (n_classes,) or (n_labels,)
+        The intercepts that are added, one per class or label.
 
     scores_ : dict of str to float
         Mean log-likelihood of the labels out of fold, of each member and of their
@@ -370,7 +388,10 @@ class EmbeddingClassifier(ClassifierMixin, _EmbeddingEnsemble):
 
     References
     ----------
-    .. [1] Margaritis, Petridis, Bertsimas. Efficient Domain Adaptation of Multimodal
+    .. [1] Wu, Lin, Weng. Probability Estimates for Multi-class Classification by
+       Pairwise Coupling. JMLR 5 (2004), section 4.2.
+
+    .. [2] Margaritis, Petridis, Bertsimas. Efficient Domain Adaptation of Multimodal
        Embeddings using Contrastive Learning. arXiv 2502.02048.
 
     Examples
@@ -383,7 +404,7 @@ class EmbeddingClassifier(ClassifierMixin, _EmbeddingEnsemble):
     >>> classifier.fit(X[:600], y[:600]).score(X[600:], y[600:]) > 0.9
     True
     >>> list(classifier.members_)
-    ['linear', 'kernel', 'projection', 'trees']
+    ['kernel', 'svm']
     """
 
     _parameter_constraints: dict = {
@@ -427,9 +448,9 @@ class EmbeddingClassifier(ClassifierMixin, _EmbeddingEnsemble):
             Weights of the rows. Rows of weight 0 are not used.
 
         groups : array-like of shape (n_samples,), default=None
-            Group of each row. Members are calibrated on folds that keep groups together,
-            so that probabilities hold for rows of new groups. The kernel is tuned by
-            leave-one-group-out.
+            Group of each row. The slopes of the members are fitted on folds that keep
+            groups together, so that probabilities of new groups are as certain as they
+            are right. The kernel is tuned by leave-one-group-out.
 
         Returns
         -------
@@ -654,6 +675,7 @@ class EmbeddingRegressor(RegressorMixin, _EmbeddingEnsemble):
         )
         weight = check_weights(sample_weight, table)
         self.target_mean_, self.target_scale_ = scale_targets(targets, weight)
+        targets = targets.astype(np.float64)
         targets = (targets - self.target_mean_) / self.target_scale_
         targets = targets.reshape(len(targets), -1)
         problem = self._make_problem(

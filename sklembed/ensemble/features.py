@@ -28,11 +28,40 @@ class Problem(NamedTuple):
     weight: np.ndarray  # (n_samples,); the mean of positive weights is 1
     groups: np.ndarray | None  # codes (n_samples,)
     folds: list  # (training rows, held-out rows), on which members are tuned
-    group_folds: list  # on which they are calibrated; the same without groups
+    group_folds: list | None  # that keep groups together
     blocks: dict[str, Block]
     table_blocks: list[str]
     n_jobs: int | None
     seed: int
+
+    @property
+    def all_folds(self) -> list[list]:
+        """The folds, and those that keep groups together if there are groups."""
+        if self.group_folds is None:
+            return [self.folds]
+        return [self.folds, self.group_folds]
+
+    def thin(self, n_rows: int, n_labels: int | None = None) -> "Problem":
+        """Return the problem with about that many random rows of positive weight.
+
+        Of many labels, `n_labels` are kept, evenly spread by frequency.
+        """
+        share = n_rows / np.count_nonzero(self.weight > 0)
+        rng = np.random.RandomState(self.seed)
+
+        def some(rows):
+            rows = rows[self.weight[rows] > 0]
+            if share >= 1:
+                return rows
+            return np.sort(rng.permutation(rows)[: int(np.ceil(share * len(rows)))])
+
+        folds = [(some(train), some(held_out)) for train, held_out in self.folds]
+        y, n_outputs = self.y, self.n_outputs
+        if self.kind == "labels" and n_labels is not None and n_outputs > n_labels:
+            by_frequency = np.argsort(y.sum(axis=0), kind="stable")
+            spread = np.linspace(0, n_outputs - 1, n_labels).astype(np.intp)
+            y, n_outputs = y[:, by_frequency[spread]], n_labels
+        return self._replace(y=y, n_outputs=n_outputs, folds=folds)
 
 
 class Features:
@@ -143,7 +172,7 @@ def _fit_projection(problem, values, observed):
     projector = ContrastiveProjector(
         min(_N_COMPONENTS, values.shape[1]),
         target_type="multiclass" if problem.kind == "classes" else "multilabel",
-        cv=problem.folds,
+        cv=problem.all_folds[-1],  # no network may know the group of a row
         max_epochs=int(np.clip(n_epochs, 3, _MAX_EPOCHS)),
         batch_size=128 if n_rows <= _LARGE_BATCH_ROWS else 512,
         random_state=problem.seed,
@@ -161,7 +190,7 @@ def _has_pairs(problem, observed):
         return False
     kind = "multiclass" if problem.kind == "classes" else "multilabel"
     target = encode_target(y, kind)
-    for train, _ in problem.folds:
+    for train, _ in problem.all_folds[-1]:
         rows = train[usable[train]]
         if len(np.unique(y[rows], axis=0)) < 2 or not target.has_pairs(rows):
             return False

@@ -1,7 +1,8 @@
 """The members of the ensembles: models that fail differently on the same blocks.
 
 The outputs of a member are log-probabilities of classes, log-odds of labels, or numbers,
-of shape (n_samples, n_outputs). `fit` returns outputs of the training rows out of fold.
+of shape (n_samples, n_outputs). `fit` returns outputs of the training rows out of fold;
+with groups, also a second array out of the folds that keep groups together.
 """
 
 import numpy as np
@@ -19,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from sklembed._grid import descend
 from sklembed.ensemble.features import Problem, View
 from sklembed.ensemble.ridge import fit_ridge, rotate
-from sklembed.fusion.calibration import fit_slopes
+from sklembed.fusion.calibration import fit_calibration
 from sklembed.fusion.kernel import KernelFusionClassifier, KernelFusionRegressor
 
 _SMALLEST = 1e-6  # probability
@@ -60,7 +61,7 @@ class Linear:
     def __init__(self, form: str):
         self.form = form
 
-    def fit(self, view: View, problem: Problem) -> np.ndarray:
+    def fit(self, view: View, problem: Problem) -> list[np.ndarray]:
         """Choose the penalty on the folds and fit; return outputs out of fold."""
         Z = getattr(view, self.form)
         if problem.kind == "numbers":
@@ -75,45 +76,33 @@ class Linear:
         return scores
 
     def _fit_ridge(self, Z, problem):
-        ridge, out_of_fold = fit_ridge(Z, problem.y, problem.weight, problem.folds)
+        folds = problem.all_folds[-1]
+        ridge, out_of_fold = fit_ridge(Z, problem.y, problem.weight, folds)
         self.kind, self.penalty = problem.kind, ridge.penalty
         self.coef, self.intercept = ridge.coef, ridge.intercept
-        return out_of_fold
+        return [out_of_fold]
 
     def _fit_logistic(self, Z, problem):
         """Fit a logistic regression, or one for each label."""
         self.kind = problem.kind
         Z, axes = rotate(Z)
-        search = _subset(problem)
+        search = problem.thin(_SEARCH_ROWS, _SEARCH_LABELS)
         position = descend(
             lambda p: _log_loss(_CS[p[0]], Z, search), [len(_CS)], (_START_C,)
         )
         C = _CS[position[0]]
         self.penalty = float(1 / C)
-        out_of_fold = _out_of_fold(C, Z, problem, problem.group_folds)
+        out_of_fold = [_out_of_fold(C, Z, problem, f) for f in problem.all_folds]
         coef, self.intercept = _fit_scores(C, Z, problem, slice(None))
         self.coef = axes @ coef
         return out_of_fold
-
-
-def _subset(problem):
-    """Return the problem with some of the rows and labels, evenly spread."""
-    step = max(1, -(-len(problem.X) // _SEARCH_ROWS))
-    folds = [(train[::step], held_out[::step]) for train, held_out in problem.folds]
-    y, n_outputs = problem.y, problem.n_outputs
-    if problem.kind == "labels" and n_outputs > _SEARCH_LABELS:
-        by_frequency = np.argsort(y.sum(axis=0), kind="stable")
-        spread = np.linspace(0, n_outputs - 1, _SEARCH_LABELS).astype(np.intp)
-        y, n_outputs = y[:, by_frequency[spread]], _SEARCH_LABELS
-    return problem._replace(y=y, n_outputs=n_outputs, folds=folds)
 
 
 def _log_loss(C, Z, problem):
     """Return the log loss of calibrated outputs out of fold."""
     out_of_fold = _out_of_fold(C, Z, problem, problem.folds)
     rows = np.concatenate([held_out for _, held_out in problem.folds])
-    outputs = out_of_fold[rows]
-    return fit_slopes(outputs[None], problem.y[rows], problem.weight[rows])[1]
+    return fit_calibration(out_of_fold[rows], problem.y[rows], problem.weight[rows])[2]
 
 
 def _out_of_fold(C, Z, problem, folds):
@@ -168,7 +157,7 @@ def _fit_classes(C, Z, codes, weight, n_classes):
 class Kernel:
     """Ridge regression in a mean of kernels, one per block."""
 
-    def fit(self, view: View, problem: Problem) -> np.ndarray:
+    def fit(self, view: View, problem: Problem) -> list[np.ndarray]:
         """Choose the widths and the penalty and fit; return outputs out of fold."""
         estimator = KernelFusionClassifier
         if problem.kind == "numbers":
@@ -188,20 +177,24 @@ class Kernel:
 class Trees:
     """Gradient boosting of trees on projections and table columns."""
 
-    def fit(self, view: View, problem: Problem) -> np.ndarray:
+    def fit(self, view: View, problem: Problem) -> list[np.ndarray]:
         """Fit, also on some of the folds; return outputs out of fold, NaN elsewhere."""
         self.kind, self.n_outputs = problem.kind, problem.n_outputs
         Z = view.projected_and_raw
+        out_of_fold = [self._out_of_fold(Z, problem, f) for f in problem.all_folds]
+        self.models = _fit_trees(Z, problem, np.arange(len(Z)))
+        return out_of_fold
+
+    def _out_of_fold(self, Z, problem, folds):
         out_of_fold = np.full((len(Z), problem.n_outputs), np.nan)
         n_predicted = 0
-        for train, held_out in problem.group_folds:
+        for train, held_out in folds:
             models = _fit_trees(Z, problem, train)
             with _few_threads(len(held_out)):
                 out_of_fold[held_out] = self._outputs(models, Z[held_out])
-            n_predicted += len(held_out)
+            n_predicted += np.count_nonzero(problem.weight[held_out] > 0)
             if n_predicted >= _CALIBRATION_ROWS:
                 break
-        self.models = _fit_trees(Z, problem, np.arange(len(Z)))
         return out_of_fold
 
     def outputs(self, view: View) -> np.ndarray:

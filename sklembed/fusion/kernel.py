@@ -4,7 +4,7 @@ from numbers import Integral, Real
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, lapack, solve_triangular
-from scipy.special import log_softmax, logit
+from scipy.special import log_softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, _fit_context
 from sklearn.model_selection import GroupKFold, KFold
 from sklearn.utils import check_random_state, gen_batches
@@ -13,7 +13,6 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklembed._grid import descend
 from sklembed._persistence import Saved
 from sklembed.fusion._base import (
-    TINY,
     check_labelled_table,
     check_rows,
     check_table,
@@ -24,20 +23,21 @@ from sklembed.fusion._base import (
     observed_modalities,
     probabilities,
     scale_targets,
+    to_log_prior,
     weight_classes,
 )
-from sklembed.fusion.calibration import fit_slopes
+from sklembed.fusion.calibration import calibrate, fit_calibration
 from sklembed.fusion.scaling import (
     check_vectors_complete,
     find_table_blocks,
     fit_scaling,
+    half_squared_distances,
     scale_blocks,
 )
 
 _SEARCH_ROWS = 1500  # widths and penalty hardly depend on the number of rows
 _CHUNK_ROWS = 2048  # rows of the kernel matrix that are computed at a time
 _N_FOLDS = 5  # at most, for predictions out of fold if rows are not all landmarks
-_EPSILON = np.finfo(np.float64).eps
 _JITTER = 1e-6  # added to the diagonal of the kernel matrix of the landmarks
 # Values that leave-one-out chooses from; the search moves to neighbours.
 _GRID = {
@@ -78,8 +78,9 @@ class _KernelFusion(Saved, BaseEstimator):
 
         Returns
         -------
-        predicted : ndarray of shape (n_samples, n_outputs)
-            Predictions for each row by a fit without it, or without its group.
+        predicted : list of ndarray of shape (n_samples, n_outputs)
+            Predictions for each row by a fit without it. If there are groups, also
+            predictions by a fit without its group.
         """
         self.table_blocks_ = find_table_blocks(self.table_blocks, X, self.blocks_)
         check_vectors_complete(X, self.blocks_, self.table_blocks_)
@@ -95,15 +96,19 @@ class _KernelFusion(Saved, BaseEstimator):
         random_state = check_random_state(self.random_state)
         order = random_state.permutation(len(rows))
         self._choose(data.take(np.sort(order[:_SEARCH_ROWS])))
-        predicted = np.empty_like(targets, dtype=np.float64)
         if len(rows) <= self.n_landmarks:
-            predicted[rows] = self._fit_dual(data)
+            out_of_fold = self._fit_dual(data)
         else:
             landmarks = np.sort(order[: self.n_landmarks])
             seed = random_state.randint(np.iinfo(np.int32).max)
-            predicted[rows] = self._fit_landmarks(data, landmarks, seed)
-        predicted[rows] += self.intercept_
-        unused = np.flatnonzero(weight == 0)
+            out_of_fold = self._fit_landmarks(data, landmarks, seed)
+        return [self._complete(X, rows, values) for values in out_of_fold]
+
+    def _complete(self, X, rows, out_of_fold):
+        """Add the intercept to predictions out of fold, and predict the other rows."""
+        predicted = np.empty((len(X), out_of_fold.shape[1]))
+        predicted[rows] = out_of_fold + self.intercept_
+        unused = np.delete(np.arange(len(X)), rows)
         if len(unused):
             predicted[unused] = self._predict_ridge(X[unused])
         return predicted
@@ -112,7 +117,7 @@ class _KernelFusion(Saved, BaseEstimator):
         """Set the widths, the penalty and the table's share by leave-one-out."""
         blocks = self._scale(data.X)
         distances = {
-            name: _half_squared_distances(block.values, block.values)
+            name: half_squared_distances(block.values, block.values)
             for name, block in blocks.items()
         }
         groups = _rows_by_group(data.groups)
@@ -122,7 +127,7 @@ class _KernelFusion(Saved, BaseEstimator):
             settings = _at(grid, position)
             K = self._mean_kernel(blocks, blocks, settings, distances)
             _, predicted = _solve_dual(K, data, settings["alpha"], groups)
-            return self._loss(predicted, data)
+            return self._loss(predicted[-1], data)
 
         start = []
         for name, values in grid.items():
@@ -152,9 +157,9 @@ class _KernelFusion(Saved, BaseEstimator):
     def _mean_kernel(self, left, right, settings, distances=None):
         """Return the weighted mean of the kernels of all blocks, zero where missing."""
         n_table = len(self.table_blocks_)
-        n_vectors = len(self.blocks_) - n_table
+        n_vectors = len(left) - n_table
         K = np.zeros(1)
-        for name in self.blocks_:
+        for name in left:
             if name in self.table_blocks_:
                 gamma = settings["table_gamma"]
                 weight = settings["table_share"] / n_table
@@ -162,7 +167,7 @@ class _KernelFusion(Saved, BaseEstimator):
                 gamma = settings["gamma"]
                 weight = (1 - settings["table_share"]) / n_vectors
             if distances is None:
-                d = _half_squared_distances(left[name].values, right[name].values)
+                d = half_squared_distances(left[name].values, right[name].values)
             else:
                 d = distances[name]
             kernel = np.exp(-gamma * d)
@@ -173,7 +178,7 @@ class _KernelFusion(Saved, BaseEstimator):
         return K
 
     def _fit_dual(self, data):
-        """Fit with all rows as landmarks; return predictions by leave-one-out."""
+        """Fit with all rows as landmarks; return predictions as `_solve_dual` does."""
         self._landmarks = self._scale(data.X)
         K = self._kernel(self._landmarks)
         groups = _rows_by_group(data.groups)
@@ -181,16 +186,26 @@ class _KernelFusion(Saved, BaseEstimator):
         return predicted
 
     def _fit_landmarks(self, data, landmarks, seed):
-        """Fit by Nyström's method; return predictions by cross-validation.
+        """Fit by Nyström's method; return predictions out of fold.
 
-        Sums over the rows of each fold give the solutions of all folds.
+        Folds are random; if there are groups, a second list has predictions of folds
+        that keep groups together. Sums over the rows of each fold give the solutions of
+        all folds.
         """
         self._landmarks = self._scale(data.X[landmarks])
-        fold_of = _fold_of_rows(data, seed)
-        n_folds = fold_of.max() + 1
-        n_landmarks, n_outputs = len(landmarks), data.targets.shape[1]
+        penalty = self._kernel(self._landmarks)
+        penalty[np.diag_indices(len(landmarks))] += _JITTER
+        factor = np.linalg.cholesky(penalty)
+        predicted = []
+        for fold_of in _folds_of_rows(data, seed):
+            predicted.append(self._predict_folds(data, fold_of, factor))
+        return predicted
+
+    def _predict_folds(self, data, fold_of, factor):
+        """Fit on all rows, and for each fold on the others; return predictions."""
+        n_folds, n_landmarks = fold_of.max() + 1, len(factor)
         grams = np.zeros((n_folds, n_landmarks, n_landmarks))
-        moments = np.zeros((n_folds, n_landmarks, n_outputs))
+        moments = np.zeros((n_folds, n_landmarks, data.targets.shape[1]))
         for fold in range(n_folds):
             for rows in _chunks(np.flatnonzero(fold_of == fold)):
                 K = self._kernel(self._scale(data.X[rows]))
@@ -198,16 +213,11 @@ class _KernelFusion(Saved, BaseEstimator):
                 grams[fold] += K.T @ weighted
                 moments[fold] += weighted.T @ data.targets[rows]
         gram, moment = grams.sum(axis=0), moments.sum(axis=0)
-        penalty = self._kernel(self._landmarks)
-        penalty[np.diag_indices(n_landmarks)] += _JITTER
-        factor = np.linalg.cholesky(penalty)
-        coefs = []
-        for fold in range(n_folds):
-            rest = gram - grams[fold], moment - moments[fold]
-            coefs.append(_solve_primal(*rest, factor, self.alpha_))
         self._coef = _solve_primal(gram, moment, factor, self.alpha_)
         predicted = np.empty_like(data.targets)
-        for fold, coef in enumerate(coefs):
+        for fold in range(n_folds):
+            rest = gram - grams[fold], moment - moments[fold]
+            coef = _solve_primal(*rest, factor, self.alpha_)
             for rows in _chunks(np.flatnonzero(fold_of == fold)):
                 predicted[rows] = self._kernel(self._scale(data.X[rows])) @ coef
         return predicted
@@ -270,23 +280,6 @@ def _at(grid, position):
     return settings
 
 
-def _half_squared_distances(left, right):
-    """Return half the squared distances between rows; 1 on average.
-
-    In single precision, kernels of equal or similar rows would not be positive
-    definite, and predictions would depend on the rows of the batch.
-    """
-    left, right = left.astype(np.float64), right.astype(np.float64)
-    norms_left = np.einsum("ij,ij->i", left, left)
-    norms_right = np.einsum("ij,ij->i", right, right)
-    distances = left @ right.T
-    distances *= -2
-    distances += norms_left[:, None]
-    distances += norms_right
-    distances /= 2
-    return np.maximum(distances, 0, out=distances)
-
-
 def _rows_by_group(groups):
     """Return the positions of the rows of each group; None without groups."""
     if groups is None:
@@ -314,21 +307,22 @@ def _solve_dual(K, data, alpha, groups):
     -------
     coef : ndarray of shape (n_samples, n_outputs)
         The dual coefficients.
-    predicted : ndarray of shape (n_samples, n_outputs)
-        Predictions for each row by a fit without it, or without its group.
+    predicted : list of ndarray of shape (n_samples, n_outputs)
+        Predictions for each row by a fit without it. If there are groups, also
+        predictions by a fit without its group.
     """
     root = np.sqrt(data.weight)[:, None]
     system = root * K * root.T
     system[np.diag_indices(len(system))] += alpha
     inverse = _inverse(system, alpha)
     dual = inverse @ (root * data.targets)
-    if groups is None:
-        residual = dual / np.diag(inverse)[:, None]
-    else:
+    residuals = [dual / np.diag(inverse)[:, None]]
+    if groups is not None:
         residual = np.empty_like(dual)
         for rows in groups:
             residual[rows] = np.linalg.solve(inverse[np.ix_(rows, rows)], dual[rows])
-    return root * dual, data.targets - residual / root
+        residuals.append(residual)
+    return root * dual, [data.targets - residual / root for residual in residuals]
 
 
 def _inverse(matrix, alpha):
@@ -336,13 +330,17 @@ def _inverse(matrix, alpha):
     # The matrix is symmetric, so its transpose is the same matrix in Fortran order.
     factor, info = lapack.dpotrf(matrix.T, lower=1, overwrite_a=1)
     if info:
-        raise ValueError(
-            f"alpha={alpha} is too small: rows are so similar that the kernel matrix of "
-            f"{len(matrix)} rows has no inverse. Pass a larger alpha, or 'auto'."
-        )
+        raise _too_small(alpha, len(matrix))
     inverse, _ = lapack.dpotri(factor, lower=1, overwrite_c=1)
     lower = np.tril(inverse)
     return lower + np.tril(inverse, -1).T
+
+
+def _too_small(alpha, n_rows):
+    return ValueError(
+        f"alpha={alpha} is too small: rows are so similar that the kernel matrix of "
+        f"{n_rows} rows has no inverse. Pass a larger alpha, or 'auto'."
+    )
 
 
 def _solve_primal(gram, moment, factor, alpha):
@@ -355,20 +353,28 @@ def _solve_primal(gram, moment, factor, alpha):
     whitened = solve_triangular(factor, whitened.T, lower=True)
     whitened[np.diag_indices(len(whitened))] += alpha
     moment = solve_triangular(factor, moment, lower=True)
-    coef = cho_solve(cho_factor(whitened, lower=True), moment)
+    try:
+        coef = cho_solve(cho_factor(whitened, lower=True), moment)
+    except np.linalg.LinAlgError:
+        raise _too_small(alpha, len(gram)) from None
     return solve_triangular(factor, coef, lower=True, trans="T")
 
 
-def _fold_of_rows(data, seed):
-    """Return the fold of each row; a group is in one fold."""
+def _folds_of_rows(data, seed):
+    """Return the random fold of each row; also a fold of each group if there are any."""
     n_rows = len(data.targets)
-    splitter = KFold(min(_N_FOLDS, n_rows), shuffle=True, random_state=seed)
+    random = KFold(min(_N_FOLDS, n_rows), shuffle=True, random_state=seed)
+    splits = [random.split(data.targets)]
     if data.groups is not None:
-        splitter = GroupKFold(min(_N_FOLDS, len(np.unique(data.groups))))
-    fold_of = np.empty(n_rows, dtype=np.intp)
-    for fold, (_, rows) in enumerate(splitter.split(data.targets, None, data.groups)):
-        fold_of[rows] = fold
-    return fold_of
+        by_group = GroupKFold(min(_N_FOLDS, len(np.unique(data.groups))))
+        splits.append(by_group.split(data.targets, None, data.groups))
+    folds = []
+    for split in splits:
+        fold_of = np.empty(n_rows, dtype=np.intp)
+        for fold, (_, rows) in enumerate(split):
+            fold_of[rows] = fold
+        folds.append(fold_of)
+    return folds
 
 
 class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
@@ -383,7 +389,7 @@ class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
     The width of the kernels, the penalty and the share of the table columns are chosen
     by leave-one-out, which has a closed form for ridge regression, or by
     leave-one-group-out if `groups` are passed. Probabilities are calibrated on these
-    predictions. Nothing needs tuning.
+    predictions, by a slope and an intercept for each class. Nothing needs tuning.
 
     The computing time grows with the cube of the number of rows up to `n_landmarks`.
     Larger tables use Nyström's approximation with that many random rows, whose time and
@@ -443,9 +449,11 @@ class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
         Weight of the table columns in the mean of the kernels. The other blocks have
         equal shares of the rest.
 
-    slopes_ : ndarray of shape (1,) or (3,)
-        Slope by which scores become logits. With several labels, the slopes of the
-        score, of the logit of the prior and of a constant.
+    slope_ : float
+        Slope by which predictions of the regression become logits.
+
+    intercepts_ : ndarray of shape (n_classes,) or (n_labels,)
+        Intercepts of the logits.
 
     blocks_ : dict of str to slice or ndarray
         The columns of each modality in `X`.
@@ -466,7 +474,7 @@ class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
     See Also
     --------
     KernelFusionRegressor : The same kernels for numeric targets.
-    EmbeddingClassifier : Averages this classifier with a linear model and trees.
+    EmbeddingClassifier : Averages this classifier with other models.
 
     Examples
     --------
@@ -596,7 +604,10 @@ class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
         return weight_classes(weight, target, self.class_weight)
 
     def _fit(self, X, y, sample_weight, groups):
-        """Fit; return log-probabilities of classes or log-odds of labels out of fold."""
+        """Fit; return log-probabilities of classes or log-odds of labels out of fold.
+
+        If there are groups, a second array has those by fits without the group.
+        """
         X, target = check_labelled_table(self, X, y, dtype=np.float32, reset=True)
         weight = self._row_weights(X, target, sample_weight)
         groups = encode_groups(groups, weight)
@@ -606,17 +617,22 @@ class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
             targets = np.eye(len(self.classes_))[target.values]
         predicted = self._fit_ridge(X, targets, weight, groups)
         codes = target.values.astype(np.intp)
-        features, offset = self._calibration_features(predicted)
-        self.slopes_, _ = fit_slopes(features, codes, weight, offset)
-        return self._logits(predicted)
+        self.slope_, self.intercepts_ = calibrate(predicted, codes, weight)
+        return [self._logits(values) for values in predicted]
 
     def _outputs(self, X):
         """Return log-probabilities of classes or log-odds of labels of valid rows."""
         logits = self._logits(self._predict_ridge(X))
-        if self.target_type_ == "multilabel" and not self.table_blocks_:
+        if not self.table_blocks_:
             is_empty = ~observed_modalities(X, self.blocks_).any(axis=1)
-            logits[is_empty] = logit(np.clip(self.prior_, TINY, 1 - _EPSILON))
+            logits[is_empty] = self._logits_of_prior()
         return logits
+
+    def _logits_of_prior(self):
+        logs = to_log_prior(self.prior_, self.target_type_)
+        if self.target_type_ == "multilabel":
+            return logs[:, 1] - logs[:, 0]
+        return logs
 
     def _loss(self, predicted, data):
         """Return the log loss of calibrated predictions, centred as the targets are."""
@@ -624,22 +640,11 @@ class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
         y = present.astype(np.intp)
         if self.target_type_ != "multilabel":
             y = present.argmax(axis=1)
-        features, offset = self._calibration_features(predicted + self.intercept_)
-        return fit_slopes(features, y, data.weight, offset)[1]
-
-    def _calibration_features(self, predicted):
-        """Return the features whose combination are logits, and their offset."""
-        prior = np.clip(self.prior_, TINY, None)
-        if self.target_type_ != "multilabel":
-            return (predicted - prior)[None], np.log(prior)
-        constant = np.ones_like(predicted)
-        log_odds = logit(np.clip(self.prior_, 1e-6, 1 - 1e-6))
-        return np.stack([predicted, constant * log_odds, constant]), 0.0
+        return fit_calibration(predicted, y, data.weight)[2]
 
     def _logits(self, predicted):
         """Return calibrated log-probabilities of classes, or log-odds of labels."""
-        features, offset = self._calibration_features(predicted)
-        logits = np.tensordot(self.slopes_, features, 1) + offset
+        logits = self.slope_ * predicted + self.intercepts_
         if self.target_type_ == "multilabel":
             return logits
         return log_softmax(logits, axis=1)
@@ -719,7 +724,7 @@ class KernelFusionRegressor(RegressorMixin, _KernelFusion):
     See Also
     --------
     KernelFusionClassifier : The same kernels for classes and labels.
-    EmbeddingRegressor : Averages this regressor with a linear model and trees.
+    EmbeddingRegressor : Averages this regressor with trees.
 
     Examples
     --------
@@ -806,7 +811,8 @@ class KernelFusionRegressor(RegressorMixin, _KernelFusion):
         targets = (y.astype(np.float64) - self.target_mean_) / self.target_scale_
         targets = targets.reshape(len(y), -1)
         groups = encode_groups(groups, weight)
-        return self._unscale(self._fit_ridge(X, targets, weight, groups))
+        predicted = self._fit_ridge(X, targets, weight, groups)
+        return [self._unscale(values) for values in predicted]
 
     def _outputs(self, X):
         """Return the predictions, (n_samples, n_outputs), for valid rows."""
