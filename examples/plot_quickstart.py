@@ -5,7 +5,7 @@ Quickstart: from a table to a calibrated model in a line
 
 Classify clip art by a table of images, titles and numbers. ``multimodal_pipeline``
 decides how each column is read, embeds texts and images once with pretrained models,
-and averages four calibrated models. Nothing is tuned by hand. The result is compared
+and averages two calibrated models. Nothing is tuned by hand. The result is compared
 with baselines that are tuned by grid search. The last section writes a pipeline by hand
 and tunes it.
 
