@@ -47,7 +47,7 @@ bench: .venv/.bench
 	$(BIN)/python examples/benchmarks/bench_crossmodal.py shared_shift --folds 3 --seeds 3 --json docs/benchmarks/shared_shift.json
 	$(BIN)/python examples/benchmarks/bench_crossmodal.py frontier --folds 3 --json docs/benchmarks/frontier.json
 	$(BIN)/python examples/benchmarks/bench_crossmodal.py crossmodal_cost --json docs/benchmarks/crossmodal_cost.json
-	$(BIN)/python examples/benchmarks/bench_predictor.py --folds 0 1 2 --json docs/benchmarks/predictor.json
+	$(BIN)/python examples/benchmarks/bench_predictor.py --json docs/benchmarks/predictor.json
 	$(BIN)/python examples/benchmarks/bench_predictor.py --second-run --json docs/benchmarks/second_run.json
 	$(BIN)/python examples/benchmarks/bench_predictor.py --scale --json docs/benchmarks/predictor_scale.json
 	$(BIN)/python examples/benchmarks/bench_few_label.py --json docs/benchmarks/few_label.json
