@@ -389,7 +389,7 @@ def test_the_kind_of_a_polars_column(name):
     cells, expected = make_columns(200)[name]
     if isinstance(cells, pd.Series):
         cells = [None if pd.isna(cell) else cell for cell in cells]
-    if name == "duration":  # old versions of polars do not know those of pandas
+    if name == "duration":  # old versions of polars do not read durations of pandas
         cells = [cell and cell.to_pytimedelta() for cell in cells]
     table = polars.DataFrame({name: polars.Series(name, cells, strict=False)})
     table = table.with_columns(x=polars.lit(1.5))

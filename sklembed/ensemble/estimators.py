@@ -448,9 +448,9 @@ class EmbeddingClassifier(ClassifierMixin, _EmbeddingEnsemble):
             Weights of the rows. Rows of weight 0 are not used.
 
         groups : array-like of shape (n_samples,), default=None
-            Group of each row. The slopes of the members are fitted on folds that keep
-            groups together, so that probabilities of new groups are as certain as they
-            are right. The kernel is tuned by leave-one-group-out.
+            Group of each row. Folds that keep groups together correct the slopes of the
+            members, so that probabilities of new groups are as certain as they are
+            right. The kernel is tuned by leave-one-group-out.
 
         Returns
         -------

@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
     @property
     def all_folds(self) -> list[list]:
-        """The folds, and those that keep groups together if there are groups."""
+        """The folds; with groups, also the folds that keep groups together."""
         if self.group_folds is None:
             return [self.folds]
         return [self.folds, self.group_folds]
