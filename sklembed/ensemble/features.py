@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 from sklearn.decomposition import PCA
+from sklearn.utils.parallel import Parallel, delayed
 
 from sklembed._table.blocks import Block, observed_in_block
 from sklembed._targets import encode_target
+from sklembed.fusion.calibration import fit_calibration
 from sklembed.fusion.scaling import fit_scaling, scale_blocks
 from sklembed.projection import ContrastiveProjector
 
@@ -40,6 +42,25 @@ class Problem(NamedTuple):
         if self.group_folds is None:
             return [self.folds]
         return [self.folds, self.group_folds]
+
+    def hold_out(self, folds, predict, *arguments) -> np.ndarray:
+        """Return outputs for the held-out rows of all folds; NaN for other rows.
+
+        `predict` takes the arguments, the training rows and the held-out rows.
+        """
+        folds = [fold for fold in folds if len(fold[1])]
+        outputs = Parallel(n_jobs=self.n_jobs)(
+            delayed(predict)(*arguments, *fold) for fold in folds
+        )
+        out_of_fold = np.full((len(self.X), outputs[0].shape[1]), np.nan)
+        for (_, held_out), of_fold in zip(folds, outputs, strict=True):
+            out_of_fold[held_out] = of_fold
+        return out_of_fold
+
+    def log_loss(self, out_of_fold) -> float:
+        """Return the log loss of outputs for held-out rows, after a calibration."""
+        rows = ~np.isnan(out_of_fold[:, 0])
+        return fit_calibration(out_of_fold[rows], self.y[rows], self.weight[rows])[2]
 
     def thin(self, n_rows: int, n_labels: int | None = None) -> "Problem":
         """Return the problem with about that many random rows of positive weight.

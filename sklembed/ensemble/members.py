@@ -20,7 +20,6 @@ from threadpoolctl import threadpool_limits
 from sklembed._grid import descend
 from sklembed.ensemble.features import Problem, View
 from sklembed.ensemble.ridge import fit_ridge, rotate
-from sklembed.fusion.calibration import fit_calibration
 from sklembed.fusion.kernel import KernelFusionClassifier, KernelFusionRegressor
 
 _SMALLEST = 1e-6  # probability
@@ -88,35 +87,27 @@ class Linear:
         Z, axes = rotate(Z)
         search = problem.thin(_SEARCH_ROWS, _SEARCH_LABELS)
         position = descend(
-            lambda p: _log_loss(_CS[p[0]], Z, search), [len(_CS)], (_START_C,)
+            lambda p: search.log_loss(_hold_out(_CS[p[0]], Z, search, search.folds)),
+            [len(_CS)],
+            (_START_C,),
         )
         C = _CS[position[0]]
         self.penalty = float(1 / C)
-        out_of_fold = [_out_of_fold(C, Z, problem, f) for f in problem.all_folds]
+        out_of_fold = [_hold_out(C, Z, problem, f) for f in problem.all_folds]
         coef, self.intercept = _fit_scores(C, Z, problem, slice(None))
         self.coef = axes @ coef
         return out_of_fold
 
 
-def _log_loss(C, Z, problem):
-    """Return the log loss of calibrated outputs out of fold."""
-    out_of_fold = _out_of_fold(C, Z, problem, problem.folds)
-    rows = np.concatenate([held_out for _, held_out in problem.folds])
-    return fit_calibration(out_of_fold[rows], problem.y[rows], problem.weight[rows])[2]
+def _hold_out(C, Z, problem, folds):
+    return problem.hold_out(folds, _score_fold, C, Z, problem)
 
 
-def _out_of_fold(C, Z, problem, folds):
-    """Return the outputs of logistic regression for the held-out rows of all folds."""
-    fitted = Parallel(n_jobs=problem.n_jobs)(
-        delayed(_fit_scores)(C, Z, problem, train) for train, _ in folds
-    )
-    out_of_fold = np.full((len(Z), problem.n_outputs), np.nan)
-    for (_, held_out), (coef, intercept) in zip(folds, fitted, strict=True):
-        scores = Z[held_out] @ coef + intercept
-        if problem.kind == "classes":
-            scores = log_softmax(scores, axis=1)
-        out_of_fold[held_out] = scores
-    return out_of_fold
+def _score_fold(C, Z, problem, train, held_out):
+    """Return the outputs of logistic regression for the held-out rows of a fold."""
+    coef, intercept = _fit_scores(C, Z, problem, train)
+    scores = Z[held_out] @ coef + intercept
+    return log_softmax(scores, axis=1) if problem.kind == "classes" else scores
 
 
 def _fit_scores(C, Z, problem, rows):

@@ -9,11 +9,10 @@ import numpy as np
 from scipy.special import expit
 from sklearn.svm import SVC
 from sklearn.utils import gen_batches
-from sklearn.utils.parallel import Parallel, delayed
 
 from sklembed._grid import descend
 from sklembed.ensemble.features import Problem, View
-from sklembed.fusion.calibration import fit_calibration, fit_sigmoids
+from sklembed.fusion.calibration import fit_sigmoids
 from sklembed.fusion.scaling import half_squared_distances
 
 _C = 3.0  # inverse penalty
@@ -56,7 +55,7 @@ class SupportVectorMachine:
         kernel = kernel_at(position)
         self.gamma = float(_GAMMAS[position[0]])
         self.table_weight = float(weights[position[1]])
-        decisions = [_out_of_fold(kernel, problem, f) for f in problem.all_folds]
+        decisions = [_hold_out(kernel, problem, f) for f in problem.all_folds]
         self._fit_sigmoids(decisions[0], problem)
         used = np.flatnonzero(problem.weight > 0)
         self.rows = [vectors[used], table[used]]
@@ -77,11 +76,9 @@ class SupportVectorMachine:
 
     def _log_loss(self, kernel, problem):
         """Return the log loss of calibrated outputs out of fold."""
-        decisions = _out_of_fold(kernel, problem, problem.folds)
+        decisions = _hold_out(kernel, problem, problem.folds)
         self._fit_sigmoids(decisions, problem)
-        rows = np.concatenate([held_out for _, held_out in problem.folds])
-        outputs = self._outputs(decisions[rows])
-        return fit_calibration(outputs, problem.y[rows], problem.weight[rows])[2]
+        return problem.log_loss(self._outputs(decisions))
 
     def _fit_sigmoids(self, decisions, problem):
         """Fit the sigmoids of all pairs on the rows of both classes."""
@@ -156,17 +153,8 @@ def _scaled_parts(view):
     return [features.scale(view.X, part) for part in (vectors, features.table_blocks)]
 
 
-def _out_of_fold(kernel, problem, folds):
-    """Return the decisions for the held-out rows of all folds; NaN for other rows."""
-    folds = [fold for fold in folds if len(fold[1])]
-    decisions = Parallel(n_jobs=problem.n_jobs)(
-        delayed(_decide_fold)(kernel, problem, train, held_out)
-        for train, held_out in folds
-    )
-    out_of_fold = np.full((len(kernel), decisions[0].shape[1]), np.nan)
-    for (_, held_out), of_fold in zip(folds, decisions, strict=True):
-        out_of_fold[held_out] = of_fold
-    return out_of_fold
+def _hold_out(kernel, problem, folds):
+    return problem.hold_out(folds, _decide_fold, kernel, problem)
 
 
 def _decide_fold(kernel, problem, train, held_out):
