@@ -594,6 +594,7 @@ SILENT = {
         "max_length",
         "device",
         "dtype",
+        "runtime",  # see test_runtimes
         "revision",
         "local_files_only",
         "trust_remote_code",

@@ -94,13 +94,16 @@ def test_distinct_cells_are_encoded_once_ever(counting, store):
         "encoded": 3,
         "served": 6,
         "hit_rate": 2 / 3,
+        "runtime": None,
+        "dtype": "float32",
     }
 
 
 def test_stats_of_an_encoder_that_has_done_nothing(text_backend, store):
     stats = FrozenEncoder(text_backend, store=store).stats()
     assert np.isnan(stats.pop("hit_rate"))
-    assert stats == {"rows": 0, "bytes": 0, "encoded": 0, "served": 0}
+    counts = {"rows": 0, "bytes": 0, "encoded": 0, "served": 0}
+    assert stats == counts | {"runtime": None, "dtype": "float32"}
 
 
 def test_stats_without_a_store(text_backend):

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from numbers import Integral
 from pathlib import Path
@@ -35,8 +35,16 @@ from sklembed.encoders.cells import (
 from sklembed.encoders.checkpoints import Checkpoint
 from sklembed.encoders.column import Column
 from sklembed.encoders.database import Space, absolute, default_path
-from sklembed.encoders.huggingface import POOLINGS, TOLERANCES, HuggingFaceBackend
-from sklembed.encoders.inference import encode, without_frames
+from sklembed.encoders.huggingface import POOLINGS, HuggingFaceBackend
+from sklembed.encoders.inference import encode, load_encoding, without_frames
+from sklembed.encoders.networks import directory_beside
+from sklembed.encoders.runtimes import (
+    RUNTIMES,
+    TOLERANCES,
+    Plan,
+    RefusedError,
+    candidates,
+)
 from sklembed.encoders.store import EmbeddingStore
 
 # Cells per claim. Larger claims cost less, smaller claims spread work over processes.
@@ -57,7 +65,9 @@ _VECTOR_PARAMETERS = (
     "trust_remote_code",
 )
 # Entries of a description that change vectors by rounding at most.
-_PRECISION_ENTRIES = ("dtype", "store_dtype", "label")
+_PRECISION_ENTRIES = ("dtype", "runtime", "instructions", "store_dtype", "label")
+# Cells from which on exporting a network for a runtime takes less time than it saves.
+_WORTH_EXPORTING = {"text": 2000, "image": 256}
 _N_SAMPLE_CELLS = 20  # of a text column, searched for names of image files
 # A backend object sets these itself, so the parameters would have no effect.
 _CHECKPOINT_PARAMETERS = (
@@ -150,13 +160,25 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         Device to run the model on: a torch device such as "cpu" or "cuda". "auto" uses
         an accelerator if there is one.
 
-    dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
+    dtype : {"auto", "float32", "bfloat16", "float16", "int8"}, default="auto"
         Precision of the model. "auto" is bfloat16 on hardware that accelerates it
-        (CUDA, CPUs with AMX), else float32. The precision is part of the key of a
-        vector. If the checkpoint is absent, a fitted encoder returns vectors in the
-        precision of `fit`. Vectors are always returned as float32. A vector depends on
-        its batch only by rounding: the relative error is below 1e-5 in float32 and 3e-2
-        in bfloat16.
+        (CUDA, CPUs with AMX, and CPUs with AVX512-BF16 on which a matrix product is
+        faster in bfloat16), else float32. "int8" quantises the weights and needs ONNX
+        Runtime; its vectors deviate visibly and differ between processors. The
+        precision is part of the key of a vector. If the checkpoint is absent, a fitted
+        encoder returns vectors in the precision of `fit`. Vectors are always returned
+        as float32. A vector depends on its batch only by rounding: the relative error
+        is below 1e-5 in float32 and 3e-2 in bfloat16.
+
+    runtime : {"auto", "torch", "openvino", "onnx"}, default="auto"
+        Library that runs the model on a CPU. "auto" is the fastest installed one that
+        passes a check: OpenVINO, ONNX Runtime, then torch. The network of the model is
+        exported once, beside the store, and its vectors are compared with those of
+        torch. "auto" exports only if a call has enough cells to gain time. A network
+        that cannot be exported, or deviates, is run by torch, and a line is logged. In
+        float32 all runtimes share the stored vectors: they agree to 1e-4 of the length.
+        In bfloat16 and int8 the runtime is part of the key. Install them by the extras
+        ``openvino`` and ``onnx``.
 
     store : "default", path, EmbeddingStore or None, default="default"
         Store of the vectors, including those of `transform`. None disables it, and
@@ -235,7 +257,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             Interval(Integral, 1, None, closed="left"),
         ],
         "device": [str],
-        "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
+        "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16", "int8"})],
+        "runtime": [StrOptions({"auto", "torch", *RUNTIMES})],
         "store": [str, os.PathLike, EmbeddingStore, None],
         "missing": [StrOptions({"nan", "error"})],
         "errors": [StrOptions({"raise", "missing"})],
@@ -259,6 +282,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         batch_size="auto",
         device="auto",
         dtype="auto",
+        runtime="auto",
         store="default",
         missing="nan",
         errors="raise",
@@ -278,6 +302,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         self.batch_size = batch_size
         self.device = device
         self.dtype = dtype
+        self.runtime = runtime
         self.store = store
         self.missing = missing
         self.errors = errors
@@ -423,8 +448,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         -------
         stats : dict
             Current "rows" and "bytes"; the numbers of vectors ever "encoded" and
-            "served", by any process and clone; and the "hit_rate", the served fraction
-            of both.
+            "served", by any process and clone; the "hit_rate", the served fraction of
+            both; and the "runtime" and "dtype" in which a new cell would be encoded,
+            None if the checkpoint cannot be read or a function encodes.
 
         Raises
         ------
@@ -435,9 +461,21 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         stats = self._required_store().stats()
         stats = stats.drop(columns=["model", "n_features", "description"])
         fingerprint = self.fingerprint()
-        if fingerprint not in stats.index:
-            return dict.fromkeys(stats.columns, 0) | {"hit_rate": np.nan}
-        return stats.astype(object).loc[fingerprint].to_dict()
+        counts = dict.fromkeys(stats.columns, 0) | {"hit_rate": np.nan}
+        if fingerprint in stats.index:
+            counts = stats.astype(object).loc[fingerprint].to_dict()
+        return counts | self._how_it_runs()
+
+    def _how_it_runs(self):
+        """Return the runtime and the precision in which a cell would be encoded."""
+        backend, space = self._backend_and_space()
+        if isinstance(backend, _AbsentCheckpoint):
+            return {"runtime": None, "dtype": None}
+        plan = self._plan(backend, None, [])
+        runtime = plan.accepted(getattr(backend, "network_key", None))
+        if runtime is None and hasattr(backend, "runtimes"):
+            runtime = "torch"
+        return {"runtime": runtime, "dtype": plan.precision}
 
     def verify(self, X, n_samples=100, random_state=None):
         """Encode a sample of stored cells again and compare with the stored vectors.
@@ -647,19 +685,25 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             order = np.argsort(np.negative(lengths), kind="stable")
             positions = positions[order]
         rows = column.rows[positions].tolist()
+        plan = self._plan(backend, column, rows)
+        if plan.precision != "float32":
+            backend, space, plan = self._settle_runtime(backend, space, plan)
         n_stored = len(column.rows) - len(rows)
         progress = tqdm(
             desc=f"encoding {column}",
             total=len(rows),
-            postfix=f"{n_stored} more from the store" if n_stored else None,
             unit=" cells",
             disable=not self.verbose,
         )
 
         def encode_chunks(chunks):
-            batches = self._encode_batches(column, rows, backend, space, chunks)
+            batches = self._encode_batches(column, rows, backend, space, chunks, plan)
             for batch, done, vectors in batches:
                 yield batch, done, vectors
+                notes = [f"{plan.used} in {plan.precision}"]
+                if n_stored:
+                    notes.append(f"{n_stored} more from the store")
+                progress.set_postfix_str(", ".join(notes), refresh=False)
                 progress.update(len(batch))
 
         if store is None:
@@ -676,7 +720,69 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 yield positions[done], vectors
             progress.update(len(rows) - progress.n)  # encoded by other processes
 
-    def _encode_batches(self, column, rows, backend, space, chunks):
+    def _plan(self, backend, column, rows):
+        """Return how the network of a backend will be run on cells of some rows."""
+        runtimes = getattr(backend, "runtimes", None)
+        if runtimes is None:
+            runtimes = candidates(self.runtime, "float32", on_cpu=True)
+        precision = getattr(backend, "dtype_name", "float32")
+        is_demanded = self.runtime in RUNTIMES
+        is_worthwhile = len(rows) >= _WORTH_EXPORTING[backend.modality]
+        store = self._store()
+        is_read_only = store is not None and store.read_only
+        may_export = is_demanded or is_worthwhile or precision != "float32"
+        settings = getattr(self, "_image_settings", None)
+
+        def sample(n_cells):
+            cells = []
+            places = np.linspace(0, len(rows) - 1, min(n_cells, len(rows)))
+            # In random order, so that cells of different lengths share a batch.
+            for i in np.random.default_rng(0).permutation(places.astype(int)):
+                with contextlib.suppress(ValueError, OSError):  # raised again later
+                    cell = column.cells[rows[i]]
+                    cells.append(decode(cell, backend.modality, None, settings))
+            return cells
+
+        return Plan(
+            runtimes,
+            precision,
+            directory=self._networks_directory(),
+            may_export=may_export and not is_read_only,
+            is_demanded=is_demanded,
+            cells=sample,
+        )
+
+    def _networks_directory(self):
+        """Return the directory of exported networks; None if there is no place."""
+        store = self._store()
+        with contextlib.suppress(OSError):  # a user without a home directory
+            if store is None:
+                return directory_beside(default_path())
+            return store.networks_directory
+        return None
+
+    def _settle_runtime(self, backend, space, plan):
+        """Load a runtime whose name is in the key; use torch if it refuses the network.
+
+        Raises
+        ------
+        ValueError
+            If the user has demanded the runtime, or no other offers the precision.
+        """
+        try:
+            load_encoding(backend, plan.apply)
+        except RefusedError as error:
+            if plan.is_demanded or plan.precision == "int8":
+                raise ValueError(
+                    f"{self.model!r} cannot be run in {plan.precision}: {error}. Pass "
+                    "dtype='float32', or runtime='auto'."
+                ) from error
+            backend = replace(backend, runtime="torch")
+            plan = replace(plan, runtimes=())
+            return backend, self._space(backend), plan
+        return backend, space, plan
+
+    def _encode_batches(self, column, rows, backend, space, chunks, plan):
         """Yield batches, their cells with a vector, and the vectors.
 
         Batches and chunks are lists of indices into `rows`. Cells without a vector
@@ -692,6 +798,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             backend,
             chunks,
             decode_cell,
+            choose_runtime=plan.apply,
             batch_size=None if self.batch_size == "auto" else self.batch_size,
             on_error=lambda error, i: self._raise_or_record(error, column, rows[i]),
         )
@@ -833,7 +940,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             place = os.path.abspath(checkpoint.model)
             reason = f"There is no directory {place!r} on this machine."
             return _AbsentCheckpoint(self.space_["modality"], reason), space
-        if checkpoint.identity() == identity and self._has_dtype(backend, space):
+        if checkpoint.identity() == identity and self._has_precision(backend, space):
             return backend, space
         return backend, self._current_space(backend, identity)
 
@@ -892,20 +999,24 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 stacklevel=4,
             )
 
-    def _has_dtype(self, backend, space):
+    def _has_precision(self, backend, space):
         """Return whether the model would run in the precision of a space."""
-        if self.dtype != "auto":
+        if self.dtype != "auto" and self.runtime != "auto":
             return True
         try:
-            return backend._dtype_name == space.description["dtype"]
+            precision = getattr(backend, "precision", {})
         except ImportError:  # without torch no model runs, but the store can be read
             return True
+        fitted = {name: space.description.get(name) for name in ("dtype", "runtime")}
+        return fitted == {name: precision.get(name) for name in fitted}
 
     def _vector_parameters(self):
         """Return the parameters that change a vector, in JSON types."""
         parameters = {name: getattr(self, name) for name in _VECTOR_PARAMETERS}
         parameters["layer"] = _as_ints(self.layer)
         parameters["store_dtype"] = self._store_dtype()
+        if self.dtype != "float32" and self.runtime != "auto":
+            parameters["runtime"] = self.runtime
         if isinstance(self.model, str | os.PathLike):
             parameters["model"] = os.fspath(self.model)
         else:
@@ -921,7 +1032,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 self.local_files_only,
                 self.trust_remote_code,
             )
-            return HuggingFaceBackend(
+            backend = HuggingFaceBackend(
                 checkpoint,
                 modality_parameter=self.modality,
                 output=self.output,
@@ -931,7 +1042,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 max_length_parameter=self.max_length,
                 device=self.device,
                 dtype=self.dtype,
+                runtime=self.runtime,
             )
+            if self.dtype != "float32" and self._is_refused(backend):
+                return replace(backend, runtime="torch")
+            return backend
         absent = [name for name in _BACKEND_ATTRIBUTES if not hasattr(self.model, name)]
         if absent:
             raise TypeError(
@@ -941,6 +1056,18 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             )
         self._check_ignored_parameters()
         return self.model
+
+    def _is_refused(self, backend):
+        """Return whether the runtime that "auto" puts in the key refused the network."""
+        if self.runtime != "auto":
+            return False
+        try:
+            if "runtime" not in backend.precision or backend.dtype_name == "int8":
+                return False
+            plan = self._plan(backend, None, [])
+            return plan.refuses(backend.network_key)
+        except (ImportError, OSError, ValueError):  # raised again where it matters
+            return False
 
     def _check_ignored_parameters(self):
         """Raise an error for parameters that have no effect beside a backend object."""

@@ -6,26 +6,32 @@ import functools
 import math
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from sklembed.encoders.backends import Modality
+from sklembed.encoders.backends import Modality, trial_cells
 from sklembed.encoders.checkpoints import Checkpoint
-from sklembed.encoders.inference import Encoding
+from sklembed.encoders.inference import Encoding, Network
+from sklembed.encoders.runtimes import (
+    TOLERANCES,
+    bfloat16_pays,
+    candidates,
+    integer_instructions,
+)
 
 POOLINGS = ("mean", "cls", "max", "last", "pooler")
 
 # Maximum cost of a batch in tokens. A CPU is fastest if activations fit its caches.
 _BUDGETS = {"cpu": 2048}
 _ACCELERATOR_BUDGET = 65536
+_RUNTIME_BUDGET = 512  # as bench_encode.py measures
 _PIXELS_PER_TOKEN = 16 * 16
 _UNLIMITED = 1_000_000  # tokenizers without a limit have a max_length of 1e30
 # Relative error that batching may cause, by the precision of the model.
-TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
-# Longer than the blocks into which some models split texts.
-_LONG_TEXT = "the dog sat under a tree, and then the cat slept on a mat, " * 5
+_BATCHING_TOLERANCES = TOLERANCES | {"float32": 1e-5}
 
 # Vision transformers with a class token; others have patches only.
 _WITH_CLASS_TOKEN = {
@@ -67,9 +73,9 @@ class HuggingFaceBackend:
     """A text or vision checkpoint, or one tower of a dual encoder, in transformers.
 
     The fields are parameters of FrozenEncoder. Those named `…_parameter` may be "auto"
-    or None; the property of the same name resolves them. Only `load` and `encoding`
-    need the weights. Files are read once per object, which lives for one call of the
-    encoder.
+    or None; the property of the same name resolves them. Only `encoding` needs the
+    weights, unless a runtime has a copy. Files are read once per object, which lives
+    for one call of the encoder.
     """
 
     checkpoint: Checkpoint
@@ -81,6 +87,7 @@ class HuggingFaceBackend:
     max_length_parameter: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    runtime: str = "auto"
 
     @functools.cached_property
     def modality(self) -> Modality:
@@ -207,8 +214,7 @@ class HuggingFaceBackend:
             "remote_code": remote_code,
             "modality": self.modality,
             "layers": self.layers,
-            "dtype": self._dtype_name,
-        }
+        } | self.precision
         if len(self.layers) > 1:
             description["layer_aggregation"] = self.layer_aggregation
         if self.output == "tokens":
@@ -226,22 +232,45 @@ class HuggingFaceBackend:
             }
         return description
 
+    @functools.cached_property
+    def precision(self) -> dict[str, str]:
+        """What changes a vector by rounding: dtype, and its runtime and instructions.
+
+        Runtimes give the vectors of torch in float32, and have other ones below it.
+        """
+        precision = {"dtype": self.dtype_name}
+        if self.runtimes and self.dtype_name != "float32":
+            precision["runtime"] = self.runtimes[0]
+        if self.dtype_name == "int8":
+            precision["instructions"] = integer_instructions()
+        return precision
+
+    @functools.cached_property
+    def runtimes(self) -> tuple[str, ...]:
+        """Runtimes to try before torch."""
+        on_cpu = self._device.type == "cpu"
+        return candidates(self.runtime, self.dtype_name, on_cpu=on_cpu)
+
     def weights(self) -> str:
         """Return the key of the weights: checkpoint, code, precision and device."""
         code = " by its own code" if self.checkpoint.runs_remote_code else ""
         for repository, commit in self.checkpoint.other_code().items():
             code += f" of {repository}@{commit}"
         identity = self.checkpoint.identity()
-        return f"{identity}{code} in {self._dtype_name} on {self._device}"
+        return f"{identity}{code} in {self._torch_dtype} on {self._device}"
 
     def load(self) -> "_Loaded":
-        """Load the checkpoint on the device, in evaluation mode."""
+        """Return the checkpoint, whose weights are loaded when torch has to run it."""
+        return _Loaded(self._load_model)
+
+    def _load_model(self):
+        """Load the model on the device, in evaluation mode, and the absent weights."""
         from transformers import AutoModel
 
         self.checkpoint.check_weights()
         with _quiet():
             model, report = AutoModel.from_pretrained(
-                dtype=getattr(_torch(), self._dtype_name),
+                dtype=getattr(_torch(), self._torch_dtype),
                 output_loading_info=True,
                 **self.checkpoint.model_source(),
             )
@@ -259,8 +288,7 @@ class HuggingFaceBackend:
             if getattr(config, "use_cache", False):
                 # Only generation needs the keys and values of all layers.
                 config.use_cache = False
-        model = model.eval().requires_grad_(False).to(self._device)
-        return _Loaded(model, absent)
+        return model.eval().requires_grad_(False).to(self._device), absent
 
     def encoding(self, loaded: "_Loaded") -> Encoding:
         """Return the steps by which the loaded checkpoint encodes cells.
@@ -271,35 +299,75 @@ class HuggingFaceBackend:
             If tokenizer files or weights are absent, which transformers would
             initialise at random.
         """
-        self._check_weights(loaded.absent)
         if self.modality == "text":
-            prepare, run = self._text_steps(loaded)
+            prepare, collate = self._text_steps(loaded)
         else:
-            prepare, run = self._image_steps(loaded)
-        device = loaded.model.device
-        head = [_head_step(step, self.checkpoint, device) for step in self._head]
+            prepare, collate = self._image_steps(loaded)
+        head = [_head_step(step, self.checkpoint, self._device) for step in self._head]
 
-        def encode(prepared):
-            with _torch().inference_mode():
-                states, mask = run(prepared)
-                if self.output == "tokens":
-                    return _ragged(_combine(states, self.layer_aggregation), mask)
-                if self.pooling not in ("projected", "pooler"):
-                    states = [_pool(state, mask, self.pooling) for state in states]
-                vectors = _combine(states, self.layer_aggregation)
-                for step in head:
-                    vectors = step(vectors)
-                return vectors.cpu().numpy()
+        def forward_by(run):
+            def encode(prepared):
+                with _torch().inference_mode():
+                    inputs, mask = collate(prepared)
+                    states = run(inputs)
+                    mask = self._mask_of_states(states[0], inputs, mask)
+                    return self._vectors(states, mask, head)
 
-        def forward(prepared):
-            if len(prepared) == 1:
-                return encode(prepared)
-            if self not in loaded.batchings:
-                loaded.batchings[self] = self._find_batching(encode, prepare)
-            return _encode_in_groups(encode, prepared, loaded.batchings[self])
+            def forward(prepared):
+                if len(prepared) == 1:
+                    return encode(prepared)
+                if self not in loaded.batchings:
+                    loaded.batchings[self] = self._find_batching(encode, prepare)
+                return _encode_in_groups(encode, prepared, loaded.batchings[self])
 
-        budget = _BUDGETS.get(device.type, _ACCELERATOR_BUDGET)
-        return Encoding(forward, prepare, _length, budget)
+            return forward
+
+        def trial():
+            return prepare(trial_cells(self.modality))
+
+        def module():
+            from sklembed.nn.layers import Applied
+
+            self._check_weights(loaded.absent)
+            names = list(collate(trial()[:1])[0])
+
+            def states(model, *tensors):
+                return self._states(model, dict(zip(names, tensors, strict=True)))
+
+            return Applied(states, loaded.model)
+
+        is_text = self.modality == "text"
+        network = Network(
+            label=self.checkpoint.name,
+            key=self.network_key,
+            module=module,
+            inputs=lambda prepared: collate(prepared)[0],
+            forward=forward_by,
+            trial=trial,
+            dynamic_axes=(0, 1) if is_text else (0,),
+            runtime_budget=_RUNTIME_BUDGET if is_text else None,
+        )
+        budget = _BUDGETS.get(self._device.type, _ACCELERATOR_BUDGET)
+        return Encoding(None, prepare, _length, budget, network)
+
+    @property
+    def network_key(self) -> str:
+        """Key of the weights, and of the outputs that `_states` returns."""
+        outputs = f"layers {self.layers}"
+        if self.pooling in ("projected", "pooler"):
+            outputs = self.pooling
+        return f"{self.weights()}: {outputs} of {self.modality}"
+
+    def _vectors(self, states, mask, head):
+        """Return the vectors of a batch, or arrays of its tokens, from its states."""
+        if self.output == "tokens":
+            return _ragged(_combine(states, self.layer_aggregation), mask)
+        if self.pooling not in ("projected", "pooler"):
+            states = [_pool(state, mask, self.pooling) for state in states]
+        vectors = _combine(states, self.layer_aggregation)
+        for step in head:
+            vectors = step(vectors)
+        return vectors.cpu().numpy()
 
     def _find_batching(self, encode, prepare) -> str:
         """Test which cells may share a batch: "any", those of "one length", or "none".
@@ -313,11 +381,13 @@ class HuggingFaceBackend:
         ValueError
             If the model encodes a cell differently each time.
         """
-        first, longer = prepare(_trial_cells(self.modality))
+        first, longer, *_ = prepare(trial_cells(self.modality))
         if self.modality == "text" and _length(first) == _length(longer):
             (first,) = prepare([""])  # a small max_length cuts both to the same length
         vector = encode([first])[0]
-        tolerance = TOLERANCES[self._dtype_name] * max(np.linalg.norm(vector), 1e-12)
+        tolerance = _BATCHING_TOLERANCES[self.dtype_name] * max(
+            np.linalg.norm(vector), 1e-12
+        )
 
         def is_unchanged(batch):
             # The last cell: some models apply the mask of the first one to all.
@@ -341,8 +411,8 @@ class HuggingFaceBackend:
         )
 
     def _text_steps(self, loaded):
-        """Return the functions that tokenise texts and run the model on them."""
-        tokenizer, model = loaded.tokenizer(self.checkpoint), loaded.model
+        """Return the functions that tokenise texts and make a batch of them."""
+        tokenizer = loaded.tokenizer(self.checkpoint)
         prompt = self._settings.get("prompt", "")
         lower_case = self._settings.get("lower_case", False)
         max_length = self._tokenizer_limit(tokenizer)
@@ -376,10 +446,10 @@ class HuggingFaceBackend:
                     cell[name] = tokens or [placeholder[name]]
             return cells
 
-        def run(prepared):
+        def collate(prepared):
             inputs = {}
             for name in prepared[0]:
-                inputs[name] = _pad(prepared, name, padding[name]).to(model.device)
+                inputs[name] = _pad(prepared, name, padding[name]).to(self._device)
             is_special = inputs.pop("special_tokens_mask")
             mask = inputs["attention_mask"].clone()
             if pads_to_max:
@@ -389,16 +459,9 @@ class HuggingFaceBackend:
             mask[is_longer, :n_skipped] = 0
             if self.output == "tokens":
                 mask *= 1 - is_special
-            states = self._states(model, inputs)
-            if states[0].ndim == 3 and states[0].shape[1] != mask.shape[1]:
-                raise ValueError(
-                    f"{self._name} ({self._model_type}) returns {states[0].shape[1]} "
-                    f"vectors for {mask.shape[1]} tokens, so they cannot be pooled. "
-                    "Wrap the model in a CallableBackend."
-                )
-            return states, mask
+            return inputs, mask
 
-        return prepare, run
+        return prepare, collate
 
     def _tokenizer_limit(self, tokenizer) -> int | None:
         """Return the maximum number of tokens of a text, or None."""
@@ -415,8 +478,8 @@ class HuggingFaceBackend:
         return max_length
 
     def _image_steps(self, loaded):
-        """Return the functions that make pixels of images and run the model on them."""
-        processor, model = loaded.image_processor(self.checkpoint), loaded.model
+        """Return the functions that make pixels of images and a batch of them."""
+        processor = loaded.image_processor(self.checkpoint)
 
         def prepare(images):
             pixels = []
@@ -425,7 +488,7 @@ class HuggingFaceBackend:
                 pixels.append(inputs["pixel_values"][0])
             return pixels
 
-        def run(prepared):
+        def collate(prepared):
             torch = _torch()
             for pixels in prepared:
                 if pixels.shape != prepared[0].shape:
@@ -434,16 +497,34 @@ class HuggingFaceBackend:
                         "do not fit into one batch. Pass batch_size=1, or give its "
                         "processor a fixed size."
                     )
-            pixels = torch.from_numpy(np.stack(prepared)).to(model.device, model.dtype)
-            states = self._states(model, {"pixel_values": pixels})
-            if self.output == "pooled":
-                return states, None
-            # (batch, tokens); special tokens come before the patches
-            mask = torch.ones(states[0].shape[:2], dtype=torch.long)
-            mask[:, : self._count_special_tokens(pixels, states[0])] = 0
-            return states, mask
+            dtype = getattr(torch, self._torch_dtype)
+            pixels = torch.from_numpy(np.stack(prepared)).to(self._device, dtype)
+            return {"pixel_values": pixels}, None
 
-        return prepare, run
+        return prepare, collate
+
+    def _mask_of_states(self, states, inputs, mask):
+        """Return the mask of the tokens to use, (batch, tokens), or None for all.
+
+        Raises
+        ------
+        ValueError
+            If the model returns another number of tokens.
+        """
+        if self.modality == "text":
+            if states.ndim == 3 and states.shape[1] != mask.shape[1]:
+                raise ValueError(
+                    f"{self._name} ({self._model_type}) returns {states.shape[1]} "
+                    f"vectors for {mask.shape[1]} tokens, so they cannot be pooled. "
+                    "Wrap the model in a CallableBackend."
+                )
+            return mask
+        if self.output == "pooled":
+            return None
+        # Special tokens come before the patches.
+        mask = _torch().ones(states.shape[:2], dtype=_torch().long)
+        mask[:, : self._count_special_tokens(inputs["pixel_values"], states)] = 0
+        return mask
 
     def _count_special_tokens(self, pixels, states) -> int:
         """Count class and register tokens, and check that all others form the grid."""
@@ -703,27 +784,50 @@ class HuggingFaceBackend:
         return resolve_device(self.device)
 
     @functools.cached_property
-    def _dtype_name(self) -> str:
+    def dtype_name(self) -> str:
+        """Precision of the vectors."""
+        if self.dtype == "auto" and self._device.type == "cpu":
+            return "bfloat16" if bfloat16_pays() else "float32"
+        if self.dtype == "int8":
+            return "int8"
         from sklembed._torch import resolve_dtype
 
         return str(resolve_dtype(self.dtype, self._device)).removeprefix("torch.")
+
+    @property
+    def _torch_dtype(self) -> str:
+        """Precision of torch, with which runtimes are compared."""
+        return "float32" if self.runtimes else self.dtype_name
 
 
 @dataclass
 class _Loaded:
     """A model on its device, with its tokenizer or image processor.
 
-    These are loaded on first use. The same weights may lie at several paths. Tokenizers
-    and processors are read from the path of the first encoder that uses them, since
-    files elsewhere may have changed after the model was loaded.
+    All are loaded on first use; a runtime needs no model. The same weights may lie at
+    several paths. Tokenizers and processors are read from the path of the first encoder
+    that uses them, since files elsewhere may have changed after the model was loaded.
     """
 
-    model: Any
-    absent: list[str]  # weights that the checkpoint lacks
+    load_model: Callable[[], tuple[Any, list[str]]]
     batchings: dict[Any, str] = field(default_factory=dict)  # by backend
     tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokenizer: Any = None
     _image_processor: Any = None
+
+    @functools.cached_property
+    def _model_and_absent(self):
+        return self.load_model()
+
+    @property
+    def model(self):
+        """The model in torch."""
+        return self._model_and_absent[0]
+
+    @property
+    def absent(self) -> list[str]:
+        """Weights that the checkpoint lacks."""
+        return self._model_and_absent[1]
 
     def tokenizer(self, checkpoint):
         if self._tokenizer is None:
@@ -788,16 +892,6 @@ def _load_image_processor(checkpoint):
     checkpoint.check_image_processor()
     # Pillow resizes identically on every machine; torchvision, if installed, does not.
     return AutoImageProcessor.from_pretrained(backend="pil", **checkpoint.source())
-
-
-def _trial_cells(modality) -> list:
-    """Return a short text and a long one, or two images."""
-    if modality == "text":
-        return ["a", _LONG_TEXT]
-    from PIL import Image
-
-    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    return [Image.fromarray(pixels), Image.fromarray(255 - pixels[::-1])]
 
 
 def _length(prepared) -> int:

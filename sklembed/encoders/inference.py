@@ -29,20 +29,51 @@ def _unit_cost(prepared: Any) -> int:
 
 
 @dataclass(frozen=True)
+class Network:
+    """The torch module within the steps of a model, which a runtime may run instead."""
+
+    label: str  # name of the model, for people
+    key: str  # of the weights and of the outputs
+    # Loads the module, which maps tensors to a tuple of tensors.
+    module: Callable[[], Any]
+    # Prepared cells -> the tensors that the module takes, by name and in its order.
+    inputs: Callable[[list], dict[str, Any]]
+    # Function from these to a list of outputs -> `Encoding.forward`.
+    forward: Callable[[Callable], Callable[[list], Any]]
+    # Returns prepared cells of different lengths, one of them the longest possible.
+    trial: Callable[[], list]
+    dynamic_axes: tuple[int, ...]  # of the inputs, whose sizes differ between batches
+    # Largest cost of a batch in a runtime, if it differs from that in torch.
+    runtime_budget: int | None = None
+
+
+@dataclass(frozen=True)
 class Encoding:
     """Steps of a loaded model: `prepare` runs in threads, `forward` is the model.
 
     The cost of a batch is its number of cells times the maximum cost of a cell. Without
-    a batch size of the user it is at most `budget`.
+    a batch size of the user it is at most `budget`. If there is a `network`, it
+    replaces `forward`.
     """
 
     # Prepared cells -> array (n, d), or n arrays (T_i, d).
-    forward: Callable[[list], Any]
+    forward: Callable[[list], Any] | None
     # Decoded cells -> as many prepared cells.
     prepare: Callable[[list], list] = list
     # Prepared cell -> cost.
     cost: Callable[[Any], int] = _unit_cost
     budget: int = 32
+    network: Network | None = None
+
+
+def in_torch(encoding: Encoding) -> Encoding:
+    """Return the encoding with a `forward` that runs its network by torch."""
+    network = encoding.network
+    if network is None:
+        return encoding
+    module = network.module()
+    forward = network.forward(lambda inputs: list(module(*inputs.values())))
+    return replace(encoding, forward=forward)
 
 
 @dataclass
@@ -61,7 +92,7 @@ class _Limit:
     cost: int
 
 
-def _encoding_of(backend) -> tuple[Encoding, threading.RLock]:
+def load_encoding(backend, choose_runtime) -> tuple[Encoding, threading.RLock]:
     """Load a backend's weights if this process has not; keep the last few models."""
     with _LOADING:
         key = backend.weights()
@@ -71,7 +102,7 @@ def _encoding_of(backend) -> tuple[Encoding, threading.RLock]:
                 _LOADED.popitem(last=False)
         _LOADED.move_to_end(key)
         loaded, lock = _LOADED[key]
-        return backend.encoding(loaded), lock
+        return choose_runtime(backend.encoding(loaded)), lock
 
 
 def encode(
@@ -79,6 +110,7 @@ def encode(
     chunks: Iterable[list[int]],
     decode: Callable[[int], Any],
     *,
+    choose_runtime: Callable[[Encoding], Encoding] = in_torch,
     batch_size: int | None,
     on_error: Callable[[Exception, int], None],
 ) -> Iterator[tuple[list[int], list[int], Any]]:
@@ -95,6 +127,8 @@ def encode(
         Positions of the cells; advanced slightly ahead of the model.
     decode : callable
         Takes a position and returns the decoded cell; runs in threads.
+    choose_runtime : callable
+        Takes an encoding, and returns it with a `forward` that runs its network.
     batch_size : int or None
         Number of cells in a batch. If None, limited by the budget of the encoding.
     on_error : callable
@@ -114,7 +148,7 @@ def encode(
     first = next(chunks, None)
     if first is None:
         return
-    encoding, lock = _encoding_of(backend)
+    encoding, lock = load_encoding(backend, choose_runtime)
     if batch_size is not None:
         encoding = replace(encoding, cost=_unit_cost, budget=batch_size)
     limit = _Limit(encoding.budget)

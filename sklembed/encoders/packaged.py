@@ -163,8 +163,10 @@ class _EfficientNet:
     side: int | None
 
     def __call__(self):
-        """Load the network; return functions for one image and for a batch."""
+        """Load the network; return the function of one image and the network."""
         import torch
+
+        from sklembed.nn.layers import Applied
 
         network = _load_network(self.size)
         image_size = _SIZES[self.size].image_size
@@ -174,23 +176,20 @@ class _EfficientNet:
             pixels = np.asarray(image) / np.float32(255)
             return torch.from_numpy((pixels - _MEAN) / _STD).permute(2, 0, 1)
 
-        @torch.inference_mode()
-        def encode(pixels):
-            pixels = torch.stack(pixels)  # (n_images, 3, image_size, image_size)
+        def encode(network, pixels):  # (n_images, 3, image_size, image_size)
             if self.stride in (None, 32):
                 feature_map = network.extract_features(pixels)
             else:
                 n_rows = math.ceil(image_size / self.stride)
                 feature_map = _inner_map(network, pixels, n_rows)
             if self.stride is None and self.side is None:
-                return feature_map.mean((2, 3)).numpy()  # (n_images, n_features)
+                return feature_map.mean((2, 3))  # (n_images, n_features)
             if self.side is not None:
                 pool = torch.nn.functional.adaptive_avg_pool2d
                 feature_map = pool(feature_map, (self.side, self.side))
-            tokens = feature_map.flatten(2).transpose(1, 2)
-            return list(tokens.numpy())  # (n_images, n_tokens, n_features)
+            return feature_map.flatten(2).transpose(1, 2)  # (n_images, n_tokens, …)
 
-        return prepare, encode
+        return prepare, Applied(encode, network)
 
 
 def _load_network(size):

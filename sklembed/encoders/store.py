@@ -19,6 +19,11 @@ from filelock import FileLock, Timeout
 
 from sklembed.encoders import database
 from sklembed.encoders.export import WRITERS
+from sklembed.encoders.networks import (
+    clear_networks,
+    directory_beside,
+    list_networks,
+)
 
 # Small enough that a piece is joined and checked within the caches of the processor.
 _READ_BYTES = 3 << 17
@@ -254,7 +259,7 @@ class EmbeddingStore:
         return stats[["model", *counts, "hit_rate", "description"]]
 
     def clear(self, model=None):
-        """Delete the vectors and counts of all models or of one, and shrink the file.
+        """Delete vectors, counts and networks of all models or of one; shrink the file.
 
         Parameters
         ----------
@@ -269,7 +274,12 @@ class EmbeddingStore:
             If the store has no such model, or is read-only.
         """
         self._check_writable("clear()")
-        self._free_space(lambda db: database.clear(db, model))
+        has_networks = clear_networks(self.networks_directory, model)
+        try:
+            self._free_space(lambda db: database.clear(db, model))
+        except ValueError:
+            if not has_networks:
+                raise
 
     def prune(self, max_bytes):
         """Delete the least recently used vectors until `max_bytes` bytes are left.
@@ -333,6 +343,28 @@ class EmbeddingStore:
             for number, space in database.spaces(db, model).items():
                 contents.append((space, database.iter_vectors(db, number, space)))
             return WRITERS[path.suffix](path, contents)
+
+    @property
+    def networks_directory(self):
+        """Directory of the exported networks, which need not exist."""
+        return directory_beside(self._path())
+
+    def networks(self):
+        """List the networks that were exported for faster runtimes.
+
+        They are files in the directory ``<path>.networks`` beside the store, in the
+        formats of the runtimes. `max_bytes` and `prune` do not count them.
+
+        Returns
+        -------
+        networks : DataFrame
+            A row for each network, with the columns `model`, `runtime`, `version` (of
+            the runtime), `dtype`, `bytes` and `exported` (a time in UTC).
+        """
+        columns = ["model", "runtime", "version", "dtype", "bytes", "exported"]
+        table = pd.DataFrame(list_networks(self.networks_directory), columns=columns)
+        table["exported"] = pd.to_datetime(table["exported"], unit="s", utc=True)
+        return table
 
     def _path(self):
         """Return the path without links, since locks are in the folder of the file."""

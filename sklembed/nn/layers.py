@@ -1,10 +1,38 @@
 """Layers that draw their weights and their dropout from a given random generator."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Applied(nn.Module):
+    """A function of a network and its inputs, as one network that can be exported.
+
+    Parameters
+    ----------
+    function : callable
+        Takes the network and its input tensors, and returns one or several tensors.
+    network : torch.nn.Module
+        The network.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor | Iterable[Tensor]], network: nn.Module
+    ) -> None:
+        super().__init__()
+        self.function = function
+        self.network = network
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensors of the function as a tuple."""
+        outputs = self.function(self.network, *inputs)
+        if isinstance(outputs, Tensor):
+            return (outputs,)
+        return tuple(outputs)
 
 
 class SeededDropout(nn.Module):

@@ -1,0 +1,546 @@
+"""Run the network of a model by OpenVINO or ONNX Runtime on a CPU, instead of torch.
+
+A network is exported once for each runtime, and checked once for each processor: its
+vectors must agree with those of torch on cells of the call. Torch runs whatever cannot
+be exported or does not agree.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import platform
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from hashlib import blake2b
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from sklembed.encoders.database import default_path
+from sklembed.encoders.inference import Encoding, in_torch
+from sklembed.encoders.networks import NetworkEntry, read_json, write_json
+
+# Fastest first, as bench_encode.py measures, with the packages that each one needs.
+_PACKAGES = {
+    "openvino": ("openvino",),
+    "onnx": ("onnxruntime", "onnx", "onnxscript"),
+}
+RUNTIMES = tuple(_PACKAGES)
+# Relative error of a vector that a precision may cause.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2, "int8": 0.3}
+# Instructions for integers, from the newest on; results differ between them.
+_INTEGER_INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2")
+# Without one of them, OpenVINO would compute in float32.
+_BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
+_BFLOAT16_PAYS = 1.2  # times faster than float32, from which on "auto" chooses it
+_N_CHECKED_CELLS = 48
+_N_CELLS_OF_A_VERDICT = 32  # with fewer cells, the next process checks again
+_CHECKED_AT_ONCE = 6  # cells of different lengths, in one batch
+_LOADED_LIMIT = 4
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+_LOGGER = logging.getLogger("sklembed")
+_LOGGED: set[str] = set()
+_LOADED: OrderedDict[tuple, Callable] = OrderedDict()  # functions that run a network
+_LOCK = threading.RLock()
+
+
+class RefusedError(Exception):
+    """Raised if no runtime can run a network. The message says why."""
+
+
+@dataclass
+class Plan:
+    """How to run the network of one call.
+
+    Parameters
+    ----------
+    runtimes : tuple of str
+        Runtimes to try before torch, in this order.
+
+    precision : {"float32", "bfloat16", "float16", "int8"}
+        Precision of the vectors. Torch replaces a runtime in float32 only, since the
+        other precisions have a key for each runtime.
+
+    directory : Path or None
+        Directory of the exported networks. None: there is none.
+
+    may_export : bool
+        Whether the call is long enough to export a network, or the user demands it.
+
+    is_demanded : bool
+        Whether the user has named the runtime.
+
+    cells : callable
+        Takes a number, and returns at most so many decoded cells of the call.
+    """
+
+    runtimes: tuple[str, ...] = ()
+    precision: str = "float32"
+    directory: Path | None = None
+    may_export: bool = False
+    is_demanded: bool = False
+    cells: Callable[[int], list] = lambda n_cells: []
+    used: str = "torch"  # the runtime of the last encoding, set by `apply`
+
+    def apply(self, encoding: Encoding) -> Encoding:
+        """Return the encoding with a `forward` that runs the network.
+
+        Raises
+        ------
+        RefusedError
+            If no runtime can run the network in a precision other than float32.
+        """
+        self.used = "torch"
+        network = encoding.network
+        if network is None and self.is_demanded:
+            raise ValueError(
+                f"runtime={self.runtimes[0]!r} would have no effect: the model is a "
+                "function. Let `load` of a CallableBackend return a torch module, or "
+                "leave runtime='auto'."
+            )
+        if network is None:
+            return encoding
+        reasons = []
+        for runtime in self.runtimes:
+            try:
+                run = self._run_by(runtime, encoding)
+            except RefusedError as error:
+                reasons.append(f"{runtime}: {error}")
+                continue
+            if run is not None:
+                self.used = runtime
+                budget = network.runtime_budget or encoding.budget
+                return replace(encoding, forward=network.forward(run), budget=budget)
+        if self.runtimes and self.precision != "float32":
+            raise RefusedError("; ".join(reasons) or "the store is read-only")
+        if reasons:
+            _log_once(f"torch runs {network.label} ({'; '.join(reasons)})")
+        return in_torch(encoding)
+
+    def _run_by(self, runtime, encoding):
+        """Return the function of a runtime, or None if exporting does not pay."""
+        network = encoding.network
+        if self.directory is None:
+            raise RefusedError("there is no directory for its files")
+        entry = _entry(
+            network.key, network.label, runtime, self.precision, self.directory
+        )
+        condition = _condition(self.precision)
+        verdict = entry.verdict(condition)
+        if verdict is not None and not verdict["accepted"]:
+            raise RefusedError(verdict["reason"])
+        if verdict is not None:
+            with contextlib.suppress(Exception):  # damaged files are exported again
+                return _loaded(entry, runtime, self.precision)
+        if not self.may_export:
+            return None
+        try:
+            with entry.attempt(), _quiet():
+                return self._export_and_check(runtime, encoding, entry, condition)
+        except (MemoryError, RefusedError):
+            raise
+        except OSError as error:
+            if error.errno in _DISK_ERRORS:
+                raise RefusedError(f"its files cannot be written: {error}") from error
+            raise
+        except Exception as error:  # exporters and runtimes raise errors of any type
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            with contextlib.suppress(OSError):
+                entry.record(condition, {"accepted": False, "reason": reason})
+            raise RefusedError(reason) from error
+
+    def _export_and_check(self, runtime, encoding, entry, condition):
+        """Export a network unless another process has; compare it with torch."""
+        network = encoding.network
+        if not entry.is_intact():
+            entry.write(
+                lambda folder: _export(network, runtime, self.precision, folder)
+            )
+        run = _loaded(entry, runtime, self.precision)
+        if entry.verdict(condition) is not None:
+            return run
+        cells = encoding.prepare(self.cells(_N_CHECKED_CELLS))
+        error = _largest_error(
+            in_torch(encoding).forward, network.forward(run), cells + network.trial()
+        )
+        tolerance = TOLERANCES[self.precision]
+        if not error <= tolerance:
+            raise ArithmeticError(
+                f"its vectors differ from those of torch by {error:.1e} of their length, "
+                f"and {tolerance:.0e} is allowed in {self.precision}"
+            )
+        if len(cells) >= _N_CELLS_OF_A_VERDICT:
+            entry.record(condition, {"accepted": True, "error": error})
+        return run
+
+    def accepted(self, network_key: str | None) -> str | None:
+        """Return the runtime that is known to run a network, or None."""
+        for runtime in self.runtimes if network_key else ():
+            if self._accepts(runtime, network_key):
+                return runtime
+        return None
+
+    def refuses(self, network_key: str) -> bool:
+        """Return whether all runtimes are known to refuse a network."""
+        accepts = [self._accepts(runtime, network_key) for runtime in self.runtimes]
+        return all(accepted is False for accepted in accepts)
+
+    def _accepts(self, runtime, network_key) -> bool | None:
+        """Return the verdict on a network, or None if there is none yet."""
+        if self.directory is None:
+            return None
+        entry = _entry(network_key, "", runtime, self.precision, self.directory)
+        verdict = entry.verdict(_condition(self.precision))
+        return None if verdict is None else bool(verdict["accepted"])
+
+
+def candidates(runtime: str, precision: str, *, on_cpu: bool) -> tuple[str, ...]:
+    """Return the runtimes to try before torch.
+
+    Parameters
+    ----------
+    runtime : {"auto", "torch", "openvino", "onnx"}
+        The parameter of an encoder.
+
+    precision : {"float32", "bfloat16", "float16", "int8"}
+        Precision of the vectors.
+
+    on_cpu : bool
+        Whether the model runs on a CPU. Torch is used elsewhere.
+
+    Raises
+    ------
+    ValueError
+        If the runtime cannot compute in this precision, or not on this device.
+    ImportError
+        If the runtime is not installed.
+    """
+    able = _able(precision)
+    if runtime in RUNTIMES:
+        if not on_cpu:
+            raise ValueError(
+                f"runtime={runtime!r} runs on the CPU only. Pass device='cpu', or "
+                "runtime='auto', which uses torch on other devices."
+            )
+        if runtime not in able:
+            raise ValueError(
+                f"runtime={runtime!r} cannot compute in {precision} on this machine. "
+                f"{_ADVICE[precision]}"
+            )
+        if not _is_installed(runtime):
+            raise ImportError(
+                f"runtime={runtime!r} needs {', '.join(_PACKAGES[runtime])}: pip install "
+                f"'sklembed[{runtime}]'."
+            )
+        return (runtime,)
+    chosen = tuple(name for name in able if _is_installed(name))
+    if precision == "int8" and (runtime == "torch" or not on_cpu or not chosen):
+        raise ValueError(f"dtype='int8' needs ONNX Runtime. {_ADVICE['int8']}")
+    if runtime == "torch" or not on_cpu:
+        return ()
+    return chosen
+
+
+_ADVICE = {
+    "float16": "Pass dtype='float32', or runtime='torch'.",
+    "bfloat16": (
+        "OpenVINO does on a CPU with AVX512-BF16 or AMX. Pass dtype='auto', or "
+        "runtime='torch', which is slow without them."
+    ),
+    "int8": "Pass runtime='onnx' and device='cpu': pip install 'sklembed[onnx]'.",
+}
+
+
+def _able(precision) -> tuple[str, ...]:
+    """Return the runtimes that can compute in a precision on this machine."""
+    if precision == "float32":
+        return RUNTIMES
+    if precision == "bfloat16" and not cpu_flags().isdisjoint(_BFLOAT16_INSTRUCTIONS):
+        return ("openvino",)
+    return ("onnx",) if precision == "int8" else ()
+
+
+def _is_installed(runtime) -> bool:
+    return all(find_spec(package) is not None for package in _PACKAGES[runtime])
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Return the features of the processor, by their names in Linux.
+
+    Empty where the system does not list them.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def integer_instructions() -> str:
+    """Return the newest instructions for integers, which int8 vectors depend on."""
+    for name in _INTEGER_INSTRUCTIONS:
+        if name in cpu_flags():
+            return name
+    return platform.machine()
+
+
+def bfloat16_pays() -> bool:
+    """Return whether this processor multiplies matrices faster in bfloat16.
+
+    Without instructions for bfloat16 it never does, with AMX always. With AVX512-BF16
+    alone it depends on the processor, so a multiplication is timed once per machine and
+    remembered beside the default store.
+    """
+    if "amx_bf16" in cpu_flags():
+        return True
+    if "avx512_bf16" not in cpu_flags():
+        return False
+    try:
+        path = default_path().with_name("processors.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            facts = read_json(path) or {}
+            if _processor() not in facts:
+                facts[_processor()] = _time_bfloat16() > _BFLOAT16_PAYS
+                write_json(path, facts)
+            return bool(facts[_processor()])
+    except OSError:  # a timing that cannot be remembered could change the next time
+        return True
+
+
+def _time_bfloat16() -> float:
+    """Return how many times faster than in float32 a multiplication is in bfloat16."""
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left = torch.ones(512, 384, dtype=dtype)
+        right = torch.ones(384, 1536, dtype=dtype)
+        ticks = []
+        for _ in range(9):
+            tick = time.perf_counter()
+            left @ right
+            ticks.append(time.perf_counter() - tick)
+        seconds[dtype] = np.median(ticks)
+    return float(seconds[torch.float32] / seconds[torch.bfloat16])
+
+
+@cache
+def _processor() -> str:
+    """Return a hash of the kind of processor and its features."""
+    text = f"{platform.machine()} {platform.processor()} {sorted(cpu_flags())}"
+    return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _condition(precision) -> str:
+    """Return what a verdict depends on besides the exported files."""
+    return f"{precision} on {_processor()}"
+
+
+def _entry(network_key, label, runtime, precision, directory) -> NetworkEntry:
+    package = _PACKAGES[runtime][0]
+    description = {
+        "key": network_key,
+        "runtime": runtime,
+        "version": metadata.version(package),
+        "torch": metadata.version("torch"),
+        # bfloat16 is a setting of the runtime, not of the files.
+        "dtype": "int8" if precision == "int8" else "float32",
+        "instructions": integer_instructions() if precision == "int8" else None,
+    }
+    return NetworkEntry.of(directory, description, model=label)
+
+
+def _loaded(entry, runtime, precision) -> Callable:
+    """Load an exported network, once per process and number of threads."""
+    import torch
+
+    n_threads = torch.get_num_threads()
+    key = entry.folder, precision, n_threads
+    with _LOCK:
+        if key not in _LOADED:
+            if not entry.is_intact():
+                raise FileNotFoundError(f"no intact network in {entry.folder}")
+            _LOADED[key] = _LOADERS[runtime](entry.network, precision, n_threads)
+            if len(_LOADED) > _LOADED_LIMIT:
+                _LOADED.popitem(last=False)
+        _LOADED.move_to_end(key)
+        return _LOADED[key]
+
+
+def _export(network, runtime, precision, folder) -> None:
+    """Export a network to a folder; its shapes are those of the trial cells."""
+    inputs = network.inputs(network.trial()[:2])
+    _EXPORTERS[runtime](network, inputs, folder, precision)
+
+
+def _export_openvino(network, inputs, folder, precision) -> None:
+    import openvino
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    # openvino.convert_model does the same, and reports each use to its makers.
+    decoder = TorchScriptPythonDecoder(
+        network.module(), example_input=tuple(inputs.values())
+    )
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    model = frontend.convert(frontend.load(decoder))
+    if len(model.inputs) != len(inputs):
+        raise ValueError(f"{len(model.inputs)} of the inputs {list(inputs)} are left")
+    shapes = {}
+    for i, (name, tensor) in enumerate(inputs.items()):
+        model.inputs[i].get_tensor().set_names({name})
+        shape = list(tensor.shape)
+        for axis in network.dynamic_axes:
+            shape[axis] = -1
+        shapes[i] = openvino.PartialShape(shape)
+    for i, output in enumerate(model.outputs):
+        output.get_tensor().set_names({f"output{i}"})
+    model.reshape(shapes)
+    openvino.save_model(model, folder / "network.xml", compress_to_fp16=False)
+
+
+def _export_onnx(network, inputs, folder, precision) -> None:
+    import torch
+
+    module, tensors = network.module(), tuple(inputs.values())
+    axes = dict.fromkeys(network.dynamic_axes, torch.export.Dim.DYNAMIC)
+    n_outputs = len(module(*tensors))
+    program = torch.onnx.export(
+        module,
+        tensors,
+        dynamo=True,
+        dynamic_shapes={"inputs": tuple(axes for _ in tensors)},
+        input_names=list(inputs),
+        output_names=[f"output{i}" for i in range(n_outputs)],
+        verbose=False,
+    )
+    path = folder / "network.onnx"
+    if precision != "int8":
+        program.save(path)
+        return
+    from onnxruntime.quantization import quantize_dynamic
+
+    program.save(folder / "float32.onnx")
+    # Without VNNI the sums of products saturate, unless a bit is spared.
+    reduce_range = integer_instructions() in ("avx512f", "avx2")
+    quantize_dynamic(
+        folder / "float32.onnx", path, per_channel=True, reduce_range=reduce_range
+    )
+    for file in folder.glob("float32.*"):
+        file.unlink()
+
+
+def _load_openvino(folder, precision, n_threads) -> Callable:
+    import openvino
+    import torch
+
+    core = openvino.Core()
+    settings = {
+        "INFERENCE_NUM_THREADS": n_threads,
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+        "NUM_STREAMS": 1,
+    }
+    model = core.read_model(folder / "network.xml")
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    names = [f"output{i}" for i in range(len(model.outputs))]
+
+    def run(inputs):
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        results = request.infer(arrays, share_inputs=True)
+        return [torch.from_numpy(results[name]) for name in names]
+
+    return run
+
+
+def _load_onnx(folder, precision, n_threads) -> Callable:
+    import onnxruntime
+    import torch
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = n_threads
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(
+        folder / "network.onnx", options, providers=["CPUExecutionProvider"]
+    )
+    # An input that does not change the outputs is not exported.
+    used = {value.name for value in session.get_inputs()}
+    names = [f"output{i}" for i in range(len(session.get_outputs()))]
+
+    def run(inputs):
+        arrays = {}
+        for name in used:
+            arrays[name] = inputs[name].numpy()
+        return [torch.from_numpy(value) for value in session.run(names, arrays)]
+
+    return run
+
+
+_EXPORTERS = {"openvino": _export_openvino, "onnx": _export_onnx}
+_LOADERS = {"openvino": _load_openvino, "onnx": _load_onnx}
+
+
+def _largest_error(expected, actual, cells) -> float:
+    """Return the largest error of a vector, relative to the length of the expected."""
+    largest = 0.0
+    for start in range(0, len(cells), _CHECKED_AT_ONCE):
+        batch = cells[start : start + _CHECKED_AT_ONCE]
+        for vector, other in zip(expected(batch), actual(batch), strict=True):
+            if vector.shape != other.shape:
+                raise ValueError(
+                    f"it returns the shape {other.shape}, and torch {vector.shape}"
+                )
+            norm = max(np.linalg.norm(vector), 1e-12)
+            error = np.linalg.norm(vector - other) / norm
+            largest = max(largest, float(np.nan_to_num(error, nan=np.inf)))
+    return largest
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the warnings of tracing, which users cannot act on."""
+    names = ("torch.onnx", "onnxscript", "transformers", "root")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _log_once(message) -> None:
+    """Log a message once per process."""
+    if message not in _LOGGED:
+        _LOGGED.add(message)
+        _LOGGER.warning(message)
+
+
+def _forget_after_fork() -> None:
+    """Forget loaded networks in a forked child, which lacks their threads."""
+    global _LOCK
+    _LOCK = threading.RLock()
+    _LOADED.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
