@@ -265,8 +265,8 @@ def test_the_path_of_the_weights_is_answered_by_the_directory(checkpoints):
     ("modules", "message"),
     [
         (
-            [{"type": "sentence_transformers.models.StaticEmbedding", "path": ""}],
-            "StaticEmbedding",
+            [{"type": "sentence_transformers.models.WordEmbeddings", "path": ""}],
+            "WordEmbeddings",
         ),
         (
             [{"type": "sentence_transformers.models.Transformer", "path": "0_T"}],

@@ -42,6 +42,7 @@ _VOCABULARIES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
+_MODEL2VEC_MAX_LENGTH = 512  # of models without the setting
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 # Keys of sentence-transformers files that do not change vectors. Keys that are neither here
@@ -337,6 +338,35 @@ class Checkpoint:
         check_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
 
+    @property
+    def has_config(self) -> bool:
+        """Whether a directory exists and has the file that names the kind of its model."""
+        if not self.is_directory:
+            return False
+        return self.is_static or self.file("config.json") is not None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the model is a table of token vectors. False if no file can be read."""
+        try:
+            model_type = (_read_json(self, "config.json") or {}).get("model_type")
+            if model_type is not None:
+                return model_type == "model2vec"
+            modules = _read_json(self, "modules.json")
+        except (OSError, ImportError):  # raised again when the model is described
+            return False
+        return _is_static_embedding(modules)
+
+    def static_embedding(self) -> dict[str, Any]:
+        """Read the settings of static token embeddings: folder, limit, prompt, head.
+
+        Raises
+        ------
+        ValueError
+            If a setting of sentence-transformers is not supported.
+        """
+        return _read_static_embedding(self, self.identity())
+
     def sentence_transformer(self) -> dict[str, Any]:
         """Read the settings of sentence-transformers: pooling, lengths, prompt, head.
 
@@ -383,10 +413,27 @@ def _resolve_commit(model, revision, local_files_only) -> str:
             model, "config.json", revision=revision, local_files_only=local_files_only
         )
     except (OSError, ValueError) as error:
-        raise OSError(_not_found_message(model, local_files_only, error)) from error
+        # Offline, config.json may be missing because the repository has none.
+        path, modules = _find_modules(model, revision, local_files_only=True)
+        if not _is_static_embedding(modules):
+            message = _not_found_message(model, local_files_only, error)
+            raise OSError(message) from error
     if path is None:
-        checkpoint = Checkpoint(model, revision, local_files_only)
-        modules = cached_file(
+        path, modules = _find_modules(model, revision, local_files_only)
+        if not _is_static_embedding(modules):
+            checkpoint = Checkpoint(model, revision, local_files_only)
+            raise OSError(
+                _no_config_message(f"The hub repository {model!r}", checkpoint, modules)
+            )
+    return Path(path).parent.name  # …/snapshots/<commit>/<file>
+
+
+def _find_modules(model, revision, local_files_only):
+    """Return path and content of modules.json of a hub model, or None and None."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(
             model,
             "modules.json",
             revision=revision,
@@ -394,12 +441,11 @@ def _resolve_commit(model, revision, local_files_only) -> str:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        if modules is not None:
-            modules = _parse_json(Path(modules))
-        raise OSError(
-            _no_config_message(f"The hub repository {model!r}", checkpoint, modules)
-        )
-    return Path(path).parent.name  # …/snapshots/<commit>/config.json
+    except OSError:  # not the name of a repository
+        path = None
+    if path is None:
+        return None, None
+    return path, _parse_json(Path(path))
 
 
 def _not_found_message(model, local_files_only, error) -> str:
@@ -561,12 +607,47 @@ def _read_sentence_transformer(checkpoint, identity) -> dict[str, Any]:
     return settings | {"head": head}
 
 
-def _module_kind(checkpoint, module, position) -> str:
-    """Return the class of a module; the first module only must be a Transformer."""
+def _is_static_embedding(modules) -> bool:
+    """Return whether the first module is a StaticEmbedding."""
+    first = next(iter(modules or []), {})
+    return first.get("type", "").endswith(".StaticEmbedding")
+
+
+@functools.lru_cache(maxsize=64)
+def _read_static_embedding(checkpoint, identity) -> dict[str, Any]:
+    """Read a model2vec checkpoint, or one that only sentence-transformers can read.
+
+    model2vec writes the files of both libraries, and its own rules then apply.
+    """
+    config = _read_json(checkpoint, "config.json")
+    if config is not None:
+        return {
+            "library": "model2vec",
+            "folder": "",
+            "max_length": config.get("max_length", _MODEL2VEC_MAX_LENGTH),
+            "head": [{"kind": "normalize"}] if config.get("normalize") else [],
+        }
+    first, *modules = _read_required(checkpoint, "modules.json")
+    settings = {"library": "sentence-transformers", "folder": first["path"]}
+    settings |= _read_prompt(checkpoint)
+    head = []
+    for i, module in enumerate([first, *modules]):
+        kind = _module_kind(checkpoint, module, i, first="StaticEmbedding")
+        if kind == "Normalize":
+            head.append(_read_normalize(checkpoint, f"{module['path']}/config.json"))
+        elif i > 0:
+            raise _unsupported(checkpoint, f"a {kind} module after StaticEmbedding")
+    if "truncate_dim" in settings:
+        head.append({"kind": "truncate", "n_features": settings.pop("truncate_dim")})
+    return settings | {"head": head}
+
+
+def _module_kind(checkpoint, module, position, first="Transformer") -> str:
+    """Return the class of a module; the first module only must be of the class `first`."""
     package, _, kind = module["type"].rpartition(".")
     if package.split(".")[0] != "sentence_transformers":
         raise _unsupported(checkpoint, f"a custom module, {module['type']}")
-    if (kind == "Transformer") != (position == 0):
+    if (kind == first) != (position == 0):
         raise _unsupported(checkpoint, f"a {kind} module at position {position}")
     if kind == "Transformer" and module["path"]:
         raise _unsupported(checkpoint, f"its Transformer in {module['path']!r}")

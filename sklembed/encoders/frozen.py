@@ -45,6 +45,7 @@ from sklembed.encoders.runtimes import (
     RefusedError,
     candidates,
 )
+from sklembed.encoders.static import StaticBackend
 from sklembed.encoders.store import EmbeddingStore
 
 # Cells per claim. Larger claims cost less, smaller claims spread work over processes.
@@ -110,10 +111,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     ----------
     model : str, path or backend
         A local checkpoint directory or hub id of a text or vision model that
-        transformers' ``AutoModel`` can load, or of a dual encoder such as CLIP; or a
-        backend object, such as :class:`CallableBackend`. The files of a
-        sentence-transformers directory define its pooling, normalisation and maximum
-        length.
+        transformers' ``AutoModel`` can load, of a dual encoder such as CLIP, or of
+        static token embeddings (model2vec, or StaticEmbedding of
+        sentence-transformers), which numpy averages without torch; or a backend object,
+        such as :class:`CallableBackend`. The files of a sentence-transformers directory
+        define its pooling, normalisation and maximum length.
 
     modality : {"auto", "text", "image"}, default="auto"
         Modality of the cells. "auto" infers it from the model; required for dual
@@ -936,7 +938,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 return backend, self._current_space(backend, identity)
             except (OSError, ImportError) as error:
                 return _AbsentCheckpoint(self.space_["modality"], str(error)), space
-        if not checkpoint.is_directory or checkpoint.file("config.json") is None:
+        if not checkpoint.has_config:
             place = os.path.abspath(checkpoint.model)
             reason = f"There is no directory {place!r} on this machine."
             return _AbsentCheckpoint(self.space_["modality"], reason), space
@@ -1032,7 +1034,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 self.local_files_only,
                 self.trust_remote_code,
             )
-            backend = HuggingFaceBackend(
+            kind = StaticBackend if checkpoint.is_static else HuggingFaceBackend
+            backend = kind(
                 checkpoint,
                 modality_parameter=self.modality,
                 output=self.output,
