@@ -328,7 +328,64 @@ def test_reading_works_while_counts_cannot_be_written(store, monkeypatch):
     with opened(store) as db:
         db.execute("BEGIN IMMEDIATE")
         assert_values(read(store, [1]), [1])
-    assert store.stats().loc["f", "served"] == 0
+        assert db.execute("SELECT served FROM models").fetchone() == (0,)
+    assert store.stats().loc["f", "served"] == 1
+
+
+def written_count(store):
+    with opened(store) as db:
+        return db.execute("SELECT served FROM models").fetchone()[0]
+
+
+def test_counts_of_small_reads_are_written_together(store, monkeypatch):
+    fill(store, list(range(120)))
+    read(store, [1])
+    assert written_count(store) == 1  # the first read of a process
+    for _ in range(3):
+        read(store, [1, 2])
+    assert written_count(store) == 1
+    read(store, list(range(120)))
+    assert written_count(store) == 127
+    read(store, [1])
+    monkeypatch.setattr(store_module, "_UNWRITTEN_SECONDS", 0)
+    read(store, [1])
+    assert written_count(store) == 129
+
+
+def test_clear_and_the_counts_of_other_models(store):
+    fill(store, [1])
+    fill(store, [1], space=ANOTHER)
+    for space in (SPACE, ANOTHER, SPACE, ANOTHER):
+        read(store, [1], space=space)
+    store.clear("g")
+    fill(store, [1], space=ANOTHER)
+    assert store.stats()["served"].to_dict() == {"f": 2, "g": 0}
+
+
+def test_a_process_writes_its_counts_when_it_ends(store):
+    """A forked child does not write the counts of its parent."""
+    fill(store, [1])
+    read(store, [1])
+    read(store, [1])
+    child = os.fork()
+    if child == 0:
+        for _ in range(4):
+            read(store, [1])
+        store_module._SERVED.write_all()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert written_count(store) == 5
+    store_module._SERVED.write_all()
+    assert written_count(store) == 6
+
+
+def test_the_end_of_a_process_creates_no_store(store):
+    fill(store, [1])
+    read(store, [1])
+    read(store, [1])
+    store.path.unlink()
+    store_module._SERVED.write_all()
+    assert not store.path.exists()
 
 
 def test_vectors_are_exported_to_parquet(store, tmp_path):

@@ -54,7 +54,9 @@ CREATE TABLE claims (  -- cells that a process is encoding
 """
 _PAGE_SIZE = 32768  # pages of 4096 bytes waste space on vectors of 1.5 to 6 kB
 DIGEST_SIZE = 16
-_LOOKUP_ROWS = 8192  # cells in a query, and in a transaction that updates `used`
+# Cells in a query, and in a transaction that updates `used`. Larger results leave the
+# caches of the processor.
+_LOOKUP_ROWS = 4096
 _EXPORT_ROWS = 131072
 _EXPORT_BYTES = 1 << 24  # gives Parquet row groups of a useful size
 _TIMEOUT_SECONDS = 60.0  # for the transaction of another process
@@ -274,6 +276,8 @@ def connect(path, *, read_only=False):
     ------
     sqlite3.Error
         If it cannot be opened.
+    OSError
+        If it is not a store, or has another schema.
     """
     modes = ["mode=ro"] if read_only else ["mode=rw", "mode=ro"]
     log = Path(f"{path}-wal")
@@ -290,7 +294,7 @@ def connect(path, *, read_only=False):
         try:
             # Survives SIGKILL; a power cut may undo transactions since the checkpoint.
             db.execute("PRAGMA synchronous = NORMAL")
-            db.execute("PRAGMA application_id").fetchone()  # opens the file and its log
+            check_is_store(db, path)  # opens the file and its log
         except BaseException as error:
             db.close()
             if mode == modes[-1] or not is_disk_error(error):
@@ -487,11 +491,10 @@ def fetch(db, space, digests, cells):
         rows = db.execute(query + selection, (json.dumps(ids),))
     vectors = dict(rows.fetchall())
     blobs = [vectors.get(i) or b"" for i in ids]
+    keys = [digests[position] for position in cells["position"].tolist()]
     # With the digest, since a lookup in a damaged tree may find the row of another cell.
-    checksums = [
-        crc32(blob, crc32(digests[position]))
-        for blob, position in zip(blobs, cells["position"].tolist(), strict=True)
-    ]
+    checksums = map(crc32, blobs, map(crc32, keys))
+    checksums = np.fromiter(checksums, np.int64, len(blobs))
     sizes = np.fromiter(map(len, blobs), np.int64, len(blobs))
     is_intact = (sizes == cells["size"]) & (checksums == cells["checksum"])
     is_intact &= space.is_valid_size(sizes)
@@ -535,24 +538,41 @@ def _next_vector(db):
     return 1 if row is None else row[0] + 1
 
 
-def record_use(db, model, digests, cells, n_served):
-    """Update counts and the hour of last use, if the store can be written."""
-    if not n_served:
-        return
+def record_use(db, model, digests, cells):
+    """Update the hour of last use, if the store can be written."""
     hour = _hour()
     stale = cells["position"][cells["used"] < hour]
     rows = sorted((hour, model, digests[i]) for i in stale)
-    db.execute(f"PRAGMA busy_timeout = {int(_COUNTS_TIMEOUT_SECONDS * 1000)}")
-    with contextlib.suppress(sqlite3.OperationalError):
+    with _without_waiting(db):
         for start in range(0, len(rows), _LOOKUP_ROWS):
             with transaction(db):
                 db.executemany(
                     "UPDATE cells SET used = ? WHERE model = ? AND digest = ?",
                     rows[start : start + _LOOKUP_ROWS],
                 )
-        db.execute(
-            "UPDATE models SET served = served + ? WHERE id = ?", (n_served, model)
+
+
+def record_served(db, counts):
+    """Add numbers of served vectors by fingerprint; return whether they are written."""
+    rows = [(count, fingerprint) for fingerprint, count in counts.items()]
+    with _without_waiting(db), transaction(db):
+        db.executemany(
+            "UPDATE models SET served = served + ? WHERE fingerprint = ?", rows
         )
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _without_waiting(db):
+    """Skip the rest of a block if another process writes, or nothing can be written."""
+    db.execute(f"PRAGMA busy_timeout = {int(_COUNTS_TIMEOUT_SECONDS * 1000)}")
+    try:
+        yield
+    except sqlite3.OperationalError:
+        pass
+    finally:
+        db.execute(f"PRAGMA busy_timeout = {int(_TIMEOUT_SECONDS * 1000)}")
 
 
 def _hour():
@@ -697,16 +717,16 @@ def _file_system(path):
         mounts = _MOUNTS.read_text(errors="surrogateescape")
     except OSError:  # not Linux
         return None
-    real_path = Path(os.path.realpath(path))
+    real_path = os.path.realpath(path)
     kind, depth = None, 0
     for line in mounts.splitlines():
         _, mount, mount_kind, *_ = line.split(" ")
         # Special characters are in octal, a space as \040.
         mount = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount)
-        mount = Path(mount)
+        folder = mount.rstrip("/") + "/"
         # The deepest mount point contains the path, and the last if there are several.
-        if len(mount.parts) >= depth and real_path.is_relative_to(mount):
-            kind, depth = mount_kind, len(mount.parts)
+        if len(folder) >= depth and f"{real_path}/".startswith(folder):
+            kind, depth = mount_kind, len(folder)
     return kind
 
 

@@ -1,9 +1,11 @@
 """EmbeddingStore: one SQLite file of vectors that all processes share."""
 
+import atexit
 import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sqlite3
@@ -11,6 +13,7 @@ import threading
 import time
 import uuid
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,9 @@ _READ_BYTES = 3 << 17
 # For the tree of a million cells, since digests arrive in random order.
 _WRITE_CACHE_KIB = 65536
 _POLL_SECONDS = 0.05
+# Limits of the counts of reads that a process has not written yet.
+_UNWRITTEN_ROWS = 100
+_UNWRITTEN_SECONDS = 10.0
 _PRUNE_TO = 0.9  # of max_bytes, so that pruning is rare
 
 
@@ -152,8 +158,9 @@ class EmbeddingStore:
                         n_served += len(intact)
                         yield intact["position"], values
             finally:
-                if not self.read_only:
-                    database.record_use(db, model, digests, cells, n_served)
+                if not self.read_only and n_served:
+                    database.record_use(db, model, digests, cells)
+                    self._count_served(db, space.fingerprint, n_served)
             if damaged:
                 self._drop_damaged(db, model, digests, damaged)
 
@@ -240,9 +247,11 @@ class EmbeddingStore:
             `bytes` (of stored vectors), `encoded` (number of values ever encoded),
             `served` (number of values ever read), `hit_rate` (served / (served +
             encoded)), and `description` (all settings in JSON). If `encoded` exceeds
-            `rows`, vectors were encoded again, pruned or replaced.
+            `rows`, vectors were encoded again, pruned or replaced. A running process
+            may hold back the counts of its last small reads, of at most 100 values.
         """
         with self._connection() as db:
+            self._write_served(db)
             rows = db.execute(
                 "SELECT fingerprint, description, n_features, "
                 "(SELECT COUNT(*) FROM cells WHERE model = models.id), bytes, encoded, served "
@@ -379,7 +388,6 @@ class EmbeddingStore:
             database.readable_errors(path),
             contextlib.closing(database.connect(path, read_only=self.read_only)) as db,
         ):
-            database.check_is_store(db, path)
             yield db
 
     def _ensure_file(self):
@@ -411,6 +419,7 @@ class EmbeddingStore:
         """Run an operation that frees space, without a log if it has no space."""
         try:
             with self._connection() as db:
+                self._write_served(db)
                 return operation(db)
         except OSError as error:
             if not database.is_full(self._path(), error):
@@ -418,6 +427,23 @@ class EmbeddingStore:
         path = self._ensure_file()
         with database.readable_errors(path), database.connect_in_place(path) as db:
             return operation(db)
+
+    def _count_served(self, db, fingerprint, n_served):
+        """Count served vectors; the counts of small reads are written together."""
+        path = str(self._path())
+        _SERVED.add(path, fingerprint, n_served)
+        if _SERVED.is_due(path):
+            self._write_served(db)
+
+    def _write_served(self, db):
+        """Write the counts of this process, if the store can be written."""
+        if self.read_only:
+            return
+        path = str(self._path())
+        counts = _SERVED.pop(path)
+        if counts and not database.record_served(db, counts):
+            for fingerprint, n_served in counts.items():
+                _SERVED.add(path, fingerprint, n_served)
 
     def _fill_without_storing(self, space, digests, encode, claim_size):
         """Yield the vectors of all cells as `fill` does, for a read-only store."""
@@ -461,6 +487,52 @@ class EmbeddingStore:
             )
 
 
+class _ServedCounts:
+    """Numbers of vectors that this process has read, before they are written.
+
+    A transaction, and the checkpoint that follows it, takes longer than reading a row.
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        """Forget all counts; in a forked child, whose parent writes them."""
+        self._lock = threading.Lock()
+        self._counts: dict[str, Counter] = {}  # number by fingerprint, by path
+        self._written: dict[str, float] = {}  # time by path
+
+    def add(self, path, fingerprint, n_served):
+        with self._lock:
+            counts = self._counts.setdefault(path, Counter())
+            counts[fingerprint] += n_served
+
+    def is_due(self, path):
+        """Return whether the counts are large or old enough to be written."""
+        with self._lock:
+            age = time.monotonic() - self._written.get(path, -math.inf)
+            counts = self._counts.get(path, Counter())
+            return counts.total() > _UNWRITTEN_ROWS or age > _UNWRITTEN_SECONDS
+
+    def pop(self, path):
+        with self._lock:
+            self._written[path] = time.monotonic()
+            return self._counts.pop(path, Counter())
+
+    def write_all(self):
+        """Write all counts at the end of the process, to stores that still exist."""
+        for path in list(self._counts):
+            with contextlib.suppress(OSError, sqlite3.Error):
+                with contextlib.closing(database.connect(Path(path))) as db:
+                    database.record_served(db, self.pop(path))
+
+
+_SERVED = _ServedCounts()
+atexit.register(_SERVED.write_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_SERVED.reset)
+
+
 class _Session:
     """One run of `EmbeddingStore.fill`, which claims the cells that it encodes.
 
@@ -476,11 +548,11 @@ class _Session:
         self._owner = uuid.uuid4().hex
         self._lock = threading.RLock()
         self._ended = False
-        self._path = store._ensure_file()
-        with store._connection():
-            pass  # raises an error for a damaged file, or one that is not a store
         self._can_write = True
-        self._db = self._session_lock = None
+        self._session_lock = None
+        self._path = store._ensure_file()
+        with database.readable_errors(self._path):
+            self._db = database.connect(self._path)
 
     def run(self, encode, claim_size):
         """Yield the vectors of all cells, encoded by this session or another."""
@@ -611,13 +683,12 @@ class _Session:
                     stacklevel=2,
                 )
 
-    def _begin(self, _):
-        """Connect and lock the session's file, before there are claims."""
-        self._db = database.connect(self._path)
-        self._db.execute(f"PRAGMA cache_size = {-_WRITE_CACHE_KIB}")
+    def _begin(self, db):
+        """Lock the session's file, before there are claims."""
+        db.execute(f"PRAGMA cache_size = {-_WRITE_CACHE_KIB}")
         self._session_lock = FileLock(self._session_file(self._owner))
         self._session_lock.acquire()
-        self._delete_stale_claims(self._db)
+        self._delete_stale_claims(db)
 
     def _release(self):
         """Delete all claims. If this fails, unlocking the file makes them stale."""
