@@ -300,6 +300,133 @@ def test_images_are_prepared_one_by_one():
     assert max(most) <= joblib.cpu_count()
 
 
+class Decoded:
+    """Counts the decoded pixels that are in memory, in millions."""
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+        self.n_pixels = self.maximum = 0
+        self._lock = threading.Lock()
+
+    def decode(self, position):
+        with self._lock:
+            self.n_pixels += self.sizes[position]
+            self.maximum = max(self.maximum, self.n_pixels)
+        time.sleep(0.001)  # lets other threads start
+        return position
+
+    def free(self, positions):
+        with self._lock:
+            self.n_pixels -= sum(self.sizes[position] for position in positions)
+        return positions
+
+    def encode(self, encoding, on_error=None, decode=None):
+        backend = Backend(encoding)
+        backend.modality = "image"
+        return encode(
+            backend,
+            [range(len(self.sizes))],
+            decode or self.decode,
+            batch_size=None,
+            on_error=on_error,
+            n_pixels=lambda position: self.sizes[position] * 1_000_000,
+        )
+
+
+@pytest.fixture
+def eight_threads(monkeypatch):
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 8)
+
+
+# In millions of pixels; the budget is 64.
+LARGE = [12, 30, 1, 0, 50, 14, 64, 100, 3, 3, 70, 12, 12, 12, 12, 12, 12, 90] * 3
+
+
+def test_threads_decode_few_pixels_at_once(eight_threads):
+    decoded = Decoded([12] * 60)
+    encoding = Encoding(lambda cells: np.array(cells)[:, None], decoded.free)
+    values = np.concatenate([values for _, _, values in decoded.encode(encoding)])
+    assert values[:, 0].tolist() == list(range(60))
+    assert 24 <= decoded.maximum <= 64
+    assert decoded.n_pixels == 0
+
+
+def test_an_image_above_the_budget_is_decoded_on_its_own(eight_threads):
+    decoded = Decoded(LARGE)
+    encoding = Encoding(lambda cells: np.array(cells)[:, None], decoded.free)
+    values = np.concatenate([values for _, _, values in decoded.encode(encoding)])
+    assert values[:, 0].tolist() == list(range(len(LARGE)))
+    assert decoded.maximum == 100
+
+
+def test_images_of_a_model_without_prepare_are_few_in_a_batch_and_ahead_of_it(
+    eight_threads,
+):
+    decoded = Decoded([12] * 60)
+
+    def forward(cells):
+        time.sleep(0.005)
+        return np.array(decoded.free(cells))[:, None]
+
+    batches = [batch for batch, _, _ in decoded.encode(Encoding(forward))]
+    assert batches == [list(range(i, i + 5)) for i in range(0, 60, 5)]
+    # The batch, the budget of the threads, and the first cell of the next batch.
+    assert decoded.maximum <= 64 + 64 + 12
+
+
+def test_images_above_the_budget_without_prepare(eight_threads):
+    decoded = Decoded(LARGE)
+    forward = Encoding(lambda cells: np.array(decoded.free(cells))[:, None])
+    results = list(decoded.encode(forward))
+    positions = [position for _, done, _ in results for position in done]
+    assert positions == list(range(len(LARGE)))
+    for batch, _, _ in results:
+        assert len(batch) == 1 or sum(LARGE[position] for position in batch) <= 64
+    assert decoded.n_pixels == 0
+
+
+@pytest.mark.parametrize("has_prepare", [False, True])
+def test_cells_that_cannot_be_decoded_free_their_share(eight_threads, has_prepare):
+    decoded = Decoded([40] * 40)
+
+    def decode(position):
+        if position % 2:
+            raise ValueError("broken")
+        return position
+
+    errors = []
+    options = {"prepare": lambda cells: cells} if has_prepare else {}
+    results = decoded.encode(
+        Encoding(lambda cells: np.array(cells)[:, None], **options),
+        on_error=lambda error, position: errors.append(position),
+        decode=decode,
+    )
+    done = [position for _, done, _ in results for position in done]
+    assert done == list(range(0, 40, 2))
+    assert errors == list(range(1, 40, 2))
+
+
+def test_threads_that_wait_for_the_budget_end_with_the_consumer(eight_threads):
+    before = threading.active_count()
+    decoded = Decoded([40] * 40)
+    results = decoded.encode(Encoding(lambda cells: np.array(cells)[:, None]))
+    assert next(results)[0] == [0]
+    results.close()
+    assert threading.active_count() == before
+
+
+def test_an_unexpected_error_of_a_thread_is_raised_and_ends_the_others(eight_threads):
+    def fail(position):
+        raise RuntimeError("a bug")
+
+    before = threading.active_count()
+    decoded = Decoded([40] * 40)
+    forward = Encoding(lambda cells: np.array(cells)[:, None])
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(decoded.encode(forward, decode=fail))
+    assert threading.active_count() == before
+
+
 def test_a_forked_child_computes_with_torch():
     """Threads that the parent's torch has computed with are no more in the child."""
     code = """

@@ -14,8 +14,10 @@ from typing import Any
 
 import joblib
 
-_JOB_SIZES = {"text": 128, "image": 8}  # cells that a thread prepares at once
-_IMAGES_AHEAD = 32  # approximate number of images prepared while the model is busy
+_JOB_SIZES = {"text": 128, "image": 1}  # cells that a thread prepares at once
+_IMAGES_AHEAD = 32  # images prepared while the model is busy, or one for each thread
+# Pixels of decoded images that wait to be prepared, and those of a batch without `prepare`.
+_MAX_PIXELS = 64_000_000
 _LOADED_LIMIT = 4
 
 # Loaded models by key, with a lock for running them. Each model has its own lock, since
@@ -26,6 +28,10 @@ _LOADING = threading.RLock()  # guards _LOADED and loading, which is not thread-
 
 def _unit_cost(prepared: Any) -> int:
     return 1
+
+
+def _no_pixels(position: int) -> int:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class _Cell:
     position: int
     decoded: Any = None
     prepared: Any = None
-    cost: int = 0
+    cost: float = 0
     error: Exception | None = None
 
 
@@ -89,7 +95,48 @@ class _Cell:
 class _Limit:
     """Maximum cost of a batch, lowered when memory runs out."""
 
-    cost: int
+    cost: float
+
+
+class _PixelBudget:
+    """Number of pixels that the threads of one call may have in memory.
+
+    Jobs are admitted in their order, so that the pixels of later cells never keep the
+    next cell of the model waiting. A job above the limit is admitted on its own.
+    """
+
+    def __init__(self, limit):
+        self._limit = limit
+        self._n_pixels = 0
+        self._turn = 0  # number of admitted jobs
+        self._is_closed = False
+        self._changed = threading.Condition()
+
+    def acquire(self, turn, n_pixels) -> bool:
+        """Wait until a job is admitted; return False if the budget was closed."""
+
+        def is_admitted():
+            fits = self._n_pixels + n_pixels <= self._limit or self._n_pixels == 0
+            return self._is_closed or (turn == self._turn and fits)
+
+        with self._changed:
+            self._changed.wait_for(is_admitted)
+            self._turn += 1
+            self._n_pixels += n_pixels
+            self._changed.notify_all()
+            return not self._is_closed
+
+    def release(self, n_pixels):
+        """Return the pixels of a job."""
+        with self._changed:
+            self._n_pixels -= n_pixels
+            self._changed.notify_all()
+
+    def close(self):
+        """Admit no further job, and wake up the threads that wait."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
 
 
 def load_encoding(backend, choose_runtime) -> tuple[Encoding, threading.RLock]:
@@ -113,6 +160,7 @@ def encode(
     choose_runtime: Callable[[Encoding], Encoding] = in_torch,
     batch_size: int | None,
     on_error: Callable[[Exception, int], None],
+    n_pixels: Callable[[int], int] = _no_pixels,
 ) -> Iterator[tuple[list[int], list[int], Any]]:
     """Encode cells in batches, while threads prepare the following ones.
 
@@ -131,9 +179,13 @@ def encode(
         Takes an encoding, and returns it with a `forward` that runs its network.
     batch_size : int or None
         Number of cells in a batch. If None, limited by the budget of the encoding.
+        Batches of large images are smaller if the encoding does not prepare them.
     on_error : callable
         Takes an error of decoding and the position. If it returns, the cell is skipped;
         if it raises, all cells before it have been yielded.
+    n_pixels : callable
+        Takes a position and returns the number of pixels of the decoded cell, before it
+        is decoded; runs in threads. Limits the images that are in memory at full size.
 
     Yields
     ------
@@ -152,7 +204,8 @@ def encode(
     if batch_size is not None:
         encoding = replace(encoding, cost=_unit_cost, budget=batch_size)
     limit = _Limit(encoding.budget)
-    cells = _prepare_ahead(encoding, chain([first], chunks), decode, backend.modality)
+    chunks = chain([first], chunks)
+    cells = _prepare_ahead(encoding, chunks, decode, n_pixels, backend.modality)
     # Closed explicitly: the frames of an error would keep the threads alive.
     with contextlib.closing(cells):
         for batch in _batches(cells, limit):
@@ -163,33 +216,49 @@ def encode(
                 yield from _forward(encoding, lock, batch, limit)
 
 
-def _prepare_ahead(encoding, chunks, decode, modality) -> Iterator[_Cell]:
+def _prepare_ahead(encoding, chunks, decode, n_pixels, modality) -> Iterator[_Cell]:
     """Decode and prepare cells in threads, a few jobs ahead of the consumer."""
-    n_threads, size = 1, _JOB_SIZES[modality]  # fast tokenizers have their own threads
+    n_threads, n_ahead = 1, 2  # fast tokenizers have their own threads
     if modality == "image":
         n_threads = joblib.cpu_count()
-        # Images of a backend without `prepare` wait at their full size.
-        size = max(1, min(size, _IMAGES_AHEAD // n_threads))
+        n_ahead = max(_IMAGES_AHEAD, n_threads + 1)
+    budget = _PixelBudget(_MAX_PIXELS)
+    # Without `prepare`, images keep their size until the model has run.
+    keeps_pixels = encoding.prepare is list
 
-    def prepare(positions):
-        # Images one by one, so that few are in memory at their full size.
-        step = 1 if modality == "image" else len(positions)
-        cells = []
-        for group in _slices(positions, step):
-            cells += _prepare_group(encoding, group, decode)
-        return sorted(cells, key=lambda cell: -cell.cost)
+    def prepare(turn, positions):
+        n_held = sum(map(n_pixels, positions))
+        if not budget.acquire(turn, n_held):
+            return [], 0
+        cells = _prepare_group(encoding, positions, decode)
+        if keeps_pixels:
+            for cell in cells:
+                pixel_cost = encoding.budget * n_held / _MAX_PIXELS
+                cell.cost = max(cell.cost, pixel_cost)
+        else:
+            budget.release(n_held)
+            n_held = 0
+        return sorted(cells, key=lambda cell: -cell.cost), n_held
+
+    def take(future):
+        cells, n_held = future.result()
+        yield from cells
+        budget.release(n_held)
 
     pool = ThreadPoolExecutor(n_threads)
     try:
         futures = deque()
-        for chunk in chunks:
-            for job in _slices(chunk, size):
-                futures.append(pool.submit(prepare, job))
-                if len(futures) > n_threads + 1:
-                    yield from futures.popleft().result()
+        jobs = chain.from_iterable(
+            _slices(chunk, _JOB_SIZES[modality]) for chunk in chunks
+        )
+        for turn, job in enumerate(jobs):
+            futures.append(pool.submit(prepare, turn, job))
+            if len(futures) > n_ahead:
+                yield from take(futures.popleft())
         while futures:
-            yield from futures.popleft().result()
+            yield from take(futures.popleft())
     finally:
+        budget.close()
         pool.shutdown(cancel_futures=True)
 
 
