@@ -1,6 +1,7 @@
 """Backends of users' own: what CallableBackend asks for, accepts and refuses."""
 
 import functools
+import io
 import pickle
 import warnings
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from joblib import wrap_non_picklable_objects
+from PIL import Image
 
 from sklembed import CallableBackend, FrozenEncoder
 
@@ -188,3 +190,46 @@ def test_a_pickle_that_carries_a_model_along_is_warned_of_once():
         pickled(pickle.loads(content))
         pickled(encoder_of(loads_inside, "loads inside", n_features=1))
     np.testing.assert_array_equal(pickle.loads(content).transform(["a"]), [[0]])
+
+
+def image_encoder(name, **options):
+    def load():
+        return lambda images: np.array([image.size for image in images])
+
+    backend = CallableBackend(
+        load, name=name, version="1", modality="image", n_features=2, **options
+    )
+    return FrozenEncoder(backend, store=None)
+
+
+def test_jpegs_are_reduced_for_a_model_with_an_image_size():
+    buffer = io.BytesIO()
+    Image.new("RGB", (256, 512)).save(buffer, "JPEG")
+    photograph = buffer.getvalue()
+    pixels = np.zeros((512, 256, 3), dtype=np.uint8)
+    vectors = image_encoder("sizes", image_size=32).transform([photograph, pixels])
+    assert vectors.tolist() == [[128, 256], [256, 512]]
+    vectors = image_encoder("sizes").transform([photograph, pixels])
+    assert vectors.tolist() == [[256, 512], [256, 512]]
+
+
+def test_only_an_image_size_changes_the_fingerprint_of_an_image_encoder():
+    fingerprints = set()
+    for image_size in (None, 32, 64):
+        encoder = image_encoder("n", image_size=image_size)
+        fingerprints.add(encoder.fingerprint())
+    assert len(fingerprints) == 3
+    assert "39c6c9d16a4396c37eadf1972f83ebb0" in fingerprints  # existing stores
+
+
+@pytest.mark.parametrize("image_size", [0, -1, 2.5, "224", (224, 224)])
+def test_an_image_size_is_a_positive_integer(image_size):
+    with pytest.raises(ValueError, match="positive integer, or None; got"):
+        image_encoder("n", image_size=image_size)
+
+
+def test_texts_have_no_image_size():
+    with pytest.raises(ValueError, match="no effect: the cells are text"):
+        CallableBackend(
+            list, name="n", version="1", modality="text", n_features=1, image_size=1
+        )

@@ -21,7 +21,7 @@ from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes
 from PIL import Image, ImageFile, ImageOps
 
 from sklembed.encoders import cells
-from sklembed.encoders.cells import decode, identify, is_missing
+from sklembed.encoders.cells import decode, identify, is_missing, n_pixels
 
 # Every run draws the same examples and stores none on disk.
 many_examples = settings(
@@ -825,3 +825,122 @@ def test_any_object_is_missing_or_decoded_or_an_error_that_names_its_type(
         assert "there is no file" in str(error)
     else:
         assert isinstance(decoded, str if modality == "text" else Image.Image)
+
+
+def photograph(size, mode="RGB", format="JPEG", **options):
+    """Encode a smooth image, which looks alike at any size."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (4, 3, 3), dtype=np.uint8))
+    large = small.resize(size, Image.Resampling.BICUBIC).convert(mode)
+    return encoded(large, format, quality=95, **options)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((640, 512), (80, 64)),
+        ((632, 512), (79, 64)),
+        ((636, 512), (159, 128)),  # no multiple of 8
+        ((634, 512), (317, 256)),
+        ((635, 512), (635, 512)),
+        ((640, 504), (160, 126)),  # 504 / 8 pixels are fewer than 4 * 16
+        ((120, 640), (120, 640)),
+    ],
+)
+def test_a_jpeg_is_reduced_by_an_exact_divisor_to_at_least_the_size_for_the_model(
+    size, expected
+):
+    assert decode(photograph(size), "image", min_size=16).size == expected
+    assert decode(photograph(size), "image").size == size
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_reduced_jpeg_has_the_pixels_and_orientation_of_the_full_one(
+    mode, orientation, progressive
+):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = photograph((640, 512), mode, exif=exif, progressive=progressive)
+    full = decode(data, "image")
+    reduced = decode(data, "image", min_size=16)
+    assert reduced.mode == "RGB"
+    assert reduced.size == (full.width // 8, full.height // 8)
+    expected, pixels = (np.asarray(i.resize((16, 16)), float) for i in (full, reduced))
+    assert np.abs(pixels - expected).max() <= 4
+    assert np.ptp(expected) > 100
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+def test_other_formats_are_decoded_at_full_size(format):
+    data = photograph((640, 512), format=format)
+    assert decode(data, "image", min_size=16).size == (640, 512)
+
+
+def test_an_image_in_memory_keeps_its_size_and_its_hash():
+    """A lazily opened JPEG may be read by others, so it is not reduced in place."""
+    lazy = Image.open(BytesIO(photograph((640, 512))))
+    digest = identify(lazy, "image")
+    opened_again = Image.open(BytesIO(photograph((640, 512))))
+    decoded = decode(opened_again, "image", digest, min_size=16)
+    assert decoded.size == opened_again.size == (640, 512)
+    assert identify(opened_again, "image") == digest
+
+
+def test_the_limit_of_pixels_is_that_of_the_full_image(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 512 - 1)
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(ValueError, match="it has 327680 pixels"),
+    ):
+        decode(photograph((640, 512)), "image", min_size=16)
+
+
+def test_a_lossless_jpeg_is_decoded_at_full_size():
+    """libjpeg cannot reduce it."""
+
+    def segment(marker, content):
+        return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+    frame = struct.pack(">BHH", 8, 512, 640) + bytes([1, 1, 0x11, 0])
+    codes = bytes([0, 1, *[0] * 15, 0])  # one code for a difference of zero
+    scan = bytes([1, 1, 0, 1, 0, 0])
+    segments = segment(0xC3, frame) + segment(0xC4, codes) + segment(0xDA, scan)
+    data = b"\xff\xd8" + segments + bytes(640 * 512 // 8) + b"\xff\xd9"
+    decoded = decode(data, "image", min_size=16)
+    assert decoded.size == (640, 512)
+    assert decoded.getextrema() == ((128, 128),) * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"format": "PNG"}, 640 * 512),
+        ({}, 80 * 64),
+        ({"progressive": True}, 640 * 512),  # libjpeg keeps all coefficients
+    ],
+)
+def test_pixels_are_counted_by_the_header(options, expected, tmp_path):
+    data = photograph((640, 512), **options)
+    path = tmp_path / "image"
+    path.write_bytes(data[: len(data) // 2])
+    cells_of_one_image = [data, path, str(path), {"bytes": data}, {"path": path}]
+    for cell in cells_of_one_image:
+        assert n_pixels(cell, "image", min_size=16) == expected
+        assert n_pixels(cell, "image") == 640 * 512
+
+
+@pytest.mark.parametrize(
+    ("cell", "modality", "expected"),
+    [
+        (np.zeros((5, 4, 3), np.uint8), "image", 20),
+        (Image.new("RGB", (5, 4)), "image", 20),
+        (b"no image", "image", 0),
+        ("no/such/file.png", "image", 0),
+        (3, "image", 0),
+        ("text", "text", 0),
+    ],
+)
+def test_pixels_of_other_cells(cell, modality, expected):
+    assert n_pixels(cell, modality) == expected

@@ -1,10 +1,12 @@
 """Checkpoints through transformers: each vector against a forward pass of the row alone."""
 
+import io
 import json
 import os
 import pickle
 import shutil
 from hashlib import blake2b
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -1558,6 +1560,73 @@ def test_the_grid_of_a_processor_that_keeps_proportions_is_unknown(
     hf.CLIPImageProcessorPil(**options).save_pretrained(path)
     with pytest.raises(ValueError, match="keeps the proportions of an image"):
         FrozenEncoder(path, output="tokens").grid_shape()
+
+
+def test_the_size_of_images_is_read_without_loading_a_processor(checkpoints):
+    sizes = {}
+    for family in ("vit", "clip", "bert"):
+        modality = "image" if family == "clip" else "auto"
+        encoder = FrozenEncoder(checkpoints[family], modality=modality)
+        with mock.patch.object(hf.AutoImageProcessor, "from_pretrained"):
+            sizes[family] = encoder._backend().image_size
+    assert sizes == {"vit": 32, "clip": 32, "bert": None}
+    text_tower = FrozenEncoder(checkpoints["clip"], modality="text")
+    assert text_tower._backend().image_size is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "image_size"),
+    [
+        ({"image_processor_type": "BitImageProcessor", "size": 24}, 24),
+        ({"image_processor_type": "ViTImageProcessorFast", "size": 24}, 24),
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "size": 24}, 24),
+        ({"size": {"height": 24, "width": 48}}, 48),
+        ({"size": {"shortest_edge": 24}}, 24),
+        ({"size": {"shortest_edge": 24, "longest_edge": 48}}, None),
+        ({"size": [24, 24]}, None),
+        ({"size": 24, "do_resize": False}, None),
+        ({"size": 24, "resample": 0}, None),  # single pixels
+        ({"size": 24, "auto_map": {}}, None),  # code from the hub
+        ({"size": 24, "image_processor_type": "ConvNextImageProcessor"}, None),
+        ({"size": 24, "image_processor_type": "PerceiverImageProcessor"}, None),
+    ],
+)
+def test_images_are_reduced_only_for_processors_that_resize_them(
+    checkpoints, tmp_path, settings, image_size
+):
+    path = tmp_path / "vit"
+    shutil.copytree(checkpoints["vit"], path)
+    if "feature_extractor_type" not in settings:
+        settings = {"image_processor_type": "ViTImageProcessor"} | settings
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert FrozenEncoder(path)._backend().image_size == image_size
+
+
+def test_nested_settings_of_an_image_processor_have_precedence(checkpoints, tmp_path):
+    path = tmp_path / "vit"
+    shutil.copytree(checkpoints["vit"], path)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": 40}
+    nested = json.dumps({"image_processor": settings})
+    (path / "processor_config.json").write_text(nested)
+    encoder = FrozenEncoder(path)
+    assert encoder._backend().image_size == 40
+    processor = hf.AutoImageProcessor.from_pretrained(path, backend="pil")
+    assert processor.size.height == 40
+
+
+def test_a_photograph_is_reduced_for_a_checkpoint(checkpoints):
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    large = colours.resize((1024, 1024), Image.Resampling.BICUBIC)
+    large.save(buffer, "JPEG", quality=95)
+    encoder = FrozenEncoder(checkpoints["vit"], store=None)
+    decoded = Image.open(io.BytesIO(buffer.getvalue()))
+    decoded.load()  # in memory, so not reduced
+    reduced, full = encoder.transform([buffer.getvalue(), decoded])
+    assert not np.array_equal(reduced, full)
+    np.testing.assert_allclose(reduced, full, atol=0.05)
+    assert encoder._backend_and_space()[1].description["draft"] == 4 * 32
 
 
 def test_tokens_of_a_short_text_leave_an_unpooled_prompt_out(checkpoints, tmp_path):

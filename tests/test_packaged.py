@@ -128,6 +128,22 @@ def test_loading_is_silent_and_keeps_the_random_state(installed, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_vectors_of_a_reduced_photograph_are_those_of_the_full_one(installed):
+    """Smooth colours with the noise of a camera, 8 and 4 times the size of the input."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    smooth = Image.fromarray(colours).resize((2400, 1800), Image.Resampling.BICUBIC)
+    noisy = np.asarray(smooth) + rng.normal(0, 8, (1800, 2400, 3))
+    photograph = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    buffer = io.BytesIO()
+    photograph.save(buffer, "JPEG", quality=90)
+    decoded = Image.open(io.BytesIO(buffer.getvalue()))
+    decoded.load()  # in memory, so not reduced
+    reduced, full = encode([buffer.getvalue(), decoded])
+    cosine = reduced @ full / np.linalg.norm(reduced) / np.linalg.norm(full)
+    assert 0.998 < cosine < 1 - 1e-7
+
+
 def test_configurations_have_keys_of_their_own(installed):
     calls = [{}, {"stride": 32}, {"stride": 16}, {"side": 1}, {"side": 2}]
     calls += [{"stride": 16, "side": 2}]

@@ -17,6 +17,11 @@ from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageErr
 # Part of every fingerprint. Increase it when a decoding rule below changes, so that vectors
 # made under the old rule are not returned under the new one.
 DECODING_VERSION = 2
+# Minimum sides of a JPEG image that is decoded at reduced size, relative to the input of the
+# model. Part of the fingerprints of encoders with an `image_size`. On 78 photographs, vectors
+# of EfficientNet-lite0 had a cosine similarity above 0.998 (median 0.9997) with those of the
+# full image. Saving an image again at quality 95 changes them as much.
+DRAFT_RATIO = 4
 
 _DIGEST_SIZE = 16  # bytes; a collision becomes likely at 2**64 cells
 # In bytes. An image within Pillow's limit of pixels is smaller, even uncompressed.
@@ -137,8 +142,55 @@ def names_image_file(cell: str) -> bool:
     return os.path.splitext(cell)[1].lower() in _IMAGE_SUFFIXES and os.path.isfile(cell)
 
 
+def n_pixels(
+    cell, modality: str, settings: dict | None = None, min_size: int | None = None
+) -> int:
+    """Return the number of pixels that `decode` has in memory, from the header of a file.
+
+    Parameters
+    ----------
+    cell : object
+        The cell, which is not missing.
+    modality : {"text", "image"}
+        Modality of the cell.
+    settings, min_size
+        As in `decode`.
+
+    Returns
+    -------
+    n_pixels : int
+        Number of pixels; 0 for texts, and for images that cannot be opened.
+    """
+    if modality == "text":
+        return 0
+    content = _unwrap(cell) if isinstance(cell, dict) else cell
+    if isinstance(content, Image.Image):
+        return content.width * content.height
+    if isinstance(content, np.ndarray):
+        return int(np.prod(content.shape[:2]))
+    settings = settings or {}
+    try:
+        with _pillow_settings(settings.get("limits", {})):
+            _register_openers(settings.get("openers", {}))
+            if isinstance(content, bytes | bytearray | memoryview):
+                content = BytesIO(content)
+            elif not os.path.isfile(content):  # opening a pipe could block
+                return 0
+            with Image.open(content) as image:
+                # libjpeg keeps a progressive image in memory at its full size.
+                if min_size is not None and not image.info.get("progressive"):
+                    _draft(image, min_size)
+                return image.width * image.height
+    except Exception:  # raised again by `decode`, with a message
+        return 0
+
+
 def decode(
-    cell, modality: str, digest: bytes | None = None, settings: dict | None = None
+    cell,
+    modality: str,
+    digest: bytes | None = None,
+    settings: dict | None = None,
+    min_size: int | None = None,
 ):
     """Decode a cell to the input of backends: valid UTF-8 text or an upright RGB image.
 
@@ -158,6 +210,12 @@ def decode(
     settings : dict or None
         The `image_settings` of the process in which the encoder was pickled. Limits
         that the user has changed in this process take precedence.
+    min_size : int or None
+        Smaller side, in pixels, to which the model resizes images. If not None, a JPEG
+        file is decoded at 1/8, 1/4 or 1/2 of its size, which is faster and needs less
+        memory, if both sides are multiples of the divisor and stay at least
+        `DRAFT_RATIO` times `min_size`. Pixels differ slightly from the resized full
+        image. Images in memory and other formats are decoded at full size.
 
     Returns
     -------
@@ -180,7 +238,7 @@ def decode(
     if digest is not None and _hash_image(source) != digest:
         raise ValueError("the image was changed while it was being encoded. Run again")
     if isinstance(source, bytes):
-        return _to_rgb(source, cell, settings)
+        return _to_rgb(source, cell, settings, min_size)
     return source
 
 
@@ -288,13 +346,13 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _to_rgb(source, cell, settings) -> Image.Image:
+def _to_rgb(source, cell, settings, min_size=None) -> Image.Image:
     """Decode encoded bytes or an image in memory to RGB; messages name the `cell`."""
     settings = settings or {}
     try:
         with _pillow_settings(settings.get("limits", {})):
             unavailable = _register_openers(settings.get("openers", {}))
-            return _upright_rgb_without_warnings(source)
+            return _upright_rgb_without_warnings(source, min_size)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise errors of any type
@@ -310,21 +368,21 @@ def _to_rgb(source, cell, settings) -> Image.Image:
         ) from error
 
 
-def _upright_rgb_without_warnings(source) -> Image.Image:
+def _upright_rgb_without_warnings(source, min_size) -> Image.Image:
     """Decode an image, also where a filter of the process turns warnings into errors.
 
     Worker processes do not inherit such filters. An image must be readable in all
     processes or in none.
     """
     try:
-        return _upright_rgb(source)
+        return _upright_rgb(source, min_size)
     except Warning:
         with _PILLOW_LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _upright_rgb(source)
+            return _upright_rgb(source, min_size)
 
 
-def _upright_rgb(source) -> Image.Image:
+def _upright_rgb(source, min_size) -> Image.Image:
     image = source
     if isinstance(source, bytes):
         image = Image.open(BytesIO(source))
@@ -333,6 +391,8 @@ def _upright_rgb(source) -> Image.Image:
             raise ValueError(
                 "it is PostScript, which Ghostscript would have to execute"
             )
+        if min_size is not None:
+            _draft(image, min_size)
     _load(image)
     rgb = _turn_upright(_flatten(image), image)
     rgb.info = {}  # a processor might apply an orientation in it again
@@ -348,6 +408,19 @@ def _check_n_pixels(image: Image.Image) -> None:
             f"it has {n_pixels} pixels, and PIL.Image.MAX_IMAGE_PIXELS is {limit}; raise this "
             "limit if you trust the image"
         )
+
+
+def _draft(image: Image.Image, min_size: int) -> None:
+    """Reduce the size at which a JPEG file will be decoded, if it is large enough."""
+    if not getattr(image, "quantization", None):  # no JPEG, or a lossless one
+        return
+    for divisor in (8, 4, 2):
+        size = image.width // divisor, image.height // divisor
+        # A partial pixel at the border would stretch the image.
+        is_exact = image.width % divisor == 0 and image.height % divisor == 0
+        if is_exact and min(size) >= DRAFT_RATIO * min_size:
+            image.draft(None, size)
+            return
 
 
 @contextmanager

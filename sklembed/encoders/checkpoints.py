@@ -314,16 +314,18 @@ class Checkpoint:
             else:
                 check_file(path)
 
-    def check_image_processor(self) -> None:
-        """Download and check the files of the image processor.
+    def image_processor(self) -> dict[str, Any]:
+        """Download and check the files of the image processor, and return its settings.
 
         Raises
         ------
         OSError
             If a file could not be downloaded, is a git-lfs pointer or damaged.
         """
-        for name in _IMAGE_PROCESSOR_FILES:
-            _read_json(self, name)
+        preprocessor, processor = [
+            _read_json(self, name) or {} for name in _IMAGE_PROCESSOR_FILES
+        ]
+        return processor.get("image_processor") or preprocessor
 
     def tensors(self, folder: str) -> dict[str, Any]:
         """Load the weights of one module of a sentence-transformers model.

@@ -25,10 +25,12 @@ from sklembed._table.columns import output_container
 from sklembed.encoders.backends import MODALITIES
 from sklembed.encoders.cells import (
     DECODING_VERSION,
+    DRAFT_RATIO,
     decode,
     identify,
     image_settings,
     is_missing,
+    n_pixels,
     names_image_file,
     shorten,
 )
@@ -791,10 +793,16 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         follow in a separate batch, so that the vectors before an error are stored.
         """
         settings = getattr(self, "_image_settings", None)
+        image_size = getattr(backend, "image_size", None)
 
         def decode_cell(i):
             cell, key = column.cells[rows[i]], column.keys[rows[i]]
-            return decode(cell, backend.modality, key, settings)
+            return decode(cell, backend.modality, key, settings, image_size)
+
+        def count_pixels(i):
+            return n_pixels(
+                column.cells[rows[i]], backend.modality, settings, image_size
+            )
 
         batches = encode(
             backend,
@@ -803,6 +811,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             choose_runtime=plan.apply,
             batch_size=None if self.batch_size == "auto" else self.batch_size,
             on_error=lambda error, i: self._raise_or_record(error, column, rows[i]),
+            n_pixels=count_pixels,
         )
         for batch, done, values in batches:
             if not done:
@@ -1100,6 +1109,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             "decoding": DECODING_VERSION,
             "store_dtype": self._store_dtype(),
         }
+        image_size = getattr(backend, "image_size", None)
+        if image_size is not None:  # JPEG files are decoded at reduced size
+            description["draft"] = DRAFT_RATIO * image_size
         key = {name: value for name, value in description.items() if name != "label"}
         text = json.dumps(key, sort_keys=True)
         return Space(

@@ -46,6 +46,11 @@ _WITH_CLASS_TOKEN = {
     "vit_msn",
 }
 _RANDOM = {"vit_mae"}
+# Image processors that begin by resizing the whole image to the size in their file.
+_PLAIN_IMAGE_PROCESSOR = re.compile(
+    "(Bit|CLIP|DeiT|Siglip|ViT)(ImageProcessor|FeatureExtractor)(Fast|Pil)?"
+)
+_NEAREST = 0  # Pillow's filter that keeps single pixels instead of averaging
 # Names of the width of the hidden states in configurations.
 _WIDTHS = (
     "hidden_size",
@@ -169,6 +174,35 @@ class HuggingFaceBackend:
                 f"{n_positions} tokens. Leave max_length=None, or lower it."
             )
         return int(max_length)
+
+    @functools.cached_property
+    def image_size(self) -> int | None:
+        """Smaller side to which images are resized; None if unknown, and for texts.
+
+        Read from the files of the image processor, which is not loaded.
+
+        Raises
+        ------
+        OSError
+            If a file could not be downloaded or is damaged.
+        """
+        if self.modality == "text":
+            return None
+        settings = self.checkpoint.image_processor()
+        types = ("image_processor_type", "feature_extractor_type")
+        names = [settings[key] for key in types if key in settings]
+        is_plain = names and _PLAIN_IMAGE_PROCESSOR.fullmatch(names[0])
+        has_own_code = "auto_map" in settings
+        is_resized = settings.get("do_resize", True)
+        is_averaged = settings.get("resample") != _NEAREST
+        if has_own_code or not (is_plain and is_resized and is_averaged):
+            return None
+        size = settings.get("size")
+        if isinstance(size, dict) and size.keys() == {"height", "width"}:
+            size = max(size.values())
+        elif isinstance(size, dict) and size.keys() == {"shortest_edge"}:
+            size = size["shortest_edge"]
+        return size if isinstance(size, int) else None
 
     @property
     def grid_shape(self) -> tuple[int, int]:
@@ -889,7 +923,7 @@ def _load_tokenizer(checkpoint):
 def _load_image_processor(checkpoint):
     from transformers import AutoImageProcessor
 
-    checkpoint.check_image_processor()
+    checkpoint.image_processor()  # an error names a damaged file
     # Pillow resizes identically on every machine; torchvision, if installed, does not.
     return AutoImageProcessor.from_pretrained(backend="pil", **checkpoint.source())
 

@@ -151,6 +151,7 @@ def efficientnet_lite(size, *, stride=None, side=None):
         version=version,
         modality="image",
         n_features=widths[map_stride],
+        image_size=image_size,
     )
 
 
