@@ -8,6 +8,7 @@ import sys
 import warnings
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -1061,3 +1062,55 @@ def test_warnings_that_are_errors_make_no_image_unreadable(image_backend):
         warnings.simplefilter("ignore")
         lenient = encoder.transform([buffer.getvalue()])
     np.testing.assert_array_equal(strict, lenient)
+
+
+# Cost of a column
+
+
+def test_an_estimate_counts_cells_and_scales_a_sample(counting, store, monkeypatch):
+    backend, seen = counting
+    texts = ["a" * n for n in range(1, 101)]
+    encoder = FrozenEncoder(backend, store=store)
+    encoder.transform(texts[:20])
+    clock = SimpleNamespace(perf_counter=iter([10.0, 12.0]).__next__)
+    monkeypatch.setattr("sklembed.encoders.frozen.time", clock)
+    estimate = encoder.estimate([*texts, texts[0], None], n_samples=8)
+    monkeypatch.undo()
+    assert estimate == {
+        "cells": 100,
+        "stored": 20,
+        "seconds": 20.0,  # 2 seconds for 8 of 80 cells
+        "megabytes": 80 * 9 * 4 / 1e6,
+    }
+    assert len(seen) == 28
+    assert {len(text) for text in seen[20:]} == set(range(26, 101, 10))
+    assert encoder.stats()["encoded"] == 28  # the sample is stored
+
+
+def test_an_estimate_of_stored_cells_encodes_nothing(counting, store):
+    backend, seen = counting
+    encoder = FrozenEncoder(backend, store=store)
+    encoder.transform(TEXTS)
+    n_seen = len(seen)
+    estimate = encoder.estimate(TEXTS)
+    assert estimate == {"cells": 3, "stored": 3, "seconds": 0.0, "megabytes": 0.0}
+    assert len(seen) == n_seen
+    with pytest.raises(ValueError, match="n_samples must be at least 1"):
+        encoder.estimate(TEXTS, n_samples=0)
+
+
+def test_warm_up_loads_the_model(store):
+    n_loads = []
+
+    def load():
+        n_loads.append(1)
+        return lambda texts: np.ones((len(texts), 2))
+
+    backend = CallableBackend(
+        load, name="warm", version="1", modality="text", n_features=2
+    )
+    encoder = FrozenEncoder(backend, store=store)
+    assert encoder.warm_up() is encoder
+    assert n_loads == [1]
+    encoder.transform(["a"])
+    assert n_loads == [1]

@@ -333,7 +333,9 @@ def test_decoders_keep_no_keys_and_values(checkpoints, family):
     backend = FrozenEncoder(checkpoints[family])._backend()
     loaded = backend.load()
     with torch.inference_mode():
-        output = loaded.model(input_ids=torch.ones(1, 4, dtype=torch.long))
+        output = loaded.model_of(backend)[0](
+            input_ids=torch.ones(1, 4, dtype=torch.long)
+        )
     assert getattr(output, "past_key_values", None) is None
 
 

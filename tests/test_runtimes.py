@@ -3,10 +3,13 @@
 import errno
 import json
 import logging
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from functools import partial
 
 import numpy as np
@@ -49,6 +52,7 @@ def forget_models(monkeypatch):
 def forget():
     inference._LOADED.clear()
     runtimes._LOADED.clear()
+    runtimes._CHECKED.clear()
     runtimes._LOGGED.clear()
 
 
@@ -163,7 +167,7 @@ def test_a_network_is_exported_once_and_the_next_process_loads_no_weights(
     encoder.transform(texts[:35])
     forget()
     monkeypatch.setattr(
-        HuggingFaceBackend, "_load_model", lambda self: pytest.fail("weights loaded")
+        HuggingFaceBackend, "load_model", lambda self: pytest.fail("weights loaded")
     )
     assert np.isfinite(encoder.transform(texts)).all()
     assert len(exports) == 1
@@ -209,6 +213,34 @@ def test_few_cells_do_not_settle_the_check(checkpoints, store, monkeypatch):
         encoder.transform(make_texts(n_texts))
     n_trial = 3
     assert checked == [3 + n_trial, 37 + n_trial]  # 37 of 40 were not stored
+
+
+def test_a_process_checks_once(checkpoints, store, monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        runtimes, "_largest_error", lambda *arguments: checked.append(1) or 0.0
+    )
+    encoder = FrozenEncoder(checkpoints["bert"], store=store, runtime="openvino")
+    encoder.warm_up()
+    for text in make_texts(5):
+        encoder.transform([text])
+    assert checked == [1]
+    assert encoder.stats()["runtime"] == "openvino"
+
+
+def test_settings_that_a_check_depends_on_have_verdicts_of_their_own(
+    checkpoints, store, monkeypatch
+):
+    exports = count_exports(monkeypatch)
+    texts = make_texts()
+    for parameters in ({"max_length": 4}, {"max_length": 20}, {"pooling": "cls"}):
+        encoder = FrozenEncoder(
+            checkpoints["bert"], store=store, runtime="openvino", **parameters
+        )
+        assert encoder.stats()["runtime"] == "torch"
+        encoder.transform(texts)
+        assert encoder.stats()["runtime"] == "openvino"
+    assert len(exports) == 1
 
 
 # The directory of networks
@@ -265,7 +297,7 @@ def test_a_damaged_network_is_exported_again(checkpoints, store, monkeypatch, da
 
 
 def test_a_half_written_export_is_not_used(checkpoints, store, monkeypatch):
-    def die(network, inputs, folder, precision):
+    def die(network, inputs, precision, folder):
         (folder / "network.xml").write_text("<net")
         raise KeyboardInterrupt
 
@@ -394,11 +426,11 @@ def logged(caplog):
     return [record for record in caplog.records if record.name == "sklembed"]
 
 
-def export_nothing(network, inputs, folder, precision):
+def export_nothing(network, inputs, precision, folder):
     (folder / "network.onnx").touch()
 
 
-def fail_to_export(network, inputs, folder, precision):
+def fail_to_export(network, inputs, precision, folder):
     raise RuntimeError("no operator 'aten::none'")
 
 
@@ -435,7 +467,7 @@ def test_torch_replaces_a_runtime_that_fails(
 def test_the_next_runtime_is_tried(checkpoints, store, monkeypatch):
     modules = []
 
-    def export(network, inputs, folder, precision):
+    def export(network, inputs, precision, folder):
         modules.append(network.module())
 
     def load(folder, precision, n_threads):
@@ -459,6 +491,50 @@ def test_a_loaded_network_that_fails_later_is_replaced(checkpoints, store, monke
     assert encoder.stats()["runtime"] == "torch"
 
 
+def test_torch_runs_a_batch_that_the_runtime_cannot(store, caplog):
+    """The shape of images is part of the exported network."""
+
+    def load():
+        pool = torch.nn.AdaptiveAvgPool2d(1)
+        module = torch.nn.Sequential(pool, torch.nn.Flatten())
+
+        def prepare(image):
+            return np.asarray(image, dtype=np.float32).transpose(2, 0, 1)
+
+        return prepare, module
+
+    backend = CallableBackend(
+        load, name="mean", version="1", modality="image", n_features=3
+    )
+    encoder = FrozenEncoder(backend, store=store, runtime="openvino", batch_size=1)
+    encoder.warm_up()  # without a cell, nothing is exported
+    assert store.networks().empty
+    pixels = np.random.default_rng(0).integers(0, 256, (34, 32, 24, 3), dtype=np.uint8)
+    encoder.transform(list(pixels))
+    assert encoder.stats()["runtime"] == "openvino"
+    wide = pixels[0, :20]
+    np.testing.assert_allclose(
+        encoder.transform([wide])[0], wide.mean((0, 1)), rtol=1e-5
+    )
+    assert "torch runs a batch of mean" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_loads_the_network_again(checkpoints, store):
+    encoder = FrozenEncoder(checkpoints["bert"], store=store, runtime="openvino")
+    texts = make_texts(80)
+    encoder.transform(texts[:40])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads and fork
+        child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        vectors = encoder.transform(texts)
+        os._exit(0 if np.isfinite(vectors).all() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert encoder.stats()["encoded"] == len(texts)
+
+
 def test_a_full_disk_is_not_held_against_the_network(
     checkpoints, store, monkeypatch, caplog
 ):
@@ -478,9 +554,10 @@ def test_a_network_that_kills_two_processes_is_refused(tmp_path):
     entry = NetworkEntry.of(tmp_path, {"key": "a"}, model="deadly")
     entry.folder.mkdir()
     (entry.folder / "attempt-1").touch()
-    with entry.attempt():
+    with entry.attempt():  # a success forgets one that died
         pass
     (entry.folder / "attempt-2").touch()
+    (entry.folder / "attempt-3").touch()
     with pytest.raises(RuntimeError, match="2 processes died"):
         with entry.attempt():
             pass
@@ -543,6 +620,18 @@ def test_int8_deviates_within_its_tolerance(checkpoints, store):
     errors = relative_errors(vectors, expected.transform(texts))
     assert 1e-4 < errors.max() < runtimes.TOLERANCES["int8"]
     assert encoder.stats()["dtype"] == "int8"
+
+
+def test_stored_int8_vectors_are_read_where_no_runtime_is(
+    checkpoints, store, monkeypatch
+):
+    texts = make_texts()
+    encoder = FrozenEncoder(checkpoints["bert"], store=store, dtype="int8")
+    vectors = encoder.fit_transform(texts)
+    monkeypatch.setattr(runtimes, "_is_installed", lambda runtime: False)
+    np.testing.assert_array_equal(encoder.transform(texts), vectors)
+    with pytest.raises(ValueError, match=r"pip install 'sklembed\[onnx\]'"):
+        encoder.transform(["a new cat"])
 
 
 def test_a_refused_bfloat16_network_has_the_key_of_torch(
@@ -687,6 +776,42 @@ def test_a_callable_backend_may_return_a_module(store):
         np.testing.assert_allclose(encoder.transform(images), expected, rtol=1e-4)
     assert EmbeddingStore().networks()["model"].tolist().count("linear") == 1
     assert encoder.set_params(store=store).stats()["runtime"] is None
+
+
+def test_a_cell_that_cannot_be_prepared_does_not_refuse_the_network(store):
+    def load():
+        prepare, module = load_module()
+
+        def check_and_prepare(image):
+            if image.size == (1, 1):
+                raise ValueError("too small")
+            return prepare(image)
+
+        return check_and_prepare, module
+
+    backend = CallableBackend(
+        load, name="checking", version="1", modality="image", n_features=5
+    )
+    encoder = FrozenEncoder(backend, store=store, runtime="openvino", errors="missing")
+    images = [Image.new("RGB", (1, 1)), *make_images()]
+    with pytest.warns(UserWarning, match="1 cells .* could not be read"):
+        vectors = encoder.transform(images)
+    assert np.isnan(vectors[:, 0]).sum() == 1
+    assert encoder.stats()["runtime"] == "openvino"
+
+
+def test_a_lack_of_memory_is_not_held_against_the_network(
+    checkpoints, store, monkeypatch
+):
+    def fail(network, inputs, precision, folder):
+        raise MemoryError
+
+    encoder = FrozenEncoder(checkpoints["bert"], store=store, runtime="openvino")
+    with monkeypatch.context() as patch:
+        patch.setitem(runtimes._EXPORTERS, "openvino", fail)
+        encoder.transform(make_texts(40))
+    encoder.transform(make_texts(80))
+    assert encoder.stats()["runtime"] == "openvino"
 
 
 def test_a_function_has_no_network(text_backend):

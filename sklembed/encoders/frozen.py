@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import os
+import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
@@ -45,7 +46,10 @@ from sklembed.encoders.runtimes import (
     TOLERANCES,
     Plan,
     RefusedError,
+    UnavailableError,
     candidates,
+    has_bfloat16,
+    log_once,
 )
 from sklembed.encoders.static import StaticBackend
 from sklembed.encoders.store import EmbeddingStore
@@ -476,7 +480,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if isinstance(backend, _AbsentCheckpoint):
             return {"runtime": None, "dtype": None}
         plan = self._plan(backend, None, [])
-        runtime = plan.accepted(getattr(backend, "network_key", None))
+        runtime = None
+        if hasattr(backend, "network_key"):
+            runtime = plan.accepted(backend.network_key, backend.network_use)
         if runtime is None and hasattr(backend, "runtimes"):
             runtime = "torch"
         return {"runtime": runtime, "dtype": plan.precision}
@@ -536,6 +542,92 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             "max_error": float(np.max(errors)),
             "tolerance": max(model_tolerance, TOLERANCES[space.dtype]),
         }
+
+    def warm_up(self):
+        """Load the model, so that the first cell does not wait for it.
+
+        A service calls it once when it starts. A network for a faster runtime is
+        exported only if `runtime` names that runtime, or `dtype` needs it.
+
+        Returns
+        -------
+        self : FrozenEncoder
+            The encoder.
+
+        Raises
+        ------
+        ValueError, OSError
+            If the checkpoint cannot be read.
+        """
+        self._validate_params()
+        backend, space = self._backend_and_space()
+        self._check_can_encode(backend, space, "A cell", 1)
+        plan = self._plan(backend, None, [])
+        if plan.precision != "float32":
+            backend, space, plan = self._settle_runtime(backend, space, plan)
+        encoding, lock = load_encoding(backend, plan.apply)
+        cells = encoding.network.trial()[:1] if encoding.network else []
+        if cells:
+            with lock:
+                encoding.forward(cells)
+        return self
+
+    def estimate(self, X, n_samples=64):
+        """Estimate how long the cells of a column take, and how much space.
+
+        A sample of the cells that are not stored is encoded, and stored. If a call with
+        all cells would export the network for a faster runtime, it takes less time.
+
+        Parameters
+        ----------
+        X : DataFrame, Series or array-like of shape (n_samples,) or (n_samples, 1)
+            One column of cells.
+
+        n_samples : int, default=64
+            Maximum number of cells to encode.
+
+        Returns
+        -------
+        estimate : dict
+            "cells", the number of distinct cells; "stored", the number of cells that
+            the store had; "seconds" to encode the others, without loading the model;
+            and "megabytes" of their vectors in the store.
+        """
+        self._validate_params()
+        if n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1; got {n_samples}.")
+        column, backend, space = self._validate(X)
+        store = self._store()
+        missing = np.arange(len(column.rows))
+        if store is not None:
+            missing = np.flatnonzero(store.lacks(space, column.distinct_keys()))
+        seconds, n_values = 0.0, 0
+        if len(missing):
+            self.warm_up()
+            sample = self._spread(column, missing, n_samples)
+            tick = time.perf_counter()
+            for _, vectors in self._encode(column, backend, space, sample, store):
+                n_values += sum(vector.size for vector in vectors)
+            ratio = len(missing) / len(sample)
+            seconds = ratio * (time.perf_counter() - tick)
+            n_values *= ratio
+        return {
+            "cells": len(column.rows),
+            "stored": len(column.rows) - len(missing),
+            "seconds": seconds,
+            "megabytes": n_values * np.dtype(space.dtype).itemsize / 1e6,
+        }
+
+    def _spread(self, column, positions, n_samples):
+        """Choose positions of cells that are spread evenly over all lengths."""
+        cells = [column.cells[row] for row in column.rows[positions]]
+        if all(isinstance(cell, str) for cell in cells):
+            lengths = [len(cell) for cell in cells]
+            positions = positions[np.argsort(lengths, kind="stable")]
+        n_chosen = min(n_samples, len(positions))
+        # The middle of each of `n_chosen` equal parts.
+        places = (np.arange(n_chosen) + 0.5) * len(positions) / n_chosen
+        return np.sort(positions[places.astype(int)])
 
     def grid_shape(self):
         """Return the rows and columns of the patches of an image.
@@ -736,16 +828,15 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         is_read_only = store is not None and store.read_only
         may_export = is_demanded or is_worthwhile or precision != "float32"
         settings = getattr(self, "_image_settings", None)
+        image_size = getattr(backend, "image_size", None)
 
         def sample(n_cells):
-            cells = []
             places = np.linspace(0, len(rows) - 1, min(n_cells, len(rows)))
             # In random order, so that cells of different lengths share a batch.
             for i in np.random.default_rng(0).permutation(places.astype(int)):
                 with contextlib.suppress(ValueError, OSError):  # raised again later
                     cell = column.cells[rows[i]]
-                    cells.append(decode(cell, backend.modality, None, settings))
-            return cells
+                    yield decode(cell, backend.modality, None, settings, image_size)
 
         return Plan(
             runtimes,
@@ -781,6 +872,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                     f"{self.model!r} cannot be run in {plan.precision}: {error}. Pass "
                     "dtype='float32', or runtime='auto'."
                 ) from error
+            log_once(f"torch runs {backend.checkpoint.name} ({error})")
             backend = replace(backend, runtime="torch")
             plan = replace(plan, runtimes=())
             return backend, self._space(backend), plan
@@ -945,7 +1037,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if "@" in identity:  # a hub model at a commit
             try:
                 return backend, self._current_space(backend, identity)
-            except (OSError, ImportError) as error:
+            except (OSError, ImportError, UnavailableError) as error:
                 return _AbsentCheckpoint(self.space_["modality"], str(error)), space
         if not checkpoint.has_config:
             place = os.path.abspath(checkpoint.model)
@@ -1012,14 +1104,16 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
 
     def _has_precision(self, backend, space):
         """Return whether the model would run in the precision of a space."""
-        if self.dtype != "auto" and self.runtime != "auto":
+        if self.dtype in ("float32", "float16"):
             return True
         try:
             precision = getattr(backend, "precision", {})
-        except ImportError:  # without torch no model runs, but the store can be read
+        except (ImportError, UnavailableError):  # no model runs, but the store is read
             return True
-        fitted = {name: space.description.get(name) for name in ("dtype", "runtime")}
-        return fitted == {name: precision.get(name) for name in fitted}
+        for name in ("dtype", "runtime", "instructions"):
+            if precision.get(name) != space.description.get(name):
+                return False
+        return True
 
     def _vector_parameters(self):
         """Return the parameters that change a vector, in JSON types."""
@@ -1071,13 +1165,13 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
 
     def _is_refused(self, backend):
         """Return whether the runtime that "auto" puts in the key refused the network."""
-        if self.runtime != "auto":
+        if self.runtime != "auto" or not has_bfloat16():  # before torch is imported
             return False
         try:
             if "runtime" not in backend.precision or backend.dtype_name == "int8":
                 return False
             plan = self._plan(backend, None, [])
-            return plan.refuses(backend.network_key)
+            return plan.refuses(backend.network_key, backend.network_use)
         except (ImportError, OSError, ValueError):  # raised again where it matters
             return False
 

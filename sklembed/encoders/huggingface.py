@@ -6,7 +6,6 @@ import functools
 import math
 import re
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from sklembed.encoders.backends import Modality, trial_cells
 from sklembed.encoders.checkpoints import Checkpoint
-from sklembed.encoders.inference import Encoding, Network
+from sklembed.encoders.inference import Encoding, Network, loading
 from sklembed.encoders.runtimes import (
     TOLERANCES,
     bfloat16_pays,
@@ -27,7 +26,7 @@ POOLINGS = ("mean", "cls", "max", "last", "pooler")
 # Maximum cost of a batch in tokens. A CPU is fastest if activations fit its caches.
 _BUDGETS = {"cpu": 2048}
 _ACCELERATOR_BUDGET = 65536
-_RUNTIME_BUDGET = 512  # as bench_encode.py measures
+_RUNTIME_BUDGET = 512  # runtimes are faster still in smaller batches
 _PIXELS_PER_TOKEN = 16 * 16
 _UNLIMITED = 1_000_000  # tokenizers without a limit have a max_length of 1e30
 # Relative error that batching may cause, by the precision of the model.
@@ -295,10 +294,10 @@ class HuggingFaceBackend:
 
     def load(self) -> "_Loaded":
         """Return the checkpoint, whose weights are loaded when torch has to run it."""
-        return _Loaded(self._load_model)
+        return _Loaded()
 
-    def _load_model(self):
-        """Load the model on the device, in evaluation mode, and the absent weights."""
+    def load_model(self) -> tuple[Any, list[str]]:
+        """Load the model in evaluation mode; return it and the weights that are absent."""
         from transformers import AutoModel
 
         self.checkpoint.check_weights()
@@ -362,18 +361,20 @@ class HuggingFaceBackend:
         def module():
             from sklembed.nn.layers import Applied
 
-            self._check_weights(loaded.absent)
+            model, absent = loaded.model_of(self)
+            self._check_weights(absent)
             names = list(collate(trial()[:1])[0])
 
             def states(model, *tensors):
                 return self._states(model, dict(zip(names, tensors, strict=True)))
 
-            return Applied(states, loaded.model)
+            return Applied(states, model)
 
         is_text = self.modality == "text"
         network = Network(
             label=self.checkpoint.name,
             key=self.network_key,
+            use=self.network_use,
             module=module,
             inputs=lambda prepared: collate(prepared)[0],
             forward=forward_by,
@@ -391,6 +392,11 @@ class HuggingFaceBackend:
         if self.pooling in ("projected", "pooler"):
             outputs = self.pooling
         return f"{self.weights()}: {outputs} of {self.modality}"
+
+    @property
+    def network_use(self) -> str:
+        """What a check of the network depends on besides its outputs."""
+        return f"{self.output} {self.pooling}, at most {self.max_length} tokens"
 
     def _vectors(self, states, mask, head):
         """Return the vectors of a batch, or arrays of its tokens, from its states."""
@@ -843,25 +849,18 @@ class _Loaded:
     that uses them, since files elsewhere may have changed after the model was loaded.
     """
 
-    load_model: Callable[[], tuple[Any, list[str]]]
     batchings: dict[Any, str] = field(default_factory=dict)  # by backend
     tokenizing: threading.Lock = field(default_factory=threading.Lock)
+    _model: tuple[Any, list[str]] | None = None
     _tokenizer: Any = None
     _image_processor: Any = None
 
-    @functools.cached_property
-    def _model_and_absent(self):
-        return self.load_model()
-
-    @property
-    def model(self):
-        """The model in torch."""
-        return self._model_and_absent[0]
-
-    @property
-    def absent(self) -> list[str]:
-        """Weights that the checkpoint lacks."""
-        return self._model_and_absent[1]
+    def model_of(self, backend) -> tuple[Any, list[str]]:
+        """Return the model, and the weights that the checkpoint lacks."""
+        if self._model is None:
+            with loading():
+                self._model = backend.load_model()
+        return self._model
 
     def tokenizer(self, checkpoint):
         if self._tokenizer is None:

@@ -40,13 +40,15 @@ class Network:
 
     label: str  # name of the model, for people
     key: str  # of the weights and of the outputs
+    use: str  # how the outputs become vectors, and other settings that a check depends on
     # Loads the module, which maps tensors to a tuple of tensors.
     module: Callable[[], Any]
     # Prepared cells -> the tensors that the module takes, by name and in its order.
     inputs: Callable[[list], dict[str, Any]]
     # Function from these to a list of outputs -> `Encoding.forward`.
     forward: Callable[[Callable], Callable[[list], Any]]
-    # Returns prepared cells of different lengths, one of them the longest possible.
+    # Returns prepared cells of different lengths, one of them longer than most texts; or
+    # an empty list.
     trial: Callable[[], list]
     dynamic_axes: tuple[int, ...]  # of the inputs, whose sizes differ between batches
     # Largest cost of a batch in a runtime, if it differs from that in torch.
@@ -139,6 +141,11 @@ class _PixelBudget:
             self._changed.notify_all()
 
 
+def loading() -> threading.RLock:
+    """Return the lock under which a model is loaded."""
+    return _LOADING
+
+
 def load_encoding(backend, choose_runtime) -> tuple[Encoding, threading.RLock]:
     """Load a backend's weights if this process has not; keep the last few models."""
     with _LOADING:
@@ -149,7 +156,10 @@ def load_encoding(backend, choose_runtime) -> tuple[Encoding, threading.RLock]:
                 _LOADED.popitem(last=False)
         _LOADED.move_to_end(key)
         loaded, lock = _LOADED[key]
-        return choose_runtime(backend.encoding(loaded)), lock
+        encoding = backend.encoding(loaded)
+    # Exporting and checking a network runs it, and takes long.
+    with lock:
+        return choose_runtime(encoding), lock
 
 
 def encode(
@@ -334,7 +344,7 @@ def _forward(encoding, lock, batch, limit):
         with lock:
             values = encoding.forward([cell.prepared for cell in batch])
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         if len(batch) == 1:
             raise MemoryError(
@@ -352,13 +362,14 @@ def _forward(encoding, lock, batch, limit):
     yield from _forward(encoding, lock, batch[half:], limit)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether the host or an accelerator has run out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     # torch raises a RuntimeError on the CPU, and on some accelerators.
-    message = re.search("can't allocate memory|out of memory", str(error))
-    return isinstance(error, RuntimeError) and message is not None
+    message = "can't allocate memory|out of memory|bad.?alloc|failed to allocate"
+    is_lack = re.search(message, str(error), re.IGNORECASE) is not None
+    return isinstance(error, RuntimeError) and is_lack
 
 
 def _free_memory() -> None:

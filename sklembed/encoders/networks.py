@@ -79,6 +79,8 @@ class NetworkEntry:
         try:
             export(draft)
             write_json(draft / "files.json", _checksums(draft))
+            for verdict in self.folder.glob("verdict-*.json"):
+                verdict.unlink()  # of other files
             shutil.rmtree(self.network, ignore_errors=True)  # damaged
             draft.rename(self.network)
         finally:
@@ -95,6 +97,7 @@ class NetworkEntry:
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(f"{self.folder}.lock"):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # after clear()
             for draft in self.folder.glob("draft-*"):
                 shutil.rmtree(draft, ignore_errors=True)
             write_json(self.folder / "description.json", self.description)
@@ -106,6 +109,8 @@ class NetworkEntry:
             trace.touch()
             try:
                 yield
+                for old in self.folder.glob("attempt-*"):
+                    old.unlink(missing_ok=True)
             finally:
                 trace.unlink(missing_ok=True)
 
@@ -145,6 +150,9 @@ def clear_networks(directory, model=None) -> int:
                 shutil.rmtree(folder, ignore_errors=True)
             Path(f"{folder}.lock").unlink(missing_ok=True)
             n_deleted += 1
+    if model is None:
+        for lock in Path(directory).glob("*.lock"):
+            lock.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # absent, or not empty
         Path(directory).rmdir()
     return n_deleted

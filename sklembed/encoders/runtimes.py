@@ -6,7 +6,6 @@ be exported or does not agree.
 """
 
 import contextlib
-import errno
 import logging
 import os
 import platform
@@ -14,11 +13,11 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,10 +25,10 @@ import numpy as np
 from filelock import FileLock
 
 from sklembed.encoders.database import default_path
-from sklembed.encoders.inference import Encoding, in_torch
+from sklembed.encoders.inference import Encoding, in_torch, is_out_of_memory
 from sklembed.encoders.networks import NetworkEntry, read_json, write_json
 
-# Fastest first, as bench_encode.py measures, with the packages that each one needs.
+# Fastest first (see bench_encode.py), with the packages that each one needs.
 _PACKAGES = {
     "openvino": ("openvino",),
     "onnx": ("onnxruntime", "onnx", "onnxscript"),
@@ -46,12 +45,18 @@ _N_CHECKED_CELLS = 48
 _N_CELLS_OF_A_VERDICT = 32  # with fewer cells, the next process checks again
 _CHECKED_AT_ONCE = 6  # cells of different lengths, in one batch
 _LOADED_LIMIT = 4
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 _LOGGER = logging.getLogger("sklembed")
 _LOGGED: set[str] = set()
 _LOADED: OrderedDict[tuple, Callable] = OrderedDict()  # functions that run a network
+# How many cells were compared, by entry and condition, without a verdict on disk.
+_CHECKED: dict[tuple, int] = {}
+_KEPT_AFTER_FORK: list = []
 _LOCK = threading.RLock()
+
+
+class UnavailableError(ValueError):
+    """Raised if a runtime cannot compute in a precision, or not on this machine."""
 
 
 class RefusedError(Exception):
@@ -81,7 +86,7 @@ class Plan:
         Whether the user has named the runtime.
 
     cells : callable
-        Takes a number, and returns at most so many decoded cells of the call.
+        Takes a number, and yields at most so many decoded cells of the call.
     """
 
     runtimes: tuple[str, ...] = ()
@@ -89,7 +94,7 @@ class Plan:
     directory: Path | None = None
     may_export: bool = False
     is_demanded: bool = False
-    cells: Callable[[int], list] = lambda n_cells: []
+    cells: Callable[[int], Iterable] = lambda n_cells: []
     used: str = "torch"  # the runtime of the last encoding, set by `apply`
 
     def apply(self, encoding: Encoding) -> Encoding:
@@ -120,11 +125,14 @@ class Plan:
             if run is not None:
                 self.used = runtime
                 budget = network.runtime_budget or encoding.budget
-                return replace(encoding, forward=network.forward(run), budget=budget)
+                forward = network.forward(run)
+                if self.precision == "float32":
+                    forward = _or_by_torch(forward, encoding, runtime)
+                return replace(encoding, forward=forward, budget=budget)
         if self.runtimes and self.precision != "float32":
             raise RefusedError("; ".join(reasons) or "the store is read-only")
         if reasons:
-            _log_once(f"torch runs {network.label} ({'; '.join(reasons)})")
+            log_once(f"torch runs {network.label} ({'; '.join(reasons)})")
         return in_torch(encoding)
 
     def _run_by(self, runtime, encoding):
@@ -135,43 +143,51 @@ class Plan:
         entry = _entry(
             network.key, network.label, runtime, self.precision, self.directory
         )
-        condition = _condition(self.precision)
+        condition = _condition(self.precision, network.use)
         verdict = entry.verdict(condition)
         if verdict is not None and not verdict["accepted"]:
             raise RefusedError(verdict["reason"])
-        if verdict is not None:
+        if verdict is not None or (entry.folder, condition) in _CHECKED:
             with contextlib.suppress(Exception):  # damaged files are exported again
                 return _loaded(entry, runtime, self.precision)
+        if not self.may_export and self.is_demanded:
+            raise RefusedError("the store is read-only")
         if not self.may_export:
             return None
+        network.module()  # raises the errors of the checkpoint
         try:
             with entry.attempt(), _quiet():
                 return self._export_and_check(runtime, encoding, entry, condition)
-        except (MemoryError, RefusedError):
+        except RefusedError:
             raise
-        except OSError as error:
-            if error.errno in _DISK_ERRORS:
-                raise RefusedError(f"its files cannot be written: {error}") from error
-            raise
+        except OSError as error:  # of the disk, or of another process
+            raise RefusedError(f"its files cannot be used: {error}") from error
         except Exception as error:  # exporters and runtimes raise errors of any type
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            with contextlib.suppress(OSError):
-                entry.record(condition, {"accepted": False, "reason": reason})
+            if not (isinstance(error, ImportError) or is_out_of_memory(error)):
+                with contextlib.suppress(OSError):
+                    entry.record(condition, {"accepted": False, "reason": reason})
             raise RefusedError(reason) from error
 
     def _export_and_check(self, runtime, encoding, entry, condition):
         """Export a network unless another process has; compare it with torch."""
-        network = encoding.network
+        network, cells = encoding.network, []
+        for cell in self.cells(_N_CHECKED_CELLS):
+            with contextlib.suppress(ValueError, OSError):  # raised again later
+                cells += encoding.prepare([cell])
+        trial = network.trial()
         if not entry.is_intact():
-            entry.write(
-                lambda folder: _export(network, runtime, self.precision, folder)
-            )
+            # Trial cells differ in length, so that tracing cannot drop the mask.
+            examples = trial[:2] or cells[:1] * 2
+            if not examples:
+                raise RefusedError("there is no cell to export it with")
+            inputs = network.inputs(examples)
+            entry.write(partial(_EXPORTERS[runtime], network, inputs, self.precision))
         run = _loaded(entry, runtime, self.precision)
         if entry.verdict(condition) is not None:
             return run
-        cells = encoding.prepare(self.cells(_N_CHECKED_CELLS))
         error = _largest_error(
-            in_torch(encoding).forward, network.forward(run), cells + network.trial()
+            in_torch(encoding).forward, network.forward(run), cells + trial
         )
         tolerance = TOLERANCES[self.precision]
         if not error <= tolerance:
@@ -179,29 +195,50 @@ class Plan:
                 f"its vectors differ from those of torch by {error:.1e} of their length, "
                 f"and {tolerance:.0e} is allowed in {self.precision}"
             )
+        _CHECKED[entry.folder, condition] = len(cells)
         if len(cells) >= _N_CELLS_OF_A_VERDICT:
             entry.record(condition, {"accepted": True, "error": error})
         return run
 
-    def accepted(self, network_key: str | None) -> str | None:
+    def accepted(self, key: str, use: str) -> str | None:
         """Return the runtime that is known to run a network, or None."""
-        for runtime in self.runtimes if network_key else ():
-            if self._accepts(runtime, network_key):
+        for runtime in self.runtimes:
+            if self._accepts(runtime, key, use):
                 return runtime
         return None
 
-    def refuses(self, network_key: str) -> bool:
+    def refuses(self, key: str, use: str) -> bool:
         """Return whether all runtimes are known to refuse a network."""
-        accepts = [self._accepts(runtime, network_key) for runtime in self.runtimes]
+        accepts = [self._accepts(runtime, key, use) for runtime in self.runtimes]
         return all(accepted is False for accepted in accepts)
 
-    def _accepts(self, runtime, network_key) -> bool | None:
+    def _accepts(self, runtime, key, use) -> bool | None:
         """Return the verdict on a network, or None if there is none yet."""
         if self.directory is None:
             return None
-        entry = _entry(network_key, "", runtime, self.precision, self.directory)
-        verdict = entry.verdict(_condition(self.precision))
-        return None if verdict is None else bool(verdict["accepted"])
+        entry = _entry(key, "", runtime, self.precision, self.directory)
+        condition = _condition(self.precision, use)
+        verdict = entry.verdict(condition)
+        if verdict is None:
+            return True if (entry.folder, condition) in _CHECKED else None
+        return bool(verdict["accepted"])
+
+
+def _or_by_torch(forward, encoding, runtime) -> Callable[[list], list]:
+    """Return a `forward` that falls back to torch, such as for images of other shapes."""
+
+    def forward_or_by_torch(prepared):
+        try:
+            return forward(prepared)
+        except Exception as error:  # of any type
+            if is_out_of_memory(error):
+                raise
+            label = encoding.network.label
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            log_once(f"torch runs a batch of {label} ({runtime}: {reason})")
+            return in_torch(encoding).forward(prepared)
+
+    return forward_or_by_torch
 
 
 def candidates(runtime: str, precision: str, *, on_cpu: bool) -> tuple[str, ...]:
@@ -220,7 +257,7 @@ def candidates(runtime: str, precision: str, *, on_cpu: bool) -> tuple[str, ...]
 
     Raises
     ------
-    ValueError
+    UnavailableError
         If the runtime cannot compute in this precision, or not on this device.
     ImportError
         If the runtime is not installed.
@@ -228,12 +265,12 @@ def candidates(runtime: str, precision: str, *, on_cpu: bool) -> tuple[str, ...]
     able = _able(precision)
     if runtime in RUNTIMES:
         if not on_cpu:
-            raise ValueError(
+            raise UnavailableError(
                 f"runtime={runtime!r} runs on the CPU only. Pass device='cpu', or "
                 "runtime='auto', which uses torch on other devices."
             )
         if runtime not in able:
-            raise ValueError(
+            raise UnavailableError(
                 f"runtime={runtime!r} cannot compute in {precision} on this machine. "
                 f"{_ADVICE[precision]}"
             )
@@ -245,7 +282,7 @@ def candidates(runtime: str, precision: str, *, on_cpu: bool) -> tuple[str, ...]
         return (runtime,)
     chosen = tuple(name for name in able if _is_installed(name))
     if precision == "int8" and (runtime == "torch" or not on_cpu or not chosen):
-        raise ValueError(f"dtype='int8' needs ONNX Runtime. {_ADVICE['int8']}")
+        raise UnavailableError(f"dtype='int8' needs ONNX Runtime. {_ADVICE['int8']}")
     if runtime == "torch" or not on_cpu:
         return ()
     return chosen
@@ -265,7 +302,7 @@ def _able(precision) -> tuple[str, ...]:
     """Return the runtimes that can compute in a precision on this machine."""
     if precision == "float32":
         return RUNTIMES
-    if precision == "bfloat16" and not cpu_flags().isdisjoint(_BFLOAT16_INSTRUCTIONS):
+    if precision == "bfloat16" and has_bfloat16():
         return ("openvino",)
     return ("onnx",) if precision == "int8" else ()
 
@@ -291,6 +328,11 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
+def has_bfloat16() -> bool:
+    """Return whether the processor has instructions for bfloat16."""
+    return not cpu_flags().isdisjoint(_BFLOAT16_INSTRUCTIONS)
+
+
 def integer_instructions() -> str:
     """Return the newest instructions for integers, which int8 vectors depend on."""
     for name in _INTEGER_INSTRUCTIONS:
@@ -312,6 +354,9 @@ def bfloat16_pays() -> bool:
         return False
     try:
         path = default_path().with_name("processors.json")
+        facts = read_json(path) or {}
+        if _processor() in facts:
+            return bool(facts[_processor()])
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             facts = read_json(path) or {}
@@ -347,23 +392,30 @@ def _processor() -> str:
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _condition(precision) -> str:
+def _condition(precision, use) -> str:
     """Return what a verdict depends on besides the exported files."""
-    return f"{precision} on {_processor()}"
+    return f"{use} in {precision} on {_processor()}"
 
 
 def _entry(network_key, label, runtime, precision, directory) -> NetworkEntry:
-    package = _PACKAGES[runtime][0]
     description = {
         "key": network_key,
         "runtime": runtime,
-        "version": metadata.version(package),
-        "torch": metadata.version("torch"),
+        "version": _version(_PACKAGES[runtime][0]),
+        "libraries": [_version(name) for name in ("torch", "transformers")],
         # bfloat16 is a setting of the runtime, not of the files.
         "dtype": "int8" if precision == "int8" else "float32",
         "instructions": integer_instructions() if precision == "int8" else None,
     }
     return NetworkEntry.of(directory, description, model=label)
+
+
+def _version(package) -> str:
+    """Return the version of a package, which may be part of another distribution."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # such as onnxruntime of onnxruntime-gpu
+        return str(getattr(import_module(package), "__version__", "unknown"))
 
 
 def _loaded(entry, runtime, precision) -> Callable:
@@ -383,13 +435,7 @@ def _loaded(entry, runtime, precision) -> Callable:
         return _LOADED[key]
 
 
-def _export(network, runtime, precision, folder) -> None:
-    """Export a network to a folder; its shapes are those of the trial cells."""
-    inputs = network.inputs(network.trial()[:2])
-    _EXPORTERS[runtime](network, inputs, folder, precision)
-
-
-def _export_openvino(network, inputs, folder, precision) -> None:
+def _export_openvino(network, inputs, precision, folder) -> None:
     import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -415,7 +461,7 @@ def _export_openvino(network, inputs, folder, precision) -> None:
     openvino.save_model(model, folder / "network.xml", compress_to_fp16=False)
 
 
-def _export_onnx(network, inputs, folder, precision) -> None:
+def _export_onnx(network, inputs, precision, folder) -> None:
     import torch
 
     module, tensors = network.module(), tuple(inputs.values())
@@ -438,9 +484,13 @@ def _export_onnx(network, inputs, folder, precision) -> None:
 
     program.save(folder / "float32.onnx")
     # Without VNNI the sums of products saturate, unless a bit is spared.
-    reduce_range = integer_instructions() in ("avx512f", "avx2")
+    has_vnni = integer_instructions() in ("amx_int8", "avx512_vnni", "avx_vnni")
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     quantize_dynamic(
-        folder / "float32.onnx", path, per_channel=True, reduce_range=reduce_range
+        folder / "float32.onnx",
+        path,
+        per_channel=True,
+        reduce_range=is_x86 and not has_vnni,
     )
     for file in folder.glob("float32.*"):
         file.unlink()
@@ -514,7 +564,7 @@ def _largest_error(expected, actual, cells) -> float:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hide the warnings of tracing, which users cannot act on."""
-    names = ("torch.onnx", "onnxscript", "transformers", "root")
+    names = ("torch.onnx", "onnxscript", "transformers")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -528,7 +578,7 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _log_once(message) -> None:
+def log_once(message) -> None:
     """Log a message once per process."""
     if message not in _LOGGED:
         _LOGGED.add(message)
@@ -539,6 +589,7 @@ def _forget_after_fork() -> None:
     """Forget loaded networks in a forked child, which lacks their threads."""
     global _LOCK
     _LOCK = threading.RLock()
+    _KEPT_AFTER_FORK.extend(_LOADED.values())  # deleting them would join the threads
     _LOADED.clear()
 
 
