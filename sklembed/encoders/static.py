@@ -184,6 +184,7 @@ class StaticBackend:
             "layer_aggregation": self.layer_aggregation,
             "device": self.device,
             "dtype": self.dtype,
+            "runtime": self.runtime,
         }
         for name, value in values.items():
             if value not in _SUPPORTED[name]:
@@ -293,12 +294,17 @@ def _read_tensors(path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     try:
-        return load_file(path)
-    except TypeError as error:  # bfloat16 has no counterpart in numpy
+        tensors = load_file(path)
+    except TypeError:  # bfloat16 has no counterpart in numpy
+        tensors = {}
+    # With the package ml_dtypes, arrays of bfloat16 have a type of the kind "V".
+    kinds = {tensor.dtype.kind for tensor in tensors.values()}
+    if not tensors or "V" in kinds:
         raise OSError(
-            f"numpy cannot read the weights {str(path)!r} ({error}). Save them in "
-            "float16 or float32."
-        ) from error
+            f"numpy cannot read the weights {str(path)!r}. Save them in float16 or "
+            "float32."
+        )
+    return tensors
 
 
 def _table_name(names) -> str:
