@@ -1,14 +1,20 @@
 """Compare the speed of FrozenEncoder with sentence-transformers and a loop in torch.
 
-Texts of 8 to 256 tokens are encoded by all-MiniLM-L6-v2; the baseline is
-``SentenceTransformer.encode`` with default parameters. Photographs are encoded by
-EfficientNet-lite0; the baseline is a loop over batches with Pillow and torch. No store
-is used. The arms alternate in one process. Ratios are medians over rounds, and above 1
-if FrozenEncoder is faster. Vectors are compared row by row.
+- Texts of 8 to 256 tokens and short titles are encoded by all-MiniLM-L6-v2; the
+  baseline is ``SentenceTransformer.encode`` with default parameters.
+- Photographs of 12 megapixels are encoded by EfficientNet-lite0; the baseline is a loop
+  over batches with Pillow and torch.
+- Prepared images are encoded by EfficientNet-lite0, and by a ViT and a ConvNeXt of
+  random weights; the baseline is the network in torch, in float32 and batches of 32.
+- ``--quality``: macro-F1 of logistic regression on the vectors of each precision.
+
+No store is used. The arms alternate in one process. Ratios are medians over rounds, and
+above 1 if FrozenEncoder is faster. Vectors are compared row by row.
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from functools import partial
@@ -19,15 +25,29 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-from sklembed import FrozenEncoder
-from sklembed._torch import resolve_device, resolve_dtype
-from sklembed.datasets import load_openclipart
-from sklembed.encoders import efficientnet_lite0, minilm
+from sklembed import CallableBackend, FrozenEncoder
+from sklembed.datasets import load_emoji, load_openclipart
+from sklembed.encoders import efficientnet_lite0, inference, minilm, runtimes
+from sklembed.encoders.runtimes import cpu_flags
 
 MINILM = minilm()
+# Features of a processor that decide which precision is fast.
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16")
+# Runtime and precision of the arms on a CPU.
+ARMS = [
+    ("torch", "float32"),
+    ("onnx", "float32"),
+    ("openvino", "float32"),
+    ("openvino", "bfloat16"),
+    ("onnx", "int8"),
+]
+N_ROWS = 32  # images in a batch
 
 
 def make_texts(n_texts):
@@ -44,29 +64,36 @@ def make_texts(n_texts):
     return texts
 
 
+def make_titles(n_titles):
+    """Return distinct titles of clip art."""
+    titles = load_openclipart().data["title"].dropna().unique()
+    return titles[:n_titles].tolist()
+
+
 def make_photographs(folder, n_images):
-    """Save JPEG files of 1920 x 1080 pixels: enlarged clip art on blurred noise."""
+    """Save JPEG files of 4000 x 3000 pixels: enlarged clip art on blurred noise."""
     rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 256, (54, 96, 3), dtype=np.uint8))
-    background = noise.resize((1920, 1080), Image.Resampling.BICUBIC)
+    noise = Image.fromarray(rng.integers(0, 256, (75, 100, 3), dtype=np.uint8))
+    background = noise.resize((4000, 3000), Image.Resampling.BICUBIC)
     paths = []
     for i, png in enumerate(load_openclipart().data["image"].head(n_images)):
         photograph = background.copy()
-        drawing = Image.open(BytesIO(png)).convert("RGBA").resize((900, 900))
-        photograph.paste(drawing, (510, 90), drawing)
+        drawing = Image.open(BytesIO(png)).convert("RGBA").resize((2400, 2400))
+        photograph.paste(drawing, (800, 300), drawing)
         paths.append(f"{folder}/{i}.jpg")
         photograph.save(paths[-1], quality=90)
     return paths
 
 
-def encode_by_a_loop(paths, prepare, encode, batch_size=32):
-    """Encode images in a simple loop: open a batch, then run the model."""
+@torch.inference_mode()
+def encode_by_a_loop(paths, prepare, network, batch_size=N_ROWS):
+    """Encode images in a simple loop: open a batch, then run the network."""
     batches = []
     for start in range(0, len(paths), batch_size):
         pixels = []
         for path in paths[start : start + batch_size]:
             pixels.append(prepare(Image.open(path).convert("RGB")))
-        batches.append(encode(pixels))
+        batches.append(network(torch.stack(pixels))[0].numpy())
     return np.concatenate(batches)
 
 
@@ -82,8 +109,9 @@ def take_turns(arms, repeats):
     return {name: np.asarray(ticks) for name, ticks in seconds.items()}, results
 
 
-def report(task, n_cells, seconds, results, peer):
-    """Return a row per arm: rate, ratio to the baseline, smallest cosine of vectors."""
+def report(task, n_cells, seconds, results):
+    """Return a row per arm: rate, ratio to the first, smallest cosine with its vectors."""
+    peer = next(iter(results))
     rows = []
     for name, ticks in seconds.items():
         ours, theirs = (r.astype(np.float64) for r in (results[name], results[peer]))
@@ -91,8 +119,8 @@ def report(task, n_cells, seconds, results, peer):
         rows.append(
             {
                 "task": task,
+                "threads": torch.get_num_threads(),
                 "arm": name,
-                "seconds": np.median(ticks),
                 "cells/s": n_cells / np.median(ticks),
                 "times faster": np.median(seconds[peer] / ticks),
                 "min cosine": ((ours * theirs).sum(axis=1) / norms).min(),
@@ -101,96 +129,196 @@ def report(task, n_cells, seconds, results, peer):
     return rows
 
 
-def bench_texts(texts, repeats, device):
-    """Compare in float32, in the dtype of "auto", and both in bfloat16."""
-    peer = SentenceTransformer(MINILM, device=device)
-    encode = partial(peer.encode, show_progress_bar=False)
-    auto = str(resolve_dtype("auto", torch.device(device))).removeprefix("torch.")
-    arms = {"SentenceTransformer, float32": lambda: encode(texts)}
-    for dtype in dict.fromkeys(["float32", auto]):
-        encoder = FrozenEncoder(MINILM, dtype=dtype, device=device, store=None)
-        arms[f"FrozenEncoder, {dtype}"] = partial(encoder.transform, texts)
-    rows = report(
-        "texts", len(texts), *take_turns(arms, repeats), "SentenceTransformer, float32"
-    )
-
-    thrice = np.random.default_rng(0).permutation(np.repeat(texts, 3)).tolist()
-    arms = {
-        "SentenceTransformer, float32": lambda: encode(thrice),
-        f"FrozenEncoder, {auto}": lambda: encoder.transform(thrice),
-    }
-    rows += report(
-        "each text thrice",
-        len(thrice),
-        *take_turns(arms, repeats),
-        "SentenceTransformer, float32",
-    )
-    if auto == "bfloat16":
-        half = SentenceTransformer(
-            MINILM, device=device, model_kwargs={"torch_dtype": "bfloat16"}
-        )
-        arms = {
-            "SentenceTransformer, bfloat16": lambda: (
-                half.encode(texts, show_progress_bar=False, convert_to_tensor=True)
-                .float()
-                .cpu()
-                .numpy()
-            ),
-            "FrozenEncoder, bfloat16": lambda: encoder.transform(texts),
-        }
-        rows += report(
-            "texts, both bfloat16",
-            len(texts),
-            *take_turns(arms, repeats),
-            "SentenceTransformer, bfloat16",
-        )
-    return rows, auto
+def encoders_of(model):
+    """Return an encoder without a store for each runtime and precision of this machine."""
+    encoders = {}
+    for runtime, dtype in ARMS:
+        encoder = FrozenEncoder(model, runtime=runtime, store=None)
+        if isinstance(model, str):
+            encoder.set_params(dtype=dtype)
+        elif dtype != "float32":
+            continue
+        try:
+            encoder.fingerprint()
+        except (ValueError, ImportError):  # such as bfloat16 on a CPU without it
+            continue
+        encoders[f"FrozenEncoder, {runtime} {dtype}"] = encoder
+    return encoders
 
 
-def bench_images(n_images, repeats):
-    """Compare a simple loop with threads that decode while the model runs."""
+def bench_texts(task, texts, repeats):
+    """Compare each runtime and precision with sentence-transformers at its defaults."""
+    peer = SentenceTransformer(MINILM, device="cpu")
+    arms = {"SentenceTransformer": partial(peer.encode, texts, show_progress_bar=False)}
+    for name, encoder in encoders_of(MINILM).items():
+        arms[name] = partial(encoder.transform, texts)
+    return report(task, len(texts), *take_turns(arms, repeats))
+
+
+def bench_photographs(n_images, repeats):
+    """Compare a simple loop with threads that decode while the network runs."""
     backend = efficientnet_lite0()
-    encoder = FrozenEncoder(backend, store=None)
     with tempfile.TemporaryDirectory() as folder:
         paths = make_photographs(folder, n_images)
         arms = {
             "Pillow and torch, a loop": partial(
                 encode_by_a_loop, paths, *backend.load()
-            ),
-            "FrozenEncoder": partial(encoder.transform, paths),
+            )
         }
-        return report("photographs", n_images, *take_turns(arms, repeats), [*arms][0])
+        for name, encoder in encoders_of(backend).items():
+            arms[name] = partial(encoder.transform, paths)
+        return report("photographs", n_images, *take_turns(arms, repeats))
+
+
+def make_networks():
+    """Return networks of images: EfficientNet-lite0, and two of random weights."""
+    _, efficientnet = efficientnet_lite0().load()
+    vit = transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=384, num_attention_heads=6, intermediate_size=1536
+        ),
+        add_pooling_layer=False,
+    )
+    convnext = transformers.ConvNextModel(transformers.ConvNextConfig())
+    return {
+        "EfficientNet-lite0": (efficientnet, 1280),
+        "ViT-S/16": (_First(vit), 384),
+        "ConvNeXt-T": (_First(convnext), 768),
+    }
+
+
+class _First(torch.nn.Module):
+    """The first vector of each image, or the mean of its map."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, pixels):
+        states = self.network(pixel_values=pixels).last_hidden_state
+        return states[:, 0] if states.ndim == 3 else states.mean((2, 3))
+
+
+def bench_networks(n_images, repeats):
+    """Compare a network in torch with the runtimes, on images in memory."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (n_images, 224, 224, 3), dtype=np.uint8)
+    images = [Image.fromarray(image) for image in pixels]
+
+    def prepare(image):
+        values = np.asarray(image, dtype=np.float32) / 127.5 - 1
+        return torch.from_numpy(values).permute(2, 0, 1)
+
+    rows = []
+    for name, (network, n_features) in make_networks().items():
+        backend = CallableBackend(
+            partial(_pair, prepare, network),
+            name=name,
+            version="1",
+            modality="image",
+            n_features=n_features,
+        )
+        arms = {}
+        for arm, encoder in encoders_of(backend).items():
+            arms[arm] = partial(encoder.transform, images)
+        rows += report(name, n_images, *take_turns(arms, repeats))
+    return rows
+
+
+def _pair(prepare, network):
+    return prepare, network
+
+
+def bench_exports(texts):
+    """Time the first call in each runtime, and the first one after it is forgotten.
+
+    The second call loads the network, as a new process does.
+    """
+    rows = []
+    for runtime in ("openvino", "onnx"):
+        encoder = FrozenEncoder(MINILM, runtime=runtime, dtype="float32", store=None)
+        seconds = []
+        for _ in range(2):
+            inference._LOADED.clear()
+            runtimes._LOADED.clear()
+            tick = time.perf_counter()
+            encoder.transform(texts)
+            first = time.perf_counter() - tick
+            tick = time.perf_counter()
+            encoder.transform(texts)
+            seconds.append(first - (time.perf_counter() - tick))
+        export, load = seconds
+        rows.append({"runtime": runtime, "export (s)": export, "load (s)": load})
+    return rows
+
+
+def bench_quality():
+    """Return the macro-F1 of logistic regression for each precision of the vectors."""
+    emoji, clip_art = load_emoji(), load_openclipart()
+    tasks = {
+        "emoji names": (emoji.data["name"], emoji.target),
+        "clip art titles": (clip_art.data["title"], clip_art.target),
+    }
+    rows = []
+    for task, (texts, y) in tasks.items():
+        is_present = texts.notna().to_numpy()
+        folds = StratifiedKFold(5, shuffle=True, random_state=0)
+        for name, encoder in encoders_of(MINILM).items():
+            vectors = encoder.transform(texts[is_present])
+            scores = cross_val_score(
+                LogisticRegression(C=10, max_iter=1000),
+                vectors,
+                np.asarray(y)[is_present],
+                cv=folds,
+                scoring="f1_macro",
+            )
+            rows.append(
+                {
+                    "task": task,
+                    "arm": name,
+                    "macro-F1": scores.mean(),
+                    "spread": scores.std(),
+                }
+            )
+    return rows
 
 
 def main():
-    """Print the table, and write it as JSON if there is a path."""
+    """Print the tables, and write them as JSON if there is a path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n-texts", type=int, default=512)
-    parser.add_argument("--n-images", type=int, default=192)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--n-texts", type=int, default=128)
+    parser.add_argument("--n-images", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--json", type=Path, help="also write the tables to this file")
     options = parser.parse_args()
-    device = str(resolve_device("auto"))
-    rows, auto = bench_texts(make_texts(options.n_texts), options.repeats, device)
-    rows += bench_images(options.n_images, options.repeats)
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    print(
-        f"\ndevice: {gpu or device}, {torch.get_num_threads()} threads; dtype='auto' is {auto}\n"
-    )
-    table = pd.DataFrame(rows)
-    digits = {"seconds": 2, "cells/s": 1, "times faster": 2, "min cosine": 6}
+    texts = make_texts(options.n_texts)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SKLEMBED_STORE"] = f"{folder}/embeddings.sqlite"
+        tables = {"exports": bench_exports(texts[:48]), "quality": bench_quality()}
+        tables["records"] = []
+        for n_threads in options.threads:
+            torch.set_num_threads(n_threads)
+            rows = bench_texts("texts", texts, options.repeats)
+            rows += bench_texts(
+                "titles", make_titles(4 * options.n_texts), options.repeats
+            )
+            rows += bench_photographs(options.n_images, options.repeats)
+            rows += bench_networks(options.n_images, options.repeats)
+            tables["records"] += rows
+    flags = [name for name in FLAGS if name in cpu_flags()]
+    print(f"\nflags of the processor: {', '.join(flags)}")
+    digits = {"cells/s": 1, "times faster": 2, "min cosine": 6}
+    digits |= {"export (s)": 1, "load (s)": 2, "macro-F1": 3, "spread": 3}
     formats = {name: f"{{:.{n}f}}".format for name, n in digits.items()}
-    print(table.to_string(index=False, formatters=formats))
+    for name, rows in tables.items():
+        print(
+            f"\n{name}\n{pd.DataFrame(rows).to_string(index=False, formatters=formats)}"
+        )
     if options.json:
-        versions = {
-            name: metadata.version(name) for name in ("torch", "sentence-transformers")
-        }
-        result = {
-            "device": gpu or device,
-            "auto": auto,
-            "versions": versions,
-            "records": rows,
-        }
+        packages = ("torch", "sentence-transformers", "openvino", "onnxruntime")
+        versions = {package: metadata.version(package) for package in packages}
+        result = {"flags": flags, "versions": versions} | tables
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
