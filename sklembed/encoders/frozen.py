@@ -181,8 +181,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     runtime : {"auto", "torch", "openvino", "onnx"}, default="auto"
         Library that runs the model on a CPU. "auto" is the fastest installed one that
         passes a check: OpenVINO, ONNX Runtime, then torch. The network of the model is
-        exported once, beside the store, and its vectors are compared with those of
-        torch. "auto" exports only if a call has enough cells to gain time. A network
+        exported once, next to the store, and its vectors are compared with torch.
+        "auto" exports only if a call has enough cells to gain time. A network
         that cannot be exported, or deviates, is run by torch, and a line is logged. In
         float32 all runtimes share the stored vectors: they agree to 1e-4 of the length.
         In bfloat16 and int8 the runtime is part of the key. Install them by the extras

@@ -16,7 +16,7 @@ import joblib
 
 _JOB_SIZES = {"text": 128, "image": 1}  # cells that a thread prepares at once
 _IMAGES_AHEAD = 32  # images prepared while the model is busy, or one for each thread
-# Pixels of decoded images that wait to be prepared, and those of a batch without `prepare`.
+# Pixels of decoded images that wait to be prepared; also of a batch without `prepare`.
 _MAX_PIXELS = 64_000_000
 _LOADED_LIMIT = 4
 

@@ -1,8 +1,8 @@
 """Run the network of a model by OpenVINO or ONNX Runtime on a CPU, instead of torch.
 
 A network is exported once for each runtime, and checked once for each processor: its
-vectors must agree with those of torch on cells of the call. Torch runs whatever cannot
-be exported or does not agree.
+vectors must agree with torch on cells of the call. Torch runs whatever cannot be
+exported or does not agree.
 """
 
 import contextlib
@@ -49,8 +49,8 @@ _LOADED_LIMIT = 4
 _LOGGER = logging.getLogger("sklembed")
 _LOGGED: set[str] = set()
 _LOADED: OrderedDict[tuple, Callable] = OrderedDict()  # functions that run a network
-# How many cells were compared, by entry and condition, without a verdict on disk.
-_CHECKED: dict[tuple, int] = {}
+# Entries and conditions that passed the check in this process, with a verdict or without.
+_CHECKED: set[tuple] = set()
 _KEPT_AFTER_FORK: list = []
 _LOCK = threading.RLock()
 
@@ -163,7 +163,7 @@ class Plan:
         except OSError as error:  # of the disk, or of another process
             raise RefusedError(f"its files cannot be used: {error}") from error
         except Exception as error:  # exporters and runtimes raise errors of any type
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = _reason(error)
             if not (isinstance(error, ImportError) or is_out_of_memory(error)):
                 with contextlib.suppress(OSError):
                     entry.record(condition, {"accepted": False, "reason": reason})
@@ -192,10 +192,10 @@ class Plan:
         tolerance = TOLERANCES[self.precision]
         if not error <= tolerance:
             raise ArithmeticError(
-                f"its vectors differ from those of torch by {error:.1e} of their length, "
-                f"and {tolerance:.0e} is allowed in {self.precision}"
+                f"its vectors differ from torch by {error:.1e} of their length, and "
+                f"{tolerance:.0e} is allowed in {self.precision}"
             )
-        _CHECKED[entry.folder, condition] = len(cells)
+        _CHECKED.add((entry.folder, condition))
         if len(cells) >= _N_CELLS_OF_A_VERDICT:
             entry.record(condition, {"accepted": True, "error": error})
         return run
@@ -234,11 +234,15 @@ def _or_by_torch(forward, encoding, runtime) -> Callable[[list], list]:
             if is_out_of_memory(error):
                 raise
             label = encoding.network.label
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            log_once(f"torch runs a batch of {label} ({runtime}: {reason})")
+            log_once(f"torch runs a batch of {label} ({runtime}: {_reason(error)})")
             return in_torch(encoding).forward(prepared)
 
     return forward_or_by_torch
+
+
+def _reason(error) -> str:
+    """Return type and message of an error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def candidates(runtime: str, precision: str, *, on_cpu: bool) -> tuple[str, ...]:
@@ -307,6 +311,7 @@ def _able(precision) -> tuple[str, ...]:
     return ("onnx",) if precision == "int8" else ()
 
 
+@cache
 def _is_installed(runtime) -> bool:
     return all(find_spec(package) is not None for package in _PACKAGES[runtime])
 
@@ -410,6 +415,7 @@ def _entry(network_key, label, runtime, precision, directory) -> NetworkEntry:
     return NetworkEntry.of(directory, description, model=label)
 
 
+@cache
 def _version(package) -> str:
     """Return the version of a package, which may be part of another distribution."""
     try:
