@@ -7,6 +7,7 @@ import sqlite3
 import stat
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -760,3 +761,28 @@ def test_stores_of_older_pickles_are_read(store):
     old = EmbeddingStore.__new__(EmbeddingStore)
     old.__setstate__({"path": store.path, "max_bytes": None})
     assert old.stats().empty
+
+
+def test_a_session_s_lock_is_not_on_a_deleted_file(store, monkeypatch):
+    """Another session may delete the file between opening it and locking it."""
+    fcntl = pytest.importorskip("fcntl")
+    flock = fcntl.flock
+    deleted = []
+
+    def delete_and_lock(descriptor, operation):
+        files = list(Path(f"{store.path}.sessions").glob("*"))
+        if files and not deleted:
+            deleted.append(files[0])
+            files[0].unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", delete_and_lock)
+
+    def encode(chunks):
+        assert deleted[0].exists()  # locked again, under its name
+        for chunk in chunks:
+            yield chunk, chunk, np.zeros((len(chunk), 3), dtype=np.float32)
+
+    space = Space("f", {}, 3)
+    results = list(store.fill(space, [b"a" * 16], encode=encode, claim_size=1))
+    assert len(results) == 1
