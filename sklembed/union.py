@@ -1,5 +1,6 @@
 """PerModalityUnion: one branch for each modality of a table, concatenated."""
 
+import contextlib
 import warnings
 from collections import Counter, defaultdict
 from numbers import Integral, Real
@@ -390,7 +391,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
                 metadata = _cut_to_rows(routed[part.name], part)
                 call = delayed(_run_branch)(_transform_branch, part, metadata)
                 calls[part.name] = call
-        return self._join(self._run(calls, parts), parts, X)
+        return self._join(self._run(calls, parts, "transform"), parts, X)
 
     def iter_parts(self, X):
         """Yield the part of a table that fit passes to each branch.
@@ -519,7 +520,7 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
             calls[part.name] = delayed(_run_branch)(
                 _fit_with_callbacks, part, y_part, metadata, run, self, task
             )
-        results = self._run(calls, parts)
+        results = self._run(calls, parts, caller)
         for part in parts:
             if part.name not in results:
                 results[part.name] = _unfitted_result(part, self._input_names())
@@ -548,23 +549,28 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         self.blocks_ = _side_by_side(widths)
         self._replaced = []
 
-    def _run(self, calls, parts):
+    def _run(self, calls, parts, caller):
         """Run delayed calls of branches; return their results by name.
 
         Encoders, and transformers trained on their vectors, are run last. They may take
         hours where others take seconds, so invalid input of the others should fail
-        first.
+        first. Encoders of the same column may share the passes through a model.
         """
-        cheap, costly = {}, {}
+        cheap, costly, encoding_parts = {}, {}, []
         for part in parts:
-            if part.name in calls:
-                batch = costly if _is_costly(part.transformer) else cheap
-                batch[part.name] = calls[part.name]
-        results = {}
-        for batch in (cheap, costly):
-            outputs = Parallel(n_jobs=self.n_jobs)(batch.values())
-            results |= zip(batch, outputs, strict=True)
-        return results
+            if part.name not in calls:
+                continue
+            if _is_costly(part.transformer):
+                costly[part.name] = calls[part.name]
+                encoding_parts.append(part)
+            else:
+                cheap[part.name] = calls[part.name]
+        results = dict(zip(cheap, self._run_parallel(cheap), strict=True))
+        _encode_jointly(encoding_parts, caller)
+        return results | dict(zip(costly, self._run_parallel(costly), strict=True))
+
+    def _run_parallel(self, calls):
+        return Parallel(n_jobs=self.n_jobs)(calls.values())
 
     def _all_branches(self):
         """Return the transformer and the columns of each branch by name.
@@ -1117,6 +1123,29 @@ def _as_transformer(transformer):
     if _is_passthrough(transformer):
         return FunctionTransformer(feature_names_out="one-to-one")
     return transformer
+
+
+def _encode_jointly(parts, caller):
+    """Let the encoders at the start of several branches encode a column together.
+
+    The branches then read the vectors from the store. They also raise the errors, with
+    their names.
+    """
+    jobs_of_column = {}
+    for part in parts:
+        first = part.transformer
+        while isinstance(first, Pipeline):
+            first = first.steps[0][1]
+        if first is part.transformer and caller == "fit":
+            continue  # an encoder alone encodes nothing in fit
+        if hasattr(first, "_fill_jointly"):
+            column = repr(part.columns), part.rows.tobytes()
+            jobs_of_column.setdefault(column, []).append((first, part.cells))
+    for jobs in jobs_of_column.values():
+        if len(jobs) > 1:
+            encoder, _ = jobs[0]
+            with contextlib.suppress(Exception):
+                encoder._fill_jointly(jobs)
 
 
 def _fit_with_callbacks(part, y, params, run, union, task):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,10 @@ def test_distinct_cells_are_encoded_once_ever(counting, store):
     np.testing.assert_array_equal(first, in_another_run)
     stats = encoder.stats()
     assert stats == {
+        "model": "c",
+        "pooling": None,
+        "layer": None,
+        "unit_length": False,
         "rows": 3,
         "bytes": 108,
         "encoded": 3,
@@ -104,7 +109,11 @@ def test_stats_of_an_encoder_that_has_done_nothing(text_backend, store):
     stats = FrozenEncoder(text_backend, store=store).stats()
     assert np.isnan(stats.pop("hit_rate"))
     counts = {"rows": 0, "bytes": 0, "encoded": 0, "served": 0}
-    assert stats == counts | {"runtime": None, "dtype": "float32"}
+    settings = {"pooling": None, "layer": None, "unit_length": False}
+    assert stats == {"model": "letters"} | settings | counts | {
+        "runtime": None,
+        "dtype": "float32",
+    }
 
 
 def test_stats_without_a_store(text_backend):
@@ -1114,3 +1123,15 @@ def test_warm_up_loads_the_model(store):
     assert n_loads == [1]
     encoder.transform(["a"])
     assert n_loads == [1]
+
+
+def test_repr_names_the_precision_that_auto_is(checkpoints):
+    encoder = FrozenEncoder(checkpoints["bert"], store=None)
+    shown = repr(encoder)
+    assert "dtype" not in shown
+    encoder.fit(["a cat"])
+    assert repr(encoder) == f"{shown[:-1]}, dtype='auto' (float32))"
+    nested = repr(make_pipeline(encoder, LogisticRegression()))
+    assert re.search(r"\n +store=None", nested)  # parameters are laid out in lines
+    fixed = FrozenEncoder(checkpoints["bert"], store=None, dtype="float32")
+    assert repr(fixed.fit(["a cat"])).endswith("store=None)")

@@ -78,8 +78,10 @@ def test_workers_find_everything_and_load_nothing(only_here, store, table):
         error_score="raise",
     )
     report = prefetch(search, X)
+    settings = {"pooling": None, "layer": None, "unit_length": False}
     assert report.to_dict("records") == [
         {"path": "permodalityunion__text", "model": "here", "cells": 16, "encoded": 16}
+        | settings
     ]
     search.fit(X, y)
     stats = encoder.stats()

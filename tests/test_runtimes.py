@@ -204,9 +204,9 @@ def test_few_cells_do_not_settle_the_check(checkpoints, store, monkeypatch):
     checked = []
     compare = runtimes._largest_error
 
-    def counted(expected, actual, cells):
+    def counted(expected, actual, cells, widths):
         checked.append(len(cells))
-        return compare(expected, actual, cells)
+        return compare(expected, actual, cells, widths)
 
     monkeypatch.setattr(runtimes, "_largest_error", counted)
     for n_texts in (3, 40, 41):

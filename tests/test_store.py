@@ -212,6 +212,9 @@ def test_stats_count_rows_bytes_encoded_served_and_hits(store):
     stats = store.stats()
     assert stats.loc["f"].to_dict() == {
         "model": "test",
+        "pooling": None,
+        "layer": None,
+        "unit_length": None,
         "description": '{"name": "test"}',
         "n_features": 3,
         "rows": 3,

@@ -6,11 +6,14 @@
   over batches with Pillow and torch.
 - Prepared images are encoded by EfficientNet-lite0, and by a ViT and a ConvNeXt of
   random weights; the baseline is the network in torch, in float32 and batches of 32.
+- Nine settings of MiniLM (three poolings of three layers) are encoded by ``prefetch``
+  together, and one after the other; the baseline is a single setting.
 - Logistic regression on the vectors of each precision: macro-F1 in cross-validation.
 - Seconds to export the network of MiniLM, and to load it in a later process.
 
-Vectors are not stored. The arms alternate in one process. Ratios are medians over rounds, and
-above 1 if FrozenEncoder is faster. Vectors are compared row by row.
+Vectors are stored for the nine settings only. The arms alternate in one process. Ratios
+are medians over rounds, and above 1 if FrozenEncoder is faster. Vectors are compared row
+by row.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import time
 from functools import partial
 from importlib import metadata
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +36,7 @@ from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-from sklembed import CallableBackend, FrozenEncoder
+from sklembed import CallableBackend, FrozenEncoder, PerModalityUnion, prefetch
 from sklembed.datasets import load_emoji, load_openclipart
 from sklembed.encoders import efficientnet_lite0, inference, minilm, runtimes
 from sklembed.encoders.runtimes import cpu_flags
@@ -251,23 +255,66 @@ def bench_exports(texts):
     return rows
 
 
-def bench_quality():
+def bench_settings(texts, repeats):
+    """Compare nine settings of a model in shared passes with a single setting."""
+    settings = list(product(("mean", "cls", "max"), (-1, -2, -3)))
+    X = pd.DataFrame({"text": texts})
+
+    def fill_a_new_store(settings, *, jointly=True):
+        with tempfile.TemporaryDirectory() as folder:
+            branches = []
+            for pooling, layer in settings:
+                encoder = FrozenEncoder(
+                    MINILM,
+                    pooling=pooling,
+                    layer=layer,
+                    runtime="torch",
+                    store=f"{folder}/embeddings.sqlite",
+                )
+                branches.append((f"{pooling} {layer}", encoder, "text"))
+            tables = [branches] if jointly else [[branch] for branch in branches]
+            for branches in tables:
+                prefetch(PerModalityUnion(branches), X)
+
+    arms = {
+        "one setting": partial(fill_a_new_store, settings[:1]),
+        "nine settings, together": partial(fill_a_new_store, settings),
+        "nine settings, one after the other": partial(
+            fill_a_new_store, settings, jointly=False
+        ),
+    }
+    seconds, _ = take_turns(arms, repeats)
+    rows = []
+    for name, ticks in seconds.items():
+        times = np.median(ticks / seconds["one setting"])
+        rows.append({"arm": name, "seconds": np.median(ticks), "times as long": times})
+    return rows
+
+
+def bench_quality(n_images=400):
     """Return the macro-F1 of logistic regression for each precision of the vectors."""
     emoji, clip_art = load_emoji(), load_openclipart()
-    tasks = {
-        "emoji names": (emoji.data["name"], emoji.target),
-        "clip art titles": (clip_art.data["title"], clip_art.target),
-    }
+    efficientnet = efficientnet_lite0()
+    tasks = [
+        ("emoji names", MINILM, emoji, "name", None),
+        ("clip art titles", MINILM, clip_art, "title", None),
+        ("emoji images", efficientnet, emoji, "image", n_images),
+        ("clip art images", efficientnet, clip_art, "image", n_images),
+    ]
     rows = []
-    for task, (texts, y) in tasks.items():
-        is_present = texts.notna().to_numpy()
+    for task, model, dataset, column, n_rows in tasks:
+        is_present = dataset.data[column].notna().to_numpy()
+        chosen = np.random.default_rng(0).permutation(np.flatnonzero(is_present))
+        chosen = chosen[:n_rows]
+        cells = dataset.data[column].iloc[chosen]
+        y = np.asarray(dataset.target)[chosen]
         folds = StratifiedKFold(5, shuffle=True, random_state=0)
-        for name, encoder in encoders_of(MINILM).items():
-            vectors = encoder.transform(texts[is_present])
+        for name, encoder in encoders_of(model).items():
+            vectors = encoder.transform(cells)
             scores = cross_val_score(
                 LogisticRegression(C=10, max_iter=1000),
                 vectors,
-                np.asarray(y)[is_present],
+                y,
                 cv=folds,
                 scoring="f1_macro",
             )
@@ -294,7 +341,9 @@ def main():
     texts = make_texts(options.n_texts)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SKLEMBED_STORE"] = f"{folder}/embeddings.sqlite"
-        tables = {"exports": bench_exports(texts[:48]), "quality": bench_quality()}
+        tables = {"exports": bench_exports(texts[:48])}
+        tables["settings"] = bench_settings(texts, options.repeats)
+        tables["quality"] = bench_quality()
         tables["records"] = []
         for n_threads in options.threads:
             torch.set_num_threads(n_threads)
@@ -309,6 +358,7 @@ def main():
     print(f"\nflags of the processor: {', '.join(flags)}")
     digits = {"cells/s": 1, "times faster": 2, "min cosine": 6}
     digits |= {"export (s)": 1, "load (s)": 2, "macro-F1": 3, "spread": 3}
+    digits |= {"seconds": 1, "times as long": 2}
     formats = {name: f"{{:.{n}f}}".format for name, n in digits.items()}
     for name, rows in tables.items():
         print(

@@ -180,6 +180,18 @@ class Space:
                 names.append(self.description[key])
         return names
 
+    def settings(self):
+        """Return the model and its settings, for reports; None if it does not state one."""
+        layers = self.description.get("layers")
+        if layers is not None and len(layers) == 1:
+            (layers,) = layers
+        return {
+            "model": self.names[-1],
+            "pooling": self.description.get("pooling"),
+            "layer": layers,
+            "unit_length": self.description.get("unit_length"),
+        }
+
     @property
     def _stored_dtype(self):
         return np.dtype(self.dtype).newbyteorder("<")

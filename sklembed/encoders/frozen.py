@@ -20,6 +20,7 @@ from sklearn.base import (
 )
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils._pprint import _EstimatorPrettyPrinter
 from tqdm import tqdm
 
 from sklembed._table.columns import output_container
@@ -40,6 +41,7 @@ from sklembed.encoders.column import Column
 from sklembed.encoders.database import Space, absolute, default_path
 from sklembed.encoders.huggingface import POOLINGS, HuggingFaceBackend
 from sklembed.encoders.inference import encode, load_encoding, without_frames
+from sklembed.encoders.joint import fill_stores
 from sklembed.encoders.networks import directory_beside
 from sklembed.encoders.runtimes import (
     RUNTIMES,
@@ -50,6 +52,7 @@ from sklembed.encoders.runtimes import (
     candidates,
     has_bfloat16,
     log_once,
+    relative_error,
 )
 from sklembed.encoders.static import StaticBackend
 from sklembed.encoders.store import EmbeddingStore
@@ -455,10 +458,12 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         Returns
         -------
         stats : dict
-            Current "rows" and "bytes"; the numbers of vectors ever "encoded" and
-            "served", by any process and clone; the "hit_rate", the served fraction of
-            both; and the "runtime" and "dtype" in which a new cell would be encoded,
-            None if the checkpoint cannot be read or a function encodes.
+            The "model", its "pooling" and "layer", and "unit_length", whether vectors
+            have length 1; None where a model does not state it. Current "rows" and
+            "bytes"; the numbers of vectors ever "encoded" and "served", by any process
+            and clone; the "hit_rate", the served fraction of both. The "runtime" and
+            "dtype" in which a new cell would be encoded; None if the checkpoint cannot
+            be read or a function encodes.
 
         Raises
         ------
@@ -467,16 +472,15 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         """
         self._validate_params()
         stats = self._required_store().stats()
-        stats = stats.drop(columns=["model", "n_features", "description"])
-        fingerprint = self.fingerprint()
-        counts = dict.fromkeys(stats.columns, 0) | {"hit_rate": np.nan}
-        if fingerprint in stats.index:
-            counts = stats.astype(object).loc[fingerprint].to_dict()
-        return counts | self._how_it_runs()
-
-    def _how_it_runs(self):
-        """Return the runtime and the precision in which a cell would be encoded."""
+        stats = stats[["rows", "bytes", "encoded", "served", "hit_rate"]]
         backend, space = self._backend_and_space()
+        counts = dict.fromkeys(stats.columns, 0) | {"hit_rate": np.nan}
+        if space.fingerprint in stats.index:
+            counts = stats.astype(object).loc[space.fingerprint].to_dict()
+        return space.settings() | counts | self._how_it_runs(backend)
+
+    def _how_it_runs(self, backend):
+        """Return the runtime and the precision in which a cell would be encoded."""
         if isinstance(backend, _AbsentCheckpoint):
             return {"runtime": None, "dtype": None}
         plan = self._plan(backend, None, [])
@@ -534,7 +538,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         stored = _by_position(store.read(space, column.distinct_keys(positions)))
         encoded = _by_position(self._encode(column, backend, space, positions, None))
         # `stored` counts within the sample, `encoded` within all distinct cells.
-        errors = [_relative_error(encoded[positions[i]], stored[i]) for i in stored]
+        errors = [relative_error(encoded[positions[i]], stored[i]) for i in stored]
         model_tolerance = TOLERANCES.get(space.description.get("dtype"), 0)
         return {
             "compared": len(errors),
@@ -738,26 +742,27 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             return 1.0
         return float(np.mean(store.lacks(space, column.distinct_keys())))
 
-    def _fill_store(self, X):
-        """Encode cells that are not stored, and count them; for `prefetch`."""
-        self._validate_params()
-        store = self._required_store()
-        if store.read_only:
-            raise ValueError(
-                f"{store!r} is read-only, so no vectors can be stored in it."
-            )
-        column, backend, space = self._validate(X)
-        positions = np.flatnonzero(store.lacks(space, column.distinct_keys()))
-        n_encoded = 0
-        if len(positions):
-            for done, _ in self._encode(column, backend, space, positions, store):
-                n_encoded += len(done)
-        return {
-            "model": space.names[-1],
-            "fingerprint": space.fingerprint,
-            "cells": len(column.rows),
-            "encoded": n_encoded,
-        }
+    def _passes(self, backend):
+        """Return a key of passes that encoders with equal keys share, or None."""
+        passes = getattr(backend, "passes", None)
+        if passes is None or self.store is None:
+            return None
+        store = self._store()
+        return passes, str(store.path), store.dtype, self.batch_size, self.errors
+
+    def _fill_jointly(self, jobs):
+        """Fill the stores of encoders that can share passes; for unions.
+
+        `jobs` are pairs of an encoder and its column.
+        """
+        by_passes = {}
+        for encoder, X in jobs:
+            passes = encoder._passes(encoder._backend())
+            by_passes.setdefault(passes, []).append((encoder, X))
+        by_passes.pop(None, None)
+        for together in by_passes.values():
+            if len(together) > 1:
+                fill_stores(together)
 
     def _read_or_encode(self, column, backend, space):
         """Yield positions of distinct cells and their vectors, stored ones first."""
@@ -771,8 +776,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             positions = np.flatnonzero(~is_stored)
             yield from self._encode(column, backend, space, positions, store)
 
-    def _encode(self, column, backend, space, positions, store):
-        """Encode the distinct cells at `positions`; yield positions and vectors."""
+    def _encode(self, column, backend, space, positions, store, others=None):
+        """Encode the distinct cells at `positions`; yield positions and vectors.
+
+        `others`, if any, takes the vectors of other encoders from the same passes.
+        """
         place = column.place(column.rows[positions[0]])
         self._check_can_encode(backend, space, place, len(positions))
         if backend.modality == "text":
@@ -793,7 +801,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         )
 
         def encode_chunks(chunks):
-            batches = self._encode_batches(column, rows, backend, space, chunks, plan)
+            batches = self._encode_batches(
+                column, rows, backend, space, chunks, plan, others
+            )
             for batch, done, vectors in batches:
                 yield batch, done, vectors
                 notes = [f"{plan.used} in {plan.precision}"]
@@ -863,10 +873,14 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         ------
         ValueError
             If the user has demanded the runtime, or no other offers the precision.
+        RefusedError
+            If the network encodes for other encoders too.
         """
         try:
             load_encoding(backend, plan.apply)
         except RefusedError as error:
+            if getattr(backend, "others", ()):
+                raise
             if plan.is_demanded or plan.precision == "int8":
                 raise ValueError(
                     f"{self.model!r} cannot be run in {plan.precision}: {error}. Pass "
@@ -878,7 +892,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             return backend, self._space(backend), plan
         return backend, space, plan
 
-    def _encode_batches(self, column, rows, backend, space, chunks, plan):
+    def _encode_batches(self, column, rows, backend, space, chunks, plan, others):
         """Yield batches, their cells with a vector, and the vectors.
 
         Batches and chunks are lists of indices into `rows`. Cells without a vector
@@ -909,6 +923,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             if not done:
                 yield batch, [], []
                 continue
+            if others is not None:
+                keys = [column.keys[rows[i]] for i in done]
+                values = others.split_off(keys, values)
             vectors, is_finite = self._validate_values(values, len(done), space)
             failed = list(itertools.compress(done, ~is_finite))
             done = list(itertools.compress(done, is_finite))
@@ -1240,6 +1257,17 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             raise ValueError("store=None stores no vectors; pass a store.")
         return store
 
+    def __repr__(self, N_CHAR_MAX=700):
+        """Return the call that makes the encoder; after `fit`, also what "auto" is."""
+        text = super().__repr__(N_CHAR_MAX)
+        space = getattr(self, "space_", None)
+        if self.dtype != "auto" or space is None or not text.endswith(")"):
+            return text
+        precision = space["description"].get("dtype")
+        if precision is None:  # of a backend object
+            return text
+        return f"{text[:-1]}, dtype='auto' ({precision}))"
+
     def __getstate__(self):
         """Make the store's path absolute, and add this process's image settings."""
         state = dict(super().__getstate__())
@@ -1282,6 +1310,12 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         tags.input_tags.allow_nan = True
         tags.transformer_tags.preserves_dtype = []
         return tags
+
+
+# scikit-learn lays out an estimator within others by its method __repr__.
+_EstimatorPrettyPrinter._dispatch[FrozenEncoder.__repr__] = (
+    _EstimatorPrettyPrinter._pprint_estimator
+)
 
 
 @dataclass(frozen=True)
@@ -1331,10 +1365,3 @@ def _by_position(pieces):
     for positions, values in pieces:
         vectors.update(zip(np.asarray(positions).tolist(), values, strict=True))
     return vectors
-
-
-def _relative_error(vectors, reference):
-    """Return the relative error; infinite if the number of tokens differs."""
-    if vectors.shape != reference.shape:
-        return np.inf
-    return np.linalg.norm(vectors - reference) / max(np.linalg.norm(reference), 1e-12)

@@ -3,10 +3,11 @@
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import re
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from sklembed.encoders.runtimes import (
     bfloat16_pays,
     candidates,
     integer_instructions,
+    relative_error,
 )
 
 POOLINGS = ("mean", "cls", "max", "last", "pooler")
@@ -92,6 +94,7 @@ class HuggingFaceBackend:
     device: str = "auto"
     dtype: str = "auto"
     runtime: str = "auto"
+    others: "tuple[HuggingFaceBackend, ...]" = ()  # see `joined`
 
     @functools.cached_property
     def modality(self) -> Modality:
@@ -292,6 +295,36 @@ class HuggingFaceBackend:
         identity = self.checkpoint.identity()
         return f"{identity}{code} in {self._torch_dtype} on {self._device}"
 
+    @functools.cached_property
+    def passes(self) -> Any:
+        """Key of the passes through the network, or None if they cannot be shared.
+
+        Backends with equal keys differ in pooling, layers or their aggregation only.
+        """
+        if self.output == "tokens":
+            return None
+        plain = replace(
+            self, pooling_parameter="auto", layer=-1, layer_aggregation="concat"
+        )
+        return plain, self.pooling == "projected"
+
+    def joined(self, others) -> "HuggingFaceBackend":
+        """Return a backend that also encodes cells as others do, in the same passes.
+
+        Its vectors are followed by the vectors of the others.
+
+        Parameters
+        ----------
+        others : iterable of HuggingFaceBackend
+            Backends with equal `passes`.
+        """
+        return replace(self, others=tuple(others))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the vectors of this backend and of the others."""
+        return tuple(backend.n_features for backend in (self, *self.others))
+
     def load(self) -> "_Loaded":
         """Return the checkpoint, whose weights are loaded when torch has to run it."""
         return _Loaded()
@@ -336,15 +369,20 @@ class HuggingFaceBackend:
             prepare, collate = self._text_steps(loaded)
         else:
             prepare, collate = self._image_steps(loaded)
-        head = [_head_step(step, self.checkpoint, self._device) for step in self._head]
+        members = [(backend, backend._head_steps()) for backend in (self, *self.others)]
 
         def forward_by(run):
             def encode(prepared):
                 with _torch().inference_mode():
                     inputs, mask = collate(prepared)
-                    states = run(inputs)
-                    mask = self._mask_of_states(states[0], inputs, mask)
-                    return self._vectors(states, mask, head)
+                    states = dict(zip(self._outputs, run(inputs), strict=True))
+                    mask = self._mask_of_states(states, inputs, mask)
+                    if self.output == "tokens":
+                        return self._tokens(states, mask)
+                    vectors = []
+                    for backend, steps in members:
+                        vectors.append(backend._vectors(states, mask, steps))
+                    return _torch().cat(vectors, dim=1).cpu().numpy()
 
             def forward(prepared):
                 if len(prepared) == 1:
@@ -362,7 +400,8 @@ class HuggingFaceBackend:
             from sklembed.nn.layers import Applied
 
             model, absent = loaded.model_of(self)
-            self._check_weights(absent)
+            for backend in (self, *self.others):
+                backend._check_weights(absent)
             names = list(collate(trial()[:1])[0])
 
             def states(model, *tensors):
@@ -379,6 +418,7 @@ class HuggingFaceBackend:
             inputs=lambda prepared: collate(prepared)[0],
             forward=forward_by,
             trial=trial,
+            widths=self.widths,
             dynamic_axes=(0, 1) if is_text else (0,),
             runtime_budget=_RUNTIME_BUDGET if is_text else None,
         )
@@ -388,26 +428,46 @@ class HuggingFaceBackend:
     @property
     def network_key(self) -> str:
         """Key of the weights, and of the outputs that `_states` returns."""
-        outputs = f"layers {self.layers}"
-        if self.pooling in ("projected", "pooler"):
-            outputs = self.pooling
+        outputs = " ".join(map(str, self._outputs))
         return f"{self.weights()}: {outputs} of {self.modality}"
 
     @property
     def network_use(self) -> str:
         """What a check of the network depends on besides its outputs."""
-        return f"{self.output} {self.pooling}, at most {self.max_length} tokens"
+        poolings = [backend.pooling for backend in (self, *self.others)]
+        uses = " ".join([self.output, *sorted(set(poolings))])
+        return f"{uses}, at most {self.max_length} tokens"
 
-    def _vectors(self, states, mask, head):
-        """Return the vectors of a batch, or arrays of its tokens, from its states."""
-        if self.output == "tokens":
-            return _ragged(_combine(states, self.layer_aggregation), mask)
-        if self.pooling not in ("projected", "pooler"):
-            states = [_pool(state, mask, self.pooling) for state in states]
-        vectors = _combine(states, self.layer_aggregation)
-        for step in head:
+    @functools.cached_property
+    def _outputs(self) -> list[int | str]:
+        """Outputs of the network: indices of hidden states, "projected" or "pooler"."""
+        layers, vectors = set(), set()
+        for backend in (self, *self.others):
+            if backend.pooling in ("projected", "pooler"):
+                vectors.add(backend.pooling)
+            else:
+                layers.update(backend.layers)
+        return [*sorted(layers), *vectors]
+
+    def _vectors(self, states, mask, steps):
+        """Return the vectors of a batch from the outputs of the network."""
+        if self.pooling in ("projected", "pooler"):
+            vectors = states[self.pooling]
+        else:
+            pooled = [_pool(states[i], mask, self.pooling) for i in self.layers]
+            vectors = _combine(pooled, self.layer_aggregation)
+        for step in steps:
             vectors = step(vectors)
-        return vectors.cpu().numpy()
+        return vectors
+
+    def _tokens(self, states, mask):
+        """Return an array of tokens for each cell of a batch."""
+        combined = _combine([states[i] for i in self.layers], self.layer_aggregation)
+        return _ragged(combined, mask)
+
+    def _head_steps(self):
+        """Return the functions of the steps after pooling."""
+        return [_head_step(step, self.checkpoint, self._device) for step in self._head]
 
     def _find_batching(self, encode, prepare) -> str:
         """Test which cells may share a batch: "any", those of "one length", or "none".
@@ -425,16 +485,14 @@ class HuggingFaceBackend:
         if self.modality == "text" and _length(first) == _length(longer):
             (first,) = prepare([""])  # a small max_length cuts both to the same length
         vector = encode([first])[0]
-        tolerance = _BATCHING_TOLERANCES[self.dtype_name] * max(
-            np.linalg.norm(vector), 1e-12
-        )
+        tolerance = _BATCHING_TOLERANCES[self.dtype_name]
 
         def is_unchanged(batch):
             # The last cell: some models apply the mask of the first one to all.
             batch_vector = encode(batch)[-1]
             if batch_vector.shape != vector.shape:
                 return False
-            return np.linalg.norm(batch_vector - vector) <= tolerance
+            return relative_error(batch_vector, vector, self.widths) <= tolerance
 
         if is_unchanged([longer, first]):
             return "any"
@@ -475,7 +533,7 @@ class HuggingFaceBackend:
                     truncation=max_length is not None,
                     max_length=max_length,
                     return_attention_mask=True,
-                    return_special_tokens_mask=True,
+                    return_special_tokens_mask=self.output == "tokens",
                 )
             cells = [{} for _ in texts]
             for name in padding:
@@ -490,14 +548,14 @@ class HuggingFaceBackend:
             inputs = {}
             for name in prepared[0]:
                 inputs[name] = _pad(prepared, name, padding[name]).to(self._device)
-            is_special = inputs.pop("special_tokens_mask")
+            is_special = inputs.pop("special_tokens_mask", None)
             mask = inputs["attention_mask"].clone()
             if pads_to_max:
                 del inputs["attention_mask"]
             # A text that is cut within the prompt consists of the prompt: keep it.
             is_longer = mask.sum(1) > n_skipped
             mask[is_longer, :n_skipped] = 0
-            if self.output == "tokens":
+            if is_special is not None:
                 mask *= 1 - is_special
             return inputs, mask
 
@@ -551,10 +609,11 @@ class HuggingFaceBackend:
         ValueError
             If the model returns another number of tokens.
         """
+        first = next(iter(states.values()))
         if self.modality == "text":
-            if states.ndim == 3 and states.shape[1] != mask.shape[1]:
+            if first.ndim == 3 and first.shape[1] != mask.shape[1]:
                 raise ValueError(
-                    f"{self._name} ({self._model_type}) returns {states.shape[1]} "
+                    f"{self._name} ({self._model_type}) returns {first.shape[1]} "
                     f"vectors for {mask.shape[1]} tokens, so they cannot be pooled. "
                     "Wrap the model in a CallableBackend."
                 )
@@ -562,8 +621,8 @@ class HuggingFaceBackend:
         if self.output == "pooled":
             return None
         # Special tokens come before the patches.
-        mask = _torch().ones(states.shape[:2], dtype=_torch().long)
-        mask[:, : self._count_special_tokens(inputs["pixel_values"], states)] = 0
+        mask = _torch().ones(first.shape[:2], dtype=_torch().long)
+        mask[:, : self._count_special_tokens(inputs["pixel_values"], first)] = 0
         return mask
 
     def _count_special_tokens(self, pixels, states) -> int:
@@ -583,7 +642,7 @@ class HuggingFaceBackend:
         return n_special
 
     def _states(self, model, inputs):
-        """Run the model. Return states (batch, tokens, dim), or pooled vectors."""
+        """Run the model. Return its `_outputs`: (batch, tokens, dim), or (batch, dim)."""
         if self.pooling == "projected":
             run = model.get_image_features
             if self.modality == "text":
@@ -593,25 +652,37 @@ class HuggingFaceBackend:
             return [getattr(output, "pooler_output", output).float()]
         if self._is_dual:
             model = model.text_model if self.modality == "text" else model.vision_model
-        if self.pooling == "pooler":
-            vector = getattr(model(**inputs), "pooler_output", None)
-            if vector is None:
+        layers = [layer for layer in self._outputs if layer != "pooler"]
+        if set(layers) <= {self._n_layers}:
+            output = model(**inputs)
+            hidden_states = {}
+        else:
+            output = model(output_hidden_states=True, **inputs)
+            hidden_states = dict(enumerate(output.hidden_states))
+            if len(hidden_states) != self._n_layers + 1:
                 raise ValueError(
-                    f"pooling='pooler', but {self._name} ({self._model_type}) has no "
-                    "pooled vector of its own. Pass pooling='mean', 'cls' or 'last'."
+                    f"{self._name} ({self._model_type}) returned {len(hidden_states)} "
+                    f"hidden states; expected {self._n_layers + 1}. Leave layer=-1."
                 )
-            return [vector.float().flatten(1)]
-        if self.layers == [self._n_layers]:
-            return [_as_sequence(model(**inputs).last_hidden_state)]
-        output = model(output_hidden_states=True, **inputs)
-        if len(output.hidden_states) != self._n_layers + 1:
+        states = []
+        for name in self._outputs:
+            if name == "pooler":
+                states.append(self._pooler_output(output))
+            elif name == self._n_layers:
+                states.append(_as_sequence(output.last_hidden_state))
+            else:
+                states.append(_as_sequence(hidden_states[name]))
+        return states
+
+    def _pooler_output(self, output):
+        """Return the model's own pooled vector, of shape (batch, dim)."""
+        vector = getattr(output, "pooler_output", None)
+        if vector is None:
             raise ValueError(
-                f"{self._name} ({self._model_type}) returned "
-                f"{len(output.hidden_states)} hidden states; expected "
-                f"{self._n_layers + 1}. Leave layer=-1."
+                f"pooling='pooler', but {self._name} ({self._model_type}) has no "
+                "pooled vector of its own. Pass pooling='mean', 'cls' or 'last'."
             )
-        states = [*output.hidden_states[: self._n_layers], output.last_hidden_state]
-        return [_as_sequence(states[layer]) for layer in self.layers]
+        return vector.float().flatten(1)
 
     def _check_model(self) -> None:
         """Raise an error for checkpoints whose vectors are not reproducible."""
@@ -1033,9 +1104,13 @@ def _torch():
 
 def _pad(cells, name, value):
     """Stack an input of all cells, padded on the right to keep positions."""
-    torch = _torch()
-    rows = [torch.tensor(cell[name], dtype=torch.long) for cell in cells]
-    return torch.nn.utils.rnn.pad_sequence(rows, True, value)  # (batch, tokens)
+    rows = [cell[name] for cell in cells]
+    lengths = np.array([len(row) for row in rows])
+    padded = np.full((len(rows), lengths.max()), value, dtype=np.int64)
+    is_token = np.arange(lengths.max()) < lengths[:, None]
+    tokens = itertools.chain.from_iterable(rows)
+    padded[is_token] = np.fromiter(tokens, np.int64, lengths.sum())
+    return _torch().from_numpy(padded)
 
 
 def _as_sequence(states):

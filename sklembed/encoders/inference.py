@@ -51,6 +51,8 @@ class Network:
     # an empty list.
     trial: Callable[[], list]
     dynamic_axes: tuple[int, ...]  # of the inputs, whose sizes differ between batches
+    # Widths of the vectors that stand side by side; a check compares each of them.
+    widths: tuple[int, ...] = ()
     # Largest cost of a batch in a runtime, if it differs from that in torch.
     runtime_budget: int | None = None
 

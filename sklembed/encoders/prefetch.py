@@ -8,6 +8,7 @@ from sklearn.model_selection import ParameterGrid, ParameterSampler
 
 from sklembed._table.columns import as_table, column_positions, take_columns
 from sklembed.encoders.frozen import FrozenEncoder
+from sklembed.encoders.joint import fill_stores
 
 _INNER_PARAMETERS = ("estimator", "regressor")
 
@@ -15,7 +16,8 @@ _INNER_PARAMETERS = ("estimator", "regressor")
 def prefetch(estimator, X):
     """Encode all cells that fitting an estimator or a search on `X` needs.
 
-    The cells are encoded in this process.
+    The cells are encoded in this process. Encoders of one model that differ only in
+    pooling, layers and normalisation share the passes through it.
 
     Workers of ``GridSearchCV(n_jobs=k)`` then read all vectors from the store, so that
     none loads a model or uses the accelerator. Without prefetching each cell is encoded
@@ -42,7 +44,8 @@ def prefetch(estimator, X):
     -------
     report : DataFrame
         A row for each encoder and setting: its "path" in the estimator, the "model",
-        the number of distinct "cells" (the maximum over candidates), and the number of
+        its "pooling" and "layer", "unit_length", whether vectors have length 1, the
+        number of distinct "cells" (the maximum over candidates), and the number of
         cells "encoded" by this call.
 
     Raises
@@ -68,8 +71,8 @@ def prefetch(estimator, X):
     >>> pipeline = make_pipeline(encoder, LogisticRegression())
     >>> search = GridSearchCV(pipeline, {"logisticregression__C": [0.1, 1]})
     >>> prefetch(search, ["a red cat", "blue", "blue"])
-                path    model  cells  encoded
-    0  frozenencoder  lengths      2        2
+                path    model pooling layer  unit_length  cells  encoded
+    0  frozenencoder  lengths    None  None        False      2        2
     """
     jobs = []
     for candidate in _candidates(estimator):
@@ -84,12 +87,13 @@ def prefetch(estimator, X):
                 f"The encoder {path!r} has store=None, so its vectors would be lost. "
                 "Give it a store."
             )
-    rows = []
-    for path, encoder, part in jobs:
-        rows.append({"path": path} | encoder._fill_store(part))
-    by = ["path", "model", "fingerprint"]
-    report = pd.DataFrame(rows).groupby(by, sort=False, as_index=False, dropna=False)
-    return report.agg({"cells": "max", "encoded": "sum"}).drop(columns="fingerprint")
+    rows = fill_stores([(encoder, part) for _, encoder, part in jobs])
+    paths = [path for path, _, _ in jobs]
+    report = pd.DataFrame(rows).assign(path=paths)
+    by = report.groupby(["path", "fingerprint"], sort=False)
+    how = dict.fromkeys(["model", "pooling", "layer", "unit_length"], "first")
+    report = by.agg(how | {"cells": "max", "encoded": "sum"}).reset_index()
+    return report.drop(columns="fingerprint")
 
 
 def _candidates(estimator):

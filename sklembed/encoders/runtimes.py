@@ -187,7 +187,10 @@ class Plan:
         if entry.verdict(condition) is not None:
             return run
         error = _largest_error(
-            in_torch(encoding).forward, network.forward(run), cells + trial
+            in_torch(encoding).forward,
+            network.forward(run),
+            cells + trial,
+            network.widths,
         )
         tolerance = TOLERANCES[self.precision]
         if not error <= tolerance:
@@ -551,7 +554,24 @@ _EXPORTERS = {"openvino": _export_openvino, "onnx": _export_onnx}
 _LOADERS = {"openvino": _load_openvino, "onnx": _load_onnx}
 
 
-def _largest_error(expected, actual, cells) -> float:
+def relative_error(vectors, reference, widths=()) -> float:
+    """Return the error relative to the length of the reference.
+
+    Of several vectors side by side, with `widths`, it is the largest error. If the
+    shapes differ, such as for another number of tokens, it is infinite.
+    """
+    if vectors.shape != reference.shape:
+        return np.inf
+    ends = np.cumsum(widths)[:-1].astype(int)
+    errors = []
+    for block in np.split(np.arange(reference.shape[-1]), ends):
+        length = max(np.linalg.norm(reference[..., block]), 1e-12)
+        error = np.linalg.norm(vectors[..., block] - reference[..., block])
+        errors.append(error / length)
+    return float(np.max(errors))
+
+
+def _largest_error(expected, actual, cells, widths) -> float:
     """Return the largest error of a vector, relative to the length of the expected."""
     largest = 0.0
     for start in range(0, len(cells), _CHECKED_AT_ONCE):
@@ -561,8 +581,7 @@ def _largest_error(expected, actual, cells) -> float:
                 raise ValueError(
                     f"it returns the shape {other.shape}, and torch {vector.shape}"
                 )
-            norm = max(np.linalg.norm(vector), 1e-12)
-            error = np.linalg.norm(vector - other) / norm
+            error = relative_error(other, vector, widths)
             largest = max(largest, float(np.nan_to_num(error, nan=np.inf)))
     return largest
 

@@ -85,9 +85,9 @@ class EmbeddingStore:
     >>> import tempfile
     >>> from sklembed import EmbeddingStore
     >>> store = EmbeddingStore(tempfile.mkdtemp() + "/embeddings.sqlite")
-    >>> store.stats()
+    >>> store.stats()[["model", "rows", "bytes", "hit_rate"]]
     Empty DataFrame
-    Columns: [model, n_features, rows, bytes, encoded, served, hit_rate, description]
+    Columns: [model, rows, bytes, hit_rate]
     Index: []
     """
 
@@ -237,13 +237,44 @@ class EmbeddingStore:
         finally:
             session.end()
 
+    def add(self, space, digests, values):
+        """Store the vectors of cells; cells that are stored keep their vectors.
+
+        Parameters
+        ----------
+        space : Space
+            The space of the encoder.
+
+        digests : list of bytes
+            Hashes of the cells, 16 bytes each, without repeats.
+
+        values : ndarray of shape (n_digests, n_features), or list of ndarray
+            Their vectors; for a ragged space arrays of shape (n_tokens, n_features).
+
+        Returns
+        -------
+        n_added : int
+            Number of cells that were not stored.
+        """
+        self._check_writable("adding vectors")
+        is_new = self.lacks(space, digests)
+        positions = np.flatnonzero(is_new).tolist()
+        if positions:
+            session = _Session(self, space, [digests[i] for i in positions])
+            try:
+                session.put([values[i] for i in positions])
+            finally:
+                session.end()
+        return len(positions)
+
     def stats(self):
         """Return statistics of the store for each model.
 
         Returns
         -------
         stats : DataFrame
-            A row for each fingerprint, with the columns `model`, `n_features`, `rows`,
+            A row for each fingerprint, with the columns `model`, `pooling`, `layer`,
+            `unit_length` (whether vectors have length 1), `n_features`, `rows`,
             `bytes` (of stored vectors), `encoded` (number of values ever encoded),
             `served` (number of values ever read), `hit_rate` (served / (served +
             encoded)), and `description` (all settings in JSON). If `encoded` exceeds
@@ -257,15 +288,17 @@ class EmbeddingStore:
                 "(SELECT COUNT(*) FROM cells WHERE model = models.id), bytes, encoded, served "
                 "FROM models"
             ).fetchall()
-        names = []
+        settings = []
         for fingerprint, description, n_features, *_ in rows:
             space = database.Space(fingerprint, json.loads(description), n_features)
-            names.append(space.names[-1])
+            settings.append(space.settings())
+        names = ["model", "pooling", "layer", "unit_length"]
+        settings = pd.DataFrame(settings, columns=names, dtype=object)
         counts = ["n_features", "rows", "bytes", "encoded", "served"]
         stats = pd.DataFrame(rows, columns=["fingerprint", "description", *counts])
-        stats = stats.assign(model=names).set_index("fingerprint")
+        stats = stats.join(settings).set_index("fingerprint")
         stats["hit_rate"] = stats["served"] / (stats["served"] + stats["encoded"])
-        return stats[["model", *counts, "hit_rate", "description"]]
+        return stats[[*names, *counts, "hit_rate", "description"]]
 
     def clear(self, model=None):
         """Delete vectors, counts and networks of all models or of one; shrink the file.
@@ -564,6 +597,11 @@ class _Session:
             if claimed and len(claimed) == len(pending):
                 self._attempt(self._wait)
             pending = np.asarray(claimed, dtype=np.intp)
+
+    def put(self, values):
+        """Store the values of all cells, without claims."""
+        positions = range(len(self._digests))
+        self._put(positions, positions, values)
 
     def end(self):
         """Release all claims."""
