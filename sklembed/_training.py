@@ -93,6 +93,9 @@ def train(
     the order of rows come from generators of this call, so equal seeds give equal networks in any
     thread.
 
+    Rows that would fill more than half of the free memory of the device stay in the memory of the
+    host, and are copied to the device by batch.
+
     Parameters
     ----------
     make_module : callable
@@ -130,6 +133,8 @@ def train(
         `skorch_params` sets a reserved option.
     TypeError
         If the callbacks in `skorch_params` are not a list.
+    torch.OutOfMemoryError
+        If a batch does not fit into the memory of the device.
     """
     device = resolve_device(options.device)
     past = [] if start is None else start.history
@@ -149,8 +154,15 @@ def train(
     if start is not None:
         state = {name: torch.from_numpy(v.copy()) for name, v in start.weights.items()}
         _module(net).load_state_dict(state)
+    place = device if _fits(X, device) else torch.device("cpu")
     try:
-        net.partial_fit(to_tensor(X, device), to_tensor(y, device))
+        net.partial_fit(to_tensor(X, place), to_tensor(y, device))
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            f"Training ran out of memory on device={options.device!r}. Lower batch_size, or n_jobs "
+            "if several processes train on it, or pass device='cpu'."
+        )
+        raise
     except (KeyError, ValueError, SkorchException) as error:
         if "valid_loss" in str(error):
             error.add_note(
@@ -166,6 +178,14 @@ def train(
         )
     n_parameters = sum(p.numel() for p in net.module_.parameters())
     return Trained(weights, _history(net, past), n_parameters)
+
+
+def _fits(array: np.ndarray, device: torch.device) -> bool:
+    """Return whether an array leaves half of the free memory of the device to the network."""
+    if device.type != "cuda":
+        return True
+    n_free, _ = torch.cuda.mem_get_info(device)
+    return array.nbytes <= n_free / 2
 
 
 def _settings(
@@ -224,9 +244,10 @@ class Criterion(nn.Module):
 
 
 class Batches:
-    """Batches indexed from tensors on the device, in a new random order every epoch.
+    """Batches indexed from tensors, in a new random order every epoch.
 
     A DataLoader would fetch row by row, which takes longer than the training of a small network.
+    Batches are on the device of the targets, and X may be in the memory of the host.
     The order is drawn on the CPU, so it is the same on every device. With several networks, those
     with fewer rows get smaller batches, which are padded with rows of weight 0.
     """
@@ -271,9 +292,10 @@ class Batches:
                 index = batch[0]
             # Padding is found on the CPU, because a test on the device would wait for it.
             mask = index >= 0 if bool((index < 0).any()) else None
-            index = index.clamp(min=0).to(self.X.device)
-            X, y = _take(self.X, index), _take(self.y, index)
-            yield X, (y, self._weight(mask, index))
+            index = index.clamp(min=0)
+            X = _take(self.X, index.to(self.X.device)).to(self.y.device)
+            index = index.to(self.y.device)
+            yield X, (_take(self.y, index), self._weight(mask, index))
 
     def _weight(self, mask: Tensor | None, index: Tensor) -> Tensor:
         """Return the weights of a batch; empty if all are 1, because skorch rejects None."""
@@ -369,7 +391,7 @@ class BestWeights(Callback):  # type: ignore[misc]
         batches = Batches(dataset, net.batch_size, rows=rows, sample_weight=weight)
         net.module_.eval()
         losses = [net.criterion_.per_network(net.module_(X), y) for X, y in batches]
-        return np.atleast_1d(torch.stack(losses).mean(dim=0).double().cpu().numpy())
+        return np.atleast_1d(torch.stack(losses).mean(dim=0).cpu().double().numpy())
 
 
 class _StopAfter(Callback):  # type: ignore[misc]

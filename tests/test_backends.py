@@ -233,3 +233,27 @@ def test_texts_have_no_image_size():
         CallableBackend(
             list, name="n", version="1", modality="text", n_features=1, image_size=1
         )
+
+
+def network_on(device):
+    def load():
+        network = torch.nn.Linear(2, 3, bias=False)
+        torch.nn.init.constant_(network.weight, 2.0)
+        return lambda text: torch.tensor([len(text), 1.0]), network.to(device)
+
+    return load
+
+
+def test_a_network_on_an_accelerator_is_not_offered_to_runtimes():
+    networks = []
+    for device in ("cpu", "meta"):
+        backend = encoder_of(network_on(device), f"network on {device}").model
+        networks.append(backend.encoding(backend.load()).network)
+    assert networks[0] is not None
+    assert networks[1] is None
+
+
+@pytest.mark.gpu
+def test_a_network_runs_on_the_device_of_its_weights():
+    vectors = encoder_of(network_on("cuda"), "on a GPU").transform(["ab", "abcd"])
+    np.testing.assert_allclose(vectors, [[6.0] * 3, [10.0] * 3], rtol=1e-3)

@@ -6,10 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from skorch import NeuralNet
 from skorch.callbacks import EarlyStopping
 from skorch.dataset import Dataset, ValidSplit
 
-from sklembed._training import Batches, Rows, Trained, TrainingOptions, train
+from sklembed import _training
+from sklembed._training import (
+    Batches,
+    Rows,
+    Trained,
+    TrainingOptions,
+    _fits,
+    train,
+)
 from sklembed.nn.projection import Projection
 
 OPTIONS = {
@@ -264,3 +273,42 @@ def test_a_compiled_network_is_trained_alike(regression, early_stopping):
     start = {"start": Trained(weights, history)}
     gone_on, _ = fit(regression, rows=rows, skorch_params=compiled, more=start)
     assert gone_on.keys() == plain.keys()
+
+
+def test_batches_are_on_the_device_of_the_targets():
+    """X may be in the memory of the host: "meta" stands for an accelerator here."""
+    dataset = Dataset(torch.ones(9, 2), torch.ones(9, device="meta"))
+    weight = torch.ones(9, device="meta")
+    batches = Batches(dataset, 4, rows=Rows(np.arange(9)), sample_weight=weight)
+    for X, (y, weight_of_batch) in batches:
+        devices = {X.device.type, y.device.type, weight_of_batch.device.type}
+        assert devices == {"meta"}
+
+
+def test_rows_leave_half_of_the_free_memory_of_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 1000))
+    rows = np.ones(100, dtype=np.float32)
+    assert _fits(rows, torch.device("cuda"))
+    assert not _fits(np.tile(rows, 2), torch.device("cuda"))
+    assert _fits(np.tile(rows, 2), torch.device("cpu"))
+
+
+def test_a_lack_of_device_memory_is_explained(regression, monkeypatch):
+    def run_out(net, X, y):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(NeuralNet, "partial_fit", run_out)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        fit(regression)
+    assert "Lower batch_size, or n_jobs" in caught.value.__notes__[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [None, three_parts()], ids=["one", "three"])
+def test_rows_in_the_memory_of_the_host_give_the_same_network(
+    regression, monkeypatch, rows
+):
+    on_device, _ = fit(regression, rows=rows, device="cuda")
+    monkeypatch.setattr(_training, "_fits", lambda array, device: False)
+    in_host_memory, _ = fit(regression, rows=rows, device="cuda")
+    assert_same(on_device, in_host_memory)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import json
 import pickle
 import sys
@@ -68,8 +69,9 @@ class CallableBackend:
         n_features). It may return a pair ``prepare, encode`` instead. Threads call
         ``prepare`` on single cells while the model is busy, and ``encode`` takes a list
         of prepared cells. If ``encode`` is a ``torch.nn.Module``, it takes one tensor,
-        the stacked prepared cells, and returns the array as a tensor. Faster runtimes
-        may then run it; see `runtime` of :class:`FrozenEncoder`. `load` is called once
+        the stacked prepared cells, and returns the array as a tensor. It runs on the
+        device of its weights. On the CPU, faster runtimes may run it instead; see
+        `runtime` of :class:`FrozenEncoder`. `load` is called once
         per process, and only when there is a cell to encode, so that neither clones nor
         pickles carry weights. Load the model inside `load`: a model from outside is
         copied into every pickle, which raises a warning.
@@ -266,21 +268,30 @@ class CallableBackend:
 
         if not _is_module(encode):
             return Encoding(encode, prepare_all)
-        return Encoding(None, prepare_all, network=self._network(encode, prepare_all))
+        network = self._network(encode)
+        if _device_of(encode).type == "cpu":
+            return Encoding(None, prepare_all, network=network)
+        # Runtimes run on the CPU only, so they are not offered the network.
+        module = network.module()
+        forward = network.forward(lambda inputs: module(*inputs.values()))
+        return Encoding(forward, prepare_all)
 
-    def _network(self, module, prepare):
+    def _network(self, module):
         """Return the network of a torch module that takes stacked cells."""
         import torch
 
         from sklembed.nn.layers import Applied
 
+        device = _device_of(module)
+
         def inputs(prepared):
-            return {"cells": torch.stack([torch.as_tensor(cell) for cell in prepared])}
+            cells = torch.stack([torch.as_tensor(cell) for cell in prepared])
+            return {"cells": cells.to(device)}
 
         def forward(run):
             def encode(prepared):
                 with torch.inference_mode():
-                    return run(inputs(prepared))[0].numpy()
+                    return run(inputs(prepared))[0].cpu().numpy()
 
             return encode
 
@@ -310,6 +321,15 @@ def _is_module(function) -> bool:
     """Return whether a function is a torch module; torch is not imported."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(function, torch.nn.Module)
+
+
+def _device_of(module):
+    """Return the device of the first weight of a torch module; the CPU without any."""
+    import torch
+
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
 
 
 def _check_image_size(image_size, modality):
