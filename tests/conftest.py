@@ -28,6 +28,18 @@ MODERNBERT = {
 WORDS = "the a cat dog sat ran on under mat tree and then slept".split()
 
 
+def pytest_collection_modifyitems(items):
+    """Skip the tests marked `gpu` without a CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture
 def store(tmp_path):
     return EmbeddingStore(tmp_path / "store.sqlite")

@@ -7,7 +7,6 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1058,6 +1057,7 @@ def test_tokens_one_to_a_row_are_pooled_vectors(Encoder):
 
 @each_encoder
 def test_forms_of_a_table_make_no_difference(Encoder):
+    pl = pytest.importorskip("polars")
     X = world()
     expected = small(Encoder).fit(X).transform(X)
     bare = X.astype(object)
@@ -1355,7 +1355,6 @@ def test_token_columns_of_another_modality_are_refused_by_name(Encoder):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @each_encoder
 @pytest.mark.parametrize("chunk_size", [None, 7])
 def test_training_on_a_gpu_leads_to_a_space_as_good(Encoder, chunk_size):

@@ -1,5 +1,7 @@
 """Fusion: the paper's heads, rows that lack modalities, and decisions averaged."""
 
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -1181,3 +1183,39 @@ def test_a_warm_start_refuses_labels_in_place_of_classes(n_classes):
     with pytest.raises(ValueError, match="multilabel"):
         classifier.fit(X, np.eye(n_classes, dtype=int)[y])
     np.testing.assert_array_equal(classifier.predict(X), before)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@each_join
+def test_a_network_of_a_gpu_predicts_as_well_and_without_it(join):
+    X, y = world(600)
+    X[::7, BLOCKS["image"]] = np.nan
+    scores = []
+    for device in ("cpu", "cuda"):
+        classifier = small(join, device=device).fit(X[:400], y[:400])
+        scores.append(classifier.score(X[400:], y[400:]))
+    assert scores[1] > scores[0] - 0.05
+    assert {type(value) for value in classifier.weights_.values()} == {np.ndarray}
+    probabilities = classifier.predict_proba(X[400:])
+    assert probabilities.dtype == np.float64
+    loaded = pickle.loads(pickle.dumps(classifier)).set_params(device="cpu")
+    np.testing.assert_array_equal(loaded.predict_proba(X[400:]), probabilities)
+
+
+@pytest.mark.gpu
+def test_weights_of_labels_are_on_the_gpu():
+    X, y = world()
+    labels = np.eye(3, dtype=int)[y]
+    classifier = small("early", class_weight="balanced", device="cuda")
+    predicted = classifier.fit(X, labels).predict(X)
+    assert (predicted == labels).mean() > 0.8
+
+
+@pytest.mark.gpu
+def test_a_regressor_of_a_gpu_predicts_numbers():
+    X, y = world()
+    regressor = FusionRegressor(**SMALL, device="cuda").fit(X, y.astype(float))
+    assert regressor.score(X, y) > 0.5

@@ -19,6 +19,7 @@ from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
 from sklembed.encoders import checkpoints as checkpoints_module
 from sklembed.encoders import inference
 from sklembed.encoders.column import Column
+from sklembed.encoders.runtimes import TOLERANCES
 
 TEXTS = [
     "the cat sat",
@@ -1883,3 +1884,45 @@ def test_verify_finds_vectors_of_another_making(checkpoints, store):
 def _encode_as(vectors, chunks):
     for chunk in chunks:
         yield chunk, chunk, vectors[list(chunk)]
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "family", ["bert", "mpnet", "modernbert", "qwen", "vit", "dinov2", "convnext"]
+)
+def test_vectors_on_a_gpu_are_those_of_the_cpu(checkpoints, pictures, family, dtype):
+    """In float32 both have the same key, so they must agree as runtimes do."""
+    is_image = family in ("vit", "dinov2", "convnext")
+    cells = pictures if is_image else TEXTS
+    expected = encode(checkpoints[family], cells, device="cpu", runtime="torch")
+    encoder = FrozenEncoder(checkpoints[family], device="cuda", dtype=dtype, store=None)
+    vectors = encoder.transform(cells)
+    assert vectors.dtype == np.float32
+    errors = np.linalg.norm(vectors - expected, axis=1)
+    errors /= np.linalg.norm(expected, axis=1)
+    assert errors.max() <= TOLERANCES[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_tokens_on_a_gpu_are_those_of_the_cpu(checkpoints, pictures, family):
+    cells = pictures if family == "vit" else TEXTS
+    tokens = encode(checkpoints[family], cells, device="cuda", output="tokens")
+    expected = encode(checkpoints[family], cells, device="cpu", output="tokens")
+    for vectors, vectors_of_cpu in zip(tokens[:, 0], expected[:, 0], strict=True):
+        np.testing.assert_allclose(vectors, vectors_of_cpu, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_vectors_of_a_gpu_are_read_on_the_cpu(checkpoints, store):
+    path = checkpoints["bert"]
+    vectors = FrozenEncoder(
+        path, device="cuda", dtype="float32", store=store
+    ).transform(TEXTS)
+    encoder = FrozenEncoder(path, device="cpu", dtype="float32", store=store)
+    np.testing.assert_array_equal(encoder.transform(TEXTS), vectors)
+    assert encoder.stats()["encoded"] == len(TEXTS)

@@ -1,5 +1,7 @@
 """ContrastiveProjector: what it learns, how it is cross-fitted, and what it refuses."""
 
+import os
+import pickle
 import subprocess
 import sys
 
@@ -567,3 +569,64 @@ def test_a_product_s_row_depends_on_that_row_alone(n_features, n_columns):
         together = product(rows, matrix)
         np.testing.assert_array_equal(product(rows[order], matrix), together[order])
         np.testing.assert_allclose(together, rows @ matrix, rtol=1e-5, atol=1e-6)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cv", [None, 3])
+def test_a_projector_of_a_gpu_separates_classes_as_well(cv):
+    X, y = buried_classes(noise=0.7)
+    scores = []
+    for device in ("cpu", "cuda"):
+        projector = small(cv=cv, max_epochs=20, device=device)
+        assert projector.fit_transform(X[:600], y[:600]).dtype == np.float32
+        scores.append(silhouette_score(projector.transform(X[600:]), y[600:]))
+    assert scores[1] > scores[0] - 0.1
+
+
+@pytest.mark.gpu
+def test_a_projector_of_a_gpu_is_saved_and_loaded_on_a_machine_without(
+    clusters, tmp_path
+):
+    X, y = clusters
+    projector = small(device="cuda", early_stopping=True).fit(X, y)
+    assert {type(value) for value in projector.weights_.values()} == {np.ndarray}
+    assert projector.history_[0]["train_loss"] > projector.history_[-1]["train_loss"]
+    projector.save(tmp_path / "saved")
+    (tmp_path / "pickled").write_bytes(pickle.dumps(projector))
+    np.save(tmp_path / "X.npy", X)
+    code = """
+import pickle, sys
+import numpy as np
+from sklembed import ContrastiveProjector
+X = np.load("X.npy")
+with open("pickled", "rb") as file:
+    pickled = pickle.load(file)
+projectors = [ContrastiveProjector.load("saved"), pickled]
+np.save("Z.npy", [projector.transform(X) for projector in projectors])
+assert "torch" not in sys.modules
+"""
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    for Z in np.load(tmp_path / "Z.npy"):
+        np.testing.assert_allclose(Z, projector.transform(X), atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_module_as_loss_moves_to_the_gpu(clusters):
+    class Centres(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.centres = torch.nn.Parameter(torch.zeros(3, 4))
+
+        def forward(self, z, labels):
+            return (z - self.centres[labels]).square().mean()
+
+    projector = small(loss=Centres(), device="cuda", cv=2)
+    assert np.isfinite(projector.fit_transform(*clusters)).all()

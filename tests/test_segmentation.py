@@ -702,7 +702,6 @@ def test_an_unfitted_segmenter_or_one_with_a_callable_is_not_saved(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_training_on_a_gpu_leads_to_masks_as_good():
     X, y = two_maps()
     scores = [
