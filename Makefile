@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 BIN = .venv/bin
 
-.PHONY: demo test test-oldest lint docs bench clean
+.PHONY: demo test test-oldest lint docs bench gpu gpu-packages clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/plot_quickstart.py
@@ -55,6 +55,14 @@ bench: .venv/.bench
 	$(BIN)/python examples/benchmarks/bench_predictor.py --scale --json docs/benchmarks/predictor_scale.json
 	$(BIN)/python examples/benchmarks/bench_few_label.py --json docs/benchmarks/few_label.json
 	$(BIN)/python examples/benchmarks/bench_segmentation.py --json docs/benchmarks/segmentation.json
+
+# The tests and the benchmark for a GPU, by PYTHON; ARGS="--device cpu --fast" is a dry run.
+gpu:
+	PYTHON=$(PYTHON) tools/gpu.sh $(ARGS)
+
+# An archive of what a machine without network may lack; copy it to .gpu there.
+gpu-packages: .venv/.demo
+	$(BIN)/python tools/pack_gpu.py
 
 clean:
 	rm -rf .venv .venv-oldest docs/_build docs/api docs/auto_examples
