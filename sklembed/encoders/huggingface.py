@@ -373,7 +373,7 @@ class HuggingFaceBackend:
 
         def forward_by(run):
             def encode(prepared):
-                with _torch().inference_mode():
+                with _torch().inference_mode(), _full_precision(self._device):
                     inputs, mask = collate(prepared)
                     states = dict(zip(self._outputs, run(inputs), strict=True))
                     mask = self._mask_of_states(states, inputs, mask)
@@ -1100,6 +1100,19 @@ def _torch():
     import torch
 
     return torch
+
+
+def _full_precision(device):
+    """Compute float32 convolutions on a GPU in float32, not in TF32 with 10 bits."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    cudnn = _torch().backends.cudnn
+    return cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+    )
 
 
 def _pad(cells, name, value):
