@@ -92,7 +92,9 @@ class SeededLinear(nn.Module):
         """Map (..., batch, n_in) to (..., batch, n_out)."""
         if self.weight.ndim == 2:
             return F.linear(x, self.weight, self.bias)
-        return torch.baddbmm(self.bias[:, None, :], x, self.weight.transpose(1, 2))
+        # The weights come first, so that their gradient has their layout and is not copied.
+        rows = x.transpose(1, 2)
+        return torch.baddbmm(self.bias[:, :, None], self.weight, rows).transpose(1, 2)
 
 
 class BatchNorm(nn.Module):
