@@ -14,10 +14,14 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 test: .venv/.dev
 	$(PYTEST)
 
-# The examples of docstrings and README, and the runtimes, whose floors are the newest versions,
-# run with the newest dependencies alone, to save time.
+# To save time, these run with the newest dependencies alone: the examples of docstrings and README;
+# runtimes, whose floors are the newest versions; checks of the source; losses, whose torch is the
+# same; and the behaviour of networks, reports and crashes. Other tests reach the same interfaces of
+# the dependencies: test_common.py fits every estimator, test_training.py covers skorch, and
+# test_store.py the store.
+NEWEST_ONLY = readme runtimes architecture losses crossmodal segmentation evaluation faults
 test-oldest: BIN = .venv-oldest/bin
-test-oldest: ARGS = tests --ignore=tests/test_readme.py --ignore=tests/test_runtimes.py
+test-oldest: ARGS = tests $(NEWEST_ONLY:%=--ignore=tests/test_%.py)
 test-oldest: .venv-oldest/.dev
 	$(PYTEST)
 

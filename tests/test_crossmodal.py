@@ -868,7 +868,7 @@ def test_three_modalities_of_which_any_pair_may_miss(Encoder):
 @each_encoder
 def test_a_grid_search_needs_no_labels(Encoder):
     search = GridSearchCV(
-        small(Encoder), {"lr": [1e-9, 0.003], "max_epochs": [20]}, cv=2
+        small(Encoder), {"lr": [1e-9, 0.003], "max_epochs": [8]}, cv=2
     )
     assert search.fit(world(100)).best_params_["lr"] == 0.003
 

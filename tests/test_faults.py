@@ -150,7 +150,7 @@ def test_kill_9_loses_at_most_a_batch_and_nothing_is_encoded_again(
     n = 20_000
     stored = set()
     n_interrupted = 0
-    while n_interrupted < 10:
+    while n_interrupted < 5:
         log = tmp_path / f"encoded-{n_interrupted}"
         (process,) = start(server, (str(store.path), str(log), list(range(n))))
         time.sleep(rng.uniform(0.05, 0.4))
@@ -423,7 +423,7 @@ def test_no_damage_to_the_file_causes_a_wrong_vector(store, tmp_path):
     fill(store, 600)
     content = store.path.read_bytes()
     counts = {"right": 0, "error": 0}
-    for trial in range(300):
+    for trial in range(120):
         victim = EmbeddingStore(tmp_path / f"{trial}.sqlite")
         victim.path.write_bytes(mutate(content, rng))
         for use in (read, fill):
@@ -437,7 +437,7 @@ def test_no_damage_to_the_file_causes_a_wrong_vector(store, tmp_path):
                 else:
                     assert use is read or n_vectors == 600
                     counts["right"] += 1
-    assert min(counts.values()) >= 100
+    assert min(counts.values()) >= 40
 
 
 def test_a_disk_without_any_space_can_be_pruned_and_cleared(store, monkeypatch):

@@ -173,8 +173,9 @@ def test_transform_equals_fit_transform_in_any_batch_and_order(vectorizer, table
     X, _ = table
     expected = vectorizer.fit_transform(X)
     pd.testing.assert_frame_equal(vectorizer.transform(X), expected)
-    alone = pd.concat([vectorizer.transform(X.iloc[[i]]) for i in range(N)])
-    pd.testing.assert_frame_equal(alone, expected, rtol=1e-5, atol=1e-6)
+    some = range(0, N, 3)
+    alone = pd.concat([vectorizer.transform(X.iloc[[i]]) for i in some])
+    pd.testing.assert_frame_equal(alone, expected.iloc[some], rtol=1e-5, atol=1e-6)
     order = np.random.default_rng(0).permutation(N)
     shuffled = vectorizer.transform(X.iloc[order, ::-1])
     pd.testing.assert_frame_equal(shuffled, expected.iloc[order], rtol=1e-5, atol=1e-6)
@@ -607,13 +608,13 @@ def test_in_a_pipeline_with_search_clone_and_pickle(vectorizer, table):
     search = GridSearchCV(
         pipeline,
         {"multimodalvectorizer__lexical": [True, False]},
-        cv=3,
+        cv=2,
     )
     search.fit(X, y)
     loaded = pickle.loads(pickle.dumps(search))
     np.testing.assert_array_equal(loaded.predict_proba(X), search.predict_proba(X))
     assert clone(search).fit(X, y).best_params_ == search.best_params_
-    scores = cross_validate(pipeline, X, y, cv=3, n_jobs=2, error_score="raise")
+    scores = cross_validate(pipeline, X, y, cv=2, n_jobs=2, error_score="raise")
     assert np.isfinite(scores["test_score"]).all()
 
 
