@@ -8,6 +8,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from decimal import Decimal
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 from unittest import mock
@@ -944,3 +945,12 @@ def test_pixels_are_counted_by_the_header(options, expected, tmp_path):
 )
 def test_pixels_of_other_cells(cell, modality, expected):
     assert n_pixels(cell, modality) == expected
+
+
+@pytest.mark.parametrize("text", ["", "a red apple", "né \ud800 \0", "x" * 1000])
+def test_a_text_is_hashed_with_its_kind_and_length(text):
+    """Keys of stored vectors must never change."""
+    content = text.encode("utf-8", "surrogatepass")
+    parts = [len(part).to_bytes(8, "little") + part for part in (b"text", content)]
+    expected = blake2b(b"".join(parts), digest_size=16).digest()
+    assert identify(text, "text") == expected

@@ -131,9 +131,17 @@ def identify(cell, modality: str, settings: dict | None = None) -> bytes:
                 "text: select a column of str, convert the column with astype('string'), or "
                 "use None for a missing text"
             )
-        # A subclass, such as a member of an enum, may override encode and __str__.
-        return _hash_parts(_TEXT, str.encode(cell, "utf-8", "surrogatepass"))
+        return hash_text(cell)
     return _hash_image(_image_source(cell, settings))
+
+
+def hash_text(cell: str) -> bytes:
+    """Hash a text as `identify` does, without checking its type."""
+    # A subclass, such as a member of an enum, may override encode and __str__.
+    content = str.encode(cell, "utf-8", "surrogatepass")
+    hasher = _TEXT.copy()
+    hasher.update(len(content).to_bytes(8, "little") + content)
+    return hasher.digest()
 
 
 def names_image_file(cell: str) -> bool:

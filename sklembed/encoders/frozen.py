@@ -29,6 +29,7 @@ from sklembed.encoders.cells import (
     DECODING_VERSION,
     DRAFT_RATIO,
     decode,
+    hash_text,
     identify,
     image_settings,
     is_missing,
@@ -688,7 +689,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     def _hash_cells(self, column, modality):
         """Yield the hash of each cell; None for missing cells."""
         settings = getattr(self, "_image_settings", None)
+        is_text = modality == "text"
         for row, cell in enumerate(column.cells):
+            if is_text and type(cell) is str:  # the most frequent kind of cell
+                yield hash_text(cell)
+                continue
             key = None
             if not is_missing(cell):
                 try:
