@@ -189,6 +189,13 @@ def test_an_error_of_the_model_leaves_no_thread_behind():
     assert caught.tb is not None  # whose frames keep what they refer to alive
 
 
+def test_a_single_job_starts_no_thread(monkeypatch):
+    monkeypatch.delattr(inference, "ThreadPoolExecutor")
+    ((batch, done, values),) = run(Encoding(lengths), ["a", "bb"])
+    assert batch == done == [0, 1]
+    np.testing.assert_array_equal(values, [[1], [2]])
+
+
 def letters(load, name, **options):
     backend = CallableBackend(
         load, name=name, version="1", modality="text", n_features=1

@@ -733,8 +733,8 @@ def _file_system(path):
     kind, depth = None, 0
     for line in mounts.splitlines():
         _, mount, mount_kind, *_ = line.split(" ")
-        # Special characters are in octal, a space as \040.
-        mount = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount)
+        if "\\" in mount:  # special characters are in octal, a space as \040
+            mount = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount)
         folder = mount.rstrip("/") + "/"
         # The deepest mount point contains the path, and the last if there are several.
         if len(folder) >= depth and f"{real_path}/".startswith(folder):

@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import joblib
@@ -257,13 +257,15 @@ def _prepare_ahead(encoding, chunks, decode, n_pixels, modality) -> Iterator[_Ce
         yield from cells
         budget.release(n_held)
 
+    jobs = chain.from_iterable(_slices(chunk, _JOB_SIZES[modality]) for chunk in chunks)
+    first_jobs = list(islice(jobs, 2))
+    if len(first_jobs) == 1:  # starting a thread would take longer
+        yield from prepare(0, first_jobs[0])[0]
+        return
     pool = ThreadPoolExecutor(n_threads)
     try:
         futures = deque()
-        jobs = chain.from_iterable(
-            _slices(chunk, _JOB_SIZES[modality]) for chunk in chunks
-        )
-        for turn, job in enumerate(jobs):
+        for turn, job in enumerate(chain(first_jobs, jobs)):
             futures.append(pool.submit(prepare, turn, job))
             if len(futures) > n_ahead:
                 yield from take(futures.popleft())
