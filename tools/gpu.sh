@@ -21,10 +21,11 @@ if [ -f "$GPU_PACKAGES" ]; then
 fi
 
 nvidia-smi || echo "no nvidia-smi"
-# Other versions of the dependencies may warn, so warnings are not errors here.
+# Other versions of the dependencies may warn, so warnings are not errors here. The slowest tests,
+# of the cross-modal spaces, come late.
 timeout 150 "$PYTHON" -m pytest -m gpu -W default -p no:cacheprovider \
 	--continue-on-collection-errors --durations=5 \
-	$(grep -l 'mark\.gpu' tests/test_*.py)
+	$(grep -l 'mark\.gpu' tests/test_*.py | sort -r)
 tests=$?
 timeout 320 "$PYTHON" examples/benchmarks/bench_gpu.py "$@"
 benchmark=$?

@@ -16,7 +16,6 @@ traceback, and the next stage follows. The JSON file is written after each stage
 """
 
 import argparse
-import inspect
 import json
 import os
 import platform
@@ -60,22 +59,22 @@ DTYPES = ("float32", "bfloat16", "float16")
 PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "skorch")
 # Sizes of a full run, and of a dry run.
 FULL = {
-    "texts": 8192,
+    "texts": 2048,
     "tokens": 256,  # of the longest text
-    "titles": 16384,
+    "titles": 8192,
     "texts on the CPU": 512,
-    "images": 2048,
+    "images": 512,
     "images on the CPU": 64,
     "layers": 12,  # of DINOv2
-    "rows": 20_000,
+    "rows": 10_000,
     "networks": 100,
     "epochs": 3,
-    "epochs on the device alone": 20,
+    "epochs on the device alone": 10,
     "pairs": 10_000,
     "masks": 200,
     "rows of a search": 4000,
     "texts of a batch": 4096,  # more than the memory of a device takes
-    "repeats": 3,
+    "repeats": 2,
     "seconds": 60,  # limit of a stage
 }
 FAST = {
@@ -393,34 +392,6 @@ def batchings():
     return {"cells that share a batch": "; ".join(chosen)}
 
 
-def bench_compiled(run):
-    """Compare a compiled network with the plain one."""
-    if "compile" not in inspect.signature(FrozenEncoder).parameters:
-        yield {"skipped": "FrozenEncoder has no parameter compile"}
-        return
-    if not run.on_gpu:
-        yield {"skipped": "compiling takes long on a CPU"}
-        return
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run.minilm)
-    texts = make_texts(run.sizes, tokenizer)
-    arms = {}
-    for compiled in (False, True):
-        encoder = FrozenEncoder(
-            run.minilm,
-            device=run.device,
-            dtype="bfloat16",
-            runtime="torch",
-            store=None,
-            compile=compiled,
-        )
-        tick = time.perf_counter()
-        encoder.transform(texts)
-        name = f"compile={compiled}"
-        yield {"arm": name, "first call (s)": time.perf_counter() - tick}
-        arms[name] = partial(encoder.transform, texts)
-    yield from encoding_rows(run, "texts", len(texts), arms)
-
-
 def bench_images(run):
     """Compare precisions with a loop in transformers, and EfficientNet with the CPU."""
     images = make_images(run.sizes["images"])
@@ -733,7 +704,6 @@ STAGES = {
     "halving": check_halving,
     "streaming": check_streaming,
     "readers": check_readers,
-    "compiled": bench_compiled,
 }
 
 
