@@ -71,10 +71,10 @@ class CallableBackend:
         of prepared cells. If ``encode`` is a ``torch.nn.Module``, it takes one tensor,
         the stacked prepared cells, and returns the array as a tensor. It runs on the
         device of its weights. On the CPU, faster runtimes may run it instead; see
-        `runtime` of :class:`FrozenEncoder`. `load` is called once
-        per process, and only when there is a cell to encode, so that neither clones nor
-        pickles carry weights. Load the model inside `load`: a model from outside is
-        copied into every pickle, which raises a warning.
+        `runtime` of :class:`FrozenEncoder`. `load` is called once per process, and only
+        when there is a cell to encode, so that neither clones nor pickles carry
+        weights. Load the model inside `load`: a model from outside is copied into every
+        pickle, which raises a warning.
 
     name : str
         Name of the model. Name and version are the key of stored vectors in every
