@@ -1,5 +1,6 @@
 """Fill the stores of several encoders; encoders of one network share its passes."""
 
+import itertools
 from hashlib import blake2b
 
 import numpy as np
@@ -17,7 +18,7 @@ def fill_stores(jobs):
 
     Parameters
     ----------
-    jobs : list of (FrozenEncoder, X)
+    jobs : iterable of (FrozenEncoder, X)
         Encoders that have a store, and their columns of cells.
 
     Returns
@@ -32,9 +33,10 @@ def fill_stores(jobs):
     TypeError, ValueError, OSError
         If a store is read-only, or as in `FrozenEncoder.transform`.
     """
-    fillings = [_Filling(encoder, X) for encoder, X in jobs]
-    by_passes = {}
-    for i, filling in enumerate(fillings):
+    fillings, by_passes = [], {}
+    for i, (encoder, X) in enumerate(jobs):
+        filling = _Filling(encoder, X)
+        fillings.append(filling)
         key = i if filling.passes is None else filling.passes
         by_passes.setdefault(key, []).append(filling)
     for together in by_passes.values():
@@ -114,7 +116,7 @@ class _Filling:
         vectors, is_finite = self.encoder._validate_values(
             values, len(digests), self.space
         )
-        self._digests += [digests[i] for i in np.flatnonzero(is_finite)]
+        self._digests += itertools.compress(digests, is_finite)
         self._vectors.append(vectors)
         if len(self._digests) >= _CELLS_IN_MEMORY:
             self.flush()

@@ -87,9 +87,9 @@ def prefetch(estimator, X):
                 f"The encoder {path!r} has store=None, so its vectors would be lost. "
                 "Give it a store."
             )
-    rows = fill_stores([(encoder, part) for _, encoder, part in jobs])
-    paths = [path for path, _, _ in jobs]
-    report = pd.DataFrame(rows).assign(path=paths)
+    paths, encoders, parts = zip(*jobs, strict=True)
+    report = pd.DataFrame(fill_stores(zip(encoders, parts, strict=True)))
+    report["path"] = paths
     by = report.groupby(["path", "fingerprint"], sort=False)
     how = dict.fromkeys(["model", "pooling", "layer", "unit_length"], "first")
     report = by.agg(how | {"cells": "max", "encoded": "sum"}).reset_index()

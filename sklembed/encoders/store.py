@@ -258,14 +258,14 @@ class EmbeddingStore:
         """
         self._check_writable("adding vectors")
         is_new = self.lacks(space, digests)
-        positions = np.flatnonzero(is_new).tolist()
-        if positions:
-            session = _Session(self, space, [digests[i] for i in positions])
+        digests = list(itertools.compress(digests, is_new))
+        if digests:
+            session = _Session(self, space, digests)
             try:
-                session.put([values[i] for i in positions])
+                session.put(list(itertools.compress(values, is_new)))
             finally:
                 session.end()
-        return len(positions)
+        return len(digests)
 
     def stats(self):
         """Return statistics of the store for each model.
