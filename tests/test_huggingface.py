@@ -1894,7 +1894,9 @@ def _encode_as(vectors, chunks):
 @pytest.mark.parametrize(
     "family", ["bert", "mpnet", "modernbert", "qwen", "vit", "dinov2", "convnext"]
 )
-def test_vectors_on_a_gpu_are_those_of_the_cpu(checkpoints, pictures, family, dtype):
+def test_vectors_on_a_gpu_equal_vectors_on_the_cpu(
+    checkpoints, pictures, family, dtype
+):
     """In float32 both have the same key, so they must agree as runtimes do."""
     is_image = family in ("vit", "dinov2", "convnext")
     cells = pictures if is_image else TEXTS
@@ -1909,7 +1911,7 @@ def test_vectors_on_a_gpu_are_those_of_the_cpu(checkpoints, pictures, family, dt
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["bert", "vit"])
-def test_tokens_on_a_gpu_are_those_of_the_cpu(checkpoints, pictures, family):
+def test_tokens_on_a_gpu_equal_tokens_on_the_cpu(checkpoints, pictures, family):
     cells = pictures if family == "vit" else TEXTS
     tokens = encode(checkpoints[family], cells, device="cuda", output="tokens")
     expected = encode(checkpoints[family], cells, device="cpu", output="tokens")

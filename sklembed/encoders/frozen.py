@@ -755,7 +755,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         store = self._store()
         return passes, str(store.path), store.dtype, self.batch_size, self.errors
 
-    def _fill_jointly(self, jobs):
+    @staticmethod
+    def _fill_jointly(jobs):
         """Fill the stores of encoders that can share passes; for unions.
 
         `jobs` are pairs of an encoder and its column.
@@ -1263,7 +1264,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         return store
 
     def __repr__(self, N_CHAR_MAX=700):
-        """Return the call that makes the encoder; after `fit`, also what "auto" is."""
+        """Return the call that makes the encoder; after `fit`, also its precision."""
         text = super().__repr__(N_CHAR_MAX)
         space = getattr(self, "space_", None)
         if self.dtype != "auto" or space is None or not text.endswith(")"):

@@ -34,6 +34,8 @@ _UNLIMITED = 1_000_000  # tokenizers without a limit have a max_length of 1e30
 # Relative error that batching may cause, by the precision of the model.
 _BATCHING_TOLERANCES = TOLERANCES | {"float32": 1e-5}
 
+_FLAGS = threading.RLock()
+
 # Vision transformers with a class token; others have patches only.
 _WITH_CLASS_TOKEN = {
     "beit",
@@ -373,7 +375,7 @@ class HuggingFaceBackend:
 
         def forward_by(run):
             def encode(prepared):
-                with _torch().inference_mode(), _full_precision(self._device):
+                with _torch().inference_mode(), self._full_precision():
                     inputs, mask = collate(prepared)
                     states = dict(zip(self._outputs, run(inputs), strict=True))
                     mask = self._mask_of_states(states, inputs, mask)
@@ -464,6 +466,25 @@ class HuggingFaceBackend:
         """Return an array of tokens for each cell of a batch."""
         combined = _combine([states[i] for i in self.layers], self.layer_aggregation)
         return _ragged(combined, mask)
+
+    @contextlib.contextmanager
+    def _full_precision(self):
+        """Compute float32 convolutions on a GPU in float32, not in TF32 with 10 bits."""
+        if self._device.type != "cuda" or self._torch_dtype != "float32":
+            yield
+            return
+        cudnn = _torch().backends.cudnn
+        # The flags belong to the process: two threads would restore each other's.
+        with (
+            _FLAGS,
+            cudnn.flags(
+                enabled=cudnn.enabled,
+                benchmark=cudnn.benchmark,
+                deterministic=cudnn.deterministic,
+                allow_tf32=False,
+            ),
+        ):
+            yield
 
     def _head_steps(self):
         """Return the functions of the steps after pooling."""
@@ -680,7 +701,7 @@ class HuggingFaceBackend:
         if vector is None:
             raise ValueError(
                 f"pooling='pooler', but {self._name} ({self._model_type}) has no "
-                "pooled vector of its own. Pass pooling='mean', 'cls' or 'last'."
+                "pooled vector. Pass pooling='mean', 'cls' or 'last'."
             )
         return vector.float().flatten(1)
 
@@ -1100,19 +1121,6 @@ def _torch():
     import torch
 
     return torch
-
-
-def _full_precision(device):
-    """Compute float32 convolutions on a GPU in float32, not in TF32 with 10 bits."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    cudnn = _torch().backends.cudnn
-    return cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=cudnn.benchmark,
-        deterministic=cudnn.deterministic,
-        allow_tf32=False,
-    )
 
 
 def _pad(cells, name, value):

@@ -65,20 +65,18 @@ class _Filling:
         self._digests, self._vectors = [], []  # in memory
 
     def fill(self, others):
-        """Encode the cells that the store lacks, and those vectors for other encoders."""
+        """Encode the cells that the store lacks, also for other encoders that lack them."""
         positions = self._missing()
+        if not len(positions):
+            return
         others = self._useful(others, positions)
-        if others:
-            try:
-                self._encode(positions, others)
-            except RefusedError:  # the runtime in the key cannot run the joint network
-                others = []
-        if not others:
+        try:
+            self._encode(positions, others)
+        except RefusedError:  # the runtime in the key cannot run the joint network
             self._encode(positions, [])
 
     def _encode(self, positions, others):
-        if not len(positions):
-            return
+        """Encode cells, and store their vectors for this and for other encoders."""
         backend, vectors_of_others = self.backend, None
         if others:
             backend = backend.joined(other.backend for other in others)
@@ -129,7 +127,7 @@ class _Filling:
         self._digests, self._vectors = [], []
 
     def report(self):
-        """Return what was encoded, and by which settings."""
+        """Return the settings and the numbers of cells."""
         return self.space.settings() | {
             "fingerprint": self.space.fingerprint,
             "cells": len(self.column.rows),
@@ -154,7 +152,7 @@ class VectorsOfOthers:
         self._others = others
 
     def split_off(self, digests, values):
-        """Keep the vectors of the others; return those of the encoder itself.
+        """Keep the vectors of the others; return the vectors of the encoder itself.
 
         Parameters
         ----------
