@@ -24,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 
 from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
 from sklembed.encoders import cells
+from sklembed.encoders import checkpoints as checkpoint_module
 
 TEXTS = ["a note", "another", "a note", "the end"]
 
@@ -1133,3 +1134,21 @@ def test_repr_names_the_precision_that_auto_is(checkpoints):
     assert re.search(r"\n +store=None", nested)  # parameters are laid out in lines
     fixed = FrozenEncoder(checkpoints["bert"], store=None, dtype="float32")
     assert repr(fixed.fit(["a cat"])).endswith("store=None)")
+
+
+def test_a_call_reads_the_identity_of_its_checkpoint_once(
+    checkpoints, store, monkeypatch
+):
+    encoder = FrozenEncoder(checkpoints["bert"], store=store).fit(["a"])
+    n_read = []
+    hash_directory = checkpoint_module._hash_directory
+
+    def count(directory):
+        n_read.append(directory)
+        return hash_directory(directory)
+
+    monkeypatch.setattr(checkpoint_module, "_hash_directory", count)
+    encoder.transform(["a"])
+    assert len(n_read) == 1
+    encoder.transform(["a new text"])
+    assert len(n_read) == 2

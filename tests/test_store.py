@@ -789,3 +789,18 @@ def test_a_session_s_lock_is_not_on_a_deleted_file(store, monkeypatch):
     space = Space("f", {}, 3)
     results = list(store.fill(space, [b"a" * 16], encode=encode, claim_size=1))
     assert len(results) == 1
+
+
+def test_new_cells_are_not_read_first(store, monkeypatch):
+    requested = []
+    read = EmbeddingStore.read
+
+    def count(store, space, digests):
+        requested.extend(digests)
+        return read(store, space, digests)
+
+    monkeypatch.setattr(EmbeddingStore, "read", count)
+    fill(store, [1, 2])
+    assert requested == []
+    assert_values(fill(store, [3, 2, 1]), [1, 2, 3])
+    assert sorted(requested) == [digest(1), digest(2)]

@@ -10,10 +10,12 @@
   together, and one after the other; the baseline is a single setting.
 - Logistic regression on the vectors of each precision: macro-F1 in cross-validation.
 - Seconds to export the network of MiniLM, and to load it in a later process.
+- One short text per call, new or stored, by MiniLM in torch and one thread; the baseline
+  is the tokenizer and the network in torch.
 
-Vectors are stored for the nine settings only. The arms alternate in one process. Ratios
-are medians over rounds, and above 1 if FrozenEncoder is faster. Vectors are compared row
-by row.
+Vectors are stored for the nine settings and for single texts only. The arms alternate in
+one process. Ratios are medians over rounds. "times faster" is above 1 if FrozenEncoder
+is faster. Vectors are compared row by row.
 """
 
 import argparse
@@ -177,6 +179,7 @@ def bench_photographs(n_images, repeats):
 
 def make_networks():
     """Return networks of images: EfficientNet-lite0, and two of random weights."""
+    torch.manual_seed(0)  # the weights of exported networks
     _, efficientnet = efficientnet_lite0().load()
     vit = transformers.ViTModel(
         transformers.ViTConfig(
@@ -291,6 +294,47 @@ def bench_settings(texts, repeats):
     return rows
 
 
+def bench_single_texts(n_calls):
+    """Compare calls with one text, new or stored, with the bare network."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
+    network = transformers.AutoModel.from_pretrained(MINILM).eval()
+    settings = {"runtime": "torch", "dtype": "float32"}
+    encoder = FrozenEncoder(MINILM, **settings).fit(["a"])
+    without_store = FrozenEncoder(MINILM, store=None, **settings).fit(["a"])
+
+    @torch.inference_mode()
+    def encode_by_network(cells):
+        states = network(**tokenizer(cells, return_tensors="pt")).last_hidden_state
+        return torch.nn.functional.normalize(states.mean(dim=1)).numpy()
+
+    arms = {
+        "tokenizer and network": encode_by_network,
+        "new text, store=None": without_store.transform,
+        "new text": encoder.transform,
+        "stored text": encoder.transform,
+    }
+    seconds = {name: [] for name in arms}
+    for i in range(n_calls + 1):
+        cells = [f"{i} small green houses with a red door"]
+        vectors = []
+        for name, run in arms.items():
+            tick = time.perf_counter()
+            vectors.append(run(cells))
+            seconds[name].append(time.perf_counter() - tick)
+        np.testing.assert_allclose(vectors, [vectors[0]] * len(arms), atol=1e-5)
+    rows = []
+    for name, ticks in seconds.items():
+        ratios = np.divide(ticks, seconds["tokenizer and network"])
+        rows.append(
+            {
+                "arm": name,
+                "ms": 1000 * np.median(ticks[1:]),  # the first call loads the model
+                "times as long": np.median(ratios[1:]),
+            }
+        )
+    return rows
+
+
 def bench_quality(n_images=400):
     """Return the macro-F1 of logistic regression for each precision of the vectors."""
     emoji, clip_art = load_emoji(), load_openclipart()
@@ -329,46 +373,60 @@ def bench_quality(n_images=400):
     return rows
 
 
+def bench_cells(options, texts):
+    """Compare all kinds of cells by one thread, and by two."""
+    rows = []
+    for n_threads in options.threads:
+        torch.set_num_threads(n_threads)
+        titles = make_titles(4 * options.n_texts)
+        rows += bench_texts("texts", texts, options.repeats)
+        rows += bench_texts("titles", titles, options.repeats)
+        rows += bench_photographs(options.n_images, options.repeats)
+        rows += bench_networks(options.n_images, options.repeats)
+    torch.set_num_threads(1)
+    return rows
+
+
 def main():
     """Print the tables, and write them as JSON if there is a path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n-texts", type=int, default=128)
     parser.add_argument("--n-images", type=int, default=32)
+    parser.add_argument("--n-calls", type=int, default=100, help="of a single text")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", type=Path, help="also write the tables to this file")
+    parser.add_argument("--tables", nargs="+", help="names; default: all tables")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     texts = make_texts(options.n_texts)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["SKLEMBED_STORE"] = f"{folder}/embeddings.sqlite"
-        tables = {"exports": bench_exports(texts[:48])}
-        tables["settings"] = bench_settings(texts[:32], options.repeats)
-        tables["quality"] = bench_quality()
-        tables["records"] = []
-        for n_threads in options.threads:
-            torch.set_num_threads(n_threads)
-            rows = bench_texts("texts", texts, options.repeats)
-            rows += bench_texts(
-                "titles", make_titles(4 * options.n_texts), options.repeats
-            )
-            rows += bench_photographs(options.n_images, options.repeats)
-            rows += bench_networks(options.n_images, options.repeats)
-            tables["records"] += rows
-    flags = [name for name in FLAGS if name in cpu_flags()]
-    print(f"\nflags of the processor: {', '.join(flags)}")
+    stages = {
+        "exports": partial(bench_exports, texts[:48]),
+        "settings": partial(bench_settings, texts[:32], options.repeats),
+        "quality": bench_quality,
+        "single_texts": partial(bench_single_texts, options.n_calls),
+        "records": partial(bench_cells, options, texts),
+    }
     digits = {"cells/s": 1, "times faster": 2, "min cosine": 6}
     digits |= {"export (s)": 1, "load (s)": 2, "macro-F1": 3, "spread": 3}
-    digits |= {"seconds": 1, "times as long": 2}
+    digits |= {"seconds": 1, "ms": 2, "times as long": 2}
     formats = {name: f"{{:.{n}f}}".format for name, n in digits.items()}
-    for name, rows in tables.items():
-        print(
-            f"\n{name}\n{pd.DataFrame(rows).to_string(index=False, formatters=formats)}"
-        )
-    if options.json:
-        packages = ("torch", "sentence-transformers", "openvino", "onnxruntime")
-        versions = {package: metadata.version(package) for package in packages}
-        result = {"flags": flags, "versions": versions} | tables
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    packages = ("torch", "sentence-transformers", "openvino", "onnxruntime")
+    result = {
+        "flags": [name for name in FLAGS if name in cpu_flags()],
+        "versions": {package: metadata.version(package) for package in packages},
+    }
+    print(f"flags of the processor: {', '.join(result['flags'])}")
+    if options.json and options.json.exists():
+        result = json.loads(options.json.read_text()) | result
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SKLEMBED_STORE"] = f"{folder}/embeddings.sqlite"
+        for name in options.tables or stages:
+            result[name] = stages[name]()
+            table = pd.DataFrame(result[name])
+            print(f"\n{name}\n{table.to_string(index=False, formatters=formats)}")
+            if options.json:
+                options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,14 @@ class Checkpoint:
         return os.path.expanduser(self.model)
 
     def identity(self) -> str:
-        """Return a key of the content: the hub's commit, or a hash of a directory's files."""
+        """Return a key of the content: the hub's commit, or a hash of a directory's files.
+
+        It is read once per object, and each call of an encoder makes a new object.
+        """
+        return self._identity
+
+    @functools.cached_property
+    def _identity(self) -> str:
         if self.is_directory:
             return _hash_directory(os.path.realpath(self.place))
         return f"{self.model}@{self._commit()}"

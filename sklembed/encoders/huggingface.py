@@ -404,7 +404,8 @@ class HuggingFaceBackend:
             model, absent = loaded.model_of(self)
             for backend in (self, *self.others):
                 backend._check_weights(absent)
-            names = list(collate(trial()[:1])[0])
+            short = prepare(trial_cells(self.modality)[:1])
+            names = list(collate(short)[0])
 
             def states(model, *tensors):
                 return self._states(model, dict(zip(names, tensors, strict=True)))

@@ -592,11 +592,12 @@ class _Session:
         self._attempt(self._begin)
         pending = np.arange(len(self._digests))
         while len(pending):
-            pending = yield from self._read(pending)
-            claimed = yield from self._encode(pending, encode, claim_size)
-            if claimed and len(claimed) == len(pending):
+            # Claiming tells which cells others have stored or claimed.
+            taken = yield from self._encode(pending, encode, claim_size)
+            n_pending = len(pending)
+            pending = yield from self._read(taken)
+            if len(pending) == n_pending:
                 self._attempt(self._wait)
-            pending = np.asarray(claimed, dtype=np.intp)
 
     def put(self, values):
         """Store the values of all cells, without claims."""
@@ -614,6 +615,8 @@ class _Session:
 
     def _read(self, positions):
         """Yield the stored vectors; return the positions without a vector."""
+        if not len(positions):
+            return positions
         missing = np.ones(len(positions), dtype=bool)
         digests = self._digests_at(positions)
         for stored, values in self._store.read(self._space, digests):
@@ -622,28 +625,31 @@ class _Session:
         return positions[missing]
 
     def _encode(self, positions, encode, claim_size):
-        """Encode the free cells; return the positions that other sessions have claimed."""
-        claimed = []
-        chunks = self._claim_lazily(positions, claim_size, claimed)
+        """Encode the free cells; return the positions of the others.
+
+        Other sessions have stored or claimed these.
+        """
+        taken = []
+        chunks = self._claim_lazily(positions, claim_size, taken)
         first = next(chunks, None)
         if first is None:
-            return claimed
+            return np.asarray(taken, dtype=np.intp)
         with contextlib.closing(encode(itertools.chain([first], chunks))) as batches:
             for batch, encoded, values in batches:
                 values = self._put(batch, encoded, values)
                 if len(encoded):
                     yield np.asarray(encoded), values
-        return claimed
+        return np.asarray(taken, dtype=np.intp)
 
-    def _claim_lazily(self, positions, claim_size, claimed):
+    def _claim_lazily(self, positions, claim_size, taken):
         """Yield lists of positions after claiming their cells.
 
-        Positions that other sessions have claimed are appended to `claimed`.
+        Positions that other sessions have stored or claimed are appended to `taken`.
         """
         for start in range(0, len(positions), claim_size):
             chunk = positions[start : start + claim_size]
             is_free = self._claim(self._digests_at(chunk))
-            claimed += chunk[~is_free].tolist()
+            taken += chunk[~is_free].tolist()
             if is_free.any():
                 yield chunk[is_free].tolist()
 
