@@ -1139,7 +1139,7 @@ def _encode_jointly(parts, caller):
         if first is part.transformer and caller == "fit":
             continue  # an encoder alone encodes nothing in fit
         if hasattr(first, "_fill_jointly"):
-            column = repr(part.columns), part.rows.tobytes()
+            column = repr(np.ravel(part.columns).tolist()), part.rows.tobytes()
             jobs_of_column.setdefault(column, []).append((first, part.cells))
     for jobs in jobs_of_column.values():
         if len(jobs) > 1:

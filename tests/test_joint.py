@@ -1,5 +1,8 @@
 """Encoders of one network share the passes through it, in prefetch and in a union."""
 
+import errno
+from unittest import mock
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sklembed import EmbeddingStore, FrozenEncoder, PerModalityUnion, prefetch
-from sklembed.encoders import runtimes
+from sklembed.encoders import database, runtimes
 from sklembed.encoders.huggingface import HuggingFaceBackend
 
 TEXTS = ["the cat", "a dog sat on the mat", "tree", "the red house under a tree"]
@@ -162,14 +165,13 @@ def test_a_runtime_that_refuses_the_joint_network_runs_single_ones(
     checkpoints, store, monkeypatch
 ):
     pytest.importorskip("onnxruntime")
-    compare = runtimes._largest_error
+    compare = runtimes._compare
 
     def differs(expected, actual, cells, widths):
-        if len(widths) > 1:
-            return 1.0
-        return min(compare(expected, actual, cells, widths), 0.1)
+        error, n_compared = compare(expected, actual, cells, widths)
+        return (1.0 if len(widths) > 1 else min(error, 0.1)), n_compared
 
-    monkeypatch.setattr(runtimes, "_largest_error", differs)
+    monkeypatch.setattr(runtimes, "_compare", differs)
     encoders = [
         FrozenEncoder(checkpoints["bert"], store=store, dtype="int8", pooling=pooling)
         for pooling in ("mean", "last")
@@ -203,3 +205,80 @@ def test_reports_name_the_settings(checkpoints, text_backend, store):
     assert stats["rows"] == 4
     report = prefetch(FrozenEncoder(text_backend, store=store), TEXTS)
     assert report[settings].isna().to_numpy().tolist() == [[True, True, False]]
+
+
+def two_poolings(checkpoints, store, **parameters):
+    return [
+        FrozenEncoder(checkpoints["bert"], store=store, pooling=pooling, **parameters)
+        for pooling in ("mean", "last")
+    ]
+
+
+def test_stored_vectors_are_read_by_a_union_without_joint_passes(
+    checkpoints, store, monkeypatch
+):
+    union = union_of(two_poolings(checkpoints, store))
+    X = pd.DataFrame({"cell": TEXTS})
+    expected = union.fit_transform(X)
+
+    def passes(self):
+        raise AssertionError("the configuration is read")
+
+    monkeypatch.setattr(HuggingFaceBackend, "passes", property(passes))
+    np.testing.assert_array_equal(union.transform(X), expected)
+
+
+def test_equal_columns_are_hashed_once(checkpoints, store, monkeypatch):
+    hashed, hash_cells = [], FrozenEncoder._hash_cells
+
+    def count(self, column, modality):
+        hashed.append(len(column))
+        return hash_cells(self, column, modality)
+
+    monkeypatch.setattr(FrozenEncoder, "_hash_cells", count)
+    X = pd.DataFrame({"cell": [*TEXTS, None], "other": [*TEXTS[:-1], "new", None]})
+    encoders = two_poolings(checkpoints, store)
+    prefetch(union_of(encoders), X)
+    assert hashed == [4]
+    prefetch(union_of(encoders, column="other"), X)
+    assert hashed == [4, 4]
+    assert store.stats()["rows"].tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("columns", [["cell", ["cell"]], [0, [True]]])
+def test_columns_of_one_or_several_names_share_passes(
+    checkpoints, store, passes, columns
+):
+    encoders = two_poolings(checkpoints, store)
+    branches = zip("ab", encoders, columns, strict=True)
+    union = PerModalityUnion([*branches]).fit(pd.DataFrame({"cell": TEXTS}))
+    passes.clear()
+    union.transform(pd.DataFrame({"cell": ["a new text", "another"]}))
+    assert len(passes) == 1
+
+
+def test_vectors_that_cannot_be_stored_are_encoded_once(checkpoints, store, passes):
+    encoders = two_poolings(checkpoints, store)
+    prefetch(encoders[0], TEXTS)
+    n_of_one = len(passes)
+    with mock.patch.object(database, "transaction", side_effect=full_disk):
+        X = pd.DataFrame({"cell": [f"{text} again" for text in TEXTS]})
+        passes.clear()
+        with pytest.warns(UserWarning, match="cannot be written"):
+            report = prefetch(union_of(encoders), X)
+    assert report["encoded"].tolist() == [4, 4]
+    assert len(passes) <= n_of_one
+
+
+def full_disk(db):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_store_that_deletes_vectors_is_not_filled_for_a_union(
+    checkpoints, store, passes
+):
+    small = EmbeddingStore(store.path, max_bytes=100)
+    union = union_of(two_poolings(checkpoints, small))
+    X = pd.DataFrame({"cell": TEXTS[:1]})
+    union.fit_transform(X)
+    assert [len(outputs) for outputs in passes] == [1, 1]

@@ -11,11 +11,13 @@ import sys
 import textwrap
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.base import clone
 
 from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
 from sklembed.encoders import frozen, inference, runtimes
@@ -52,7 +54,7 @@ def forget_models(monkeypatch):
 def forget():
     inference._LOADED.clear()
     runtimes._LOADED.clear()
-    runtimes._CHECKED.clear()
+    runtimes._N_COMPARED.clear()
     runtimes._LOGGED.clear()
     runtimes._version.cache_clear()
 
@@ -201,32 +203,124 @@ def test_few_cells_do_not_settle_the_check(checkpoints, store, monkeypatch):
     encoder = FrozenEncoder(
         checkpoints["bert"], store=store, runtime="openvino", dtype="float32"
     )
-    checked = []
-    compare = runtimes._largest_error
-
-    def counted(expected, actual, cells, widths):
-        checked.append(len(cells))
-        return compare(expected, actual, cells, widths)
-
-    monkeypatch.setattr(runtimes, "_largest_error", counted)
+    checked = count_compared(monkeypatch)
     for n_texts in (3, 40, 41):
         forget()
         encoder.transform(make_texts(n_texts))
-    n_trial = 3
-    assert checked == [3 + n_trial, 37 + n_trial]  # 37 of 40 were not stored
+    assert checked == [3, N_TRIAL, 37, N_TRIAL]  # 37 of 40 were not stored
 
 
-def test_a_process_checks_once(checkpoints, store, monkeypatch):
+N_TRIAL = 3  # texts, besides the cells of the call
+
+
+def count_compared(monkeypatch):
+    """Return a list of the numbers of cells that are compared with torch."""
     checked = []
-    monkeypatch.setattr(
-        runtimes, "_largest_error", lambda *arguments: checked.append(1) or 0.0
-    )
+    compare = runtimes._compare
+
+    def counted(expected, actual, cells, widths):
+        if cells:
+            checked.append(len(cells))
+        return compare(expected, actual, cells, widths)
+
+    monkeypatch.setattr(runtimes, "_compare", counted)
+    return checked
+
+
+def test_calls_compare_their_cells_until_there_are_enough(
+    checkpoints, store, monkeypatch
+):
+    checked = count_compared(monkeypatch)
     encoder = FrozenEncoder(checkpoints["bert"], store=store, runtime="openvino")
     encoder.warm_up()
-    for text in make_texts(5):
+    texts = make_texts(42)
+    for text in texts[:40]:
         encoder.transform([text])
-    assert checked == [1]
+    assert checked == [N_TRIAL] + [1] * 32
     assert encoder.stats()["runtime"] == "openvino"
+    forget()  # the verdict remains
+    encoder.set_params(runtime="auto").transform(texts[40:])
+    assert len(checked) == 33
+
+
+class TwoBranches(torch.nn.Module):
+    """A network that computes what its first input needs; tracing follows one branch."""
+
+    def forward(self, lengths):
+        vectors = 3 * lengths + 1
+        if (lengths > 5).any():
+            vectors = torch.where(lengths > 5, 2 * vectors, vectors)
+        return vectors
+
+
+def test_one_cell_does_not_vouch_for_a_column(store, caplog):
+    backend = CallableBackend(
+        lambda: (lambda text: torch.full((3,), float(len(text))), TwoBranches()),
+        name="two branches",
+        version="1",
+        modality="text",
+        n_features=3,
+    )
+    encoder = FrozenEncoder(backend, store=store, runtime="openvino")
+    texts = ["a" * n for n in range(1, 80)]
+    encoder.transform(texts[1:2])
+    vectors = encoder.transform(texts)
+    expected = FrozenEncoder(backend, store=None, runtime="torch").transform(texts)
+    np.testing.assert_array_equal(vectors, expected)
+    assert "differ from torch" in caplog.text
+
+
+def test_vectors_of_nan_are_not_compared(store, monkeypatch):
+    def load():
+        prepare, module = load_module()
+
+        def prepare_small(image):
+            pixels = prepare(image)
+            return pixels * np.nan if image.size == (2, 2) else pixels
+
+        return prepare_small, module
+
+    backend = CallableBackend(
+        load, name="nan", version="1", modality="image", n_features=5
+    )
+    encoder = FrozenEncoder(backend, store=store, runtime="openvino", errors="missing")
+    with pytest.warns(UserWarning, match="1 cells"):
+        encoder.transform([Image.new("RGB", (2, 2)), *make_images()])
+    assert encoder.stats()["runtime"] == "openvino"
+    checked = count_compared(monkeypatch)
+    forget()
+    encoder.transform(make_images(36))
+    assert checked == []  # there is a verdict
+
+
+def test_an_estimate_exports_before_it_times(store, monkeypatch, caplog):
+    backend = CallableBackend(
+        load_module, name="timed", version="1", modality="image", n_features=5
+    )
+    events = count_exports(monkeypatch)
+    clock = SimpleNamespace(perf_counter=lambda: events.append("tick") or 1.0)
+    monkeypatch.setattr(frozen, "time", clock)
+    encoder = FrozenEncoder(backend, store=store, runtime="openvino")
+    estimate = encoder.estimate(make_images())
+    assert events == ["timed", "tick", "tick", "tick", "tick"]
+    assert (estimate["cells"], estimate["stored"]) == (34, 0)
+    assert encoder.warm_up() is encoder
+    assert logged(caplog) == []
+
+
+def test_stats_name_the_runtime_of_the_next_cell(checkpoints, store):
+    encoder = FrozenEncoder(
+        checkpoints["bert"], store=store, runtime="onnx", dtype="float32"
+    )
+    assert encoder.stats()["runtime"] == "onnx"
+    assert encoder.set_params(runtime="auto").stats()["runtime"] == "torch"
+
+
+def test_few_cells_stay_in_torch_with_a_line_of_the_log(checkpoints, store, caplog):
+    caplog.set_level(logging.INFO, "sklembed")
+    encoder = FrozenEncoder(checkpoints["bert"], store=store, dtype="float32")
+    encoder.transform(["a", "b"])
+    assert "no network for openvino yet, and too few cells to export one" in caplog.text
 
 
 def test_settings_that_a_check_depends_on_have_separate_verdicts(
@@ -238,9 +332,10 @@ def test_settings_that_a_check_depends_on_have_separate_verdicts(
         encoder = FrozenEncoder(
             checkpoints["bert"], store=store, runtime="openvino", **parameters
         )
-        assert encoder.stats()["runtime"] == "torch"
+        auto = clone(encoder).set_params(runtime="auto")
+        assert auto.stats()["runtime"] == "torch"
         encoder.transform(texts)
-        assert encoder.stats()["runtime"] == "openvino"
+        assert auto.stats()["runtime"] == "openvino"
     assert len(exports) == 1
 
 
@@ -678,9 +773,10 @@ def test_another_processor_checks_again(checkpoints, store, monkeypatch):
     encoder.transform(make_texts(40))
     forget()
     monkeypatch.setattr(runtimes, "_processor", lambda: "another")
-    assert encoder.stats()["runtime"] == "torch"
+    auto = clone(encoder).set_params(runtime="auto")
+    assert auto.stats()["runtime"] == "torch"
     encoder.transform(make_texts(80))
-    assert encoder.stats()["runtime"] == "openvino"
+    assert auto.stats()["runtime"] == "openvino"
 
 
 @pytest.mark.parametrize(
@@ -776,7 +872,8 @@ def test_a_callable_backend_may_return_a_module(store):
         encoder = FrozenEncoder(backend, store=None, runtime=runtime)
         np.testing.assert_allclose(encoder.transform(images), expected, rtol=1e-4)
     assert EmbeddingStore().networks()["model"].tolist().count("linear") == 1
-    assert encoder.set_params(store=store).stats()["runtime"] is None
+    stats = encoder.set_params(store=store, runtime="auto").stats()
+    assert stats["runtime"] is None  # a function could be in place of the module
 
 
 def test_a_cell_that_cannot_be_prepared_does_not_refuse_the_network(store):

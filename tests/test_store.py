@@ -804,3 +804,13 @@ def test_new_cells_are_not_read_first(store, monkeypatch):
     assert requested == []
     assert_values(fill(store, [3, 2, 1]), [1, 2, 3])
     assert sorted(requested) == [digest(1), digest(2)]
+
+
+def test_added_digests_are_distinct_and_match_the_values(store):
+    with pytest.raises(ValueError, match="without repeats"):
+        store.add(SPACE, [digest(1), digest(1)], [value(1), value(1)])
+    with pytest.raises(ValueError, match="2 values for 1 digests"):
+        store.add(SPACE, [digest(1)], [value(1), value(2)])
+    assert store.stats().empty
+    assert store.add(SPACE, [digest(1)], [value(1)]) == 1
+    assert store.add(SPACE, [digest(1), digest(2)], [value(1), value(2)]) == 1

@@ -35,6 +35,9 @@ class Column:
     name : object
         Name of the column, or None.
 
+    reading : tuple or None
+        Parameters of an encoder that the keys depend on.
+
     errors : dict of int to Exception
         Errors of cells that count as missing, by row.
 
@@ -53,7 +56,7 @@ class Column:
     """
 
     def __init__(self, X):
-        self.name = None
+        self.name = self.reading = None
         self.errors = {}
         if hasattr(X, "column_names"):  # a table of pyarrow or datasets
             _check_one_column(X, X.column_names)
@@ -80,6 +83,15 @@ class Column:
 
     def __len__(self):
         return len(self.cells)
+
+    def equals(self, other):
+        """Return whether another column has equal cells, which are read alike.
+
+        Texts are compared; arrays and images are equal if they are the same object.
+        """
+        if self.reading != other.reading or len(self) != len(other):
+            return False
+        return all(map(_is_same_cell, self.cells, other.cells))
 
     def __str__(self):
         if self.name is None:
@@ -199,6 +211,13 @@ def _check_one_column(X, names):
             f"FrozenEncoder takes one column, but X has {len(names)}: {names}. Select "
             "one, or give each its own encoder in a PerModalityUnion."
         )
+
+
+def _is_same_cell(cell, other):
+    if cell is other:
+        return True
+    # Other types may be missing values, or have no truth value of their equality.
+    return type(cell) is type(other) and type(cell) in (str, bytes) and cell == other
 
 
 def _list_cells(X):

@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from numbers import Integral
 from pathlib import Path
@@ -79,6 +80,7 @@ _VECTOR_PARAMETERS = (
 _PRECISION_ENTRIES = ("dtype", "runtime", "instructions", "store_dtype", "label")
 # Cells from which on exporting a network for a runtime takes less time than it saves.
 _WORTH_EXPORTING = {"text": 2000, "image": 256}
+_SAMPLE_CELLS_PER_UNTIMED = 8  # of `estimate`
 _N_SAMPLE_CELLS = 20  # of a text column, searched for names of image files
 # A backend object sets these itself, so the parameters would have no effect.
 _CHECKPOINT_PARAMETERS = (
@@ -186,8 +188,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         Library that runs the model on a CPU. "auto" is the fastest installed one that
         passes a check: OpenVINO, ONNX Runtime, then torch. The network of the model is
         exported once, next to the store, and its vectors are compared with torch.
-        "auto" exports only if a call has enough cells to gain time. A network
-        that cannot be exported, or deviates, is run by torch, and a line is logged. In
+        "auto" exports only if a call encodes enough cells to gain time, 2000 texts or
+        256 images. A network that cannot be exported, or deviates, is run by torch, and
+        the logger ``sklembed`` says why. In
         float32 all runtimes share the stored vectors: they agree to 1e-4 of the length.
         In bfloat16 and int8 the runtime is part of the key. Install them by the extras
         ``openvino`` and ``onnx``.
@@ -482,14 +485,22 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
 
     def _how_it_runs(self, backend):
         """Return the runtime and the precision in which a cell would be encoded."""
+        unknown = {"runtime": None, "dtype": None}
         if isinstance(backend, _AbsentCheckpoint):
-            return {"runtime": None, "dtype": None}
-        plan = self._plan(backend, None, [])
-        runtime = None
-        if hasattr(backend, "network_key"):
-            runtime = plan.accepted(backend.network_key, backend.network_use)
-        if runtime is None and hasattr(backend, "runtimes"):
-            runtime = "torch"
+            return unknown
+        try:
+            plan = self._plan(backend, None, [])
+            runtime = None
+            if hasattr(backend, "network_key"):
+                runtime = plan.choice(backend.network_key, backend.network_use)
+        except (
+            ImportError,
+            OSError,
+            UnavailableError,
+        ):  # no model runs on this machine
+            return unknown
+        if runtime == "torch" and not hasattr(backend, "runtimes"):
+            runtime = None  # a backend object may hold a function
         return {"runtime": runtime, "dtype": plan.precision}
 
     def verify(self, X, n_samples=100, random_state=None):
@@ -520,7 +531,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If the encoder has no store, or the store has none of the cells.
+            If the encoder has no store, the store has none of the cells, or a stored
+            cell cannot be encoded any more.
         """
         self._validate_params()
         if n_samples < 1:
@@ -539,7 +551,13 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         stored = _by_position(store.read(space, column.distinct_keys(positions)))
         encoded = _by_position(self._encode(column, backend, space, positions, None))
         # `stored` counts within the sample, `encoded` within all distinct cells.
-        errors = [relative_error(encoded[positions[i]], stored[i]) for i in stored]
+        errors = []
+        for i, vector in stored.items():
+            position = positions[i]
+            if position not in encoded:
+                place = column.place(column.rows[position])
+                raise ValueError(f"{place} is stored, but cannot be encoded any more.")
+            errors.append(relative_error(encoded[position], vector))
         model_tolerance = TOLERANCES.get(space.description.get("dtype"), 0)
         return {
             "compared": len(errors),
@@ -552,7 +570,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         """Load the model, so that the first cell does not wait for it.
 
         A service calls it once when it starts. A network for a faster runtime is
-        exported only if `runtime` names that runtime, or `dtype` needs it.
+        exported only if `runtime` names that runtime, or `dtype` needs it; the network
+        of a backend object needs a cell, and is exported by the first call.
 
         Returns
         -------
@@ -567,14 +586,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         self._validate_params()
         backend, space = self._backend_and_space()
         self._check_can_encode(backend, space, "A cell", 1)
-        plan = self._plan(backend, None, [])
-        if plan.precision != "float32":
-            backend, space, plan = self._settle_runtime(backend, space, plan)
-        encoding, lock = load_encoding(backend, plan.apply)
-        cells = encoding.network.trial()[:1] if encoding.network else []
+        encoding, lock = self._load(backend, space, None, [])
+        cells = encoding.network.trial()[:2] if encoding.network else []
         if cells:
             with lock:
-                encoding.forward(cells)
+                encoding.forward(cells)  # also tests which cells may share a batch
         return self
 
     def estimate(self, X, n_samples=64):
@@ -608,14 +624,17 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             missing = np.flatnonzero(store.lacks(space, column.distinct_keys()))
         seconds, n_values = 0.0, 0
         if len(missing):
-            self.warm_up()
             sample = self._spread(column, missing, n_samples)
-            tick = time.perf_counter()
-            for _, vectors in self._encode(column, backend, space, sample, store):
-                n_values += sum(vector.size for vector in vectors)
-            ratio = len(missing) / len(sample)
-            seconds = ratio * (time.perf_counter() - tick)
-            n_values *= ratio
+            self._load(backend, space, column, column.rows[sample].tolist())
+            # The first cells take longer, and are not timed if there are others.
+            is_first = np.arange(len(sample)) % _SAMPLE_CELLS_PER_UNTIMED == 0
+            for part in filter(len, (sample[is_first], sample[~is_first])):
+                tick, n_values = time.perf_counter(), 0
+                for _, vectors in self._encode(column, backend, space, part, store):
+                    n_values += sum(vector.size for vector in vectors)
+                seconds = time.perf_counter() - tick
+            ratio = len(missing) / len(part)
+            seconds, n_values = ratio * seconds, ratio * n_values
         return {
             "cells": len(column.rows),
             "stored": len(column.rows) - len(missing),
@@ -657,8 +676,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             )
         return backend.grid_shape
 
-    def _validate(self, X, *, fitting=False):
-        """Validate the parameters and the cells. Return column, backend and space."""
+    def _validate(self, X, *, fitting=False, known=()):
+        """Validate the parameters and the cells. Return column, backend and space.
+
+        Among the `known` columns may be one of the same cells, which is returned then.
+        """
         self._check_container()
         column = Column(X)
         if fitting:
@@ -672,6 +694,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             modality = space.description["modality"]
         else:
             modality = backend.modality
+        settings = getattr(self, "_image_settings", None)
+        column.reading = modality, self.missing, self.errors, repr(settings)
+        for other in known:
+            if column.equals(other):
+                return other, backend, space
         column.set_keys(list(self._hash_cells(column, modality)))
         if modality == "text":
             self._warn_of_image_files(column)
@@ -757,18 +784,18 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
 
     @staticmethod
     def _fill_jointly(jobs):
-        """Fill the stores of encoders that can share passes; for unions.
+        """Fill the stores of encoders that share passes; for unions.
 
         `jobs` are pairs of an encoder and its column.
         """
-        by_passes = {}
-        for encoder, X in jobs:
-            passes = encoder._passes(encoder._backend())
-            by_passes.setdefault(passes, []).append((encoder, X))
-        by_passes.pop(None, None)
-        for together in by_passes.values():
-            if len(together) > 1:
-                fill_stores(together)
+        fill_stores((job for job in jobs if job[0]._keeps_vectors()), alone=False)
+
+    def _keeps_vectors(self):
+        """Return whether a vector in the store will probably be there when it is read."""
+        if self.store is None:
+            return False
+        store = self._store()
+        return not store.read_only and store.max_bytes is None and store.is_writable()
 
     def _read_or_encode(self, column, backend, space):
         """Yield positions of distinct cells and their vectors, stored ones first."""
@@ -780,12 +807,18 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 yield positions, vectors
         if not is_stored.all():
             positions = np.flatnonzero(~is_stored)
-            yield from self._encode(column, backend, space, positions, store)
+            n_read = len(is_stored) - len(positions)
+            yield from self._encode(
+                column, backend, space, positions, store, n_read=n_read
+            )
 
-    def _encode(self, column, backend, space, positions, store, others=None):
+    def _encode(
+        self, column, backend, space, positions, store, others=None, *, n_read=0
+    ):
         """Encode the distinct cells at `positions`; yield positions and vectors.
 
-        `others`, if any, takes the vectors of other encoders from the same passes.
+        `others`, if any, takes the vectors of other encoders from the same passes. The
+        progress bar shows `n_read`, the number of cells that were stored.
         """
         place = column.place(column.rows[positions[0]])
         self._check_can_encode(backend, space, place, len(positions))
@@ -795,16 +828,16 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             order = np.argsort(np.negative(lengths), kind="stable")
             positions = positions[order]
         rows = column.rows[positions].tolist()
-        plan = self._plan(backend, column, rows)
-        if plan.precision != "float32":
-            backend, space, plan = self._settle_runtime(backend, space, plan)
-        n_stored = len(column.rows) - len(rows)
         progress = tqdm(
             desc=f"encoding {column}",
             total=len(rows),
             unit=" cells",
             disable=not self.verbose,
         )
+        plan = self._plan(backend, column, rows)
+        plan.exporting = partial(_exporting, progress)
+        if plan.precision != "float32":
+            backend, space, plan = self._settle_runtime(backend, space, plan)
 
         def encode_chunks(chunks):
             batches = self._encode_batches(
@@ -812,9 +845,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             )
             for batch, done, vectors in batches:
                 yield batch, done, vectors
-                notes = [f"{plan.used} in {plan.precision}"]
-                if n_stored:
-                    notes.append(f"{n_stored} more from the store")
+                notes = []
+                if plan.used is not None:
+                    notes.append(f"{plan.used} in {plan.precision}")
+                if n_read:
+                    notes.append(f"{n_read} more from the store")
                 progress.set_postfix_str(", ".join(notes), refresh=False)
                 progress.update(len(batch))
 
@@ -871,6 +906,13 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 return directory_beside(default_path())
             return store.networks_directory
         return None
+
+    def _load(self, backend, space, column, rows):
+        """Load the model, and choose a runtime by cells of some rows."""
+        plan = self._plan(backend, column, rows)
+        if plan.precision != "float32":
+            backend, space, plan = self._settle_runtime(backend, space, plan)
+        return load_encoding(backend, plan.apply)
 
     def _settle_runtime(self, backend, space, plan):
         """Load a runtime whose name is in the key; use torch if it refuses the network.
@@ -1363,6 +1405,14 @@ def _as_ints(layer):
     if isinstance(layer, Integral):
         return int(layer)
     return tuple(int(i) if isinstance(i, Integral) else i for i in layer)
+
+
+@contextlib.contextmanager
+def _exporting(progress, runtime):
+    """Name an export on the progress bar, and leave its time out of the rate."""
+    progress.set_postfix_str(f"exporting to {runtime}, and checking")
+    yield
+    progress.unpause()
 
 
 def _by_position(pieces):

@@ -10,7 +10,7 @@ from sklembed.encoders.runtimes import RefusedError
 _CELLS_IN_MEMORY = 1024  # whose vectors of the other encoders wait to be stored
 
 
-def fill_stores(jobs):
+def fill_stores(jobs, *, alone=True):
     """Encode and store the cells that encoders lack.
 
     Encoders that differ only in pooling, layers and normalisation take the vectors of
@@ -20,6 +20,9 @@ def fill_stores(jobs):
     ----------
     jobs : iterable of (FrozenEncoder, X)
         Encoders that have a store, and their columns of cells.
+
+    alone : bool, default=True
+        Whether to fill the stores of encoders that share their passes with no other.
 
     Returns
     -------
@@ -33,22 +36,27 @@ def fill_stores(jobs):
     TypeError, ValueError, OSError
         If a store is read-only, or as in `FrozenEncoder.transform`.
     """
-    fillings, by_passes = [], {}
-    for i, (encoder, X) in enumerate(jobs):
-        filling = _Filling(encoder, X)
-        fillings.append(filling)
-        key = i if filling.passes is None else filling.passes
-        by_passes.setdefault(key, []).append(filling)
+    fillings = []
+    for encoder, X in jobs:
+        fillings.append(_Filling(encoder, X, fillings))
+    by_passes = {}
+    for i, filling in enumerate(fillings):
+        if len(filling.missing()):
+            by_passes.setdefault(filling.passes() or i, []).append(filling)
     for together in by_passes.values():
-        for i, filling in enumerate(together):
-            filling.fill(together[i + 1 :])
+        if alone or len(together) > 1:
+            for i, filling in enumerate(together):
+                filling.fill(together[i + 1 :])
     return [filling.report() for filling in fillings]
 
 
 class _Filling:
-    """An encoder and its column of cells, whose vectors are to be stored."""
+    """An encoder and its column of cells, whose vectors are to be stored.
 
-    def __init__(self, encoder, X):
+    Hashes of cells are taken from `earlier` ones of equal cells.
+    """
+
+    def __init__(self, encoder, X, earlier):
         encoder._validate_params()
         self.store = encoder._required_store()
         if self.store.read_only:
@@ -56,17 +64,27 @@ class _Filling:
                 f"{self.store!r} is read-only, so no vectors can be stored in it."
             )
         self.encoder = encoder
-        self.column, self.backend, self.space = encoder._validate(X)
-        self.passes = encoder._passes(self.backend)
-        if self.passes is not None:
-            keys = b"".join(self.column.distinct_keys())
-            self.passes = self.passes, blake2b(keys, digest_size=16).digest()
-        self.n_encoded = 0
+        columns = {id(other.column): other.column for other in earlier}
+        self.column, self.backend, self.space = encoder._validate(
+            X, known=columns.values()
+        )
+        keys, lacks = self.column.distinct_keys(), self.store.lacks
+        # Keys of the cells that the store lacks, and of those that this call has encoded.
+        self._lacking = set(itertools.compress(keys, lacks(self.space, keys)))
+        self._encoded = set()
         self._digests, self._vectors = [], []  # in memory
+
+    def passes(self):
+        """Return a key of the passes that others may share, or None."""
+        passes = self.encoder._passes(self.backend)
+        if passes is None:
+            return None
+        keys = b"".join(self.column.distinct_keys())
+        return passes, blake2b(keys, digest_size=16).digest()
 
     def fill(self, others):
         """Encode the cells that the store lacks, also for other encoders that lack them."""
-        positions = self._missing()
+        positions = self.missing()
         if not len(positions):
             return
         others = self._useful(others, positions)
@@ -89,15 +107,22 @@ class _Filling:
                 positions,
                 self.store,
                 vectors_of_others,
+                n_read=len(self.column.rows) - len(positions),
             ):
-                self.n_encoded += len(done)
+                self._encoded.update(self.column.distinct_keys(done))
         finally:
             for other in others:
                 other.flush()
 
-    def _missing(self):
-        """Return the positions of the distinct cells that the store lacks."""
-        return np.flatnonzero(self.store.lacks(self.space, self.column.distinct_keys()))
+    def missing(self):
+        """Return the positions of the distinct cells that are still to be encoded."""
+        keys = self.column.distinct_keys()
+        # A store that is full, or cannot be written, may lack what has been encoded.
+        pending = self._lacking - self._encoded
+        if not pending:
+            return np.array([], dtype=np.intp)
+        is_pending = np.array([key in pending for key in keys])
+        return np.flatnonzero(is_pending & self.store.lacks(self.space, keys))
 
     def _useful(self, others, positions):
         """List the encoders with other vectors that lack some of the cells."""
@@ -105,7 +130,7 @@ class _Filling:
         for other in others:
             is_new = other.space.fingerprint not in fingerprints
             fingerprints.add(other.space.fingerprint)
-            if is_new and len(np.intersect1d(other._missing(), positions)):
+            if is_new and len(np.intersect1d(other.missing(), positions)):
                 useful.append(other)
         return useful
 
@@ -122,8 +147,8 @@ class _Filling:
     def flush(self):
         """Store the vectors in memory."""
         if self._digests:
-            vectors = np.concatenate(self._vectors)
-            self.n_encoded += self.store.add(self.space, self._digests, vectors)
+            self.store.add(self.space, self._digests, np.concatenate(self._vectors))
+            self._encoded.update(self._lacking.intersection(self._digests))
         self._digests, self._vectors = [], []
 
     def report(self):
@@ -131,7 +156,7 @@ class _Filling:
         return self.space.settings() | {
             "fingerprint": self.space.fingerprint,
             "cells": len(self.column.rows),
-            "encoded": self.n_encoded,
+            "encoded": len(self._encoded),
         }
 
 

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from hashlib import blake2b
@@ -42,15 +43,15 @@ _INTEGER_INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2
 _BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 _BFLOAT16_PAYS = 1.2  # times faster than float32, from which on "auto" chooses it
 _N_CHECKED_CELLS = 48
-_N_CELLS_OF_A_VERDICT = 32  # with fewer cells, the next process checks again
+_N_CELLS_OF_A_VERDICT = 32  # before, each call compares its cells
 _CHECKED_AT_ONCE = 6  # cells of different lengths, in one batch
 _LOADED_LIMIT = 4
 
 _LOGGER = logging.getLogger("sklembed")
 _LOGGED: set[str] = set()
 _LOADED: OrderedDict[tuple, Callable] = OrderedDict()  # functions that run a network
-# Entries and conditions that passed the check in this process, with a verdict or without.
-_CHECKED: set[tuple] = set()
+# Number of cells that this process has compared, by entry and condition.
+_N_COMPARED: dict[tuple, int] = {}
 _KEPT_AFTER_FORK: list = []
 _LOCK = threading.RLock()
 
@@ -87,6 +88,10 @@ class Plan:
 
     cells : callable
         Takes a number, and yields at most so many decoded cells of the call.
+
+    exporting : callable
+        Takes the name of a runtime, and returns a context in which the network is
+        exported and checked.
     """
 
     runtimes: tuple[str, ...] = ()
@@ -95,7 +100,9 @@ class Plan:
     may_export: bool = False
     is_demanded: bool = False
     cells: Callable[[int], Iterable] = lambda n_cells: []
-    used: str = "torch"  # the runtime of the last encoding, set by `apply`
+    exporting: Callable[[str], AbstractContextManager] = contextlib.nullcontext
+    # The runtime of the last encoding, set by `apply`; None without a network.
+    used: str | None = None
 
     def apply(self, encoding: Encoding) -> Encoding:
         """Return the encoding with a `forward` that runs the network.
@@ -105,7 +112,7 @@ class Plan:
         RefusedError
             If no runtime can run the network in a precision other than float32.
         """
-        self.used = "torch"
+        self.used = None
         network = encoding.network
         if network is None and self.is_demanded:
             raise ValueError(
@@ -115,6 +122,7 @@ class Plan:
             )
         if network is None:
             return encoding
+        self.used = "torch"
         reasons = []
         for runtime in self.runtimes:
             try:
@@ -122,7 +130,10 @@ class Plan:
             except RefusedError as error:
                 reasons.append(f"{runtime}: {error}")
                 continue
-            if run is not None:
+            if run is None:
+                message = f"torch runs {network.label}: no network for {runtime} yet"
+                log_once(f"{message}, and too few cells to export one", logging.INFO)
+            else:
                 self.used = runtime
                 budget = network.runtime_budget or encoding.budget
                 forward = network.forward(run)
@@ -147,16 +158,17 @@ class Plan:
         verdict = entry.verdict(condition)
         if verdict is not None and not verdict["accepted"]:
             raise RefusedError(verdict["reason"])
-        if verdict is not None or (entry.folder, condition) in _CHECKED:
+        n_compared = _N_COMPARED.get((entry.folder, condition))
+        if verdict is not None or (n_compared or 0) >= _N_CELLS_OF_A_VERDICT:
             with contextlib.suppress(Exception):  # damaged files are exported again
                 return _loaded(entry, runtime, self.precision)
-        if not self.may_export and self.is_demanded:
-            raise RefusedError("the store is read-only")
-        if not self.may_export:
+        if n_compared is None and not self.may_export:
+            if self.is_demanded:
+                raise RefusedError("the store is read-only")
             return None
         network.module()  # raises the errors of the checkpoint
         try:
-            with entry.attempt(), _quiet():
+            with entry.attempt(), _quiet(), self.exporting(runtime):
                 return self._export_and_check(runtime, encoding, entry, condition)
         except RefusedError:
             raise
@@ -180,35 +192,38 @@ class Plan:
             # Trial cells differ in length, so that tracing cannot drop the mask.
             examples = trial[:2] or cells[:1] * 2
             if not examples:
-                raise RefusedError("there is no cell to export it with")
+                return None
             inputs = network.inputs(examples)
             entry.write(partial(_EXPORTERS[runtime], network, inputs, self.precision))
         run = _loaded(entry, runtime, self.precision)
         if entry.verdict(condition) is not None:
             return run
-        error = _largest_error(
-            in_torch(encoding).forward,
-            network.forward(run),
-            cells + trial,
-            network.widths,
-        )
+        n_before = _N_COMPARED.get((entry.folder, condition))
+        if n_before is not None:
+            trial = []  # compared in an earlier call
+        expected, actual = in_torch(encoding).forward, network.forward(run)
+        error, n_compared = _compare(expected, actual, cells, network.widths)
+        error_of_trial, _ = _compare(expected, actual, trial, network.widths)
+        error = max(error, error_of_trial)
         tolerance = TOLERANCES[self.precision]
-        if not error <= tolerance:
+        if error > tolerance:
             raise ArithmeticError(
                 f"its vectors differ from torch by {error:.1e} of their length, and "
                 f"{tolerance:.0e} is allowed in {self.precision}"
             )
-        _CHECKED.add((entry.folder, condition))
-        if len(cells) >= _N_CELLS_OF_A_VERDICT:
+        n_compared += n_before or 0
+        _N_COMPARED[entry.folder, condition] = n_compared
+        if n_compared >= _N_CELLS_OF_A_VERDICT:
             entry.record(condition, {"accepted": True, "error": error})
         return run
 
-    def accepted(self, key: str, use: str) -> str | None:
-        """Return the runtime that is known to run a network, or None."""
+    def choice(self, key: str, use: str) -> str:
+        """Return the runtime in which the next cell would be encoded."""
         for runtime in self.runtimes:
-            if self._accepts(runtime, key, use):
+            accepts = self._accepts(runtime, key, use)
+            if accepts or (accepts is None and self.may_export):
                 return runtime
-        return None
+        return "torch"
 
     def refuses(self, key: str, use: str) -> bool:
         """Return whether all runtimes are known to refuse a network."""
@@ -223,7 +238,7 @@ class Plan:
         condition = _condition(self.precision, use)
         verdict = entry.verdict(condition)
         if verdict is None:
-            return True if (entry.folder, condition) in _CHECKED else None
+            return True if (entry.folder, condition) in _N_COMPARED else None
         return bool(verdict["accepted"])
 
 
@@ -278,7 +293,8 @@ def candidates(runtime: str, precision: str, *, on_cpu: bool) -> tuple[str, ...]
             )
         if runtime not in able:
             raise UnavailableError(
-                f"runtime={runtime!r} cannot compute in {precision} on this machine. "
+                f"runtime={runtime!r} cannot compute in {precision}"
+                f"{' on this machine' if precision == 'bfloat16' else ''}. "
                 f"{_ADVICE[precision]}"
             )
         if not _is_installed(runtime):
@@ -489,14 +505,22 @@ def _export_onnx(network, inputs, precision, folder) -> None:
     if precision != "int8":
         program.save(path)
         return
-    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.quantization import quant_pre_process, quantize_dynamic
 
     program.save(folder / "float32.onnx")
+    # Nothing is left to optimise. This marks the file, whose lack is logged as a warning.
+    quant_pre_process(
+        folder / "float32.onnx",
+        folder / "float32.marked.onnx",
+        skip_optimization=True,
+        skip_onnx_shape=True,
+        skip_symbolic_shape=True,
+    )
     # Without VNNI the sums of products saturate, unless a bit is spared.
     has_vnni = integer_instructions() in ("amx_int8", "avx512_vnni", "avx_vnni")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     quantize_dynamic(
-        folder / "float32.onnx",
+        folder / "float32.marked.onnx",
         path,
         per_channel=True,
         reduce_range=is_x86 and not has_vnni,
@@ -571,9 +595,12 @@ def relative_error(vectors, reference, widths=()) -> float:
     return float(np.max(errors))
 
 
-def _largest_error(expected, actual, cells, widths) -> float:
-    """Return the largest error of a vector, relative to the length of the expected."""
-    largest = 0.0
+def _compare(expected, actual, cells, widths) -> tuple[float, int]:
+    """Return the largest relative error of a vector, and the number of cells compared.
+
+    Cells to which torch gives a vector that is not finite are left out.
+    """
+    largest, n_compared = 0.0, 0
     for start in range(0, len(cells), _CHECKED_AT_ONCE):
         batch = cells[start : start + _CHECKED_AT_ONCE]
         for vector, other in zip(expected(batch), actual(batch), strict=True):
@@ -581,9 +608,12 @@ def _largest_error(expected, actual, cells, widths) -> float:
                 raise ValueError(
                     f"it returns the shape {other.shape}, and torch {vector.shape}"
                 )
+            if not np.isfinite(vector).all():
+                continue
             error = relative_error(other, vector, widths)
             largest = max(largest, float(np.nan_to_num(error, nan=np.inf)))
-    return largest
+            n_compared += 1
+    return largest, n_compared
 
 
 @contextlib.contextmanager
@@ -603,11 +633,11 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def log_once(message) -> None:
+def log_once(message, level=logging.WARNING) -> None:
     """Log a message once per process."""
     if message not in _LOGGED:
         _LOGGED.add(message)
-        _LOGGER.warning(message)
+        _LOGGER.log(level, message)
 
 
 def _forget_after_fork() -> None:

@@ -188,6 +188,17 @@ class EmbeddingStore:
                 missing[database.find(db, "cells", model, digests)["position"]] = False
         return missing
 
+    def is_writable(self):
+        """Return whether permissions allow this process to write the store.
+
+        Returns
+        -------
+        is_writable : bool
+            Whether they do; a store that does not exist yet counts as writable.
+        """
+        path = self._path()
+        return not path.exists() or os.access(path, os.W_OK)
+
     def fill(self, space, digests, *, encode, claim_size):
         """Encode the cells that are not stored, and yield the vectors of all cells.
 
@@ -224,10 +235,7 @@ class EmbeddingStore:
             Their vectors, as `read` would return them. Every cell is yielded once,
             except cells that could not be encoded.
         """
-        if len(set(digests)) < len(digests):
-            raise ValueError(
-                "digests must be without repeats: pass each distinct cell once."
-            )
+        _check_distinct(digests)
         if self.read_only:
             yield from self._fill_without_storing(space, digests, encode, claim_size)
             return
@@ -254,18 +262,27 @@ class EmbeddingStore:
         Returns
         -------
         n_added : int
-            Number of cells that were not stored.
+            Number of vectors written.
+
+        Raises
+        ------
+        ValueError
+            If the store is read-only, or the digests do not match the values.
         """
         self._check_writable("adding vectors")
+        _check_distinct(digests)
+        if len(values) != len(digests):
+            raise ValueError(f"got {len(values)} values for {len(digests)} digests.")
         is_new = self.lacks(space, digests)
         digests = list(itertools.compress(digests, is_new))
-        if digests:
-            session = _Session(self, space, digests)
-            try:
-                session.put(list(itertools.compress(values, is_new)))
-            finally:
-                session.end()
-        return len(digests)
+        if not digests:
+            return 0
+        session = _Session(self, space, digests)
+        try:
+            session.put(list(itertools.compress(values, is_new)))
+        finally:
+            session.end()
+        return len(digests) if session.can_write else 0
 
     def stats(self):
         """Return statistics of the store for each model.
@@ -520,6 +537,13 @@ class EmbeddingStore:
             )
 
 
+def _check_distinct(digests):
+    if len(set(digests)) < len(digests):
+        raise ValueError(
+            "digests must be without repeats: pass each distinct cell once."
+        )
+
+
 class _ServedCounts:
     """Numbers of vectors that this process has read, before they are written.
 
@@ -581,7 +605,7 @@ class _Session:
         self._owner = uuid.uuid4().hex
         self._lock = threading.RLock()
         self._ended = False
-        self._can_write = True
+        self.can_write = True
         self._session_lock = None
         self._path = store._ensure_file()
         with database.readable_errors(self._path):
@@ -675,7 +699,7 @@ class _Session:
             if self._ended:  # the thread that prepares batches has outlived the session
                 return np.zeros(len(digests), dtype=bool)
             self._attempt(claim)
-        if self._can_write:
+        if self.can_write:
             return is_free
         return np.ones(len(digests), dtype=bool)
 
@@ -708,7 +732,7 @@ class _Session:
     def _attempt(self, operation):
         """Run an operation on the store; after a disk error, store nothing more."""
         with self._lock:
-            if not self._can_write:
+            if not self.can_write:
                 return
             try:
                 with database.readable_errors(self._path):
@@ -716,7 +740,7 @@ class _Session:
             except OSError as error:
                 if not database.is_disk_error(error):
                     raise
-                self._can_write = False
+                self.can_write = False
                 self._release()
                 reason = database.original(error)
                 warnings.warn(
