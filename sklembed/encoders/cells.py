@@ -305,7 +305,7 @@ def _read(path) -> bytes:
     path = os.fsdecode(path)
     if "://" in path:
         raise ValueError(
-            f"got the URL {_quote(path)}; URLs are not opened. Download the image first"
+            f"URLs are not opened: {_quote(path)}. Download the image first"
         )
     if not os.path.isfile(path):  # opening a pipe or a device could block
         raise FileNotFoundError(
@@ -371,7 +371,7 @@ def _to_rgb(source, cell, settings, min_size=None) -> Image.Image:
             ) from error
         raise ValueError(
             f"cannot decode the image {_name(cell, source)}: {_reason(error, source)}. Repair "
-            "or drop it, use None for a missing image, or pass errors='missing'"
+            "or drop it, or use None for a missing image"
         ) from error
 
 

@@ -983,7 +983,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 error = ValueError(
                     "the model returned NaN or too large numbers: cell "
                     f"{shorten(column.cells[rows[i]])}, dtype {space.dtype}. Drop the "
-                    "cell, mark it as missing by None, or pass errors='missing'"
+                    "cell, or mark it as missing by None"
                 )
                 self._raise_or_record(error, column, rows[i])
             if failed:
@@ -1037,10 +1037,16 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if self.errors == "missing" and not isinstance(error, TypeError):
             column.errors[row] = without_frames(error)
             return
+        if isinstance(error, TypeError):
+            raise TypeError(f"{column.place(row)}: {error}.") from error
+        message = (
+            f"{column.place(row)}: {error}. Pass errors='missing' to treat such cells as "
+            "missing."
+        )
         # A subclass, such as UnicodeDecodeError, may need other arguments.
-        for kind in (TypeError, FileNotFoundError, OSError, ValueError):
+        for kind in (FileNotFoundError, OSError, ValueError):
             if isinstance(error, kind):
-                raise kind(f"{column.place(row)}: {error}.") from error
+                raise kind(message) from error
 
     def _warn_of_image_files(self, column):
         """Warn if a text model receives the names of image files."""

@@ -191,7 +191,8 @@ class StaticBackend:
                 raise ValueError(
                     f"{name}={value!r}, but {self._name} has static token embeddings: "
                     "texts get the mean over their tokens, in float32 on the CPU. "
-                    f"Leave {name}={_SUPPORTED[name][0]!r}."
+                    f"Leave {name}={_SUPPORTED[name][0]!r}; in a grid search with other "
+                    "models, pass a list of grids."
                 )
         if self.output == "tokens" and self.pooling_parameter != "auto":
             raise ValueError(
