@@ -324,8 +324,8 @@ class EmbeddingStore:
         ----------
         model : str or None, default=None
             A fingerprint, or the name in a model's description ("label" or "name"),
-            which selects all versions and settings of that model. None deletes
-            everything.
+            which selects all versions and settings of that model. A fingerprint deletes
+            no network, since other settings share it. None deletes everything.
 
         Raises
         ------
@@ -615,8 +615,10 @@ class _Session:
         """Yield the vectors of all cells, encoded by this session or another."""
         self._attempt(self._begin)
         pending = np.arange(len(self._digests))
+        if not self.can_write:
+            pending = yield from self._read(pending)
         while len(pending):
-            # Claiming tells which cells others have stored or claimed.
+            # Claiming tells which cells are stored, or claimed by others.
             taken = yield from self._encode(pending, encode, claim_size)
             n_pending = len(pending)
             pending = yield from self._read(taken)
@@ -649,10 +651,7 @@ class _Session:
         return positions[missing]
 
     def _encode(self, positions, encode, claim_size):
-        """Encode the free cells; return the positions of the others.
-
-        Other sessions have stored or claimed these.
-        """
+        """Encode the free cells; return the positions of stored and claimed ones."""
         taken = []
         chunks = self._claim_lazily(positions, claim_size, taken)
         first = next(chunks, None)
@@ -668,7 +667,7 @@ class _Session:
     def _claim_lazily(self, positions, claim_size, taken):
         """Yield lists of positions after claiming their cells.
 
-        Positions that other sessions have stored or claimed are appended to `taken`.
+        Positions of stored cells, and of those claimed by others, are appended to `taken`.
         """
         for start in range(0, len(positions), claim_size):
             chunk = positions[start : start + claim_size]
