@@ -1,6 +1,8 @@
 """Input checks that estimators share; errors name the row, the value and the remedy."""
 
+import functools
 import warnings
+from collections.abc import Callable
 from datetime import date
 from numbers import Integral, Real
 
@@ -10,9 +12,10 @@ import sklearn
 from pandas.api.types import is_numeric_dtype
 from scipy.sparse import issparse
 from sklearn.base import is_classifier
-from sklearn.utils import check_random_state, column_or_1d
+from sklearn.utils import check_random_state, column_or_1d, gen_batches
 
 _LARGEST_PIXEL_LABEL = 2**16 - 1
+_PIECE_ROWS = 16384  # of a table that is too long to be converted at once
 _COLLECTIONS = (list, tuple, set, frozenset, np.ndarray)
 _ENCODE_FIRST = "Encode texts and images first, for example with FrozenEncoder."
 
@@ -357,3 +360,30 @@ def check_at_least_one(name, number):
         raise TypeError(f"{name} must be an integer; got {number!r}.")
     if number < 1:
         raise ValueError(f"{name} must be at least 1; got {number}.")
+
+
+def in_pieces(method: Callable) -> Callable:
+    """Let a method that takes a table X process long arrays in pieces of rows.
+
+    Memory then grows with the output only. X may be an array on disk, and of any type:
+    one piece at a time is read and converted.
+    """
+
+    @functools.wraps(method)
+    def run(self, X, *arguments):
+        is_long = isinstance(X, np.ndarray) and X.ndim == 2 and len(X) > _PIECE_ROWS
+        if not is_long:
+            return method(self, X, *arguments)
+        output = None
+        for rows in gen_batches(len(X), _PIECE_ROWS):
+            try:
+                piece = method(self, X[rows], *arguments)
+            except ValueError as error:
+                error.add_note(f"Row numbers count from row {rows.start} of X.")
+                raise
+            if output is None:
+                output = np.empty((len(X), *piece.shape[1:]), dtype=piece.dtype)
+            output[rows] = piece
+        return output
+
+    return run

@@ -18,7 +18,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_data
 
 from sklembed._table.blocks import check_one_block, observed_in_block, resolve_blocks
-from sklembed._validation import check_vectors
+from sklembed._validation import check_vectors, in_pieces
 
 # These methods compare modalities coordinate by coordinate.
 _METHODS_OF_EQUAL_WIDTHS = {"shift", "unit_shift", "procrustes"}
@@ -218,6 +218,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             Z += rng.normal(scale=self.noise_std, size=Z.shape).astype(Z.dtype)
         return Z
 
+    @in_pieces
     def transform(self, X):
         """Align rows, without noise.
 
@@ -239,6 +240,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         rows, observed = self._all_unit_rows(X)
         return self._join(self._align_all(rows), observed).astype(X.dtype, copy=False)
 
+    @in_pieces
     def encode(self, X, modality):
         """Align rows of one modality.
 
@@ -551,6 +553,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
             self.maps_[name] = _padded(whitenings[i] @ directions[i], n_components)
         return self
 
+    @in_pieces
     def transform(self, X):
         """Project the rows of each modality.
 
@@ -573,6 +576,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
             [self._project(X[:, part], name) for name, part in self.blocks_.items()]
         )
 
+    @in_pieces
     def encode(self, X, modality):
         """Project rows of one modality.
 

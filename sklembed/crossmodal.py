@@ -27,7 +27,7 @@ from sklembed._table.blocks import (
 from sklembed._table.columns import as_table, output_container, take_columns
 from sklembed._table.tokens import pad_tokens, read_tokens, token_columns
 from sklembed._trained import TrainedEstimator, moments
-from sklembed._validation import check_vectors, draw_seed
+from sklembed._validation import check_vectors, draw_seed, in_pieces
 from sklembed.metrics import retrieval_recall
 
 FUSIONS = ("add", "multiply", "concat")  # for any block
@@ -126,6 +126,7 @@ class _CrossModalEncoder(TransformerMixin, TrainedEstimator):
         self._warn_if_collapsed()
         return self
 
+    @in_pieces
     def transform(self, X):
         """Map every modality of each row to the shared space.
 
@@ -147,6 +148,7 @@ class _CrossModalEncoder(TransformerMixin, TrainedEstimator):
         blocks = [self._embed(name, part, output) for name, part in parts.items()]
         return np.hstack(blocks)
 
+    @in_pieces
     def encode(self, X, modality):
         """Map rows of one modality to the shared space.
 

@@ -21,7 +21,7 @@ from sklearn.utils._param_validation import StrOptions
 from sklembed import _callbacks
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
 from sklembed._persistence import Saved
-from sklembed._validation import draw_seed, split_rows
+from sklembed._validation import draw_seed, in_pieces, split_rows
 from sklembed.ensemble.features import Features, Problem
 from sklembed.ensemble.members import Kernel, Linear, Trees
 from sklembed.ensemble.svm import SupportVectorMachine
@@ -478,6 +478,7 @@ class EmbeddingClassifier(ClassifierMixin, _EmbeddingEnsemble):
         self._fit_members(problem, X, y)
         return self
 
+    @in_pieces
     def predict_proba(self, X):
         """Return the probability of each class or label, the mean of the members.
 
@@ -508,6 +509,7 @@ class EmbeddingClassifier(ClassifierMixin, _EmbeddingEnsemble):
         """
         return self._predict_members(X)
 
+    @in_pieces
     def predict(self, X):
         """Return the most probable class, or the labels with a probability above 0.5.
 
@@ -684,6 +686,7 @@ class EmbeddingRegressor(RegressorMixin, _EmbeddingEnsemble):
         self._fit_members(problem, X, y)
         return self
 
+    @in_pieces
     def predict(self, X):
         """Return the predicted targets, the mean of the members.
 

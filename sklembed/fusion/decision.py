@@ -30,6 +30,7 @@ from sklembed._validation import (
     check_class_weight,
     check_routing_enabled,
     check_vectors,
+    in_pieces,
     split_rows,
 )
 from sklembed.fusion._base import (
@@ -325,6 +326,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         self.weights_ = self._find_weights(data, folds, by_fold)
         return self
 
+    @in_pieces
     def predict_proba(self, X):
         """Return the probability of each class, or of each label.
 
@@ -340,6 +342,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
         """
         return probabilities(self.decision_function(X), self.target_type_)
 
+    @in_pieces
     def decision_function(self, X):
         """Return log-probabilities of classes, or log-odds for two classes and labels.
 
@@ -365,6 +368,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
             return logs
         return logs[..., 1] - logs[..., 0]
 
+    @in_pieces
     def predict(self, X):
         """Return the most likely class, or 1 for labels with probability above 0.5.
 

@@ -12,6 +12,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 
 from sklembed._grid import descend
 from sklembed._persistence import Saved
+from sklembed._validation import in_pieces
 from sklembed.fusion._base import (
     check_labelled_table,
     check_rows,
@@ -544,6 +545,7 @@ class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
         self._fit(X, y, sample_weight, groups)
         return self
 
+    @in_pieces
     def decision_function(self, X):
         """Return the logits.
 
@@ -564,6 +566,7 @@ class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
             return logits[:, 1] - logits[:, 0]
         return logits
 
+    @in_pieces
     def predict_proba(self, X):
         """Return the probability of each class or label.
 
@@ -579,6 +582,7 @@ class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
         """
         return probabilities(self.decision_function(X), self.target_type_)
 
+    @in_pieces
     def predict(self, X):
         """Return the most probable class, or the labels with a probability above 0.5.
 
@@ -787,6 +791,7 @@ class KernelFusionRegressor(RegressorMixin, _KernelFusion):
         self._fit(X, y, sample_weight, groups)
         return self
 
+    @in_pieces
     def predict(self, X):
         """Return the predicted targets.
 

@@ -16,11 +16,7 @@ from sklearn.utils.validation import (
 from sklembed import _callbacks
 from sklembed._callbacks import with_callbacks
 from sklembed._trained import TrainedEstimator, moments
-from sklembed._validation import (
-    check_layer_sizes,
-    check_vectors,
-    draw_seed,
-)
+from sklembed._validation import check_layer_sizes, check_vectors, draw_seed, in_pieces
 from sklembed.fusion._base import (
     by_modality,
     check_labelled_table,
@@ -416,6 +412,7 @@ class FusionClassifier(ClassifierMixin, _FusionNetwork):
             targets = targets.reshape(len(targets), -1).astype(np.float32)
         return self._fit_network(table, y, targets, weight, target.strata, loss, resume)
 
+    @in_pieces
     def decision_function(self, X):
         """Return the logits.
 
@@ -435,6 +432,7 @@ class FusionClassifier(ClassifierMixin, _FusionNetwork):
         logits[unobserved] = logits_of_prior(self.prior_, self.target_type_)
         return logits[:, 0] if self.target_type_ == "binary" else logits
 
+    @in_pieces
     def predict_proba(self, X):
         """Return the probability of each class or label.
 
@@ -450,6 +448,7 @@ class FusionClassifier(ClassifierMixin, _FusionNetwork):
         """
         return probabilities(self.decision_function(X), self.target_type_)
 
+    @in_pieces
     def predict(self, X):
         """Return the most probable class, or the labels with a probability above 0.5.
 
@@ -740,6 +739,7 @@ class FusionRegressor(RegressorMixin, _FusionNetwork):
         targets = targets.reshape(len(y), -1).astype(np.float32)
         return self._fit_network(table, y, targets, weight, None, squared_error, resume)
 
+    @in_pieces
     def predict(self, X):
         """Return the predicted targets.
 

@@ -40,6 +40,7 @@ from sklembed._validation import (
     check_routing_enabled,
     check_vectors,
     draw_seed,
+    in_pieces,
 )
 from sklembed.projection.folds import TrainingData, make_folds
 from sklembed.projection.forward import match, normalize, project, reduce
@@ -407,6 +408,7 @@ class ContrastiveProjector(
         self._train_on_all(data, seed, resume, set_components, max_epochs=1)
         return self
 
+    @in_pieces
     def transform(self, X):
         """Project rows by the network fitted on all training rows.
 
