@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sklembed import datasets, evaluation, metrics, plots
+    from sklembed._persistence import load, save
     from sklembed.alignment import CanonicalAligner, ModalityGapAligner
     from sklembed.crossmodal import CrossAttentionAdaptor, SharedFusionEncoder
     from sklembed.encoders import (
@@ -51,10 +52,12 @@ __all__ = [
     "ZeroShotClassifier",
     "datasets",
     "evaluation",
+    "load",
     "metrics",
     "multimodal_pipeline",
     "plots",
     "prefetch",
+    "save",
 ]
 
 # The module of each public name. Names are imported on first use, so that `import sklembed` takes
@@ -79,8 +82,10 @@ _MODULES = {
     "PerModalityUnion": "union",
     "SharedFusionEncoder": "crossmodal",
     "ZeroShotClassifier": "zero_shot",
+    "load": "_persistence",
     "multimodal_pipeline": "pipeline",
     "prefetch": "encoders",
+    "save": "_persistence",
 }
 
 

@@ -17,6 +17,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils.estimator_checks import check_estimator, parametrize_with_checks
 
+import sklembed
 from sklembed import (
     CallableBackend,
     CanonicalAligner,
@@ -329,7 +330,7 @@ def test_a_row_s_output_depends_neither_on_its_batch_nor_on_its_neighbours(case)
 
 
 @each
-def test_clones_pickles_and_skops_files_do_the_same(case):
+def test_clones_pickles_and_files_do_the_same(case, tmp_path):
     estimator, X, y = case
     expected = output(estimator.fit(X, y), X)
     np.testing.assert_array_equal(output(clone(estimator).fit(X, y), X), expected)
@@ -364,6 +365,12 @@ def test_clones_pickles_and_skops_files_do_the_same(case):
     np.testing.assert_array_equal(
         output(skops.io.loads(file, trusted=unknown), X), expected
     )
+    if users.intersection(unknown):
+        with pytest.raises(TypeError, match="_load is the function test_common._load"):
+            sklembed.save(estimator, tmp_path)
+        return
+    sklembed.save(estimator, tmp_path)
+    np.testing.assert_array_equal(output(sklembed.load(tmp_path), X), expected)
 
 
 @each

@@ -912,10 +912,6 @@ def test_a_saved_encoder_is_loaded_with_the_same_vectors(encoder, tmp_path):
             loaded.encode(X[:, columns], name), encoder.encode(X[:, columns], name)
         )
     assert loaded.score(X) == encoder.score(X)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json",
-        "weights.safetensors",
-    ]
 
 
 @each_encoder
@@ -957,7 +953,7 @@ def last_seven_columns(X):
 def test_an_encoder_with_a_callable_in_blocks_is_not_saved(Encoder, tmp_path):
     encoder = small(Encoder).fit(world())
     encoder.set_params(blocks={"text": slice(0, 5), "image": last_seven_columns})
-    with pytest.raises(TypeError, match="blocks .*function.* JSON"):
+    with pytest.raises(TypeError, match="blocks/image is the function"):
         encoder.save(tmp_path / "it")
     assert not (tmp_path / "it").exists()
 
@@ -966,7 +962,9 @@ def test_an_encoder_with_a_callable_in_blocks_is_not_saved(Encoder, tmp_path):
 def test_a_file_of_another_class_is_refused(Encoder, tmp_path):
     small(Encoder).fit(world()).save(tmp_path)
     (another,) = set(ENCODERS) - {Encoder}
-    with pytest.raises(ValueError, match=f"{Encoder.__name__} .*{another.__name__}"):
+    with pytest.raises(
+        ValueError, match=f"{Encoder.__name__}; expected a {another.__name__}"
+    ):
         another.load(tmp_path)
     with pytest.raises(NotFittedError):
         small(Encoder).save(tmp_path)

@@ -1,6 +1,5 @@
-"""Projectors that leave Python and come back: safetensors with JSON, and ONNX."""
+"""Files of estimators and pipelines without code, and ONNX graphs of projectors."""
 
-import json
 import subprocess
 import sys
 
@@ -8,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.base import clone
-from sklearn.model_selection import KFold
+from sklearn.decomposition import PCA
 
+import sklembed
 from sklembed import ContrastiveProjector
 
 
@@ -144,10 +144,9 @@ def test_a_projector_is_saved_over_another(clusters, tmp_path):
     np.testing.assert_array_equal(
         round_trip(second, tmp_path).transform(X), second.transform(X)
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json",
-        "weights.safetensors",
-    ]
+    config, weights = sorted(path.name for path in tmp_path.iterdir())
+    assert config == "config.json"
+    assert weights.startswith("weights-")
 
 
 def test_a_loaded_projector_goes_on_training_as_the_saved_one(clusters, tmp_path):
@@ -195,41 +194,30 @@ def any_loss(z, affinity):
 
 
 @pytest.mark.parametrize(
-    ("options", "kind"),
+    ("options", "place"),
     [
-        ({"cv": KFold(3)}, "cv is a KFold"),
-        ({"loss": any_loss}, "loss is a function"),
-        (
-            {"random_state": np.random.RandomState(0)},
-            "random_state is a RandomState",
-        ),  # noqa: NPY002
+        ({"loss": any_loss}, "loss"),
         (
             {"skorch_params": {"predict_nonlinearity": any_loss}},
-            "skorch_params is a function",
+            "skorch_params/predict_nonlinearity",
         ),
     ],
-    ids=["cv", "loss", "random_state", "skorch_params"],
+    ids=["loss", "skorch_params"],
 )
-def test_what_json_does_not_know_is_refused_before_anything_is_written(
-    clusters, tmp_path, options, kind
+def test_functions_are_refused_before_anything_is_written(
+    clusters, tmp_path, options, place
 ):
     projector = small(**options).fit(*clusters)
-    with pytest.raises(
-        TypeError, match=f"{kind}, which JSON does not support. Save with pickle"
-    ):
+    with pytest.raises(TypeError, match=f"{place} is the function .*any_loss, which"):
         projector.save(tmp_path / "it")
     assert not (tmp_path / "it").exists()
 
 
-def test_labels_that_json_does_not_know_are_refused(clusters, tmp_path):
+def test_labels_of_other_types_are_refused(clusters, tmp_path):
     X, y = clusters
-    days = np.array(["2020-01-01", "2020-01-02", "2020-01-03"], dtype="datetime64[D]")[
-        y
-    ]
-    projector = small().fit(X, days.astype(object))
-    with pytest.raises(
-        TypeError, match="classes_ is a date, which JSON does not support"
-    ):
+    days = np.array(["2020-01-01", "2020-01-02", "2020-01-03"], dtype="datetime64[D]")
+    projector = small().fit(X, days[y].astype(object))
+    with pytest.raises(TypeError, match="classes_/0 is a datetime.date, which"):
         projector.save(tmp_path / "it")
     assert not (tmp_path / "it").exists()
 
@@ -241,38 +229,10 @@ def test_an_unfitted_projector_is_not_saved(tmp_path):
     assert not (tmp_path / "it").exists()
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        (
-            "class",
-            "FeatureUnion",
-            "contains a FeatureUnion in format 2; expected a ContrastiveProj",
-        ),
-        ("format", 99, "in format 99; expected a ContrastiveProjector in format 2"),
-    ],
-)
-def test_what_another_class_or_version_wrote_is_refused(
-    clusters, tmp_path, key, value, message
-):
-    small().fit(*clusters).save(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | {key: value}), encoding="utf-8"
-    )
-    with pytest.raises(ValueError, match=message):
+def test_an_estimator_of_another_class_is_not_loaded(clusters, tmp_path):
+    sklembed.save(PCA(2).fit(clusters[0]), tmp_path)
+    with pytest.raises(ValueError, match="contains a PCA; expected a ContrastiveProj"):
         ContrastiveProjector.load(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["config.json", "weights.safetensors"])
-def test_a_missing_file_is_named(clusters, tmp_path, name):
-    small().fit(*clusters).save(tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
-        ContrastiveProjector.load(tmp_path)
-
-
-# ONNX
 
 
 def run_onnx(projector, X, path):

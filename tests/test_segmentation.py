@@ -664,10 +664,6 @@ def test_a_saved_segmenter_is_loaded_with_the_same_predictions(
     np.testing.assert_array_equal(masks, segmenter.predict(X))
     assert masks.dtype == np.uint8
     assert loaded.score(X, y) == segmenter.score(X, y)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json",
-        "weights.safetensors",
-    ]
 
 
 def test_a_loaded_segmenter_keeps_names_sizes_and_classes(tmp_path):
@@ -696,7 +692,9 @@ def test_an_unfitted_segmenter_or_one_with_a_callable_is_not_saved(tmp_path):
         small().save(tmp_path / "it")
     X, y = scenes(n_rows=20)
     segmenter = small(skorch_params={"predict_nonlinearity": scenes}).fit(X, y)
-    with pytest.raises(TypeError, match="skorch_params .*function.* JSON"):
+    with pytest.raises(
+        TypeError, match="skorch_params/predict_nonlinearity is the function"
+    ):
         segmenter.save(tmp_path / "it")
     assert not (tmp_path / "it").exists()
 
