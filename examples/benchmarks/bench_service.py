@@ -1,0 +1,168 @@
+"""Load-test the example of a service on the loopback interface.
+
+A pipeline of all-MiniLM-L6-v2 and ``EmbeddingClassifier`` is fitted, saved and served by
+uvicorn in a separate process. One client, and then sixteen, send new rows one at a time.
+The latency is compared with the bare forward pass, in this process, and the memory of
+the server is read after a tenth and after all of the predictions. Requires fastapi and
+uvicorn.
+"""
+
+import argparse
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+import sklembed
+from sklembed import EmbeddingClassifier, FrozenEncoder, multimodal_pipeline
+from sklembed.datasets import load_emoji
+from sklembed.encoders import minilm
+
+SERVING = Path(__file__).parents[1] / "serving"
+N_CLIENTS = 16
+TARGETS = {
+    "p50 / bare forward pass": ("<=", 1.2),
+    "throughput, 16 clients / 1": (">=", 3.0),
+    "growth of memory, %": ("<=", 2.0),
+}
+
+
+def save_model(directory, runtime):
+    """Fit and save a pipeline of short texts; return texts that differ from all cells."""
+    data = load_emoji().data
+    table, y = data[["name"]], np.arange(len(data)) % 2
+    encoder = FrozenEncoder(minilm(), runtime=runtime)
+    head = EmbeddingClassifier(members=["linear", "kernel"], random_state=0)
+    model = multimodal_pipeline(
+        head, kinds={"name": "text"}, text_encoder=encoder, lexical=False
+    )
+    sklembed.save(model.fit(table, y), directory)
+    return (f"{name} {i}" for i in itertools.count() for name in table["name"])
+
+
+def forward_seconds(runtime, texts, n_texts):
+    """Return the median seconds in which the bare encoder encodes one text."""
+    encoder = FrozenEncoder(minilm(), runtime=runtime, store=None).warm_up()
+    seconds = []
+    for text in itertools.islice(texts, n_texts):
+        tick = time.perf_counter()
+        encoder.transform([text])
+        seconds.append(time.perf_counter() - tick)
+    return float(np.median(seconds))
+
+
+@contextlib.contextmanager
+def served(directory, port):
+    """Run the service, and yield its process when it is healthy."""
+    command = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(SERVING)]
+    command += ["--port", str(port), "--log-level", "warning"]
+    environment = os.environ | {"SKLEMBED_MODEL": str(directory)}
+    process = subprocess.Popen(command, env=environment)
+    try:
+        wait_until_healthy(port, process)
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_until_healthy(port, process, seconds=120):
+    """Return when the service answers."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError):
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"The service did not answer within {seconds} s.")
+
+
+def send(port, texts, n_clients, n_requests):
+    """Send requests from concurrent clients; return their seconds and the throughput."""
+    lock, seconds = threading.Lock(), []
+
+    def run_client():
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        for _ in range(n_requests // n_clients):
+            with lock:
+                body = json.dumps({"rows": [{"name": next(texts)}]})
+            tick = time.perf_counter()
+            connection.request(
+                "POST", "/predict", body, {"Content-Type": "application/json"}
+            )
+            reply = connection.getresponse()
+            content = reply.read()
+            seconds.append(time.perf_counter() - tick)
+            if reply.status != 200:
+                raise RuntimeError(f"{reply.status}: {content[:200]!r}")
+
+    clients = [threading.Thread(target=run_client) for _ in range(n_clients)]
+    tick = time.perf_counter()
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    return seconds, len(seconds) / (time.perf_counter() - tick)
+
+
+def memory_mib(process):
+    """Return the resident memory of a process in MiB."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
+
+
+def measure(port, process, texts, n_requests):
+    """Return the latency, the throughput and the memory of a service that runs."""
+    send(port, texts, N_CLIENTS, 4 * N_CLIENTS)  # warm-up
+    n_alone = n_requests // 10
+    alone, rate_alone = send(port, texts, 1, n_alone)
+    before = memory_mib(process)
+    together, rate_together = send(port, texts, N_CLIENTS, n_requests - n_alone)
+    after = memory_mib(process)
+    return {
+        "p50, 1 client, ms": 1e3 * float(np.median(alone)),
+        "p50, 16 clients, ms": 1e3 * float(np.median(together)),
+        "requests/s, 1 client": rate_alone,
+        "requests/s, 16 clients": rate_together,
+        "throughput, 16 clients / 1": rate_together / rate_alone,
+        "memory, MiB": after,
+        "growth of memory, %": 100 * (after / before - 1),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--runtime", default="openvino")
+    parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        texts = save_model(directory, options.runtime)
+        seconds = forward_seconds(options.runtime, texts, 200)
+        with served(directory, options.port) as process:
+            results = measure(options.port, process, texts, options.requests)
+    results["bare forward pass, ms"] = 1e3 * seconds
+    ratio = results["p50, 1 client, ms"] / results["bare forward pass, ms"]
+    results["p50 / bare forward pass"] = ratio
+    for name, value in sorted(results.items()):
+        sign, bar = TARGETS.get(name, ("", ""))
+        print(f"{name:28} {value:10.2f}  {sign} {bar}")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
