@@ -2,9 +2,9 @@
 
 A pipeline of all-MiniLM-L6-v2 and ``EmbeddingClassifier`` is fitted, saved and served by
 uvicorn in a separate process. One client, and then sixteen, send new rows one at a time.
-The latency is compared with the bare forward pass, in this process, and the memory of
-the server is read after a tenth and after all of the predictions. Requires fastapi and
-uvicorn.
+The latency is compared with a call of the encoder without a store, in this process, and
+the memory of the server is read after a tenth and after all of the predictions. Requires
+fastapi and uvicorn.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from sklembed.encoders import minilm
 SERVING = Path(__file__).parents[1] / "serving"
 N_CLIENTS = 16
 TARGETS = {
-    "p50 / bare forward pass": ("<=", 1.2),
+    "p50 / encoder alone": ("<=", 1.2),
     "throughput, 16 clients / 1": (">=", 3.0),
     "growth of memory, %": ("<=", 2.0),
 }
@@ -49,8 +49,8 @@ def save_model(directory, runtime):
     return (f"{name} {i}" for i in itertools.count() for name in table["name"])
 
 
-def forward_seconds(runtime, texts, n_texts):
-    """Return the median seconds in which the bare encoder encodes one text."""
+def encoder_seconds(runtime, texts, n_texts):
+    """Return the median seconds in which an encoder without a store encodes one text."""
     encoder = FrozenEncoder(minilm(), runtime=runtime, store=None).warm_up()
     seconds = []
     for text in itertools.islice(texts, n_texts):
@@ -151,12 +151,12 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         texts = save_model(directory, options.runtime)
-        seconds = forward_seconds(options.runtime, texts, 200)
+        seconds = encoder_seconds(options.runtime, texts, 200)
         with served(directory, options.port) as process:
             results = measure(options.port, process, texts, options.requests)
-    results["bare forward pass, ms"] = 1e3 * seconds
-    ratio = results["p50, 1 client, ms"] / results["bare forward pass, ms"]
-    results["p50 / bare forward pass"] = ratio
+    results["encoder alone, ms"] = 1e3 * seconds
+    ratio = results["p50, 1 client, ms"] / results["encoder alone, ms"]
+    results["p50 / encoder alone"] = ratio
     for name, value in sorted(results.items()):
         sign, bar = TARGETS.get(name, ("", ""))
         print(f"{name:28} {value:10.2f}  {sign} {bar}")
