@@ -107,7 +107,7 @@ def known_to_fail(estimator):
         FusionClassifier("late", **HEAD, blocks=TWO),
         FusionRegressor("early", **HEAD, blocks=ONE),
         FusionRegressor("late", **HEAD, blocks=TWO),
-        DecisionFusionClassifier(LogisticRegression(), blocks=TWO),
+        DecisionFusionClassifier(LogisticRegression(), blocks=TWO, cv=2),
         DecisionFusionClassifier(
             DecisionTreeClassifier(random_state=0), blocks=TWO, weights=None
         ),
@@ -116,8 +116,8 @@ def known_to_fail(estimator):
         KernelFusionClassifier(blocks=TWO, table_blocks=["b"]),
         KernelFusionRegressor(blocks=ONE),
         KernelFusionRegressor(blocks=TWO, table_blocks=["b"]),
-        EmbeddingClassifier(blocks=ONE, **TWO_MEMBERS),
-        EmbeddingRegressor(blocks=ONE, **TWO_MEMBERS),
+        EmbeddingClassifier(blocks=ONE, **TWO_MEMBERS, cv=2),
+        EmbeddingRegressor(blocks=ONE, **TWO_MEMBERS, cv=2),
         SharedFusionEncoder(**SHARED, blocks=TWO),
         SharedFusionEncoder(**SHARED, blocks=TWO, share_layer=False, chunk_size=16),
         CrossAttentionAdaptor(**SHARED, blocks=TWO),

@@ -79,7 +79,7 @@ def small(Encoder, **options):
         "standardize": True,
         "lr": 1e-3,
         "max_epochs": 2,
-        "batch_size": 16,
+        "batch_size": 32,
         "random_state": 0,
     }
     return Encoder(**defaults | options)
@@ -552,7 +552,7 @@ def test_partners_that_were_never_seen_find_each_other(Encoder):
 @each_encoder
 def test_tokens_find_their_partners_too(Encoder):
     X = in_tokens(world(300))
-    encoder = small(Encoder, blocks=COLUMNS, max_epochs=30, batch_size=64, lr=0.01)
+    encoder = small(Encoder, blocks=COLUMNS, max_epochs=12, batch_size=64, lr=0.02)
     assert encoder.fit(X[:250]).score(X[250:]) > 0.2  # of fifty
 
 
@@ -618,7 +618,7 @@ def test_score_is_recall_both_ways_and_knows_what_is_the_same():
         20:30, BLOCKS["image"]
     ]  # so that row 0 goes with 20, and with 30
     rows = np.r_[np.arange(20), np.arange(10), np.arange(10)]
-    encoder = small(SharedFusionEncoder, max_epochs=5).fit(X)
+    encoder = small(SharedFusionEncoder, max_epochs=5, batch_size=16).fit(X)
     text, image = (own(encoder.transform(X), name) for name in BLOCKS)
     both = [
         retrieval_recall(*pair, labels=rows) for pair in ((text, image), (image, text))
@@ -709,7 +709,7 @@ def test_a_constant_column_is_not_blown_up(Encoder):
 @pytest.mark.parametrize("lr", [1e-9, 0.01, 10.0])
 def test_the_temperature_is_learned_within_its_bounds(Encoder, lr):
     encoder = small(Encoder, lr=lr, max_epochs=3, dropout=0.0, early_stopping=True)
-    encoder.set_params(validation_fraction=0.3).fit(world())
+    encoder.set_params(validation_fraction=0.3, batch_size=16).fit(world())
     assert 0.01 <= encoder.temperature_ <= 1
     assert (encoder.temperature_ == pytest.approx(0.07)) == (lr == 1e-9)
 
@@ -868,9 +868,9 @@ def test_three_modalities_of_which_any_pair_may_miss(Encoder):
 @each_encoder
 def test_a_grid_search_needs_no_labels(Encoder):
     search = GridSearchCV(
-        small(Encoder), {"lr": [1e-9, 0.003], "max_epochs": [8]}, cv=2
+        small(Encoder), {"lr": [1e-9, 0.01], "max_epochs": [4]}, cv=2
     )
-    assert search.fit(world(100)).best_params_["lr"] == 0.003
+    assert search.fit(world()).best_params_["lr"] == 0.01
 
 
 @each_encoder
@@ -1262,9 +1262,10 @@ def test_tokens_are_trained_where_tokens_are_asked_for():
     X = in_tokens(world(200))
     options = {
         "blocks": COLUMNS,
-        "max_epochs": 30,
+        "max_epochs": 6,
+        "batch_size": 16,
         "dropout": 0.0,
-        "lr": 0.005,
+        "lr": 0.02,
         "n_components": 16,
     }
     adaptor = small(CrossAttentionAdaptor, output="tokens", **options).fit(X[:150])

@@ -793,7 +793,7 @@ def test_the_random_state_decides(few):
 
     def curve(random_state, **options):
         found = few_label_curve(
-            GaussianNB(), X, y, random_state=random_state, cv=3, **options
+            GaussianNB(), X, y, random_state=random_state, cv=3, n_seeds=2, **options
         )
         return without_seconds(found)
 

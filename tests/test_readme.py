@@ -20,7 +20,7 @@ def test_the_example_runs(monkeypatch, capsys):
 
     def load_some(**options):
         X, y = load(**options)
-        return X.iloc[::8], y.iloc[::8]
+        return X.iloc[::16], y.iloc[::16]
 
     monkeypatch.setattr(sklembed.datasets, "load_openclipart", load_some)
     names = {}
