@@ -668,7 +668,7 @@ def test_set_params_reaches_fitted_encoders(vectorizer, table, checkpoints, tmp_
 def test_prefetch_fills_the_store_of_all_columns(vectorizer, table):
     X, y = table
     pipeline = make_pipeline(vectorizer, SimpleImputer(), LogisticRegression())
-    search = GridSearchCV(pipeline, {"logisticregression__C": [1, 2]}, cv=3)
+    search = GridSearchCV(pipeline, {"logisticregression__C": [1, 2]}, cv=2)
     report = prefetch(search, X)
     assert sorted(report["path"]) == [
         f"multimodalvectorizer__{block}" for block in ("body", "photo", "title")
