@@ -541,7 +541,7 @@ def test_the_masked_mean_is_that_of_the_observed_tokens(tokens):
 @each_encoder
 def test_partners_that_were_never_seen_find_each_other(Encoder):
     X = world(400)
-    encoder = small(Encoder, n_components=16, max_epochs=30, batch_size=64, lr=0.003)
+    encoder = small(Encoder, n_components=16, max_epochs=10, batch_size=64, lr=0.01)
     encoder.fit(X[:300])
     similarities = [epoch["positive_similarity"] for epoch in encoder.history_]
     assert similarities[-1] > similarities[0]
@@ -852,7 +852,7 @@ def test_three_modalities_of_which_any_pair_may_miss(Encoder):
     X = world(300, THREE)
     for rows, name in enumerate(THREE):  # every row lacks one
         X = without(X, name, slice(rows, None, 3), THREE)
-    encoder = small(Encoder, blocks=THREE, max_epochs=20, batch_size=64, lr=0.01).fit(X)
+    encoder = small(Encoder, blocks=THREE, max_epochs=10, batch_size=64, lr=0.02).fit(X)
     Z = encoder.transform(X)
     assert Z.shape == (300, 24)
     np.testing.assert_array_equal(np.isnan(Z[:, ::8]), np.isnan(X[:, [0, 5, 12]]))
@@ -867,9 +867,7 @@ def test_three_modalities_of_which_any_pair_may_miss(Encoder):
 
 @each_encoder
 def test_a_grid_search_needs_no_labels(Encoder):
-    search = GridSearchCV(
-        small(Encoder), {"lr": [1e-9, 0.01], "max_epochs": [4]}, cv=2
-    )
+    search = GridSearchCV(small(Encoder), {"lr": [1e-9, 0.01], "max_epochs": [4]}, cv=2)
     assert search.fit(world()).best_params_["lr"] == 0.01
 
 

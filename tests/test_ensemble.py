@@ -638,7 +638,9 @@ def test_groups_are_routed():
     for routed, train in zip(
         results["estimator"], results["indices"]["train"], strict=True
     ):
-        direct = ensemble(members=["linear"]).fit(X[train], y[train], groups=groups[train])
+        direct = ensemble(members=["linear"]).fit(
+            X[train], y[train], groups=groups[train]
+        )
         P = direct.predict_proba(X)
         np.testing.assert_allclose(routed.predict_proba(X), P)
         blind = ensemble(members=["linear"]).fit(X[train], y[train])

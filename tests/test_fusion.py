@@ -762,7 +762,7 @@ def test_what_decisions_cannot_be_made_of_is_refused():
 @pytest.mark.parametrize("n_classes", [2, 3])
 @pytest.mark.parametrize(
     "estimator",
-    [GaussianNB(), RandomForestClassifier(20, random_state=0), KNeighborsClassifier(5)],
+    [GaussianNB(), RandomForestClassifier(5, random_state=0), KNeighborsClassifier(5)],
 )
 @pytest.mark.parametrize("pooling", ["geometric", "arithmetic"])
 def test_decisions_are_finite_and_rank_rows_as_probabilities_do(

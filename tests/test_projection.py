@@ -62,9 +62,8 @@ def buried_classes(noise):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_training_separates_classes_of_new_rows(loss, similarity):
     X, y = buried_classes(noise=0.7)
-    projector = small(loss=loss, similarity=similarity, max_epochs=20).fit(
-        X[:600], y[:600]
-    )
+    projector = small(loss=loss, similarity=similarity, max_epochs=7, lr=1e-2)
+    projector.fit(X[:600], y[:600])
     assert silhouette_score(X[600:], y[600:]) < 0.05
     assert silhouette_score(projector.transform(X[600:]), y[600:]) > 0.25
     assert projector.history_[-1]["train_loss"] < projector.history_[0]["train_loss"]
