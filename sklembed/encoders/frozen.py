@@ -80,7 +80,8 @@ _VECTOR_PARAMETERS = (
 _PRECISION_ENTRIES = ("dtype", "runtime", "instructions", "store_dtype", "label")
 # Cells from which on exporting a network for a runtime takes less time than it saves.
 _WORTH_EXPORTING = {"text": 2000, "image": 256}
-_SAMPLE_CELLS_PER_UNTIMED = 8  # of `estimate`
+_N_SAMPLES = 64  # of `estimate`
+_SAMPLE_CELLS_PER_UNTIMED = 8
 _N_SAMPLE_CELLS = 20  # of a text column, searched for names of image files
 # A backend object sets these itself, so the parameters would have no effect.
 _CHECKPOINT_PARAMETERS = (
@@ -593,7 +594,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 encoding.forward(cells)  # also tests which cells may share a batch
         return self
 
-    def estimate(self, X, n_samples=64):
+    def estimate(self, X, n_samples=_N_SAMPLES):
         """Estimate how long the cells of a column take, and how much space.
 
         A sample of the cells that are not stored is encoded, and stored. If a call with
@@ -605,7 +606,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             One column of cells.
 
         n_samples : int, default=64
-            Maximum number of cells to encode.
+            Maximum number of cells to encode and time.
 
         Returns
         -------
@@ -625,7 +626,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         seconds, n_values = 0.0, 0
         if len(missing):
             sample = self._spread(column, missing, n_samples)
-            self._load(backend, space, column, column.rows[sample].tolist())
+            # A larger sample, so that no cell is compared with torch while it is timed.
+            checked = self._spread(column, missing, max(n_samples, _N_SAMPLES))
+            self._load(backend, space, column, column.rows[checked].tolist())
             # The first cells take longer, and are not timed if there are others.
             is_first = np.arange(len(sample)) % _SAMPLE_CELLS_PER_UNTIMED == 0
             for part in filter(len, (sample[is_first], sample[~is_first])):
