@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sklembed import datasets, evaluation, metrics, plots
+    from sklembed import datasets, evaluation, metrics, plots, scale
     from sklembed._persistence import load, save
     from sklembed.alignment import CanonicalAligner, ModalityGapAligner
     from sklembed.crossmodal import CrossAttentionAdaptor, SharedFusionEncoder
@@ -58,6 +58,7 @@ __all__ = [
     "plots",
     "prefetch",
     "save",
+    "scale",
 ]
 
 # The module of each public name. Names are imported on first use, so that `import sklembed` takes
