@@ -16,10 +16,10 @@ test: .venv/.dev
 
 # To save time, these run with the newest dependencies alone: the examples of docstrings and README;
 # runtimes, whose floors are the newest versions; checks of the source; losses, whose torch is the
-# same; and the behaviour of networks, reports, crashes and the example of a service. Other tests
-# reach the same interfaces of the dependencies: test_common.py fits every estimator,
-# test_training.py covers skorch, and test_store.py the store.
-NEWEST_ONLY = readme runtimes architecture losses crossmodal segmentation evaluation faults serving
+# same; ray, whose floor is the newest version; and the behaviour of networks, reports, crashes and
+# the example of a service. Other tests reach the same interfaces of the dependencies: test_common.py
+# fits every estimator, test_training.py covers skorch, and test_store.py the store.
+NEWEST_ONLY = readme runtimes scale architecture losses crossmodal segmentation evaluation faults serving
 test-oldest: BIN = .venv-oldest/bin
 test-oldest: ARGS = tests $(NEWEST_ONLY:%=--ignore=tests/test_%.py)
 test-oldest: .venv-oldest/.dev
@@ -60,6 +60,7 @@ bench: .venv/.bench
 	$(BIN)/python examples/benchmarks/bench_few_label.py --json docs/benchmarks/few_label.json
 	$(BIN)/python examples/benchmarks/bench_segmentation.py --json docs/benchmarks/segmentation.json
 	$(BIN)/python examples/benchmarks/bench_service.py --json docs/benchmarks/service.json
+	$(BIN)/python examples/benchmarks/bench_scale.py --json docs/benchmarks/scale.json
 
 # The tests and the benchmark for a GPU, by PYTHON; ARGS="--device cpu --fast" is a dry run.
 gpu:

@@ -32,10 +32,18 @@ def test_importing_the_package_brings_in_nothing_else():
         "pandas",
         "transformers",
         "skorch",
+        "ray",
+        "pyarrow",
     }
 
 
-HEAVY = {"torch", "transformers", "skorch", "xgboost", "matplotlib"}
+def test_importing_scale_does_not_import_ray():
+    pytest.importorskip("pyarrow")
+    modules = imported_by("from sklembed.scale import encode_dataset, import_vectors")
+    assert not modules & {"ray", "torch", "transformers", "skorch"}
+
+
+HEAVY = {"torch", "transformers", "skorch", "xgboost", "matplotlib", "ray"}
 # Each name is imported in a fork of its own, which starts with the light dependencies loaded.
 IMPORT_EACH_NAME = f"""
 import os, sys
