@@ -60,6 +60,7 @@ bench: .venv/.bench
 	$(BIN)/python examples/benchmarks/bench_few_label.py --json docs/benchmarks/few_label.json
 	$(BIN)/python examples/benchmarks/bench_segmentation.py --json docs/benchmarks/segmentation.json
 	$(BIN)/python examples/benchmarks/bench_service.py --json docs/benchmarks/service.json
+	$(BIN)/python examples/benchmarks/bench_long_arrays.py --json docs/benchmarks/long_arrays.json
 	$(BIN)/python examples/benchmarks/bench_scale.py --json docs/benchmarks/scale.json
 
 # The tests and the benchmark for a GPU, by PYTHON; ARGS="--device cpu --fast" is a dry run.
