@@ -379,8 +379,8 @@ def _metered_encoders():
 
     def counted(method):
         @wraps(method)
-        def generate(encoder, *args):
-            with closing(method(encoder, *args)) as results:
+        def generate(encoder, *args, **kwargs):
+            with closing(method(encoder, *args, **kwargs)) as results:
                 for positions, values in results:
                     meter.count(len(positions))
                     yield positions, values
