@@ -1,5 +1,6 @@
 """Encoding on a local cluster of Ray, and with Dask, and the shards they share."""
 
+import builtins
 import json
 import os
 import signal
@@ -18,9 +19,10 @@ pq = pytest.importorskip("pyarrow.parquet")
 ray = pytest.importorskip("ray")
 import pyarrow as pa  # noqa: E402
 from ray import cloudpickle, data  # noqa: E402
+from ray.experimental import tqdm_ray  # noqa: E402
 
 from sklembed.scale import encode_dataset, export_vectors, import_vectors  # noqa: E402
-from sklembed.scale.dataset import _share_resources  # noqa: E402
+from sklembed.scale.dataset import _import_ray, _share_resources  # noqa: E402
 from sklembed.scale.shards import Folder, Index, Shards, to_keys  # noqa: E402
 from sklembed.scale.workers import Part, Worker  # noqa: E402
 
@@ -574,3 +576,14 @@ def test_dask_shares_a_store_and_the_shards(
     summary = encode_dataset(encoder, source, tmp_path / "target", columns="text")
     assert summary.encoded == 0
     check_output(tmp_path / "target", texts)
+
+
+def test_ray_does_not_replace_print(monkeypatch):
+    """It would make skorch print the epochs of every later training."""
+    monkeypatch.delenv("RAY_TQDM_PATCH_PRINT", raising=False)
+    monkeypatch.setattr(builtins, "print", print)
+    monkeypatch.setattr(tqdm_ray, "_manager", None)
+    before = builtins.print
+    _import_ray()
+    tqdm_ray.instance()
+    assert builtins.print is before

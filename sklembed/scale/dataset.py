@@ -215,8 +215,10 @@ def _write_manifest(output, summary):
 
 
 def _import_ray():
-    """Return the module ray, which does not report usage."""
+    """Return the module ray, which neither reports usage nor replaces `print`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # skorch prints its table of epochs if `print` is not the built-in function.
+    os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")
     try:
         import ray
         import ray.data
