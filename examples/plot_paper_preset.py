@@ -13,7 +13,8 @@ parameters. This example compares it with principal components and with the defa
 # %%
 # Encode names and images
 # -----------------------
-# Emoji in nine classes. Names are encoded by MiniLM and images by EfficientNet-lite0.
+# 1,200 emoji in nine classes. Names are encoded by MiniLM and images by
+# EfficientNet-lite0.
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -31,7 +32,9 @@ from sklembed.datasets import load_emoji
 from sklembed.encoders import efficientnet_lite0, minilm
 
 emoji = load_emoji()
-X, y = emoji.data[["name", "image"]], emoji.target.to_numpy()
+chosen = np.random.default_rng(0).permutation(len(emoji.data))[:1200]
+X = emoji.data[["name", "image"]].iloc[chosen]
+y = emoji.target.to_numpy()[chosen]
 encoders = {
     "name": FrozenEncoder(minilm()),
     "image": FrozenEncoder(efficientnet_lite0(), normalize=True),

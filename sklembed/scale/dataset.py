@@ -21,7 +21,7 @@ _READING_SHARE = 8  # one in eight CPUs, and at least one, executes a dataset of
 class EncodingSummary:
     """Counts of a call of `encode_dataset`, over all columns.
 
-    Attributes
+    Parameters
     ----------
     rows : int
         Number of rows.
