@@ -21,7 +21,7 @@ import sklembed
 
 _FORMAT = 3
 _CONFIG, _WEIGHTS = "config.json", "weights-{}.safetensors"
-# Objects are built of classes in these packages only, without those that evaluate
+# Objects are built of classes in these packages only, except classes that evaluate
 # expressions, load pickles or open connections.
 _ROOTS = ("sklembed.", "sklearn.", "skrub.", "scipy.sparse.")
 _EXCLUDED = (

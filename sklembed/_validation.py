@@ -370,14 +370,14 @@ def in_pieces(method: Callable) -> Callable:
     """
 
     @functools.wraps(method)
-    def run(self, X, *arguments):
+    def run(self, X, *args, **kwargs):
         is_long = isinstance(X, np.ndarray) and X.ndim == 2 and len(X) > _PIECE_ROWS
         if not is_long:
-            return method(self, X, *arguments)
+            return method(self, X, *args, **kwargs)
         output = None
         for rows in gen_batches(len(X), _PIECE_ROWS):
             try:
-                piece = method(self, X[rows], *arguments)
+                piece = method(self, X[rows], *args, **kwargs)
             except ValueError as error:
                 error.add_note(f"Row numbers count from row {rows.start} of X.")
                 raise

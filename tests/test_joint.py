@@ -242,6 +242,10 @@ def test_equal_columns_are_hashed_once(checkpoints, store, monkeypatch):
     assert hashed == [4]
     prefetch(union_of(encoders, column="other"), X)
     assert hashed == [4, 4]
+    X = pd.DataFrame({"a": TEXTS, "b": TEXTS})  # errors have to name the column
+    branches = zip("ab", encoders, "ab", strict=True)
+    prefetch(PerModalityUnion([*branches]), X)
+    assert hashed == [4, 4, 4, 4]
     assert store.stats()["rows"].tolist() == [5, 5]
 
 

@@ -67,6 +67,14 @@ def test_an_error_says_from_which_row_its_numbers_count(monkeypatch):
     assert caught.value.__notes__ == ["Row numbers count from row 40 of X."]
 
 
+def test_arguments_may_be_keywords(monkeypatch):
+    estimator = sk.ModalityGapAligner(BLOCKS).fit(TABLE)
+    expected = estimator.encode(X=TABLE[:, :6], modality="a")
+    monkeypatch.setattr(_validation, "_PIECE_ROWS", 20)
+    pieces = estimator.encode(X=TABLE[:, :6], modality="a")
+    np.testing.assert_allclose(pieces, expected, rtol=1e-5)
+
+
 def test_names_of_the_output_are_kept(monkeypatch):
     estimator = sk.ModalityGapAligner(BLOCKS).fit(TABLE).set_output(transform="pandas")
     expected = estimator.transform(TABLE)

@@ -85,11 +85,13 @@ class Column:
         return len(self.cells)
 
     def equals(self, other):
-        """Return whether another column has equal cells, which are read alike.
+        """Return whether another column has the same name and cells, read alike.
 
         Texts are compared; arrays and images are equal if they are the same object.
         """
-        if self.reading != other.reading or len(self) != len(other):
+        if (self.name, self.reading) != (other.name, other.reading):
+            return False
+        if len(self) != len(other):
             return False
         return all(map(_is_same_cell, self.cells, other.cells))
 

@@ -80,8 +80,8 @@ _VECTOR_PARAMETERS = (
 _PRECISION_ENTRIES = ("dtype", "runtime", "instructions", "store_dtype", "label")
 # Cells from which on exporting a network for a runtime takes less time than it saves.
 _WORTH_EXPORTING = {"text": 2000, "image": 256}
-_N_SAMPLES = 64  # of `estimate`
-_SAMPLE_CELLS_PER_UNTIMED = 8
+_ESTIMATE_CELLS = 64
+_ESTIMATE_UNTIMED = 8  # one in so many cells is encoded before the others are timed
 _N_SAMPLE_CELLS = 20  # of a text column, searched for names of image files
 # A backend object sets these itself, so the parameters would have no effect.
 _CHECKPOINT_PARAMETERS = (
@@ -191,10 +191,9 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         exported once, next to the store, and its vectors are compared with torch.
         "auto" exports only if a call encodes enough cells to gain time, 2000 texts or
         256 images. A network that cannot be exported, or deviates, is run by torch, and
-        the logger ``sklembed`` says why. In
-        float32 all runtimes share the stored vectors: they agree to 1e-4 of the length.
-        In bfloat16 and int8 the runtime is part of the key. Install them by the extras
-        ``openvino`` and ``onnx``.
+        the logger ``sklembed`` says why. In float32 all runtimes share the stored
+        vectors: they agree to 1e-4 of the length. In bfloat16 and int8 the runtime is
+        part of the key. Install them by the extras ``openvino`` and ``onnx``.
 
     store : "default", path, EmbeddingStore or None, default="default"
         Store of the vectors, including those of `transform`. None disables it, and
@@ -494,11 +493,8 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             runtime = None
             if hasattr(backend, "network_key"):
                 runtime = plan.choice(backend.network_key, backend.network_use)
-        except (
-            ImportError,
-            OSError,
-            UnavailableError,
-        ):  # no model runs on this machine
+        # No model runs on this machine.
+        except (ImportError, OSError, UnavailableError):
             return unknown
         if runtime == "torch" and not hasattr(backend, "runtimes"):
             runtime = None  # a backend object may hold a function
@@ -594,7 +590,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
                 encoding.forward(cells)  # also tests which cells may share a batch
         return self
 
-    def estimate(self, X, n_samples=_N_SAMPLES):
+    def estimate(self, X, n_samples=_ESTIMATE_CELLS):
         """Estimate how long the cells of a column take, and how much space.
 
         A sample of the cells that are not stored is encoded, and stored. If a call with
@@ -627,10 +623,10 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if len(missing):
             sample = self._spread(column, missing, n_samples)
             # A larger sample, so that no cell is compared with torch while it is timed.
-            checked = self._spread(column, missing, max(n_samples, _N_SAMPLES))
+            checked = self._spread(column, missing, max(n_samples, _ESTIMATE_CELLS))
             self._load(backend, space, column, column.rows[checked].tolist())
             # The first cells take longer, and are not timed if there are others.
-            is_first = np.arange(len(sample)) % _SAMPLE_CELLS_PER_UNTIMED == 0
+            is_first = np.arange(len(sample)) % _ESTIMATE_UNTIMED == 0
             for part in filter(len, (sample[is_first], sample[~is_first])):
                 tick, n_values = time.perf_counter(), 0
                 for _, vectors in self._encode(column, backend, space, part, store):
@@ -682,7 +678,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     def _validate(self, X, *, fitting=False, known=()):
         """Validate the parameters and the cells. Return column, backend and space.
 
-        Among the `known` columns may be one of the same cells, which is returned then.
+        If one of the `known` columns has the same cells, it is returned instead.
         """
         self._check_container()
         column = Column(X)
@@ -798,7 +794,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if self.store is None:
             return False
         store = self._store()
-        return not store.read_only and store.max_bytes is None and store.is_writable()
+        return not store.read_only and store.max_bytes is None and store._is_writable()
 
     def _read_or_encode(self, column, backend, space):
         """Yield positions of distinct cells and their vectors, stored ones first."""

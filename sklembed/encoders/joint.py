@@ -69,7 +69,7 @@ class _Filling:
             X, known=columns.values()
         )
         keys, lacks = self.column.distinct_keys(), self.store.lacks
-        # Keys of the cells that the store lacks, and of those that this call has encoded.
+        # Keys of the cells that the store lacked, and of the cells encoded by this call.
         self._lacking = set(itertools.compress(keys, lacks(self.space, keys)))
         self._encoded = set()
         self._digests, self._vectors = [], []  # in memory

@@ -188,14 +188,8 @@ class EmbeddingStore:
                 missing[database.find(db, "cells", model, digests)["position"]] = False
         return missing
 
-    def is_writable(self):
-        """Return whether permissions allow this process to write the store.
-
-        Returns
-        -------
-        is_writable : bool
-            Whether they do; a store that does not exist yet counts as writable.
-        """
+    def _is_writable(self):
+        """Return whether permissions allow this process to write the store."""
         path = self._path()
         return not path.exists() or os.access(path, os.W_OK)
 
@@ -667,7 +661,7 @@ class _Session:
     def _claim_lazily(self, positions, claim_size, taken):
         """Yield lists of positions after claiming their cells.
 
-        Positions of stored cells, and of those claimed by others, are appended to `taken`.
+        Positions of stored cells and of cells claimed by others are appended to `taken`.
         """
         for start in range(0, len(positions), claim_size):
             chunk = positions[start : start + claim_size]

@@ -78,8 +78,8 @@ def encode_dataset(
 
     If Ray is not initialised, the call connects to the cluster in the variable
     ``RAY_ADDRESS``, or else starts Ray on this machine and stops it at the end. Blocks
-    of the dataset are streamed. This process needs 40 to 80 bytes for each distinct
-    cell, which is up to 8 GB for 100 million cells. Each worker has a copy of the model.
+    of the dataset are streamed. This process keeps the hash of each distinct cell in
+    memory, tens of bytes. Each worker has a copy of the model.
 
     Parameters
     ----------
@@ -98,8 +98,8 @@ def encode_dataset(
         the Parquet files ``part-00000000.parquet`` and following, with the rows in their
         order. They have all columns of the source and, for each encoded column,
         ``<column>_embedding``: a list of `n_features` float32 numbers, or null for
-        missing cells. The files appear when all rows are encoded, and replace those of
-        an earlier call.
+        missing cells. The files appear when all rows are encoded, and replace the files
+        of an earlier call.
 
     columns : str, list of str or None, default=None
         Columns to encode. None means the only column of the source. Must be None if

@@ -80,7 +80,7 @@ class Job:
             raise ValueError("The source has no rows: there is nothing to encode.")
 
     def commit(self):
-        """Replace the files of an earlier call by those of this one."""
+        """Replace the files of an earlier call by the files of this call."""
         for name in self._output.names():
             if name.startswith("part-"):
                 self._output.delete(name)
