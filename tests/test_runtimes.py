@@ -108,6 +108,17 @@ def relative_errors(vectors, expected):
     return np.linalg.norm(vectors - expected, axis=1) / np.linalg.norm(expected, axis=1)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
+def test_threads_of_openvino_may_run_on_all_cores(checkpoints, tmp_path):
+    # Pinned to cores, the threads of several processes would share the first cores.
+    store = EmbeddingStore(tmp_path / "store.sqlite")
+    FrozenEncoder(checkpoints["bert"], store=store, runtime="openvino").transform(
+        make_texts()
+    )
+    for thread in os.listdir("/proc/self/task"):
+        assert os.sched_getaffinity(int(thread)) == os.sched_getaffinity(0)
+
+
 # The vectors of torch
 
 

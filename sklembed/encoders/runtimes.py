@@ -538,6 +538,8 @@ def _load_openvino(folder, precision, n_threads) -> Callable:
         "INFERENCE_NUM_THREADS": n_threads,
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
         "NUM_STREAMS": 1,
+        # Else the threads of all processes would run on the same cores.
+        "ENABLE_CPU_PINNING": False,
     }
     model = core.read_model(folder / "network.xml")
     request = core.compile_model(model, "CPU", settings).create_infer_request()
