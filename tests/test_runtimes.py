@@ -601,7 +601,11 @@ def test_the_next_runtime_is_tried(checkpoints, store, monkeypatch):
         modules.append(network.module())
 
     def load(folder, precision, n_threads):
-        return lambda inputs: list(modules[0](*inputs.values()))
+        def run(arrays):
+            tensors = map(torch.from_numpy, arrays.values())
+            return [output.numpy() for output in modules[0](*tensors)]
+
+        return run
 
     monkeypatch.setitem(runtimes._EXPORTERS, "openvino", fail_to_export)
     monkeypatch.setitem(runtimes._EXPORTERS, "onnx", export)

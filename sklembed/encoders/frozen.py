@@ -41,6 +41,7 @@ from sklembed.encoders.cells import (
 from sklembed.encoders.checkpoints import Checkpoint
 from sklembed.encoders.column import Column
 from sklembed.encoders.database import Space, absolute, default_path
+from sklembed.encoders.exported import Export, ExportedBackend, write_export
 from sklembed.encoders.huggingface import POOLINGS, HuggingFaceBackend
 from sklembed.encoders.inference import encode, load_encoding, without_frames
 from sklembed.encoders.joint import fill_stores
@@ -490,7 +491,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             return unknown
         try:
             plan = self._plan(backend, None, [])
-            runtime = None
+            runtime = getattr(backend, "exported_runtime", None)
             if hasattr(backend, "network_key"):
                 runtime = plan.choice(backend.network_key, backend.network_use)
         # No model runs on this machine.
@@ -589,6 +590,67 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             with lock:
                 encoding.forward(cells)  # also tests which cells may share a batch
         return self
+
+    def export(self, directory, *, runtime="onnx"):
+        """Write the model to a directory that encodes texts without torch.
+
+        Pass the directory as `model` on a machine or in a process that has neither
+        torch nor transformers loaded: ``FrozenEncoder(directory)`` needs the runtime
+        and tokenizers only. Its vectors have the fingerprint of this encoder, so that
+        both share a store. They are compared with torch when the directory is written.
+
+        Parameters
+        ----------
+        directory : str or path
+            The directory. An earlier export is replaced.
+
+        runtime : {"onnx", "openvino"}, default="onnx"
+            The runtime that runs the network, on a CPU.
+
+        Raises
+        ------
+        ValueError
+            If the model encodes images or tokens, is not a checkpoint for transformers,
+            runs in a precision other than float32 and int8, or has a tokenizer written
+            in Python; or if the vectors of the export differ from torch.
+        ImportError
+            If the runtime is not installed.
+        FileExistsError
+            If the directory has files that are no export.
+
+        See Also
+        --------
+        sklembed.to_onnx : Write the estimators after an encoder.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from sklembed import FrozenEncoder
+        >>> from sklembed.encoders import minilm
+        >>> encoder = FrozenEncoder(minilm(), dtype="float32", store=None)
+        >>> directory = tempfile.mkdtemp()
+        >>> encoder.export(directory)
+        >>> FrozenEncoder(directory, store=None).transform(["a red cat"]).shape
+        (1, 384)
+        """
+        self._validate_params()
+        if runtime not in RUNTIMES:
+            raise ValueError(
+                f"runtime must be one of {sorted(RUNTIMES)}; got {runtime!r}."
+            )
+        backend = self._backend()
+        if not isinstance(backend, HuggingFaceBackend):
+            raise ValueError(
+                f"{self.model!r} is no checkpoint for transformers, so that it cannot be "
+                "exported. Static token embeddings need no export: they run in numpy."
+            )
+        backend = replace(backend, device="cpu", runtime=runtime)
+        if backend.dtype_name not in ("float32", "int8"):
+            raise ValueError(
+                f"This encoder runs in {backend.dtype_name} on this machine, and other "
+                "processors have other vectors. Export FrozenEncoder(dtype='float32')."
+            )
+        write_export(backend, directory, runtime)
 
     def estimate(self, X, n_samples=_ESTIMATE_CELLS):
         """Estimate how long the cells of a column take, and how much space.
@@ -872,7 +934,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         if runtimes is None:
             runtimes = candidates(self.runtime, "float32", on_cpu=True)
         precision = getattr(backend, "dtype_name", "float32")
-        is_demanded = self.runtime in RUNTIMES
+        is_demanded = self.runtime in runtimes
         is_worthwhile = len(rows) >= _WORTH_EXPORTING[backend.modality]
         store = self._store()
         is_read_only = store is not None and store.read_only
@@ -1201,13 +1263,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     def _backend(self):
         """Return the backend of the model, without loading it."""
         if isinstance(self.model, str | os.PathLike):
-            checkpoint = Checkpoint(
-                os.fspath(self.model),
-                self.revision,
-                self.local_files_only,
-                self.trust_remote_code,
-            )
-            kind = StaticBackend if checkpoint.is_static else HuggingFaceBackend
+            kind, checkpoint = self._kind_and_checkpoint()
             backend = kind(
                 checkpoint,
                 modality_parameter=self.modality,
@@ -1232,6 +1288,20 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             )
         self._check_ignored_parameters()
         return self.model
+
+    def _kind_and_checkpoint(self):
+        """Return the class of the backend, and the files of the model."""
+        export = Export(self.model)
+        if export.has_config:
+            return ExportedBackend, export
+        checkpoint = Checkpoint(
+            os.fspath(self.model),
+            self.revision,
+            self.local_files_only,
+            self.trust_remote_code,
+        )
+        kind = StaticBackend if checkpoint.is_static else HuggingFaceBackend
+        return kind, checkpoint
 
     def _is_refused(self, backend):
         """Return whether the runtime that "auto" puts in the key refused the network."""

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import itertools
 import math
 import re
 import threading
@@ -14,7 +13,7 @@ import numpy as np
 
 from sklembed.encoders.backends import Modality, trial_cells
 from sklembed.encoders.checkpoints import Checkpoint
-from sklembed.encoders.inference import Encoding, Network, loading
+from sklembed.encoders.inference import Encoding, Network, in_torch, loading
 from sklembed.encoders.runtimes import (
     TOLERANCES,
     bfloat16_pays,
@@ -22,6 +21,7 @@ from sklembed.encoders.runtimes import (
     integer_instructions,
     relative_error,
 )
+from sklembed.encoders.text_inputs import TextInputs, encode_in_groups, n_tokens
 
 POOLINGS = ("mean", "cls", "max", "last", "pooler")
 
@@ -391,7 +391,8 @@ class HuggingFaceBackend:
                     return encode(prepared)
                 if self not in loaded.batchings:
                     loaded.batchings[self] = self._find_batching(encode, prepare)
-                return _encode_in_groups(encode, prepared, loaded.batchings[self])
+                batching = loaded.batchings[self]
+                return encode_in_groups(encode, prepared, batching, _length)
 
             return forward
 
@@ -427,6 +428,80 @@ class HuggingFaceBackend:
         )
         budget = _BUDGETS.get(self._device.type, _ACCELERATOR_BUDGET)
         return Encoding(None, prepare, _length, budget, network)
+
+    def export_parts(self, loaded: "_Loaded") -> "ExportParts":
+        """Return the parts of a text model that encode without torch and transformers.
+
+        Raises
+        ------
+        ValueError
+            If the model encodes images, or its tokenizer is written in Python.
+        """
+        if self.modality != "text" or self.output != "pooled":
+            raise ValueError(
+                f"{self._name} encodes {self.modality} with output={self.output!r}, but "
+                "only pooled vectors of texts can be exported."
+            )
+        encoding = self.encoding(loaded)
+        prepare, collate = self._text_steps(loaded)
+        steps = self._head_steps()
+
+        def inputs_and_mask(prepared):
+            inputs, mask = collate(prepared)
+            if self.pooling in ("projected", "pooler"):  # which take no mask
+                return inputs
+            return inputs | {"mask": mask}
+
+        def vectors(model, *tensors):
+            inputs = dict(zip(names, tensors, strict=True))
+            mask = inputs.pop("mask", None)
+            states = dict(zip(self._outputs, self._states(model, inputs), strict=True))
+            return self._vectors(states, mask, steps)
+
+        def module():
+            from sklembed.nn.layers import Applied
+
+            return Applied(vectors, encoding.network.module().network)
+
+        trial = prepare(trial_cells(self.modality))
+        names = list(inputs_and_mask(trial[:1]))
+        inputs = self._text_inputs(loaded.tokenizer(self.checkpoint))
+        inputs = replace(
+            inputs, padding={name: inputs.padding[name] for name in trial[0]}
+        )
+        in_torch(encoding).forward(trial)  # finds which cells may share a batch
+        return ExportParts(
+            encoding=encoding,
+            network=replace(encoding.network, module=module, inputs=inputs_and_mask),
+            tokenizer=self._fast_tokenizer(loaded, inputs),
+            inputs=inputs,
+            batching=loaded.batchings[self],
+        )
+
+    def _fast_tokenizer(self, loaded, inputs):
+        """Return the tokenizer, in Rust, with the limit on its tokens."""
+        from tokenizers import Tokenizer
+
+        tokenizer = loaded.tokenizer(self.checkpoint)
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"The tokenizer of {self._name} ({type(tokenizer).__name__}) is written "
+                "in Python, so that it cannot be exported."
+            )
+        fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        fast.no_padding()
+        fast.no_truncation()
+        if inputs.max_length is not None:
+            side = tokenizer.truncation_side
+            fast.enable_truncation(inputs.max_length, direction=side)
+        if inputs.pads_to_max:
+            fast.enable_padding(
+                pad_id=tokenizer.pad_token_id,
+                pad_type_id=tokenizer.pad_token_type_id,
+                pad_token=tokenizer.pad_token,
+                length=inputs.max_length,
+            )
+        return fast
 
     @property
     def network_key(self) -> str:
@@ -519,8 +594,8 @@ class HuggingFaceBackend:
         if is_unchanged([longer, first]):
             return "any"
         if self.modality == "text":
-            n_tokens = _length(first)
-            cut = {name: values[:n_tokens] for name, values in longer.items()}
+            n_first = _length(first)
+            cut = {name: values[:n_first] for name, values in longer.items()}
             if is_unchanged([cut, first]):
                 return "one length"
         if is_unchanged([first]):
@@ -533,55 +608,45 @@ class HuggingFaceBackend:
     def _text_steps(self, loaded):
         """Return the functions that tokenise texts and make a batch of them."""
         tokenizer = loaded.tokenizer(self.checkpoint)
-        prompt = self._settings.get("prompt", "")
-        lower_case = self._settings.get("lower_case", False)
-        max_length = self._tokenizer_limit(tokenizer)
-        n_skipped = 0
-        if not self._settings.get("pool_prompt", True):
-            n_skipped = _prompt_length(tokenizer, prompt)
-        # SigLIP reads the last position, and was trained on texts of full length.
-        pads_to_max = self._model_type.startswith("siglip")
-        padding = _padding_values(tokenizer)
-        placeholder = padding | {"attention_mask": 1}
+        inputs = self._text_inputs(tokenizer)
 
-        def prepare(texts):
-            texts = [prompt + text for text in texts]
-            if lower_case:
-                texts = [text.lower() for text in texts]
+        def tokenize(texts):
             with loaded.tokenizing:  # a fast tokenizer raises if two threads use it
-                columns = tokenizer(
+                return tokenizer(
                     texts,
-                    padding="max_length" if pads_to_max else False,
-                    truncation=max_length is not None,
-                    max_length=max_length,
+                    padding="max_length" if inputs.pads_to_max else False,
+                    truncation=inputs.max_length is not None,
+                    max_length=inputs.max_length,
                     return_attention_mask=True,
                     return_special_tokens_mask=self.output == "tokens",
                 )
-            cells = [{} for _ in texts]
-            for name in padding:
-                if name not in columns:
-                    continue
-                for cell, tokens in zip(cells, columns[name], strict=True):
-                    # Without special tokens an empty text has no token at all.
-                    cell[name] = tokens or [placeholder[name]]
-            return cells
+
+        def prepare(texts):
+            return inputs.prepare(texts, tokenize)
 
         def collate(prepared):
-            inputs = {}
-            for name in prepared[0]:
-                inputs[name] = _pad(prepared, name, padding[name]).to(self._device)
-            is_special = inputs.pop("special_tokens_mask", None)
-            mask = inputs["attention_mask"].clone()
-            if pads_to_max:
-                del inputs["attention_mask"]
-            # A text that is cut within the prompt consists of the prompt: keep it.
-            is_longer = mask.sum(1) > n_skipped
-            mask[is_longer, :n_skipped] = 0
-            if is_special is not None:
-                mask *= 1 - is_special
-            return inputs, mask
+            arrays, mask = inputs.collate(prepared)
+            tensors = {}
+            for name, array in arrays.items():
+                tensors[name] = _torch().from_numpy(array).to(self._device)
+            return tensors, _torch().from_numpy(mask).to(self._device)
 
         return prepare, collate
+
+    def _text_inputs(self, tokenizer) -> TextInputs:
+        """Return how texts become the inputs of the model."""
+        prompt, n_skipped = self._settings.get("prompt", ""), 0
+        if not self._settings.get("pool_prompt", True):
+            n_skipped = _prompt_length(tokenizer, prompt)
+        return TextInputs(
+            padding=_padding_values(tokenizer),
+            max_length=self._tokenizer_limit(tokenizer),
+            prompt=prompt,
+            n_skipped=n_skipped,
+            lower_case=self._settings.get("lower_case", False),
+            # SigLIP reads the last position, and was trained on texts of full length.
+            pads_to_max=self._model_type.startswith("siglip"),
+        )
 
     def _tokenizer_limit(self, tokenizer) -> int | None:
         """Return the maximum number of tokens of a text, or None."""
@@ -933,6 +998,17 @@ class HuggingFaceBackend:
         return "float32" if self.runtimes else self.dtype_name
 
 
+@dataclass(frozen=True)
+class ExportParts:
+    """Parts of a text model, from which `write_export` makes a directory."""
+
+    encoding: Encoding  # by torch, to compare with
+    network: Network  # from the tokens and the mask to the vectors
+    tokenizer: Any  # tokenizers.Tokenizer
+    inputs: TextInputs
+    batching: str  # see `encode_in_groups`
+
+
 @dataclass
 class _Loaded:
     """A model on its device, with its tokenizer or image processor.
@@ -1023,26 +1099,8 @@ def _load_image_processor(checkpoint):
 def _length(prepared) -> int:
     """Return the number of tokens of a prepared text or image."""
     if isinstance(prepared, dict):
-        return len(prepared["input_ids"])
+        return n_tokens(prepared)
     return max(1, prepared[0].size // _PIXELS_PER_TOKEN)
-
-
-def _encode_in_groups(encode, prepared, batching: str):
-    """Encode cells together if they may share a batch; keep their order."""
-    if batching == "any":
-        return encode(prepared)
-    groups: dict[int, list[int]] = {}
-    for position, cell in enumerate(prepared):
-        group = _length(cell) if batching == "one length" else position
-        groups.setdefault(group, []).append(position)
-    values = [None] * len(prepared)
-    for positions in groups.values():
-        encoded = encode([prepared[position] for position in positions])
-        for position, value in zip(positions, encoded, strict=True):
-            values[position] = value
-    if values[0].ndim == 2:  # tokens
-        return values
-    return np.stack(values)
 
 
 def _padding_values(tokenizer) -> dict[str, int]:
@@ -1124,17 +1182,6 @@ def _torch():
     return torch
 
 
-def _pad(cells, name, value):
-    """Stack an input of all cells, padded on the right to keep positions."""
-    rows = [cell[name] for cell in cells]
-    lengths = np.array([len(row) for row in rows])
-    padded = np.full((len(rows), lengths.max()), value, dtype=np.int64)
-    is_token = np.arange(lengths.max()) < lengths[:, None]
-    tokens = itertools.chain.from_iterable(rows)
-    padded[is_token] = np.fromiter(tokens, np.int64, lengths.sum())
-    return _torch().from_numpy(padded)
-
-
 def _as_sequence(states):
     """Reshape feature maps (batch, dim, height, width) to (batch, tokens, dim)."""
     states = states.float()
@@ -1149,7 +1196,8 @@ def _pool(states, mask, pooling: str):
     if mask is None:
         mask = torch.ones(states.shape[:2], device=states.device)
     mask = mask.to(states.dtype)  # (batch, tokens)
-    rows = torch.arange(len(states), device=states.device)
+    # Not len(states), which an export would keep as a constant.
+    rows = torch.arange(states.shape[0], device=states.device)
     if pooling == "cls":
         return states[rows, mask.argmax(dim=1)]
     if pooling == "last":

@@ -66,9 +66,9 @@ class NetworkEntry:
 
     def is_intact(self) -> bool:
         """Return whether all exported files have their size and checksum."""
-        checksums = read_json(self.network / "files.json")
+        recorded = read_json(self.network / "files.json")
         try:
-            return checksums is not None and checksums == _checksums(self.network)
+            return recorded is not None and recorded == checksums(self.network)
         except OSError:
             return False
 
@@ -78,7 +78,7 @@ class NetworkEntry:
         draft.mkdir(parents=True)
         try:
             export(draft)
-            write_json(draft / "files.json", _checksums(draft))
+            write_json(draft / "files.json", checksums(draft))
             for verdict in self.folder.glob("verdict-*.json"):
                 verdict.unlink()  # of other files
             shutil.rmtree(self.network, ignore_errors=True)  # damaged
@@ -165,18 +165,18 @@ def _entries(directory):
         return []
 
 
-def _checksums(folder) -> dict:
-    """Map the names of exported files to their size and CRC-32."""
-    checksums = {}
+def checksums(folder, leave_out="files.json") -> dict:
+    """Map the names of files, except one, to their size and CRC-32."""
+    by_name = {}
     for path in sorted(folder.iterdir()):
-        if path.name == "files.json":
+        if path.name == leave_out:
             continue
         checksum = 0
         with open(path, "rb") as file:
             while chunk := file.read(_READ_BYTES):
                 checksum = crc32(chunk, checksum)
-        checksums[path.name] = [path.stat().st_size, checksum]
-    return checksums
+        by_name[path.name] = [path.stat().st_size, checksum]
+    return by_name
 
 
 def read_json(path) -> dict | None:

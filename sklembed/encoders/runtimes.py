@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import platform
+import sys
 import threading
 import time
 import warnings
@@ -22,6 +23,7 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+import joblib
 import numpy as np
 from filelock import FileLock
 
@@ -136,7 +138,7 @@ class Plan:
             else:
                 self.used = runtime
                 budget = network.runtime_budget or encoding.budget
-                forward = network.forward(run)
+                forward = network.forward(_on_tensors(run))
                 if self.precision == "float32":
                     forward = _or_by_torch(forward, encoding, runtime)
                 return replace(encoding, forward=forward, budget=budget)
@@ -201,7 +203,7 @@ class Plan:
         n_before = _N_COMPARED.get((entry.folder, condition))
         if n_before is not None:
             trial = []  # compared in an earlier call
-        expected, actual = in_torch(encoding).forward, network.forward(run)
+        expected, actual = in_torch(encoding).forward, network.forward(_on_tensors(run))
         error, n_compared = _compare(expected, actual, cells, network.widths)
         error_of_trial, _ = _compare(expected, actual, trial, network.widths)
         error = max(error, error_of_trial)
@@ -297,11 +299,7 @@ def candidates(runtime: str, precision: str, *, on_cpu: bool) -> tuple[str, ...]
                 f"{' on this machine' if precision == 'bfloat16' else ''}. "
                 f"{_ADVICE[precision]}"
             )
-        if not _is_installed(runtime):
-            raise ImportError(
-                f"runtime={runtime!r} needs {', '.join(_PACKAGES[runtime])}: pip install "
-                f"'sklembed[{runtime}]'."
-            )
+        require(runtime)
         return (runtime,)
     chosen = tuple(name for name in able if _is_installed(name))
     if precision == "int8" and (runtime == "torch" or not on_cpu or not chosen):
@@ -328,6 +326,15 @@ def _able(precision) -> tuple[str, ...]:
     if precision == "bfloat16" and has_bfloat16():
         return ("openvino",)
     return ("onnx",) if precision == "int8" else ()
+
+
+def require(runtime: str) -> None:
+    """Raise an ImportError if a runtime is not installed."""
+    if not _is_installed(runtime):
+        raise ImportError(
+            f"runtime={runtime!r} needs {', '.join(_PACKAGES[runtime])}: pip install "
+            f"'sklembed[{runtime}]'."
+        )
 
 
 @cache
@@ -445,9 +452,7 @@ def _version(package) -> str:
 
 def _loaded(entry, runtime, precision) -> Callable:
     """Load an exported network, once per process and number of threads."""
-    import torch
-
-    n_threads = torch.get_num_threads()
+    n_threads = _n_threads()
     key = entry.folder, precision, n_threads
     with _LOCK:
         if key not in _LOADED:
@@ -531,7 +536,6 @@ def _export_onnx(network, inputs, precision, folder) -> None:
 
 def _load_openvino(folder, precision, n_threads) -> Callable:
     import openvino
-    import torch
 
     core = openvino.Core()
     settings = {
@@ -543,19 +547,20 @@ def _load_openvino(folder, precision, n_threads) -> Callable:
     }
     model = core.read_model(folder / "network.xml")
     request = core.compile_model(model, "CPU", settings).create_infer_request()
+    used = [value.any_name for value in model.inputs]
     names = [f"output{i}" for i in range(len(model.outputs))]
 
-    def run(inputs):
-        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        results = request.infer(arrays, share_inputs=True)
-        return [torch.from_numpy(results[name]) for name in names]
+    def run(arrays):
+        results = request.infer(
+            {name: arrays[name] for name in used}, share_inputs=True
+        )
+        return [results[name] for name in names]
 
     return run
 
 
 def _load_onnx(folder, precision, n_threads) -> Callable:
     import onnxruntime
-    import torch
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = n_threads
@@ -567,17 +572,63 @@ def _load_onnx(folder, precision, n_threads) -> Callable:
     used = {value.name for value in session.get_inputs()}
     names = [f"output{i}" for i in range(len(session.get_outputs()))]
 
-    def run(inputs):
-        arrays = {}
-        for name in used:
-            arrays[name] = inputs[name].numpy()
-        return [torch.from_numpy(value) for value in session.run(names, arrays)]
+    def run(arrays):
+        return session.run(names, {name: arrays[name] for name in used})
 
     return run
 
 
 _EXPORTERS = {"openvino": _export_openvino, "onnx": _export_onnx}
 _LOADERS = {"openvino": _load_openvino, "onnx": _load_onnx}
+
+
+def export_network(runtime, network, inputs, precision, folder) -> None:
+    """Write a network to the files of a runtime.
+
+    Parameters
+    ----------
+    runtime : {"openvino", "onnx"}
+        The runtime.
+
+    network : Network
+        The network.
+
+    inputs : dict of str to Tensor
+        Inputs of a batch of cells that differ in length.
+
+    precision : {"float32", "bfloat16", "int8"}
+        Precision of the vectors.
+
+    folder : Path
+        Folder of the files.
+    """
+    with _quiet():
+        _EXPORTERS[runtime](network, inputs, precision, folder)
+
+
+def load_network(runtime, folder, precision) -> Callable:
+    """Return the function of an exported network: a dict of arrays to a list of arrays."""
+    return _LOADERS[runtime](folder, precision, _n_threads())
+
+
+def _n_threads() -> int:
+    """Return the number of threads of torch, or the number that it would have."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return torch.get_num_threads()
+    n_threads = os.environ.get("OMP_NUM_THREADS", "")
+    return int(n_threads) if n_threads.isdecimal() else joblib.cpu_count()
+
+
+def _on_tensors(run) -> Callable:
+    """Return the function of a network on tensors instead of arrays."""
+    import torch
+
+    def run_on_tensors(inputs):
+        outputs = run({name: tensor.numpy() for name, tensor in inputs.items()})
+        return [torch.from_numpy(output) for output in outputs]
+
+    return run_on_tensors
 
 
 def relative_error(vectors, reference, widths=()) -> float:
