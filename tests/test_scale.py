@@ -8,10 +8,15 @@ import subprocess
 import sys
 import time
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 
 from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
 
@@ -48,6 +53,21 @@ def cluster():
     )
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def dask_cluster():
+    distributed = pytest.importorskip("distributed")
+    import cloudpickle as plain_cloudpickle
+
+    plain_cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as workers,
+        distributed.Client(workers) as client,
+    ):
+        yield client
 
 
 class LocalPool:
@@ -88,6 +108,11 @@ def letters(text):
     return [len(text), text.count("1"), text.count("2"), text.count("3")]
 
 
+def embed(texts):
+    """Embed texts."""
+    return np.array([letters(text) for text in texts], dtype=np.float32)
+
+
 def logging_backend(log, prepare=None):
     """Return a backend that appends each text that it encodes to a file."""
 
@@ -97,7 +122,7 @@ def logging_backend(log, prepare=None):
                 prepare(texts)
             with open(log, "a", buffering=1 << 20) as file:
                 file.write("".join(f"{text}\n" for text in texts))
-            return np.array([letters(text) for text in texts])
+            return embed(texts)
 
         return encode
 
@@ -542,28 +567,19 @@ def test_an_index_finds_digests():
 
 
 def test_dask_shares_a_store_and_the_shards(
-    in_process, encoder, source, texts, log, tmp_path, store
+    in_process, dask_cluster, encoder, source, texts, log, tmp_path, store
 ):
-    distributed = pytest.importorskip("distributed")
     import dask.dataframe as dd
-    from cloudpickle import register_pickle_by_value
 
-    register_pickle_by_value(sys.modules[__name__])
     encoder = FrozenEncoder(encoder.model, store=store)
 
     def encode(part):
         vectors = encoder.transform(part["text"])
         return part.assign(text_embedding=list(vectors))
 
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
-        ) as workers,
-        distributed.Client(workers),
-    ):
-        table = dd.read_parquet(source)
-        meta = table._meta.assign(text_embedding=pd.Series(dtype=object))
-        encoded = table.map_partitions(encode, meta=meta).compute()
+    table = dd.read_parquet(source)
+    meta = table._meta.assign(text_embedding=pd.Series(dtype=object))
+    encoded = table.map_partitions(encode, meta=meta).compute(scheduler=dask_cluster)
     is_missing = encoded["text"].isna().to_numpy()
     assert encoded["row"].tolist() == list(range(len(texts)))
     vectors = np.stack(encoded["text_embedding"])
@@ -576,6 +592,29 @@ def test_dask_shares_a_store_and_the_shards(
     summary = encode_dataset(encoder, source, tmp_path / "target", columns="text")
     assert summary.encoded == 0
     check_output(tmp_path / "target", texts)
+
+
+@pytest.mark.parametrize("backend", ["ray", "dask"])
+def test_a_search_on_a_cluster_encodes_each_row_once(
+    backend, cluster, dask_cluster, texts, log, store
+):
+    from ray.util.joblib import register_ray
+
+    register_ray()
+    X = texts[1:2000]
+    y = [int("1" in text) for text in X]
+    encoder = FrozenEncoder(logging_backend(log), store=store)
+    pipeline = make_pipeline(encoder, LogisticRegression())
+    grid = {"logisticregression__C": [0.01, 1.0, 100.0]}
+    search = GridSearchCV(pipeline, grid, cv=4, n_jobs=2)
+    with joblib.parallel_config(backend):
+        search.fit(X, y)
+    assert sorted(log.read_text().splitlines()) == sorted(set(X))
+    expected = GridSearchCV(
+        make_pipeline(FunctionTransformer(embed), LogisticRegression()), grid, cv=4
+    ).fit(X, y)
+    scores = search.cv_results_["mean_test_score"]
+    np.testing.assert_allclose(scores, expected.cv_results_["mean_test_score"])
 
 
 def test_ray_does_not_replace_print(monkeypatch):

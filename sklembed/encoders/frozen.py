@@ -127,9 +127,10 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         A local checkpoint directory or hub id of a text or vision model that
         transformers' ``AutoModel`` can load, of a dual encoder such as CLIP, or of
         static token embeddings (model2vec, or StaticEmbedding of
-        sentence-transformers), which numpy averages without torch; or a backend object,
-        such as :class:`CallableBackend`. The files of a sentence-transformers directory
-        define its pooling, normalisation and maximum length.
+        sentence-transformers), which numpy averages without torch; a directory that
+        :meth:`export` has written; or a backend object, such as
+        :class:`CallableBackend`. The files of a sentence-transformers directory define
+        its pooling, normalisation and maximum length.
 
     modality : {"auto", "text", "image"}, default="auto"
         Modality of the cells. "auto" infers it from the model; required for dual
