@@ -12,7 +12,13 @@ import sklearn
 from pandas.api.types import is_numeric_dtype
 from scipy.sparse import issparse
 from sklearn.base import is_classifier
-from sklearn.utils import check_random_state, column_or_1d, gen_batches
+from sklearn.utils import (
+    check_array,
+    check_random_state,
+    column_or_1d,
+    gen_batches,
+)
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 _LARGEST_PIXEL_LABEL = 2**16 - 1
 _PIECE_ROWS = 16384  # of a table that is too long to be converted at once
@@ -105,6 +111,48 @@ def check_vectors(X, estimator) -> None:
                     f"Row {row} of column {column!r} of X is {description}, but {name} "
                     f"takes vectors, with one number in each cell. {remedy}"
                 )
+
+
+def check_new_rows(
+    estimator, X, *, dtype=np.float32, ensure_all_finite: bool | str = "allow-nan"
+) -> np.ndarray:
+    """Validate the table that a fitted estimator transforms or predicts.
+
+    Parameters
+    ----------
+    estimator : estimator
+        The fitted estimator.
+    X : array-like of shape (n_samples, n_features)
+        A table of numbers.
+    dtype, ensure_all_finite
+        As in scikit-learn's ``check_array``.
+
+    Returns
+    -------
+    X : ndarray of shape (n_samples, n_features)
+        The numbers.
+    """
+    check_is_fitted(estimator)
+    if isinstance(X, pd.DataFrame) and _has_floats_only(X):
+        # Checks of each column would take longer than to predict a row.
+        validate_data(estimator, X, reset=False, skip_check_array=True)
+        return check_array(
+            X.to_numpy(),
+            dtype=dtype,
+            ensure_all_finite=ensure_all_finite,
+            estimator=estimator,
+            input_name="X",
+        )
+    check_vectors(X, estimator)
+    return validate_data(
+        estimator, X, dtype=dtype, ensure_all_finite=ensure_all_finite, reset=False
+    )
+
+
+def _has_floats_only(table) -> bool:
+    """Return whether all columns of a DataFrame have one dtype of numpy's floats."""
+    dtypes = set(table.dtypes)
+    return len(dtypes) == 1 and getattr(dtypes.pop(), "kind", "O") == "f"
 
 
 def _describe_non_number(cell) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_data
 
 from sklembed._table.blocks import check_one_block, observed_in_block, resolve_blocks
-from sklembed._validation import check_vectors, in_pieces
+from sklembed._validation import check_new_rows, check_vectors, in_pieces
 
 # These methods compare modalities coordinate by coordinate.
 _METHODS_OF_EQUAL_WIDTHS = {"shift", "unit_shift", "procrustes"}
@@ -232,11 +232,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Z : ndarray of shape (n_samples, n_features_out)
             Aligned rows, of unit length in each block.
         """
-        check_is_fitted(self)
-        check_vectors(X, self)
-        X = validate_data(
-            self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False
-        )
+        X = check_new_rows(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False)
         rows, observed = self._all_unit_rows(X)
         return self._join(self._align_all(rows), observed).astype(X.dtype, copy=False)
 
@@ -567,11 +563,7 @@ class CanonicalAligner(TransformerMixin, BaseEstimator):
         Z : ndarray of shape (n_samples, 2 * n_components)
             Projections, a block for each modality.
         """
-        check_is_fitted(self)
-        check_vectors(X, self)
-        X = validate_data(
-            self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False
-        )
+        X = check_new_rows(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False)
         return np.hstack(
             [self._project(X[:, part], name) for name, part in self.blocks_.items()]
         )

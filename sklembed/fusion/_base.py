@@ -9,7 +9,6 @@ from sklearn.utils import column_or_1d, compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (
     _check_sample_weight,
-    check_is_fitted,
     validate_data,
 )
 
@@ -17,6 +16,7 @@ from sklembed._table.blocks import observed_in_block, resolve_blocks
 from sklembed._targets import encode_target
 from sklembed._validation import (
     check_class_weight,
+    check_new_rows,
     check_no_missing_label,
     check_vectors,
 )
@@ -52,11 +52,7 @@ def check_table(estimator, X, y, *, dtype, reset, **options):
 
 def check_rows(estimator, X):
     """Validate a table to predict for."""
-    check_is_fitted(estimator)
-    check_vectors(X, estimator)
-    X = validate_data(
-        estimator, X, dtype=np.float32, ensure_all_finite="allow-nan", reset=False
-    )
+    X = check_new_rows(estimator, X)
     check_vectors_complete(X, estimator.blocks_, estimator.table_blocks_)
     return X
 

@@ -22,14 +22,12 @@ from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import (
     FLOAT_DTYPES,
     _check_sample_weight,
-    check_is_fitted,
-    validate_data,
 )
 
 from sklembed._validation import (
     check_class_weight,
+    check_new_rows,
     check_routing_enabled,
-    check_vectors,
     in_pieces,
     split_rows,
 )
@@ -358,11 +356,7 @@ class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
             Log-probabilities of three or more classes, log-odds of the second of two
             classes, or log-odds of each label.
         """
-        check_is_fitted(self)
-        check_vectors(X, self)
-        X = validate_data(
-            self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False, reset=False
-        )
+        X = check_new_rows(self, X, dtype=FLOAT_DTYPES, ensure_all_finite=False)
         logs = self._pool(X, observed_modalities(X, self.blocks_))
         if self.target_type_ == "multiclass":
             return logs

@@ -9,14 +9,17 @@ from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import (
     _check_sample_weight,
-    check_is_fitted,
-    validate_data,
 )
 
 from sklembed import _callbacks
 from sklembed._callbacks import with_callbacks
 from sklembed._trained import TrainedEstimator, moments
-from sklembed._validation import check_layer_sizes, check_vectors, draw_seed, in_pieces
+from sklembed._validation import (
+    check_layer_sizes,
+    check_new_rows,
+    draw_seed,
+    in_pieces,
+)
 from sklembed.fusion._base import (
     by_modality,
     check_labelled_table,
@@ -130,11 +133,7 @@ class _FusionNetwork(TrainedEstimator):
 
     def _outputs(self, X):
         """Return the outputs of the network, NaN for rows without any modality."""
-        check_is_fitted(self)
-        check_vectors(X, self)
-        X = validate_data(
-            self, X, dtype=np.float32, ensure_all_finite=False, reset=False
-        )
+        X = check_new_rows(self, X, ensure_all_finite=False)
         X, observed = by_modality(X, self.blocks_)
         observed = observed & ~np.isin(list(self.blocks_), self.ignored_blocks_)
         outputs = np.full((len(X), self.structure_["n_outputs"]), np.nan)

@@ -36,6 +36,7 @@ from sklembed._trained import TrainedEstimator, moments
 from sklembed._validation import (
     check_class_weight,
     check_layer_sizes,
+    check_new_rows,
     check_no_missing_label,
     check_routing_enabled,
     check_vectors,
@@ -422,11 +423,7 @@ class ContrastiveProjector(
         Z : ndarray of shape (n_samples, n_features_out), dtype float32
             The projections and the reduced input; rows of NaN stay NaN.
         """
-        check_is_fitted(self)
-        check_vectors(X, self)
-        X = validate_data(
-            self, X, dtype=np.float32, ensure_all_finite=False, reset=False
-        )
+        X = check_new_rows(self, X, ensure_all_finite=False)
         names = getattr(self, "feature_names_in_", None)
         observed = observed_rows(X, names=names)  # also checks for infinity
         if not observed.all():
