@@ -269,7 +269,7 @@ def write_export(backend, directory, runtime) -> None:
     FileExistsError
         If the directory has other files.
     """
-    directory = Path(directory)
+    directory = Path(os.path.abspath(directory))
     earlier = Export(directory)
     if directory.exists() and any(directory.iterdir()) and not earlier.has_config:
         raise FileExistsError(
