@@ -9,44 +9,68 @@ import os
 import site
 import sys
 import sysconfig
+from collections import OrderedDict
 from hashlib import blake2b
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 import sklembed
+from sklembed._compiled import check_state
 
-_FORMAT = 3
-_CONFIG, _WEIGHTS = "config.json", "weights-{}.safetensors"
+_FORMAT = 4
+_CONFIG, _WEIGHTS, _LOCK = "config.json", "weights-{}.safetensors", ".lock"
+_MAX_DEPTH = 100  # of values in values, so that `load` stays below Python's limit
 # Objects are built of classes in these packages only, except classes that evaluate
 # expressions, load pickles or open connections.
-_ROOTS = ("sklembed.", "sklearn.", "skrub.", "scipy.sparse.")
+_ROOTS = (
+    "sklembed.",
+    "sklearn.",
+    "skrub.",
+    "scipy.sparse.",
+    "scipy.interpolate._bsplines.",
+)
 _EXCLUDED = (
     "skrub._data_ops.",
     "sklearn.callback._scoring_monitor.",
     "sklearn.callback._transport.",
 )
-# Compiled classes of these modules are built by a call.
-_COMPILED = (
+# Compiled classes of these modules are built by a call, or empty. Others are refused,
+# because they may read memory that no call has set.
+_CALLED = (
     "sklearn._loss._loss",
     "sklearn.linear_model._sgd_fast",
     "sklearn.tree._tree",
 )
+_COMPILED = (
+    *_CALLED,
+    "sklearn.metrics._dist_metrics",
+    "sklearn.neighbors._ball_tree",
+    "sklearn.neighbors._kd_tree",
+)
 # Functions within estimators of scikit-learn and skrub. None has side effects.
 _FUNCTIONS = (
+    "fnmatch:fnmatchcase",
+    "sklearn.cluster._kmeans:_kmeans_single_",
+    "sklearn.feature_selection._mutual_info:",
+    "sklearn.feature_selection._univariate_selection:",
+    "sklearn.metrics._classification:",
+    "sklearn.metrics._ranking:",
+    "sklearn.metrics._regression:",
     "sklearn.utils.validation:check_array",
     "skrub._dataframe._common:",
     "skrub._table_vectorizer:",
     "skrub.selectors.",
 )
-# Attributes of scikit-learn for metadata routing and callbacks, and the settings of
-# Pillow in a process, which contain pickles.
+# Attributes of scikit-learn for callbacks, and the settings of Pillow in a process,
+# which contain pickles.
 _NOT_SAVED = {
     "_image_settings",
-    "_metadata_request",
     "_parent_callback_ctx",
     "_skl_callbacks",
 }
@@ -174,14 +198,18 @@ def save(estimator, directory):
     }
     config["digest"] = _digest_of_config(config)
     directory = Path(directory)
-    old_weights = _weights_to_replace(directory)
+    _check_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
     new_weights = directory / _WEIGHTS.format(config["weights"])
-    _write(new_weights, weights)
-    # This step alone replaces an earlier estimator, which is whole until then.
-    _write(directory / _CONFIG, json.dumps(config).encode())
-    if old_weights is not None and old_weights != new_weights:
-        old_weights.unlink(missing_ok=True)
+    # Without the lock, a second process could delete the weights of this one.
+    with FileLock(directory / _LOCK):
+        _write(new_weights, weights)
+        # This step alone replaces an earlier estimator, which is whole until then.
+        _write(directory / _CONFIG, json.dumps(config).encode())
+        current = (_CONFIG, _LOCK, new_weights.name)
+        for path in directory.iterdir():  # also files of a save that was killed
+            if _is_saved_file(path) and path.name not in current:
+                path.unlink()
 
 
 def load(directory):
@@ -223,9 +251,7 @@ def load(directory):
     from safetensors.numpy import load as from_bytes
 
     directory = Path(directory)
-    config = _read_config(directory)
-    path = directory / _WEIGHTS.format(config["weights"])
-    weights = path.read_bytes()
+    config, path, weights = _read(directory)
     if _digest(weights) != config["weights"]:
         raise ValueError(f"{path} is damaged: its content has another digest.")
     try:
@@ -260,11 +286,23 @@ class _Writer:
 
     def __init__(self):
         self.arrays, self.objects = {}, []
+        self._depth = 0
         # Values by id, which keeps them alive, so that no id is used twice.
         self._written = {}
 
     def encode(self, value, path):
         """Return a value in JSON types; `path` names it in errors."""
+        if self._depth == _MAX_DEPTH:
+            raise TypeError(
+                f"{path[:200]} is within {_MAX_DEPTH} values in one another, or "
+                "contains itself, which cannot be saved."
+            )
+        self._depth += 1
+        encoded = self._encode(value, path)
+        self._depth -= 1
+        return encoded
+
+    def _encode(self, value, path):
         kind = type(value)
         if value is None or kind in (bool, int, float):
             return value
@@ -277,18 +315,18 @@ class _Writer:
             return {kind.__name__: self._items(list(value), path)}
         if kind is slice:
             return {"slice": self._items([value.start, value.stop, value.step], path)}
-        if kind is dict:  # a list of pairs, because keys of JSON are strings
-            pairs = []
-            for key, item in value.items():
-                item = self.encode(item, _join(path, key))
-                pairs.append([self.encode(key, path), item])
-            return {"dict": pairs}
+        if kind in (dict, OrderedDict):
+            return {kind.__name__: self._pairs(value, path)}
+        if _is_missing_value(value):
+            return {"missing": str(value)}
         if isinstance(value, Path):
             return {"path": self.encode(str(value), path)}
-        if isinstance(value, np.generic) and value.dtype.kind in _SCALARS:
+        if isinstance(value, np.generic) and _is_json_scalar(value.dtype):
             return {"scalar": [value.dtype.str, value.item()]}
-        if isinstance(value, np.dtype) and not value.hasobject:
-            return {"dtype": np.lib.format.dtype_to_descr(value)}
+        if isinstance(value, np.generic) and _descr(value.dtype) is not None:
+            return {"element": self._array(np.asarray(value), path)}
+        if isinstance(value, np.dtype) and _descr(value) is not None:
+            return {"dtype": _descr(value)}
         if isinstance(value, type) and _is_plain(value):
             return {"type": [value.__module__, value.__qualname__]}
         if isinstance(value, np.ufunc) and getattr(np, value.__name__, 0) is value:
@@ -297,6 +335,8 @@ class _Writer:
             return {"RandomState": self.encode(value.get_state(legacy=False), path)}
         if isinstance(value, np.random.Generator):
             return {"Generator": self.encode(value.bit_generator.state, path)}
+        if _is_spline(value):
+            return {"spline": self._items(_parts_of(value), path)}
         if kind is functools.partial:
             parts = [value.func, list(value.args), value.keywords]
             return {"partial": self._items(parts, path)}
@@ -310,6 +350,14 @@ class _Writer:
             self._written[id(value)] = written, value
         return self._written[id(value)][0]
 
+    def _pairs(self, items, path):
+        """Return a list of keys and values, because keys of JSON are strings."""
+        pairs = []
+        for key, item in items.items():
+            item = self.encode(item, _join(path, key))
+            pairs.append([self.encode(key, path), item])
+        return pairs
+
     def _items(self, items, path):
         encoded = []
         for number, item in enumerate(items):
@@ -322,9 +370,12 @@ class _Writer:
         return encoded
 
     def _array(self, value, path):
-        if value.dtype.hasobject:
+        if value.dtype.kind == "O":
             return {"objects": [value.shape, self._items(list(value.flat), path)]}
-        name = path
+        descr = _descr(value.dtype)
+        if descr is None:
+            raise TypeError(_describe_refusal(value.dtype, path))
+        name = path.encode(errors="backslashreplace").decode()
         while name in self.arrays:
             name += "'"
         if value.dtype.kind in "biuf" and value.dtype.isnative and value.itemsize <= 8:
@@ -334,14 +385,13 @@ class _Writer:
             self.arrays[name] = np.asarray(value, order="C")
             return {"tensor": [name, is_transposed]}
         self.arrays[name] = np.frombuffer(value.tobytes(), dtype=np.uint8)
-        descr = np.lib.format.dtype_to_descr(value.dtype)
         return {"bytes": [name, descr, value.shape]}
 
     def _object(self, value, path):
         """List an object by its class and its state, and return its number."""
         if hasattr(value, "best_estimator_"):
             return self.encode(value.best_estimator_, path)
-        if hasattr(value, "cv_results_"):
+        if hasattr(value, "cv_results_") and getattr(value, "refit", True) is False:
             raise TypeError(
                 f"{path or 'The estimator'} is a search without best_estimator_, which "
                 "does not predict. Search with refit=True."
@@ -374,13 +424,16 @@ class _Reader:
         self._built = {}
         self._readers = {
             "Generator": self._generator,
+            "OrderedDict": lambda pairs: OrderedDict(self.decode(pairs)),
             "RandomState": self._random_state,
             "bytes": self._bytes,
             "dict": lambda pairs: dict(self.decode(pairs)),
             "dtype": _dtype,
+            "element": lambda array: self.decode(array)[()],
             "frozenset": lambda items: frozenset(self.decode(items)),
             "function": _find_function,
             "installed": _absolute,
+            "missing": _missing_value,
             "object": self._object,
             "objects": self._object_array,
             "partial": self._partial,
@@ -388,6 +441,7 @@ class _Reader:
             "scalar": _scalar,
             "set": lambda items: set(self.decode(items)),
             "slice": lambda ends: slice(*self.decode(ends)),
+            "spline": self._spline,
             "tensor": self._tensor,
             "tuple": lambda items: tuple(self.decode(items)),
             "type": _find_type,
@@ -408,7 +462,7 @@ class _Reader:
             entry = self._objects[number]
             cls = _find_class(entry["class"])
             args = self.decode(entry["args"])
-            if entry["class"][0] in _COMPILED:
+            if entry["class"][0] in _CALLED:
                 instance = cls(*args)
             elif issubclass(cls, tuple):
                 instance = cls.__new__(cls, *args)
@@ -424,6 +478,7 @@ class _Reader:
                 vars(instance).update(state)
             if entry["items"] is not None:
                 instance.update(self.decode(entry["items"]))
+            check_state(instance, args, state)
         return self._built[number]
 
     def _tensor(self, content):
@@ -457,9 +512,18 @@ class _Reader:
         return random_state
 
     def _generator(self, state):
-        generator = np.random.default_rng()
-        generator.bit_generator.state = self.decode(state)
-        return generator
+        state = self.decode(state)
+        cls = getattr(np.random, state["bit_generator"])
+        if not issubclass(cls, np.random.BitGenerator):
+            raise ValueError(f"numpy.random.{cls.__name__} is not a bit generator")
+        bit_generator = cls()
+        bit_generator.state = state
+        return np.random.Generator(bit_generator)
+
+    def _spline(self, parts):
+        from scipy.interpolate import BSpline
+
+        return BSpline(*self.decode(parts))
 
 
 def _reduce(value):
@@ -479,9 +543,9 @@ def _reduce(value):
         args = args[1:]
         is_known = not args or isinstance(value, tuple)
     elif function is cls:
-        is_known = module in _COMPILED
+        is_known = module in _CALLED
     else:  # Cython's default for a class without state
-        is_known = module in _COMPILED and not args[-1]
+        is_known = module in _CALLED and not args[-1]
         args = ()
     if not is_known or list_items is not None:
         raise TypeError(f"{module}.{name} is built by {function}")
@@ -491,7 +555,9 @@ def _reduce(value):
 def _describe_refusal(value, path):
     """Return the message for a value that cannot be saved."""
     if hasattr(value, "__qualname__"):
-        described = f"the function {value.__module__}.{value.__qualname__}"
+        noun = "class" if isinstance(value, type) else "function"
+        module = getattr(value, "__module__", None) or "builtins"
+        described = f"the {noun} {module}.{value.__qualname__}"
     else:
         described = f"a {'.'.join(_class_name(type(value)))}"
     remedy = _REMEDY_OF_ENCODER if path.endswith("/_load") else _REMEDY
@@ -514,12 +580,20 @@ def _find_class(content):
         cls = getattr(importlib.import_module(module), name)
     # A module also has the names that it imports.
     is_known = isinstance(cls, type) and _class_name(cls) == [module, name]
+    if is_known and _is_compiled(cls):
+        is_known = module in _COMPILED
     if not is_known or any(_is_excluded(base) for base in cls.__mro__):
         raise ValueError(
             f"{module}.{name} is not a class of sklembed, scikit-learn, skrub or "
             "scipy.sparse"
         )
     return cls
+
+
+def _is_compiled(cls):
+    """Return whether a class is defined in an extension module."""
+    file = getattr(sys.modules[cls.__module__], "__file__", None) or ""
+    return file.endswith(tuple(EXTENSION_SUFFIXES))
 
 
 def _is_excluded(cls):
@@ -578,12 +652,30 @@ def _trusts_code(state):
     return isinstance(state, dict) and bool(state.get("trust_remote_code"))
 
 
+def _is_json_scalar(dtype):
+    """Return whether JSON represents the scalars of a dtype exactly."""
+    return dtype.kind in _SCALARS and (dtype.kind == "U" or dtype.itemsize <= 8)
+
+
 def _scalar(content):
     dtype, value = content
     dtype = np.dtype(dtype)
-    if dtype.kind not in _SCALARS:
+    if not _is_json_scalar(dtype):
         raise ValueError(f"{dtype} is not a number or a text")
     return dtype.type(value)
+
+
+def _descr(dtype):
+    """Return the description of a dtype in JSON types, or None if it has none."""
+    is_mixed = dtype.hasobject and dtype.kind != "O"
+    if dtype.kind not in "biufcmMSUVO" or dtype.itemsize == 0 or is_mixed:
+        return None
+    try:
+        descr = np.lib.format.dtype_to_descr(dtype)
+        is_complete = _dtype(json.loads(json.dumps(descr))) == dtype
+    except (TypeError, ValueError):  # for example, fields that overlap
+        return None
+    return descr if is_complete else None
 
 
 def _dtype(descr):
@@ -591,6 +683,31 @@ def _dtype(descr):
     if isinstance(descr, list):
         descr = [tuple(field) for field in descr]
     return np.lib.format.descr_to_dtype(descr)
+
+
+def _is_missing_value(value):
+    """Return whether a value is NA or NaT of pandas."""
+    cls = type(value)
+    return cls.__name__ in ("NAType", "NaTType") and cls.__module__.startswith(
+        "pandas."
+    )
+
+
+def _missing_value(name):
+    import pandas as pd
+
+    return {"<NA>": pd.NA, "NaT": pd.NaT}[name]
+
+
+def _is_spline(value):
+    """Return whether a value is a spline as in SplineTransformer."""
+    cls = type(value)
+    is_spline = cls.__name__ == "BSpline" and cls.__module__.startswith("scipy.")
+    return is_spline and value.axis == 0
+
+
+def _parts_of(spline):
+    return [spline.t, spline.c, spline.k, spline.extrapolate]
 
 
 @functools.cache
@@ -637,26 +754,22 @@ def _versions():
     return {"sklembed": sklembed.__version__} | {name: version(name) for name in names}
 
 
-def _weights_to_replace(directory):
-    """Return the path of the weights that an earlier `save` wrote, or None.
-
-    Raises
-    ------
-    FileExistsError
-        If the directory contains other files.
-    """
+def _check_directory(directory):
+    """Raise a FileExistsError if a directory cannot take a saved estimator."""
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file. Save to a directory.")
     if not directory.is_dir():
-        return None
+        return
     for path in directory.iterdir():
-        if not path.name.startswith((_CONFIG, "weights-")):
+        if not _is_saved_file(path):
             raise FileExistsError(
                 f"{directory} contains {path.name!r}, which is not a file of a saved "
                 "estimator. Save to another directory."
             )
-    try:
-        return directory / _WEIGHTS.format(_read_config(directory)["weights"])
-    except (FileNotFoundError, ValueError):
-        return None
+
+
+def _is_saved_file(path):
+    return path.name.startswith((_CONFIG, "weights-", _LOCK))
 
 
 def _write(path, data):
@@ -669,11 +782,28 @@ def _write(path, data):
     os.replace(temporary, path)
 
 
+def _read(directory):
+    """Return the configuration, and the path and the content of the weights."""
+    config = _read_config(directory)
+    while True:
+        path = directory / _WEIGHTS.format(config["weights"])
+        try:
+            return config, path, path.read_bytes()
+        except FileNotFoundError:
+            # Another process may have replaced both files.
+            earlier, config = config, _read_config(directory)
+            if config["weights"] == earlier["weights"]:
+                raise
+
+
 def _read_config(directory):
     """Return the content of the file, and check its format."""
     path = directory / _CONFIG
+    digest = None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict):
+            digest = _digest_of_config(config)
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
     written = config.get("format") if isinstance(config, dict) else None
@@ -682,7 +812,7 @@ def _read_config(directory):
             f"{path} has format {written}; this version of sklembed reads format "
             f"{_FORMAT}. Save again with this version."
         )
-    if config.get("digest") != _digest_of_config(config):
+    if config.get("digest") != digest:
         raise ValueError(f"{path} is damaged: its content has another digest.")
     expected = {"weights": str, "versions": dict, "objects": list, "estimator": dict}
     for name, kind in expected.items():

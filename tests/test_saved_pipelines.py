@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from hashlib import blake2b
 from pathlib import Path
 
@@ -13,12 +15,14 @@ import pandas as pd
 import pytest
 import sklearn
 from safetensors.numpy import load_file, save_file
+from scipy import sparse
 from sklearn.base import BaseEstimator
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.ensemble import (
     ExtraTreesClassifier,
+    GradientBoostingClassifier,
     HistGradientBoostingClassifier,
     HistGradientBoostingRegressor,
     RandomForestClassifier,
@@ -27,6 +31,7 @@ from sklearn.ensemble import (
 )
 from sklearn.exceptions import InconsistentVersionWarning, NotFittedError
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_selection import RFECV, SelectKBest
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge, SGDClassifier
 from sklearn.model_selection import GridSearchCV
@@ -37,10 +42,13 @@ from sklearn.preprocessing import (
     OneHotEncoder,
     OrdinalEncoder,
     PowerTransformer,
+    SplineTransformer,
     StandardScaler,
 )
 from sklearn.svm import SVC
-from skrub import TableVectorizer
+from sklearn.tree import DecisionTreeClassifier
+from skrub import MinHashEncoder, SelectCols, TableVectorizer, tabular_pipeline
+from skrub import selectors as s
 
 import sklembed
 from sklembed import (
@@ -50,6 +58,7 @@ from sklembed import (
     PerModalityUnion,
     multimodal_pipeline,
 )
+from sklembed._persistence import _dtype, _Reader, _Writer
 from sklembed.encoders import efficientnet_lite0
 
 RNG = np.random.default_rng(0)
@@ -100,6 +109,8 @@ HEADS = [
     ExtraTreesClassifier(5, random_state=0),
     HistGradientBoostingClassifier(max_iter=3),
     VotingClassifier([("trees", RandomForestClassifier(3)), ("svc", SVC())]),
+    make_pipeline(SplineTransformer(), SelectKBest(k=3), LogisticRegression()),
+    RFECV(LogisticRegression(), cv=2),
     make_pipeline(PowerTransformer(), PCA(2, random_state=0), LogisticRegression()),
     make_pipeline(SimpleImputer(add_indicator=True), TruncatedSVD(2), SVC()),
     make_pipeline(
@@ -159,6 +170,45 @@ def test_transformers_of_tables_return_the_same(name, tmp_path):
     assert list(loaded.get_feature_names_out()) == list(names)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        MinHashEncoder(3),
+        SelectCols(s.glob("n*") | s.string()),
+        SimpleImputer(missing_values=pd.NA, strategy="constant", fill_value="?"),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_other_state_of_transformers_is_saved(model, tmp_path):
+    X = TABLE["text"] if isinstance(model, MinHashEncoder) else TABLE[["place", "text"]]
+    assert_saved(model.fit(X), X, tmp_path)
+
+
+def test_a_linear_model_of_a_table_predicts_the_same(tmp_path):
+    X = TABLE.assign(day=pd.to_datetime(TABLE["day"]))  # months are splines
+    model = tabular_pipeline(LogisticRegression()).fit(X, CLASSES)
+    assert_saved(model, X, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc", "coo", "bsr", "dia", "lil"])
+def test_sparse_matrices_are_saved(layout, tmp_path):
+    matrix = sparse.csr_array(np.maximum(NUMBERS, 0)).asformat(layout)
+    sklembed.save(FunctionTransformer(kw_args={"a": matrix}), tmp_path)
+    loaded = sklembed.load(tmp_path).kw_args["a"]
+    assert loaded.format == layout
+    np.testing.assert_array_equal(loaded.toarray(), matrix.toarray())
+
+
+def test_requests_of_metadata_are_saved(tmp_path):
+    with sklearn.config_context(enable_metadata_routing=True):
+        head = LogisticRegression().set_score_request(sample_weight=True)
+        model = make_pipeline(StandardScaler(), head).fit(NUMBERS, CLASSES)
+        sklembed.save(model, tmp_path)
+        weights = {"sample_weight": np.arange(N_ROWS)}
+        score = sklembed.load(tmp_path).score(NUMBERS, CLASSES, **weights)
+        assert score == model.score(NUMBERS, CLASSES, **weights)
+
+
 def test_boosting_on_categories_predicts_the_same(tmp_path):
     X = TABLE[["number", "kind"]]
     model = HistGradientBoostingClassifier(max_iter=3).fit(X, CLASSES)
@@ -183,7 +233,15 @@ def values():
         (2, "key"): {"set": {1}, "frozenset": frozenset("a")},
         "slice": slice(None, 3, np.int64(2)),
         "path": Path("/some/path"),
-        "types": [float, np.float32, np.dtype("datetime64[D]"), np.dtype("f4")],
+        "ordered": OrderedDict(b=1, a=2),
+        "missing": [pd.NA, pd.NaT],
+        "scalars": (
+            np.datetime64("2026-01-01"),
+            np.timedelta64(3, "h"),
+            np.complex64(1j),
+        ),
+        "\ud800": np.arange(2),
+        "types": [float, np.float32, np.dtype("M8[D]"), np.dtype("f4"), np.dtype("O")],
         "arrays": [
             np.zeros((0, 3)),
             np.float16(3).reshape(()),
@@ -212,7 +270,9 @@ def assert_same(first, second):
         assert second.flags.writeable
     if isinstance(first, dict):
         first, second = list(first.items()), list(second.items())
-    if isinstance(first, list | tuple) or getattr(first, "dtype", None) is OBJECTS:
+    if first is pd.NA or first is pd.NaT:
+        assert first is second
+    elif isinstance(first, list | tuple) or getattr(first, "dtype", None) is OBJECTS:
         for one, another in zip(first, second, strict=True):
             assert_same(one, another)
     else:
@@ -229,6 +289,7 @@ def test_values_keep_their_types(tmp_path):
 def test_random_states_continue_and_shared_objects_stay_shared(tmp_path):
     scaler, array = StandardScaler(), np.arange(3.0)
     generators = [np.random.default_rng(3), np.random.RandomState(3)]  # noqa: NPY002
+    generators.append(np.random.Generator(np.random.Philox(3)))
     content = {"objects": [scaler, scaler, array, array], "random": generators}
     sklembed.save(FunctionTransformer(kw_args=content), tmp_path)
     loaded = sklembed.load(tmp_path).kw_args
@@ -359,6 +420,20 @@ def squash(X):
     return X
 
 
+def nested(depth):
+    """Return dicts in one another, which need the most frames to load."""
+    values = {}
+    for _ in range(depth):
+        values = {0: values}
+    return values
+
+
+def test_values_that_are_nested_deeply_are_loaded(tmp_path):
+    values = nested(97)
+    sklembed.save(FunctionTransformer(kw_args=values), tmp_path)
+    assert sklembed.load(tmp_path).kw_args == values
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -380,11 +455,33 @@ def squash(X):
             "^kw_args/a/0 is a builtins.bytes",
         ),
         (
+            FunctionTransformer(kw_args={"split": str.split}),
+            "^kw_args/split is the function builtins.str.split",
+        ),
+        (
+            FunctionTransformer(kw_args={"a": np.zeros(1, [("x", "i4"), ("y", "O")])}),
+            "^kw_args/a is a numpy.dtypes.VoidDType",
+        ),
+        (
+            FunctionTransformer(kw_args=nested(101)),
+            "^kw_args/0/0/.* is within 100 values in one another, or contains itself",
+        ),
+        (
             GridSearchCV(SVC(), {"C": [1.0]}, refit=False, cv=2),
             "The estimator is a search without best_estimator_, which",
         ),
     ],
-    ids=["foreign", "within", "function", "numpy", "bytes", "search"],
+    ids=[
+        "foreign",
+        "within",
+        "function",
+        "numpy",
+        "bytes",
+        "method",
+        "fields",
+        "nested",
+        "search",
+    ],
 )
 def test_parts_that_need_code_are_refused_by_their_place(model, message, tmp_path):
     if not isinstance(model, FunctionTransformer):
@@ -444,9 +541,45 @@ def test_an_interrupted_save_leaves_the_earlier_estimator(
 
 def test_a_second_save_replaces_the_first(tmp_path):
     assert_saved(SVC().fit(NUMBERS, CLASSES), NUMBERS, tmp_path)
+    # Files of a process that was killed while it saved
+    (tmp_path / "weights-0.safetensors").touch()
+    (tmp_path / "config.json.1.tmp").touch()
     for _ in range(2):
         assert_saved(Ridge().fit(NUMBERS, TARGETS), NUMBERS, tmp_path)
-        assert len(list(tmp_path.iterdir())) == 2
+        files = [path.name for path in tmp_path.iterdir() if path.name != ".lock"]
+        assert len(files) == 2
+
+
+def save_models(directory, models):
+    for model in 20 * models:
+        sklembed.save(model, directory)
+
+
+def test_processes_save_and_load_at_the_same_time(tmp_path):
+    models = [Ridge(alpha).fit(NUMBERS, TARGETS) for alpha in (1.0, 2.0)]
+    sklembed.save(models[0], tmp_path)
+    context = multiprocessing.get_context("fork")
+    savers = [
+        context.Process(target=save_models, args=(tmp_path, order))
+        for order in (models, models[::-1])
+    ]
+    for saver in savers:
+        saver.start()
+    n_loads = 0
+    while any(saver.is_alive() for saver in savers) or n_loads == 0:
+        assert sklembed.load(tmp_path).alpha in (1.0, 2.0)
+        n_loads += 1
+    for saver in savers:
+        saver.join()
+        assert saver.exitcode == 0
+    assert sklembed.load(tmp_path).alpha in (1.0, 2.0)
+
+
+def test_a_file_is_no_directory(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(FileExistsError, match="file is a file. Save to a directory"):
+        sklembed.save(Ridge().fit(NUMBERS, TARGETS), path)
 
 
 # Damaged and hostile files
@@ -490,6 +623,12 @@ UFUNC = '{"ufunc": "sinh"}'
     [
         (SCALER, '"class": ["hostile", "A"]', "hostile.A is not a class of sklembed"),
         (SCALER, '"class": ["os", "PathLike"]', "os.PathLike is not a class"),
+        (
+            SCALER,  # compiled, and not built by its arguments
+            '"class": ["sklearn.neighbors._quad_tree", "_QuadTree"]',
+            "_QuadTree is not a class",
+        ),
+        (UFUNC, '{"Generator": {"dict": [["bit_generator", "test"]]}}', "test is not"),
         (SCALER, '"class": ["sklearned", "A"]', "sklearned.A is not a class"),
         (
             SCALER,  # loads a pickle with its state
@@ -519,8 +658,8 @@ UFUNC = '{"ufunc": "sinh"}'
         (UFUNC, "{}", "not enough values"),
         ('"estimator": {"object": 0}', '"estimator": {"set": []}', "set is not an est"),
         ('"objects": [', '"objects": 3, "more": [', "objects is not a list"),
-        ('"format": 3', '"format": 99', "has format 99; this version .* format 3"),
-        ('"format": 3, ', "", "has format None"),
+        ('"format": 4', '"format": 99', "has format 99; this version .* format 4"),
+        ('"format": 4, ', "", "has format None"),
         ('{"format"', '{format"', "is damaged: Expecting property name"),
         ('{"format"', "[" * 100_000 + '{"format"', "config.json is damaged"),
         ('"weights": "', '"weights": 1, "was": "', "weights is not a str"),
@@ -531,6 +670,51 @@ def test_hostile_and_damaged_files_raise_and_run_nothing(directory, old, new, me
     with pytest.raises(ValueError, match=message):
         sklembed.load(directory)
     assert "hostile" not in sys.modules
+
+
+TREE = DecisionTreeClassifier(max_depth=3, random_state=0).fit(NUMBERS, CLASSES)
+STATES = {
+    "left": (TREE, "tree_/nodes", "left_child", 10**6),
+    "cycle": (TREE, "tree_/nodes", "right_child", 0),
+    "feature": (TREE, "tree_/nodes", "feature", 4),
+    "forest": (RandomForestClassifier(2), "estimators_/1/tree_/nodes", "feature", -7),
+    "gradient": (GradientBoostingClassifier(n_estimators=1), "/nodes", "feature", 9),
+    "boosting": (HistGradientBoostingClassifier(max_iter=1), "/nodes", "left", 10**6),
+    "column": (HistGradientBoostingClassifier(max_iter=1), "/nodes", "feature_idx", 9),
+    "neighbours": (KNeighborsClassifier(algorithm="kd_tree"), "_tree/1", None, 60),
+    "nodes": (KNeighborsClassifier(algorithm="ball_tree"), "_tree/2", "idx_end", 61),
+    "vectors": (SVC(), "_n_support", None, 10**6),
+    "sparse": (KNeighborsClassifier(), "_fit_X/indices", None, 4),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_arrays_that_compiled_code_would_leave_are_refused(name):
+    model, place, field, value = STATES[name]
+    X = sparse.csr_array(np.maximum(NUMBERS, 0)) if name == "sparse" else NUMBERS
+    writer = _Writer()
+    root = writer.encode(model.fit(X, CLASSES), "")
+    arrays = {name: array.copy() for name, array in writer.arrays.items()}
+    (path, *_) = [name for name in arrays if name.endswith(place)]
+    _Reader(writer.objects, arrays).decode(root)
+    array = arrays[path]
+    if field is not None:
+        (written,) = [node for node in bytes_of(writer.objects) if node[0] == path]
+        array = array.view(_dtype(written[1]))[field]
+    array[0] = value
+    with pytest.raises(ValueError, match=r"inconsistent|indices|index"):
+        _Reader(writer.objects, arrays).decode(root)
+
+
+def bytes_of(value):
+    """Yield the names, dtypes and shapes of the arrays that are written as bytes."""
+    if isinstance(value, dict):
+        if "bytes" in value:
+            yield value["bytes"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from bytes_of(item)
 
 
 def test_a_changed_number_is_damage(directory):

@@ -14,9 +14,10 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.tree import DecisionTreeClassifier
 
 import sklembed
-from sklembed import FrozenEncoder, multimodal_pipeline
+from sklembed import FrozenEncoder, PerModalityUnion, multimodal_pipeline
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "serving"
 if not EXAMPLES.exists():
@@ -106,6 +107,34 @@ def test_a_client_that_has_gone_does_not_stop_the_worker():
     asyncio.run(send())
 
 
+@pytest.mark.parametrize("n_predictions", [0, 3])
+def test_a_model_that_loses_rows_is_an_error(n_predictions):
+    (error,) = answer(Batcher(lambda rows: [0] * n_predictions), [[1, 2]])
+    assert isinstance(error, RuntimeError)
+    assert f"returned {n_predictions} predictions of 2 rows" in str(error)
+
+
+def test_requests_to_a_batcher_that_stops_are_answered():
+    resume = threading.Event()
+
+    async def send():
+        batcher = Batcher(lambda rows: resume.wait(10) and rows)
+        worker = asyncio.create_task(batcher.run())
+        calls = [asyncio.create_task(batcher([1]))]
+        await asyncio.sleep(0.05)  # the model predicts the first request
+        calls.append(asyncio.create_task(batcher([2])))
+        await asyncio.sleep(0)
+        worker.cancel()
+        resume.set()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        with pytest.raises(RuntimeError, match="has stopped"):
+            await batcher([3])
+        return answers
+
+    for error in asyncio.run(send()):
+        assert isinstance(error, RuntimeError)
+
+
 def in_base64(image):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -163,9 +192,66 @@ def test_a_row_is_predicted_the_same_alone_and_among_others(service):
         np.testing.assert_allclose(alone["1"], among["1"], atol=1e-6)
 
 
+def test_a_cell_of_another_kind_is_refused_alone_and_among_others(service):
+    service, rows, _ = service
+    row = rows[0] | {"number": "unknown"}
+    for table in ([row], [row, *rows[1:]]):
+        with pytest.raises(ValueError, match=r"'number' .*'unknown'\. ?") as caught:
+            service.predict(table)
+        assert "count as missing" not in str(caught.value)
+
+
 def test_a_service_forgets_cells(service):
     encoder = service[0].model[0].union_.named_transformers_["text"]
     assert encoder.store is None
+
+
+def test_encoders_that_are_named_by_a_path_are_warmed_up(
+    checkpoints, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SKLEMBED_STORE", str(tmp_path / "store.sqlite"))
+    X = pd.DataFrame({"text": ["a cat sat", "the dog ran"] * 10})
+    model = multimodal_pipeline(
+        LogisticRegression(),
+        kinds={"text": "text"},
+        text_encoder=checkpoints["bert"],
+        lexical=False,
+    )
+    sklembed.save(model.fit(X, [0, 1] * 10), tmp_path / "model")
+    service = Service(tmp_path / "model")
+    (encoder,) = [part for part in service.encoders if hasattr(part, "space_")]
+    assert encoder.store is None
+    warmed = []
+    monkeypatch.setattr(FrozenEncoder, "warm_up", warmed.append)
+    service.warm_up()
+    assert warmed == [encoder]
+
+
+def test_images_of_other_pipelines_are_refused(checkpoints, tmp_path):
+    # A text of a request would be the path of a file of the server.
+    encoder = FrozenEncoder(checkpoints["vit"], store=None)
+    images = pd.Series([Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(4)])
+    union = PerModalityUnion([("photo", encoder, "photo")])
+    model = make_pipeline(union, Ridge()).fit(pd.DataFrame({"photo": images}), range(4))
+    sklembed.save(model, tmp_path)
+    with pytest.raises(ValueError, match="served only as columns of a Multimodal"):
+        Service(tmp_path)
+
+
+def test_a_model_of_arrays_is_refused(tmp_path):
+    sklembed.save(Ridge().fit([[0.0], [1.0]], [0, 1]), tmp_path)
+    with pytest.raises(ValueError, match="Fit it on a DataFrame"):
+        Service(tmp_path)
+
+
+@pytest.mark.parametrize("n_targets", [1, 2])
+def test_a_model_that_is_no_pipeline_is_served(n_targets, tmp_path):
+    X = pd.DataFrame({"a": [0.0, 1.0, 2.0, 3.0]})
+    y = np.array([[0, 1], [0, 1], [1, 0], [1, 0]])[:, :n_targets].squeeze()
+    model = DecisionTreeClassifier(random_state=0).fit(X, y)
+    sklembed.save(model, tmp_path)
+    expected = [{"0": 0.0, "1": 1.0}] if n_targets == 1 else [[1, 0]]
+    assert Service(tmp_path).predict([{"a": 3.0}]) == expected
 
 
 @pytest.mark.parametrize(
@@ -206,3 +292,14 @@ def test_the_app_answers(service, tmp_path, monkeypatch):
         refused = client.post("/predict", json={"rows": [{"texts": "a"}]})
         assert refused.status_code == 422
         assert "unknown columns" in refused.json()["detail"]
+        # Neither may be echoed, because JSON cannot represent them.
+        for body in (
+            '{"rows": NaN}',
+            '{"rows": "\\ud800"}',
+            '{"rows": [{"\\ud800": []}]}',
+        ):
+            refused = client.post("/predict", content=body)
+            assert refused.status_code == 422
+            assert "body/rows" in refused.json()["detail"]
+        number = {"rows": [{"number": 10**400}]}
+        assert client.post("/predict", json=number).status_code == 422

@@ -3,8 +3,8 @@
 A pipeline of all-MiniLM-L6-v2 and ``EmbeddingClassifier`` is fitted, saved and served by
 uvicorn in a separate process. One client, and then sixteen, send new rows one at a time.
 The latency is compared with a call of the encoder without a store, in this process, and
-the memory of the server is read after a tenth and after all of the predictions. Requires
-fastapi and uvicorn.
+the memory of the server is read after a tenth and after all of the predictions. A fresh
+process predicts rows whose vectors are stored, without torch. Requires fastapi and uvicorn.
 """
 
 import argparse
@@ -33,7 +33,20 @@ TARGETS = {
     "p50 / encoder alone": ("<=", 1.2),
     "throughput, 16 clients / 1": (">=", 3.0),
     "growth of memory, %": ("<=", 2.0),
+    "memory without torch, MiB": ("<=", 250.0),
 }
+PREDICT_STORED = """
+import sys
+
+import pandas as pd
+
+import sklembed
+
+directory, *texts = sys.argv[1:]
+sklembed.load(directory).predict_proba(pd.DataFrame({"name": texts}))
+assert "torch" not in sys.modules
+print(open("/proc/self/status").read())
+"""
 
 
 def save_model(directory, runtime):
@@ -116,11 +129,23 @@ def send(port, texts, n_clients, n_requests):
     return seconds, len(seconds) / (time.perf_counter() - tick)
 
 
-def memory_mib(process):
-    """Return the resident memory of a process in MiB."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("VmRSS")]
+def memory_mib(status):
+    """Return the resident memory in MiB, by the status that Linux reports."""
+    (line,) = [line for line in status.splitlines() if line.startswith("VmRSS")]
     return int(line.split()[1]) / 1024
+
+
+def status_of(process):
+    """Return the status of a process that runs."""
+    return Path(f"/proc/{process.pid}/status").read_text()
+
+
+def memory_without_torch(directory, n_texts=100):
+    """Return the memory of a fresh process that loads and predicts stored rows."""
+    texts = load_emoji().data["name"].head(n_texts)
+    command = [sys.executable, "-c", PREDICT_STORED, str(directory), *texts]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return memory_mib(result.stdout)
 
 
 def measure(port, process, texts, n_requests):
@@ -128,9 +153,9 @@ def measure(port, process, texts, n_requests):
     send(port, texts, N_CLIENTS, 4 * N_CLIENTS)  # warm-up
     n_alone = n_requests // 10
     alone, rate_alone = send(port, texts, 1, n_alone)
-    before = memory_mib(process)
+    before = memory_mib(status_of(process))
     together, rate_together = send(port, texts, N_CLIENTS, n_requests - n_alone)
-    after = memory_mib(process)
+    after = memory_mib(status_of(process))
     return {
         "p50, 1 client, ms": 1e3 * float(np.median(alone)),
         "p50, 16 clients, ms": 1e3 * float(np.median(together)),
@@ -151,9 +176,11 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         texts = save_model(directory, options.runtime)
+        without_torch = memory_without_torch(directory)
         seconds = encoder_seconds(options.runtime, texts, 200)
         with served(directory, options.port) as process:
             results = measure(options.port, process, texts, options.requests)
+    results["memory without torch, MiB"] = without_torch
     results["encoder alone, ms"] = 1e3 * seconds
     ratio = results["p50, 1 client, ms"] / results["encoder alone, ms"]
     results["p50 / encoder alone"] = ratio

@@ -4,7 +4,10 @@
 
     pip install fastapi uvicorn
     SKLEMBED_MODEL=model uvicorn app:app --app-dir examples/serving
+    curl localhost:8000/health  # the columns of the table
     curl localhost:8000/predict --json '{"rows": [{"title": "a red cat", "price": 3.5}]}'
+
+Put a proxy in front of it that limits the size of a request.
 """
 
 import asyncio
@@ -12,6 +15,8 @@ import contextlib
 import os
 
 from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from service import Batcher, Service
 
@@ -38,6 +43,22 @@ async def lifespan(app):
 app = FastAPI(lifespan=lifespan)
 
 
+@app.exception_handler(RequestValidationError)
+async def refuse(request, error):
+    """Return where a request is invalid, without its content.
+
+    The content may be large, or contain texts and numbers that JSON cannot represent.
+    """
+    (first, *_) = error.errors()
+    place = "/".join(str(part) for part in first["loc"])
+    return JSONResponse({"detail": printable(f"{place}: {first['msg']}")}, 422)
+
+
+def printable(message):
+    """Return a text that can be sent as UTF-8."""
+    return str(message).encode(errors="backslashreplace").decode()
+
+
 @app.get("/health")
 async def health():
     """Return the columns of the table, while requests are answered."""
@@ -52,5 +73,7 @@ async def predict(request: Request):
     try:
         app.state.service.check(request.rows)
         return {"predictions": await app.state.batcher(request.rows)}
-    except (TypeError, ValueError, OSError) as error:
-        raise HTTPException(422, str(error)) from error
+    except RuntimeError as error:  # the service stops
+        raise HTTPException(503, printable(error)) from error
+    except (ArithmeticError, TypeError, ValueError, OSError) as error:
+        raise HTTPException(422, printable(error)) from error

@@ -2,39 +2,57 @@
 
 import asyncio
 import base64
+import warnings
 
+import numpy as np
 import pandas as pd
+from sklearn.base import BaseEstimator
 
 import sklembed
+from sklembed import FrozenEncoder
 
 
 class Service:
     """Predict rows, which are dicts of JSON types, with a saved pipeline.
 
     Images are texts in base64. Paths are not accepted, so that a request cannot read
-    files of the server.
+    files of the server. Only a `MultimodalVectorizer` knows which columns have images,
+    so other encoders of images are refused.
     """
 
     def __init__(self, directory):
         self.model = sklembed.load(directory)
+        if not hasattr(self.model, "feature_names_in_"):
+            raise ValueError(
+                f"The model in {directory} was not fitted on a table with names of "
+                "columns. Fit it on a DataFrame, and save it again."
+            )
         self.columns = list(self.model.feature_names_in_)
-        self.image_columns = []
-        kinds = getattr(self.model[0], "kinds_", None)
-        if kinds is not None:
-            self.image_columns = kinds.index[kinds["kind"] == "image"].tolist()
-        params = self.model.get_params()
-        # New cells are encoded and forgotten.
-        stores = [name for name in params if name.endswith("__store")]
-        self.model.set_params(**dict.fromkeys(stores))
+        self.encoders = list(_frozen_encoders(self.model, set()))
+        self.image_columns = self._image_columns()
+        for encoder in self.encoders:
+            encoder.set_params(store=None)  # new cells are encoded and forgotten
+
+    def _image_columns(self):
+        first = self.model.steps[0][1] if hasattr(self.model, "steps") else self.model
+        if hasattr(first, "kinds_") and not first.specific_transformers:
+            kinds = first.kinds_["kind"]
+            return kinds.index[kinds == "image"].tolist()
+        if any(_encodes_images(encoder) for encoder in self.encoders):
+            raise ValueError(
+                "Images are served only as columns of a MultimodalVectorizer without "
+                "specific_transformers."
+            )
+        return []
 
     def warm_up(self):
         """Load the models of the encoders, so that no request waits for them."""
-        for part in self.model.get_params().values():
-            if hasattr(part, "warm_up"):
-                part.warm_up()
+        for encoder in self.encoders:
+            if hasattr(encoder, "space_"):  # fitted, and so a part that predicts
+                encoder.warm_up()
 
     def check(self, rows):
-        """Raise a ValueError if a row has unknown columns or a damaged image."""
+        """Raise a ValueError if a row has unknown columns or no image in base64."""
         for number, row in enumerate(rows):
             unknown = row.keys() - set(self.columns)
             if unknown:
@@ -57,11 +75,23 @@ class Service:
         for name in self.image_columns:
             images = [_decode(cell) for cell in table[name]]
             table[name] = pd.Series(images, dtype=object)
-        if not hasattr(self.model, "predict_proba"):
+        try:
+            with warnings.catch_warnings():
+                # Alone, a cell of another kind is an error. It must be one among others.
+                warnings.filterwarnings("error", message="Column .* is read as")
+                return self._predict(table)
+        except UserWarning as warning:
+            message = str(warning).removesuffix(" They count as missing.")
+            raise ValueError(message) from warning
+
+    def _predict(self, table):
+        classes = getattr(self.model, "classes_", None)
+        is_one_target = classes is not None and np.ndim(classes[0]) == 0
+        if not (is_one_target and hasattr(self.model, "predict_proba")):
             return self.model.predict(table).tolist()
-        classes = [str(label) for label in self.model.classes_]
+        names = [str(label) for label in classes]
         rows_of_probabilities = self.model.predict_proba(table).tolist()
-        return [dict(zip(classes, row, strict=True)) for row in rows_of_probabilities]
+        return [dict(zip(names, row, strict=True)) for row in rows_of_probabilities]
 
 
 class Batcher:
@@ -77,19 +107,36 @@ class Batcher:
         self.max_wait = max_wait
         self._queue = asyncio.Queue()
         self._is_busy = False
+        self._is_stopped = False
+        self._unanswered = set()
 
     async def __call__(self, rows):
-        """Return the predictions of the rows of one request."""
+        """Return the predictions of the rows of one request.
+
+        Raises
+        ------
+        RuntimeError
+            If the task of `run` has ended, or ends before the request is answered.
+        """
+        if self._is_stopped:
+            raise RuntimeError(_STOPPED)
         future = asyncio.get_running_loop().create_future()
+        self._unanswered.add(future)
+        future.add_done_callback(self._unanswered.discard)
         self._queue.put_nowait((rows, future))
         return await future
 
     async def run(self):
         """Answer requests until the task is cancelled."""
-        while True:
-            requests = await self._next_requests()
-            self._is_busy = len(requests) > 1
-            await self._answer(requests)
+        try:
+            while True:
+                requests = await self._next_requests()
+                self._is_busy = len(requests) > 1
+                await self._answer(requests)
+        finally:
+            self._is_stopped = True
+            for future in list(self._unanswered):
+                _finish(future, error=RuntimeError(_STOPPED))
 
     async def _next_requests(self):
         requests = [await self._queue.get()]
@@ -111,6 +158,11 @@ class Batcher:
         rows = [row for rows, _ in requests for row in rows]
         try:
             predictions = await asyncio.to_thread(self.predict, rows)
+            if len(predictions) != len(rows):
+                raise RuntimeError(
+                    f"predict returned {len(predictions)} predictions of {len(rows)} "
+                    "rows."
+                )
         except Exception as error:
             if len(requests) == 1:
                 _finish(requests[0][1], error=error)
@@ -124,6 +176,9 @@ class Batcher:
             start += len(rows)
 
 
+_STOPPED = "The service has stopped."
+
+
 def _finish(future, result=None, error=None):
     """Set the result of a request, unless its client has gone."""
     if future.done():
@@ -132,6 +187,28 @@ def _finish(future, result=None, error=None):
         future.set_result(result)
     else:
         future.set_exception(error)
+
+
+def _frozen_encoders(part, visited):
+    """Yield the encoders of a fitted model, parameters and fitted copies."""
+    if id(part) in visited:
+        return
+    visited.add(id(part))
+    if isinstance(part, FrozenEncoder):
+        yield part
+    elif isinstance(part, dict):
+        for value in part.values():
+            yield from _frozen_encoders(value, visited)
+    elif isinstance(part, list | tuple):
+        for value in part:
+            yield from _frozen_encoders(value, visited)
+    elif isinstance(part, BaseEstimator):
+        yield from _frozen_encoders(vars(part), visited)
+
+
+def _encodes_images(encoder):
+    space = getattr(encoder, "space_", {"modality": encoder.modality})
+    return space["modality"] == "image"
 
 
 def _decode(cell):
