@@ -19,6 +19,7 @@ from sklearn.tree import DecisionTreeClassifier
 import sklembed
 from sklembed import FrozenEncoder, PerModalityUnion, multimodal_pipeline
 
+JSON = {"Content-Type": "application/json"}
 EXAMPLES = Path(__file__).parents[1] / "examples" / "serving"
 if not EXAMPLES.exists():
     pytest.skip("the examples are not installed", allow_module_level=True)
@@ -194,9 +195,9 @@ def test_a_row_is_predicted_the_same_alone_and_among_others(service):
 
 def test_a_cell_of_another_kind_is_refused_alone_and_among_others(service):
     service, rows, _ = service
-    row = rows[0] | {"number": "unknown"}
+    row = rows[0] | {"number": "abc"}
     for table in ([row], [row, *rows[1:]]):
-        with pytest.raises(ValueError, match=r"'number' .*'unknown'\. ?") as caught:
+        with pytest.raises(ValueError, match=r"'number' .*'abc'") as caught:
             service.predict(table)
         assert "count as missing" not in str(caught.value)
 
@@ -217,7 +218,7 @@ def test_encoders_that_are_named_by_a_path_are_warmed_up(
         text_encoder=checkpoints["bert"],
         lexical=False,
     )
-    sklembed.save(model.fit(X, [0, 1] * 10), tmp_path / "model")
+    sklembed.save(model.fit(X, [0, 0, 1, 1] * 5), tmp_path / "model")
     service = Service(tmp_path / "model")
     (encoder,) = [part for part in service.encoders if hasattr(part, "space_")]
     assert encoder.store is None
@@ -232,7 +233,7 @@ def test_images_of_other_pipelines_are_refused(checkpoints, tmp_path):
     encoder = FrozenEncoder(checkpoints["vit"], store=None)
     images = pd.Series([Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(4)])
     union = PerModalityUnion([("photo", encoder, "photo")])
-    model = make_pipeline(union, Ridge()).fit(pd.DataFrame({"photo": images}), range(4))
+    model = make_pipeline(union, Ridge()).fit(pd.DataFrame({"photo": images}), [0, 1, 2, 3])
     sklembed.save(model, tmp_path)
     with pytest.raises(ValueError, match="served only as columns of a Multimodal"):
         Service(tmp_path)
@@ -298,7 +299,7 @@ def test_the_app_answers(service, tmp_path, monkeypatch):
             '{"rows": "\\ud800"}',
             '{"rows": [{"\\ud800": []}]}',
         ):
-            refused = client.post("/predict", content=body)
+            refused = client.post("/predict", content=body, headers=JSON)
             assert refused.status_code == 422
             assert "body/rows" in refused.json()["detail"]
         number = {"rows": [{"number": 10**400}]}
