@@ -223,7 +223,7 @@ def test_encoders_that_are_named_by_a_path_are_warmed_up(
     (encoder,) = [part for part in service.encoders if hasattr(part, "space_")]
     assert encoder.store is None
     warmed = []
-    monkeypatch.setattr(FrozenEncoder, "warm_up", warmed.append)
+    monkeypatch.setattr(FrozenEncoder, "warm_up", lambda self: warmed.append(self))
     service.warm_up()
     assert warmed == [encoder]
 
@@ -233,7 +233,9 @@ def test_images_of_other_pipelines_are_refused(checkpoints, tmp_path):
     encoder = FrozenEncoder(checkpoints["vit"], store=None)
     images = pd.Series([Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(4)])
     union = PerModalityUnion([("photo", encoder, "photo")])
-    model = make_pipeline(union, Ridge()).fit(pd.DataFrame({"photo": images}), [0, 1, 2, 3])
+    model = make_pipeline(union, Ridge()).fit(
+        pd.DataFrame({"photo": images}), [0, 1, 2, 3]
+    )
     sklembed.save(model, tmp_path)
     with pytest.raises(ValueError, match="served only as columns of a Multimodal"):
         Service(tmp_path)
