@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from sklearn.compose import TransformedTargetRegressor
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -276,6 +277,16 @@ def test_a_regressor_returns_numbers(tmp_path):
     sklembed.save(model, tmp_path)
     predictions = Service(tmp_path).predict([{"a": 3.0}])
     np.testing.assert_allclose(predictions, [4.0])
+
+
+def test_predictions_that_are_not_finite_are_null(tmp_path):
+    model = TransformedTargetRegressor(
+        Ridge(alpha=1e-9), func=np.exp, inverse_func=np.log, check_inverse=False
+    )
+    sklembed.save(model.fit(pd.DataFrame({"a": [1.0, 2.0]}), [0.0, 1.0]), tmp_path)
+    with np.errstate(invalid="ignore"):
+        (prediction,) = Service(tmp_path).predict([{"a": -5.0}])  # log(-9.3)
+    assert prediction is None
 
 
 def test_the_app_answers(service, tmp_path, monkeypatch):

@@ -88,9 +88,9 @@ class Service:
         classes = getattr(self.model, "classes_", None)
         is_one_target = classes is not None and np.ndim(classes[0]) == 0
         if not (is_one_target and hasattr(self.model, "predict_proba")):
-            return self.model.predict(table).tolist()
+            return _as_json(self.model.predict(table))
         names = [str(label) for label in classes]
-        rows_of_probabilities = self.model.predict_proba(table).tolist()
+        rows_of_probabilities = _as_json(self.model.predict_proba(table))
         return [dict(zip(names, row, strict=True)) for row in rows_of_probabilities]
 
 
@@ -187,6 +187,14 @@ def _finish(future, result=None, error=None):
         future.set_result(result)
     else:
         future.set_exception(error)
+
+
+def _as_json(values):
+    """Return a list, with None for numbers that are not finite."""
+    values = np.asarray(values)
+    if values.dtype.kind == "f":
+        values = np.where(np.isfinite(values), values.astype(object), None)
+    return values.tolist()
 
 
 def _frozen_encoders(part, visited):
