@@ -513,9 +513,10 @@ class _Reader:
 
     def _generator(self, state):
         state = self.decode(state)
-        cls = getattr(np.random, state["bit_generator"])
-        if not issubclass(cls, np.random.BitGenerator):
-            raise ValueError(f"numpy.random.{cls.__name__} is not a bit generator")
+        name = state["bit_generator"]
+        cls = getattr(np.random, name)
+        if not (isinstance(cls, type) and issubclass(cls, np.random.BitGenerator)):
+            raise ValueError(f"numpy.random.{name} is not a bit generator")
         bit_generator = cls()
         bit_generator.state = state
         return np.random.Generator(bit_generator)
