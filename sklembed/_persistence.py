@@ -28,20 +28,15 @@ _CONFIG, _WEIGHTS, _LOCK = "config.json", "weights-{}.safetensors", ".lock"
 _MAX_DEPTH = 100  # of values in values, so that `load` stays below Python's limit
 # Objects are built of classes in these packages only, except classes that evaluate
 # expressions, load pickles or open connections.
-_ROOTS = (
-    "sklembed.",
-    "sklearn.",
-    "skrub.",
-    "scipy.sparse.",
-    "scipy.interpolate._bsplines.",
-)
+_ROOTS = ("sklembed.", "sklearn.", "skrub.", "scipy.sparse.")
 _EXCLUDED = (
     "skrub._data_ops.",
     "sklearn.callback._scoring_monitor.",
     "sklearn.callback._transport.",
 )
-# Compiled classes of these modules are built by a call, or empty. Others are refused,
-# because they may read memory that no call has set.
+# Compiled classes are built by a call in the first modules, and by their state in the
+# others. Those of other modules are refused, because an object without the state that
+# its methods expect can end the process.
 _CALLED = (
     "sklearn._loss._loss",
     "sklearn.linear_model._sgd_fast",

@@ -630,7 +630,11 @@ UFUNC = '{"ufunc": "sinh"}'
             '"class": ["sklearn.neighbors._quad_tree", "_QuadTree"]',
             "_QuadTree is not a class",
         ),
-        (UFUNC, '{"Generator": {"dict": [["bit_generator", "seed"]]}}', "seed is not a bit"),
+        (
+            UFUNC,
+            '{"Generator": {"dict": [["bit_generator", "seed"]]}}',
+            "seed is not a bit",
+        ),
         (SCALER, '"class": ["sklearned", "A"]', "sklearned.A is not a class"),
         (
             SCALER,  # loads a pickle with its state
