@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         KernelFusionClassifier,
         KernelFusionRegressor,
     )
+    from sklembed.onnx import to_onnx
     from sklembed.pipeline import multimodal_pipeline
     from sklembed.projection import ContrastiveProjector
     from sklembed.segmentation import PatchSegmenter
@@ -59,6 +60,7 @@ __all__ = [
     "prefetch",
     "save",
     "scale",
+    "to_onnx",
 ]
 
 # The module of each public name. Names are imported on first use, so that `import sklembed` takes
@@ -87,6 +89,7 @@ _MODULES = {
     "multimodal_pipeline": "pipeline",
     "prefetch": "encoders",
     "save": "_persistence",
+    "to_onnx": "onnx",
 }
 
 
