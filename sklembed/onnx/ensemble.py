@@ -22,7 +22,8 @@ def add_ensemble(graph: Graph, model, X: str) -> str:
             logits = graph.node("Add", logits, model.intercepts_[name])
             outputs = to_probabilities(graph, logits, model.target_type_)
         predictions.append(outputs)
-    average = graph.node("Mean", *predictions)
+    total = graph.node("Sum", *predictions)
+    average = graph.node("Div", total, np.float64(len(predictions)))
     return average if model.slopes_ else unscale(graph, average, model)
 
 
