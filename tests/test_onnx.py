@@ -17,6 +17,7 @@ from sklearn.ensemble import (
     RandomForestClassifier,
 )
 from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.model_selection import GridSearchCV
@@ -283,6 +284,19 @@ def test_a_modality_that_lacks_a_class_keeps_its_prior(tmp_path):
     check(model.fit(X, NAMES[y]), make_vectors(1)[0], tmp_path / "it.onnx")
 
 
+@pytest.mark.parametrize("kind", ["texts", "booleans"])
+@pytest.mark.parametrize("method", ["temperature", "sigmoid"])
+@pytest.mark.parametrize("inner", ["logits", "probabilities"])
+def test_calibrated_heads(tmp_path, inner, method, kind):
+    X, y = make_vectors(0)
+    head = EmbeddingClassifier(blocks=VECTORS, members=["linear"], cv=2, random_state=0)
+    if inner == "logits":
+        head = FusionClassifier(blocks=VECTORS, max_epochs=2, random_state=0)
+    y = target(kind, X, y)
+    model = CalibratedClassifierCV(FrozenEstimator(head.fit(X, y)), method=method)
+    check(model.fit(X, y), make_vectors(1)[0], tmp_path / "it.onnx")
+
+
 @pytest.mark.parametrize(
     "aligner",
     [
@@ -484,6 +498,7 @@ def refused():
     tokens = make_pipeline(FrozenEncoder(letters(), store=None))
     days = np.array(["2020-01-01", "2020-01-02", "2020-01-03"], dtype="datetime64[D]")
     fusion = DecisionFusionClassifier(GaussianNB(), blocks=BLOCKS, cv=2)
+    isotonic = CalibratedClassifierCV(LogisticRegression(), method="isotonic", cv=2)
     categories = HistGradientBoostingClassifier(categorical_features=[0], max_iter=2)
     return {
         "FunctionTransformer cannot be": FunctionTransformer(np.log1p).fit(filled),
@@ -492,6 +507,7 @@ def refused():
         ).fit(filled, y),
         "GaussianNB .* underflow .* LogisticRegression": fusion.fit(filled, y),
         "categorical columns": categories.fit(np.abs(filled).astype(int) % 9, y),
+        "isotonic.* Use method='temp": isotonic.fit(filled, y),
         "missing_values=-1": SimpleImputer(missing_values=-1).fit(filled),
         "Nothing follows the Frozen": tokens.fit(table["body"].fillna("")),
         "classes have the type": KernelFusionClassifier(
@@ -518,12 +534,23 @@ def test_tokens_are_refused(tmp_path):
         to_onnx(make_pipeline(union, LogisticRegression()), tmp_path / "it.onnx")
 
 
-def test_a_graph_that_predicts_otherwise_is_not_written(tmp_path):
-    X, y = make_rows(0, 400)
-    model = CalibratedClassifierCV(LogisticRegression(), method="isotonic", cv=2)
-    model.fit(np.nan_to_num(X), y)
-    with pytest.raises(ValueError, match="LogisticRegression|CalibratedClassifierCV"):
-        to_onnx(model, tmp_path / "it.onnx")
+def test_a_graph_that_predicts_otherwise_is_not_written(tmp_path, monkeypatch):
+    X, y = make_rows(0)
+    models = {
+        "probabilities differs by up to": LogisticRegression(),
+        "label differs in": RidgeClassifier(),
+        "variable differs by": Ridge(),
+    }
+    inline = Graph.inline
+
+    def inline_another(graph, model, x):
+        return inline(graph, model, graph.node("Mul", x, np.float32(2)))
+
+    monkeypatch.setattr(Graph, "inline", inline_another)
+    for message, model in models.items():
+        model.fit(np.nan_to_num(X), y)
+        with pytest.raises(ValueError, match=f"{type(model).__name__} .* {message}"):
+            to_onnx(model, tmp_path / "it.onnx")
     assert not list(tmp_path.iterdir())
 
 

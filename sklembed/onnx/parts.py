@@ -2,15 +2,16 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.base import is_classifier
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import (
     HistGradientBoostingClassifier,
     HistGradientBoostingRegressor,
 )
+from sklearn.frozen import FrozenEstimator
 from sklearn.impute import SimpleImputer
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.naive_bayes import BernoulliNB, ComplementNB, GaussianNB, MultinomialNB
@@ -78,6 +79,8 @@ def add_classifier(graph: Graph, classifier, X: str) -> Predictions:
 
 def flatten(estimator) -> list:
     """List the steps of a pipeline; a search is replaced by its best estimator."""
+    if isinstance(estimator, FrozenEstimator):
+        return flatten(estimator.estimator)
     estimator = getattr(estimator, "best_estimator_", estimator)
     if not isinstance(estimator, Pipeline):
         return [estimator]
@@ -127,12 +130,15 @@ def _add_ensemble_classifier(graph, model, X):
     return Predictions(add_ensemble(graph, model, X), None)
 
 
-def _add_logits(convert, graph, model, X):
-    logits = convert(graph, model, X)
+def _add_logits(graph, model, X):
+    """Add a classifier that has logits."""
+    logits = _LOGITS[type(model)](graph, model, X)
     return Predictions(to_probabilities(graph, logits, model.target_type_), None)
 
 
 def _add_decision_fusion(graph, model, X):
+    """Add a DecisionFusionClassifier, up to its logits."""
+
     def add_probabilities(estimator, block):
         *steps, classifier = flatten(estimator)
         if isinstance(classifier, _NAIVE_BAYES):
@@ -143,10 +149,64 @@ def _add_decision_fusion(graph, model, X):
         block = add_steps(graph, steps, block)
         return add_classifier(graph, classifier, block).probabilities
 
-    logits = add_decision_fusion(graph, model, X, add_probabilities)
-    if model.target_type_ == "multilabel":
-        return Predictions(graph.node("Sigmoid", logits), None)
-    return Predictions(graph.node("Exp", logits), None)
+    return add_decision_fusion(graph, model, X, add_probabilities)
+
+
+def _add_calibrated(graph, model, X):
+    """Add the mean of calibrated classifiers."""
+    if model.method == "isotonic":
+        raise TypeError(
+            "method='isotonic' has no exact graph. Use method='temperature' or 'sigmoid'."
+        )
+    inner = flatten(model.calibrated_classifiers_[0].estimator)[-1]
+    if type(inner) not in _CLASSIFIERS:
+        return _add_sklearn_classifier(graph, model, X)
+    probabilities = []
+    for calibrated in model.calibrated_classifiers_:
+        probabilities.append(_add_one_calibrated(graph, calibrated, X))
+    total = graph.node("Sum", *probabilities)
+    return Predictions(graph.node("Div", total, np.float64(len(probabilities))), None)
+
+
+def _add_one_calibrated(graph, calibrated, X):
+    """Add a classifier and its calibrator; return probabilities of classes."""
+    *steps, classifier = flatten(calibrated.estimator)
+    if not np.array_equal(classifier.classes_, calibrated.classes):
+        raise TypeError("a fold lacks a class. Use fewer folds.")
+    X = add_steps(graph, steps, X)
+    has_logits = type(classifier) in _LOGITS
+    if has_logits:
+        scores = _LOGITS[type(classifier)](graph, classifier, X)
+    elif hasattr(classifier, "decision_function"):
+        raise TypeError(f"{type(classifier).__name__} has no graph of its decisions.")
+    else:
+        scores = add_classifier(graph, classifier, X).probabilities
+    is_binary = len(calibrated.classes) == 2
+    if is_binary:  # the decision for the second class, or its probability
+        absent, scores = (graph.columns(scores, slice(i, i + 1)) for i in range(2))
+        if has_logits:
+            scores = graph.node("Sub", scores, absent)
+    if calibrated.method == "sigmoid":
+        return _add_sigmoids(graph, calibrated.calibrators, scores)
+    if is_binary:
+        other = graph.node("Neg", scores)
+        if not has_logits:
+            other = graph.node("Sub", np.float64(1), scores)
+        scores = graph.join([other, scores])
+    if not has_logits:
+        scores = graph.node("Log", graph.node("Add", scores, np.float64(1e-12)))
+    scores = graph.node("Mul", scores, np.float64(calibrated.calibrators[0].beta_))
+    return graph.node("Softmax", scores, axis=1)
+
+
+def _add_sigmoids(graph, calibrators, scores):
+    slopes = np.array([-calibrator.a_ for calibrator in calibrators])
+    intercepts = np.array([-calibrator.b_ for calibrator in calibrators])
+    scores = graph.node("Add", graph.node("Mul", scores, slopes), intercepts)
+    positive = graph.node("Sigmoid", scores)
+    if len(calibrators) == 1:
+        return graph.join([graph.node("Sub", np.float64(1), positive), positive])
+    return graph.node("Div", positive, graph.sum(positive))
 
 
 def _add_multi_output(graph, model, X):
@@ -227,11 +287,15 @@ _REGRESSORS: dict[type, Callable[..., Any]] = {
     HistGradientBoostingRegressor: add_tree_predictions,
     KernelFusionRegressor: add_kernel_fusion,
 }
-_CLASSIFIERS: dict[type, Callable[..., Any]] = {
+_LOGITS: dict[type, Callable[..., Any]] = {
     DecisionFusionClassifier: _add_decision_fusion,
+    FusionClassifier: add_fusion_network,
+    KernelFusionClassifier: add_kernel_fusion,
+}
+_CLASSIFIERS: dict[type, Callable[..., Any]] = {
+    **dict.fromkeys(_LOGITS, _add_logits),
+    CalibratedClassifierCV: _add_calibrated,
     EmbeddingClassifier: _add_ensemble_classifier,
-    FusionClassifier: partial(_add_logits, add_fusion_network),
     HistGradientBoostingClassifier: _add_gradient_boosting,
-    KernelFusionClassifier: partial(_add_logits, add_kernel_fusion),
     MultiOutputClassifier: _add_multi_output,
 }
