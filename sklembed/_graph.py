@@ -69,9 +69,7 @@ class Graph:
         """Select columns by a slice or by positions."""
         if not isinstance(columns, slice):
             return self.node("Gather", x, np.asarray(columns, dtype=np.int64), axis=1)
-        ends = [
-            np.array([end], dtype=np.int64) for end in (columns.start, columns.stop)
-        ]
+        ends = np.array([[columns.start], [columns.stop]], dtype=np.int64)
         return self.node("Slice", x, *ends, np.array([1]))
 
     def join(self, parts) -> str:
@@ -108,7 +106,7 @@ class Graph:
         helper = self._onnx.helper
         inner = Graph(body_of=self)
         number = next(self._numbers)
-        step, go, state = (f"{name}_{number}" for name in ("step", "go", "state"))
+        step, go, state = f"step_{number}", f"go_{number}", f"state_{number}"
         result = inner.node("Identity", body(inner, step, state))
         go_out = inner.node("Identity", go)
         boolean, double = self._type(bool), self._type(np.float64)
@@ -157,7 +155,9 @@ class Graph:
         graph = helper.make_graph(self._nodes, "sklembed", [X], tables, self._constants)
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid(*pair) for pair in self.opsets.items()],
+            opset_imports=list(
+                map(helper.make_opsetid, self.opsets, self.opsets.values())
+            ),
             ir_version=_IR_VERSION,
             producer_name="sklembed",
         )

@@ -70,6 +70,8 @@ def _append(graph, main, lexical):
     lexical_values = graph.node("Mul", lexical.values, np.float64(weight))
     values = graph.join([main.values, lexical_values])
     values = graph.node("Div", values, np.float64(np.hypot(1, weight)))
+    if main.observed is None or lexical.observed is None:
+        return GraphBlock(values, None)
     return GraphBlock(values, graph.node("Or", main.observed, lexical.observed))
 
 

@@ -126,8 +126,7 @@ def _add_trees(view, member):
 def _add_svm(view, member):
     graph, features = view.graph, view.features
     vectors = [name for name in features.blocks if name not in features.table_blocks]
-    of_class = _decision_weights(member)
-    support = np.concatenate([rows for rows, _ in of_class.values()])
+    support, weights = _decision_weights(member)
     distances = []
     for names, rows in zip([vectors, features.table_blocks], member.rows, strict=True):
         part = view.scale(names)
@@ -135,7 +134,7 @@ def _add_svm(view, member):
     of_table = graph.node("Mul", distances[1], np.float64(member.table_weight))
     distance = graph.node("Add", distances[0], of_table)
     kernel = graph.node("Exp", graph.node("Mul", distance, np.float64(-member.gamma)))
-    decisions = _add_decisions(graph, member, kernel, of_class)
+    decisions = _add_decisions(graph, member, kernel, weights)
     logits = graph.node("Mul", decisions, _symmetric(member.slopes, member, 1))
     logits = graph.node("Add", logits, _symmetric(member.intercepts, member, -1))
     in_pairs = graph.node("Sigmoid", logits)
@@ -152,14 +151,14 @@ def _present(member):
 
 
 def _decision_weights(member):
-    """Return the support vectors and weights of each class that has some.
+    """Return the support vectors, ordered by class, and weights of each class with some.
 
-    Weights have shape (n_support, n_classes): of the decision between the class of the
-    support vector and each other class.
+    The weights of a class have shape (n_support, n_classes): of the decisions between
+    the class and each other class.
     """
     machines, present = member.machines, _present(member)
     if isinstance(machines, int):  # no pair of classes has a machine
-        return {machines: (np.zeros(1, np.intp), np.zeros((1, member.n_classes)))}
+        return np.zeros(1, np.intp), {machines: np.zeros((1, member.n_classes))}
     # scikit-learn turns the sign where there are two classes.
     dual = machines.dual_coef_ * (-1 if len(present) == 2 else 1)
     ends = np.cumsum(machines.n_support_)
@@ -168,27 +167,27 @@ def _decision_weights(member):
         rows = slice(ends[position] - machines.n_support_[position], ends[position])
         of_class = np.zeros((machines.n_support_[position], member.n_classes))
         of_class[:, np.delete(present, position)] = dual[:, rows].T
-        weights[int(code)] = machines.support_[rows], of_class
-    return weights
+        weights[int(code)] = of_class
+    return machines.support_, weights
 
 
-def _add_decisions(graph, member, kernel, of_class):
+def _add_decisions(graph, member, kernel, weights_of_classes):
     """Return decisions of shape (n_samples, n_classes, n_classes).
 
     They are positive for the class of the second axis, and antisymmetric.
     """
     n_classes = member.n_classes
-    sizes = np.array([len(rows) for rows, _ in of_class.values()])
+    sizes = np.array(list(map(len, weights_of_classes.values())))
     parts = [kernel]
     if len(sizes) > 1:
         parts = graph.node("Split", kernel, sizes, n_outputs=len(sizes), axis=1)
-    by_class = dict(zip(of_class, parts, strict=True))
+    by_class = dict(zip(weights_of_classes, parts, strict=True))
     sums = []
     for code in range(n_classes):
         weights = np.zeros((sizes[0], n_classes))
         part = parts[0]
-        if code in of_class:
-            part, weights = by_class[code], of_class[code][1]
+        if code in by_class:
+            part, weights = by_class[code], weights_of_classes[code]
         sums.append(graph.node("MatMul", part, weights))
     shape = np.array([-1, n_classes, n_classes])
     contributions = graph.node("Reshape", graph.join(sums), shape)
@@ -251,7 +250,9 @@ def _couple(graph, in_pairs, n_classes):
         return body.node("Sub", state, body.node("Mul", column, row))
 
     identity = graph.constant(eye)
-    first, second, third = (graph.constant(np.array([axis])) for axis in range(3))
+    first = graph.constant(np.array([0]))
+    second = graph.constant(np.array([1]))
+    third = graph.constant(np.array([2]))
     shape = ["n_samples", n_classes, n_classes + 1]
     solved = graph.loop(n_classes, eliminate, system, shape)
     solution = graph.node("Gather", solved, np.int64(n_classes), axis=2)

@@ -104,7 +104,7 @@ def to_onnx(estimator, path):
     X = source.add(graph)
     outputs = _add_model(graph, steps, X)
     metadata = {
-        "columns": json.dumps([str(name) for name in source.names]),
+        "columns": json.dumps(list(map(str, source.names))),
         "sklembed_version": sklembed.__version__,
     }
     classes = getattr(steps[-1], "classes_", None) if steps else None
@@ -155,21 +155,28 @@ class _Source:
 
     def __init__(self, branches: Sequence[_Branch]):
         self.branches = branches
-        self.names = [name for branch in branches for name in branch.names]
-
-    def slices(self):
-        ends = np.cumsum([len(branch.names) for branch in self.branches]).tolist()
-        return [slice(*pair) for pair in zip([0, *ends[:-1]], ends, strict=True)]
+        self.names: list = []
+        self.slices: list[slice] = []
+        self.has_steps = False
+        for branch in branches:
+            start = len(self.names)
+            self.names += branch.names
+            self.slices.append(slice(start, len(self.names)))
+            self.has_steps = self.has_steps or bool(branch.steps)
 
     def apply(self, X):
-        parts = zip(self.branches, self.slices(), strict=True)
-        return np.hstack([branch.apply(X[:, columns]) for branch, columns in parts])
+        """Return the joined blocks, in numpy."""
+        parts = []
+        for branch, columns in zip(self.branches, self.slices, strict=True):
+            parts.append(branch.apply(X[:, columns]))
+        return np.hstack(parts)
 
     def add(self, graph):
-        if not any(branch.steps for branch in self.branches):
+        """Add what follows the encoders to a graph; return the joined blocks."""
+        if not self.has_steps:
             return "X"
         parts = []
-        for branch, columns in zip(self.branches, self.slices(), strict=True):
+        for branch, columns in zip(self.branches, self.slices, strict=True):
             parts.append(branch.add(graph, graph.columns("X", columns)))
         return graph.join(parts)
 
@@ -190,7 +197,7 @@ def _split(estimator):
         source = _read_union(getattr(first, "union_", first))
     else:
         return _Source([_Branch("", _names_in(first), [], False, 1.0)]), steps
-    if len(steps) == 1 and not any(branch.steps for branch in source.branches):
+    if len(steps) == 1 and not source.has_steps:
         raise Unsupported(
             f"Nothing follows the {type(first).__name__}, so there is nothing to write. "
             "Pass the pipeline with the classifier; FrozenEncoder(runtime='onnx') runs "
@@ -357,7 +364,7 @@ def _check_output(name, received, values, expected, steps):
             difference = f"differs by up to {error.max():.2g} on random rows"
     if difference is not None:
         raise ValueError(
-            f"The ONNX graph of {_names_of(steps)} is not equivalent: its {name} "
+            f"The ONNX graph of {_names_of(steps)} is not equivalent: its output {name!r} "
             f"{difference}. Replace the part, or use sklembed.save."
         )
 
@@ -379,8 +386,8 @@ def _random_rows(source, steps):
     rows = rng.normal(size=(2, _N_CHECKED, len(source.names)))
     rows[1] /= np.linalg.norm(rows[1], axis=1, keepdims=True)
     X = np.concatenate(rows).astype(np.float32)
-    blocks = source.slices()
-    if not any(branch.steps for branch in source.branches):
+    blocks = source.slices.copy()
+    if not source.has_steps:
         blocks += getattr(steps[0], "blocks_", {}).values()
     incomplete = X[rng.integers(len(X), size=len(blocks))]
     for row, columns in zip(incomplete, blocks, strict=True):
@@ -410,10 +417,11 @@ def _predict(steps, X):
 
 
 def _predict_classes(classifier, X):
-    predictions = {"label": np.asarray(classifier.predict(X))}
+    predictions = {}
     if hasattr(classifier, "predict_proba"):
         probabilities = classifier.predict_proba(X)
         if isinstance(probabilities, list):
-            probabilities = np.column_stack([p[:, 1] for p in probabilities])
+            probabilities = np.array(probabilities)[..., 1].T
         predictions["probabilities"] = probabilities
+    predictions["label"] = np.asarray(classifier.predict(X))
     return predictions

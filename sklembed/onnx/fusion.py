@@ -192,10 +192,14 @@ def _add_modality(graph, model, name, block, log_prior, add_probabilities):
         return _spread(
             graph, block, graph.node("Add", logs, shares), present, log_prior
         )
-    if len(estimators) > 1 or len(present) == 1:
-        columns = [graph.columns(part, slice(1, 2)) for part in columns]
-    positive = graph.join(columns)
-    negative = graph.node("Sub", np.float64(1), positive)
+    if len(estimators) == len(present):  # a classifier for each label
+        negative, positive = (
+            graph.join([graph.columns(part, slice(i, i + 1)) for part in columns])
+            for i in range(2)
+        )
+    else:
+        positive = columns[0]
+        negative = graph.node("Sub", np.float64(1), positive)
     logs = graph.node("Log", graph.join([negative, positive]))
     positions = np.concatenate([present, present + n_classes])
     return _spread(graph, block, logs, positions, log_prior)
@@ -259,7 +263,7 @@ def _add(graph, left, right):
 
 def _smooth(graph, logs, floors):
     """Add `pooling.smooth`."""
-    added, zero = (floor.T.reshape(1, -1) for floor in floors)
+    added, zero = floors[0].T.reshape(1, -1), floors[1].T.reshape(1, -1)
     logs = _log_add(graph, logs, added)
     is_zero = graph.node("Equal", logs, np.float64(-np.inf))
     return graph.node("Where", is_zero, zero, logs)
@@ -270,5 +274,6 @@ def _log_add(graph, left, right):
     largest = graph.node("Max", left, right)
     is_zero = graph.node("Equal", largest, np.float64(-np.inf))
     shift = graph.node("Where", is_zero, np.float64(0), largest)
-    parts = [graph.node("Exp", graph.node("Sub", x, shift)) for x in (left, right)]
-    return graph.node("Add", graph.node("Log", graph.node("Add", *parts)), shift)
+    left = graph.node("Exp", graph.node("Sub", left, shift))
+    right = graph.node("Exp", graph.node("Sub", right, shift))
+    return graph.node("Add", graph.node("Log", graph.node("Add", left, right)), shift)

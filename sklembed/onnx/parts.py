@@ -13,6 +13,7 @@ from sklearn.ensemble import (
 )
 from sklearn.frozen import FrozenEstimator
 from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.naive_bayes import BernoulliNB, ComplementNB, GaussianNB, MultinomialNB
 from sklearn.pipeline import Pipeline
@@ -159,7 +160,7 @@ def _add_calibrated(graph, model, X):
             "method='isotonic' has no exact graph. Use method='temperature' or 'sigmoid'."
         )
     inner = flatten(model.calibrated_classifiers_[0].estimator)[-1]
-    if type(inner) not in _CLASSIFIERS:
+    if type(inner) not in (*_LOGITS, EmbeddingClassifier):
         return _add_sklearn_classifier(graph, model, X)
     probabilities = []
     for calibrated in model.calibrated_classifiers_:
@@ -177,13 +178,12 @@ def _add_one_calibrated(graph, calibrated, X):
     has_logits = type(classifier) in _LOGITS
     if has_logits:
         scores = _LOGITS[type(classifier)](graph, classifier, X)
-    elif hasattr(classifier, "decision_function"):
-        raise TypeError(f"{type(classifier).__name__} has no graph of its decisions.")
     else:
         scores = add_classifier(graph, classifier, X).probabilities
     is_binary = len(calibrated.classes) == 2
     if is_binary:  # the decision for the second class, or its probability
-        absent, scores = (graph.columns(scores, slice(i, i + 1)) for i in range(2))
+        absent = graph.columns(scores, slice(0, 1))
+        scores = graph.columns(scores, slice(1, 2))
         if has_logits:
             scores = graph.node("Sub", scores, absent)
     if calibrated.method == "sigmoid":
@@ -200,8 +200,8 @@ def _add_one_calibrated(graph, calibrated, X):
 
 
 def _add_sigmoids(graph, calibrators, scores):
-    slopes = np.array([-calibrator.a_ for calibrator in calibrators])
-    intercepts = np.array([-calibrator.b_ for calibrator in calibrators])
+    fitted = np.array([[calibrator.a_, calibrator.b_] for calibrator in calibrators])
+    slopes, intercepts = -fitted.T
     scores = graph.node("Add", graph.node("Mul", scores, slopes), intercepts)
     positive = graph.node("Sigmoid", scores)
     if len(calibrators) == 1:
@@ -224,6 +224,21 @@ def _add_multi_output(graph, model, X):
         positive = graph.columns(predicted.probabilities, slice(1, 2))
         probabilities.append(graph.cast(positive, np.float64))
     return Predictions(graph.join(probabilities), None)
+
+
+def _add_logistic(graph, model, X):
+    """Add a logistic regression in double precision, also for small probabilities."""
+    if model.solver == "liblinear" and len(model.classes_) > 2:
+        return _add_sklearn_classifier(graph, model, X)
+    scores = graph.node("MatMul", graph.cast(X, np.float64), _doubles(model.coef_.T))
+    scores = graph.node("Add", scores, _doubles(model.intercept_))
+    if len(model.classes_) == 2:
+        scores = graph.join([graph.node("Mul", scores, np.float64(0)), scores])
+    return Predictions(graph.node("Softmax", scores, axis=1), None)
+
+
+def _doubles(array):
+    return np.asarray(array, dtype=np.float64)
 
 
 def _add_sklearn_classifier(graph, classifier, X):
@@ -297,5 +312,6 @@ _CLASSIFIERS: dict[type, Callable[..., Any]] = {
     CalibratedClassifierCV: _add_calibrated,
     EmbeddingClassifier: _add_ensemble_classifier,
     HistGradientBoostingClassifier: _add_gradient_boosting,
+    LogisticRegression: _add_logistic,
     MultiOutputClassifier: _add_multi_output,
 }

@@ -51,10 +51,10 @@ def _add_trees(graph, predictors, X):
             nodes.append(_describe_nodes(tree.nodes, number))
             leaves.append(_describe_leaves(tree.nodes, number, target))
             number += 1
-    attributes = {}
-    for described in (nodes, leaves):
-        for name in described[0]:
-            attributes[name] = [value for part in described for value in part[name]]
+    attributes: dict[str, list] = {}
+    for described in nodes + leaves:
+        for name, values in described.items():
+            attributes.setdefault(name, []).extend(values)
     scores = graph.node("TreeEnsembleRegressor", X, n_targets=n_targets, **attributes)
     return graph.cast(scores, np.float64)
 
