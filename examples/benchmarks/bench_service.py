@@ -4,7 +4,9 @@ A pipeline of all-MiniLM-L6-v2 and ``EmbeddingClassifier`` is fitted, saved and 
 uvicorn in a separate process. One client, and then sixteen, send new rows one at a time.
 The latency is compared with a call of the encoder without a store, in this process, and
 the memory of the server is read after a tenth and after all of the predictions. A fresh
-process predicts rows whose vectors are stored, without torch. Requires fastapi and uvicorn.
+process predicts rows whose vectors are stored, without torch. *ONNX alone* is a process with
+``onnx_model.py``, which imports neither sklembed nor scikit-learn, and its own forward pass.
+Requires fastapi and uvicorn.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from sklearn.pipeline import make_pipeline
 
 import sklembed
 from sklembed import EmbeddingClassifier, FrozenEncoder, multimodal_pipeline
@@ -34,6 +37,9 @@ TARGETS = {
     "throughput, 16 clients / 1": (">=", 3.0),
     "growth of memory, %": ("<=", 2.0),
     "memory without torch, MiB": ("<=", 250.0),
+    "ONNX alone, p50 / forward pass": ("<=", 1.2),
+    "ONNX alone, memory, MiB": ("<=", 250.0),
+    "ONNX alone, growth of memory, %": ("<=", 2.0),
 }
 PREDICT_STORED = """
 import sys
@@ -47,13 +53,48 @@ sklembed.load(directory).predict_proba(pd.DataFrame({"name": texts}))
 assert "torch" not in sys.modules
 print(open("/proc/self/status").read())
 """
+# The memory is read after a tenth and after all of the predictions.
+PREDICT_BY_ONNX = """
+import json
+import sys
+import time
+
+folder, serving, n_texts = sys.argv[1:]
+sys.path.insert(0, serving)
+import numpy as np
+from onnx_model import OnnxModel
+
+def memory():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
+
+model = OnnxModel(folder + "/encoder", folder + "/head.onnx")
+forward, whole, memories = [], [], []
+for i in range(int(n_texts)):
+    tick = time.perf_counter()
+    model.encode([f"a red cat {i}"])
+    forward.append(time.perf_counter() - tick)
+    tick = time.perf_counter()
+    model.predict_proba([f"a red cat {i}"])
+    whole.append(time.perf_counter() - tick)
+    memories.append(memory())
+assert not {"torch", "sklearn", "pandas", "sklembed"} & sys.modules.keys()
+before, after = memories[len(memories) // 10], memories[-1]
+print(json.dumps({
+    "ONNX alone, p50, ms": 1e3 * np.median(whole),
+    "ONNX alone, p50 / forward pass": np.median(whole) / np.median(forward),
+    "ONNX alone, memory, MiB": after,
+    "ONNX alone, growth of memory, %": 100 * (after / before - 1),
+}))
+"""
 
 
 def save_model(directory, runtime):
     """Fit and save a pipeline of short texts; return texts that differ from all cells."""
     data = load_emoji().data
     table, y = data[["name"]], np.arange(len(data)) % 2
-    encoder = FrozenEncoder(minilm(), runtime=runtime)
+    # To find the precision of "auto", torch would be imported.
+    encoder = FrozenEncoder(minilm(), runtime=runtime, dtype="float32")
     head = EmbeddingClassifier(members=["linear", "kernel"], random_state=0)
     model = multimodal_pipeline(
         head, kinds={"name": "text"}, text_encoder=encoder, lexical=False
@@ -135,6 +176,22 @@ def memory_mib(status):
     return int(line.split()[1]) / 1024
 
 
+def measure_onnx(folder, n_texts):
+    """Return the latency and the memory of a fresh process with ONNX Runtime alone."""
+    texts = load_emoji().data["name"]
+    y = np.arange(len(texts)) % 2
+    encoder = FrozenEncoder(minilm(), dtype="float32", store=None)
+    head = EmbeddingClassifier(
+        blocks={"text": slice(0, 384)}, members=["linear", "kernel"], random_state=0
+    )
+    encoder.export(f"{folder}/encoder")
+    pipeline = make_pipeline(encoder, head).fit(texts, y)
+    sklembed.to_onnx(pipeline, f"{folder}/head.onnx")
+    command = [sys.executable, "-c", PREDICT_BY_ONNX, folder, SERVING, str(n_texts)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(result.stdout)
+
+
 def status_of(process):
     """Return the status of a process that runs."""
     return Path(f"/proc/{process.pid}/status").read_text()
@@ -180,13 +237,15 @@ def main():
         seconds = encoder_seconds(options.runtime, texts, 200)
         with served(directory, options.port) as process:
             results = measure(options.port, process, texts, options.requests)
+    with tempfile.TemporaryDirectory() as folder:
+        results |= measure_onnx(folder, options.requests)
     results["memory without torch, MiB"] = without_torch
     results["encoder alone, ms"] = 1e3 * seconds
     ratio = results["p50, 1 client, ms"] / results["encoder alone, ms"]
     results["p50 / encoder alone"] = ratio
     for name, value in sorted(results.items()):
         sign, bar = TARGETS.get(name, ("", ""))
-        print(f"{name:28} {value:10.2f}  {sign} {bar}")
+        print(f"{name:34} {value:10.2f}  {sign} {bar}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -200,8 +200,7 @@ def _split(estimator):
     if len(steps) == 1 and not source.has_steps:
         raise Unsupported(
             f"Nothing follows the {type(first).__name__}, so there is nothing to write. "
-            "Pass the pipeline with the classifier; FrozenEncoder(runtime='onnx') runs "
-            "the network of an encoder with ONNX Runtime."
+            "Pass the pipeline with the classifier; FrozenEncoder.export writes an encoder."
         )
     return source, steps[1:]
 
