@@ -1,4 +1,4 @@
-"""Displays of modalities before and after alignment, and of predicted masks."""
+"""Displays of modalities, of their alignment and value, and of predicted masks."""
 
 import copy
 from itertools import combinations
@@ -220,6 +220,147 @@ class ModalityGapDisplay:
             xlabel="shift (lambda)",
             ylabel="score",
         )
+
+
+class ModalityDisplay:
+    """Display of the value of each modality, and of its degradation.
+
+    Create it by `from_report`.
+
+    Parameters
+    ----------
+    shapley : DataFrame
+        The Shapley values of :func:`~sklembed.evaluation.modality_report`: a row for
+        each "modality" and "fold", with the "value".
+
+    degradation : DataFrame or None, default=None
+        The scores of the report under noise and missing modalities: a row for each
+        "modality", "kind", "level" and "fold", with the "score".
+
+    Attributes
+    ----------
+    figure_ : matplotlib Figure
+        The figure, after `plot`.
+
+    axes_ : ndarray of matplotlib Axes
+        The panels: the Shapley values, then each kind of degradation.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn.neighbors import KNeighborsClassifier
+    >>> from sklembed.evaluation import modality_report
+    >>> from sklembed.plots import ModalityDisplay
+    >>> X, y = load_digits(return_X_y=True)
+    >>> report = modality_report(
+    ...     KNeighborsClassifier(),
+    ...     X[:200],
+    ...     y[:200],
+    ...     blocks={"top": slice(0, 32), "bottom": slice(32, 64)},
+    ...     missing=(),
+    ...     random_state=0,
+    ... )
+    >>> display = ModalityDisplay.from_report(report)
+    >>> display.shapley["modality"].unique().tolist()
+    ['top', 'bottom']
+    """
+
+    def __init__(self, *, shapley, degradation=None):
+        self.shapley = shapley
+        self.degradation = degradation
+
+    @classmethod
+    def from_report(cls, report):
+        """Create a display of a report.
+
+        Parameters
+        ----------
+        report : ModalityReport
+            The result of :func:`~sklembed.evaluation.modality_report`.
+
+        Returns
+        -------
+        display : ModalityDisplay
+            Call `plot` to draw it.
+        """
+        return cls(shapley=report.shapley, degradation=report.degradation)
+
+    def plot(self, axes=None):
+        """Draw a bar for each modality, and a curve for each in the other panels.
+
+        Bars, points and their spread are means and standard deviations over folds.
+
+        Parameters
+        ----------
+        axes : sequence of matplotlib Axes, default=None
+            Axes to draw on: one for the Shapley values, and one for each kind of
+            degradation. If None, a new figure is created.
+
+        Returns
+        -------
+        self : ModalityDisplay
+            The display, with `figure_` and `axes_`.
+        """
+        plt = _pyplot()
+        kinds = []
+        if self.degradation is not None:
+            kinds = sorted(self.degradation["kind"].unique(), reverse=True)
+        n_panels = 1 + len(kinds)
+        if axes is None:
+            _, axes = plt.subplots(
+                1,
+                n_panels,
+                figsize=(4.6 * n_panels, 3.6),
+                layout="constrained",
+                squeeze=False,
+            )
+        self.axes_ = np.ravel(axes)
+        if len(self.axes_) != n_panels:
+            raise ValueError(
+                f"There are {n_panels} panels to draw; got {len(self.axes_)} axes."
+            )
+        self.figure_ = self.axes_[0].figure
+        self._draw_values(self.axes_[0])
+        for ax, kind in zip(self.axes_[1:], kinds, strict=True):
+            self._draw_degradation(ax, kind)
+        return self
+
+    def _draw_values(self, ax):
+        """Draw the Shapley value of each modality, the first on top."""
+        values = self.shapley.groupby("modality", sort=False)["value"]
+        means, sds = values.mean(), values.std(ddof=0)
+        colors = [f"C{number}" for number in range(len(means))]
+        ax.barh(
+            list(means.index),
+            means.to_numpy(),
+            xerr=sds.to_numpy(),
+            color=colors,
+            capsize=3,
+        )
+        ax.axvline(0, color="black", lw=0.8)
+        ax.invert_yaxis()
+        ax.set(title="value of each modality", xlabel="Shapley value of the score")
+
+    def _draw_degradation(self, ax, kind):
+        """Draw the score of the fitted model at each level, for each modality."""
+        labels = {
+            "noise": "noise (standard deviations)",
+            "missing": "fraction of rows without it",
+        }
+        rows = self.degradation[self.degradation["kind"] == kind]
+        for number, name in enumerate(self.shapley["modality"].unique()):
+            scores = rows[rows["modality"] == name].groupby("level")["score"]
+            means, sds = scores.mean(), scores.std(ddof=0)
+            options = {"marker": "o", "capsize": 3, "color": f"C{number}"}
+            ax.errorbar(
+                means.index.to_numpy(),
+                means.to_numpy(),
+                yerr=sds.to_numpy(),
+                label=name,
+                **options,
+            )
+        ax.set(title=f"{kind} at test time", xlabel=labels[kind], ylabel="score")
+        ax.legend(fontsize="small")
 
 
 class SegmentationDisplay:

@@ -1,6 +1,15 @@
 """Reports on the cost and the benefit of features made of frozen embeddings."""
 
 from sklembed.evaluation.efficiency import efficiency_report
+from sklembed.evaluation.encoder_ranking import EncoderRanking, rank_encoders
 from sklembed.evaluation.few_labels import few_label_curve
+from sklembed.evaluation.modalities import ModalityReport, modality_report
 
-__all__ = ["efficiency_report", "few_label_curve"]
+__all__ = [
+    "EncoderRanking",
+    "ModalityReport",
+    "efficiency_report",
+    "few_label_curve",
+    "modality_report",
+    "rank_encoders",
+]

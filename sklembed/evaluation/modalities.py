@@ -1,0 +1,707 @@
+"""The value of each modality, and the cost of noise and of missing cells."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from itertools import compress, product
+from numbers import Real
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from sklearn.base import clone
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.exceptions import FitFailedWarning
+from sklearn.metrics import check_scoring
+from sklearn.model_selection import check_cv
+from sklearn.pipeline import Pipeline
+from sklearn.utils import get_tags
+from sklearn.utils.parallel import Parallel, delayed
+from sklearn.utils.validation import check_consistent_length
+from tqdm import tqdm
+
+from sklembed._table.blocks import resolve_blocks
+from sklembed._table.columns import (
+    as_pandas,
+    as_table,
+    column_positions,
+    is_frame,
+    take_columns,
+    take_rows,
+)
+from sklembed._validation import (
+    check_no_missing_label,
+    draw_seed,
+    is_a_classifier,
+)
+from sklembed.encoders import FrozenEncoder, prefetch
+from sklembed.union import PerModalityUnion, _reaction_to_nan
+from sklembed.vectorizer import MultimodalVectorizer
+
+_LARGEST_N_MODALITIES = 8  # 256 fits for each fold
+_SEPARATOR = " + "
+
+
+class ModalityReport(NamedTuple):
+    """The tables of :func:`modality_report`."""
+
+    subsets: pd.DataFrame
+    shapley: pd.DataFrame
+    degradation: pd.DataFrame
+
+
+def modality_report(
+    estimator,
+    X,
+    y,
+    *,
+    blocks=None,
+    cv=5,
+    groups=None,
+    scoring=None,
+    noise=(0.5, 1.0, 2.0),
+    missing=(0.25, 0.5, 1.0),
+    error_score=math.nan,
+    n_jobs=None,
+    random_state=None,
+    verbose=0,
+):
+    """Measure which modalities a model needs, and how it degrades without them.
+
+    Two questions have different answers. *What would I lose without this modality?* The
+    estimator is fitted again on every subset of the modalities, and Shapley values [1]_
+    divide the gain over a constant prediction among them. *What happens if the modality
+    is noisy or missing later?* The estimator that was fitted on all modalities predicts
+    for test rows with noise or missing cells, without another fit.
+
+    Parameters
+    ----------
+    estimator : classifier or regressor
+        Fitted on a table of embeddings; or a pipeline whose first step is a
+        :class:`PerModalityUnion` or a :class:`MultimodalVectorizer`.
+
+    X : DataFrame or array-like of shape (n_samples, n_features)
+        The table: embeddings side by side, or the cells that the pipeline reads.
+
+    y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+        Targets.
+
+    blocks : dict of str to columns, or None, default=None
+        The columns of `X` of each modality, in any form of
+        :class:`~sklearn.compose.ColumnTransformer`. If None, the modalities of a
+        pipeline are its branches; branches that share a column are one modality, and
+        for a :class:`MultimodalVectorizer` there is one for each text and image and one
+        for the other columns. For a table of embeddings they are the parameter `blocks`
+        of the estimator, or else the prefixes of column names such as ``text__0``.
+
+    cv : int, cross-validation splitter or iterable, default=5
+        The folds, as in :func:`~sklearn.model_selection.cross_validate`.
+
+    groups : array-like of shape (n_samples,), default=None
+        Group of each row, for the folds.
+
+    scoring : str, callable or None, default=None
+        Scorer of scikit-learn. None is the method `score` of the estimator.
+
+    noise : sequence of float, default=(0.5, 1.0, 2.0)
+        Standard deviations of Gaussian noise that is added to the vectors of one
+        modality in all test rows. The unit is the standard deviation of each column in
+        the training rows, so that 1 adds as much variance as there is. In a pipeline,
+        noise is added to the output of the first step.
+
+    missing : sequence of float, default=(0.25, 0.5, 1.0)
+        Fractions of the test rows in which one modality is missing, above 0 and up to
+        1. The cells of `X` are missing, so that imputers of the pipeline take effect.
+
+    error_score : "raise" or float, default=nan
+        Score if the estimator cannot be fitted or scored in a fold. A warning is
+        issued. If "raise", the error is raised.
+
+    n_jobs : int or None, default=None
+        Number of jobs to run in parallel, as in scikit-learn: None means 1, and -1
+        means all processors. A job is a subset of the modalities in a fold.
+
+    random_state : int, RandomState instance or None, default=None
+        Seeds the noise and the choice of missing rows. Estimators have their own seeds:
+        pass integers there for reproducible results.
+
+    verbose : int, default=0
+        If greater than 0, a progress bar counts the fits.
+
+    Returns
+    -------
+    report : ModalityReport
+        A named tuple of DataFrames, each with a row for each fold:
+
+        - `subsets`: "modalities", a subset such as ``"text + image"``, or ``"none"``
+          for the constant prediction; "n_modalities"; "fold"; "score"; and "fit s",
+          seconds.
+        - `shapley`: "modality", "fold" and "value". In each fold, the values sum to the
+          score of all modalities less that of none.
+        - `degradation`: "modality", "kind" ("noise" or "missing"), "level", "fold",
+          "score", and "loss", the score of the same fitted model on the same rows
+          without noise and with all cells, less this score. Level 0 is that model.
+
+    Raises
+    ------
+    TypeError
+        If `estimator` has no method `fit` or `predict`.
+    ValueError
+        If there is only one modality or more than eight, the modalities do not match
+        the branches of a pipeline, a branch returns tokens and there is `noise`, the
+        estimator does not accept NaN and there is `missing`, or a level is invalid. All
+        errors are raised before anything is fitted.
+
+    Warns
+    -----
+    FitFailedWarning
+        If the estimator failed in a fold and `error_score` is a number.
+
+    See Also
+    --------
+    sklembed.plots.ModalityDisplay : Draw the report.
+
+    Notes
+    -----
+    k modalities take 2^k - 1 fits for each fold. A pipeline is fitted on a subset by
+    setting the other branches to "drop"; from a table of embeddings, the other columns
+    are removed, and the parameters `blocks` and `table_blocks` are restricted. The
+    prediction without a modality is that of
+    :class:`~sklearn.dummy.DummyClassifier` or :class:`~sklearn.dummy.DummyRegressor`.
+
+    Frozen encoders with a store encode each cell once, before the first fit, so that an
+    interrupted report only repeats the fits. The kinds of columns that a
+    :class:`MultimodalVectorizer` reads are those of all rows of `X`.
+
+    Levels are comparable within a fold: the noise is the same draw, multiplied, and
+    rows that are missing at one fraction are missing at every larger one.
+
+    References
+    ----------
+    .. [1] Shapley. A value for n-person games. Contributions to the Theory of Games 2,
+       1953.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklembed import KernelFusionClassifier
+    >>> from sklembed.evaluation import modality_report
+    >>> X, y = load_digits(n_class=4, return_X_y=True)
+    >>> blocks = {"top": slice(0, 32), "bottom": slice(32, 64)}
+    >>> report = modality_report(
+    ...     KernelFusionClassifier(blocks=blocks, random_state=0),
+    ...     X[:300],
+    ...     y[:300],
+    ...     cv=3,
+    ...     missing=[1.0],
+    ...     random_state=0,
+    ... )
+    >>> report.subsets.groupby("modalities", sort=False)["score"].mean().round(1)
+    modalities
+    none            0.3
+    top             0.9
+    bottom          1.0
+    top + bottom    1.0
+    Name: score, dtype: float64
+    >>> report.shapley.groupby("modality", sort=False)["value"].mean().sum().round(1)
+    np.float64(0.7)
+    """
+    if not (hasattr(estimator, "fit") and hasattr(estimator, "predict")):
+        raise TypeError(
+            f"estimator must be a classifier or regressor; got {estimator!r}."
+        )
+    noise = _check_levels("noise", noise, math.inf)
+    missing = _check_levels("missing", missing, 1)
+    X = as_pandas(as_table(X))
+    check_consistent_length(X, y, groups)
+    check_no_missing_label(y)
+    y = np.asarray(y)
+    task = _as_task(estimator, X, blocks)
+    _check_modalities(task, noise, missing)
+    scorer = check_scoring(estimator, scoring)
+    splitter = check_cv(cv, y, classifier=is_a_classifier(estimator))
+    folds = list(splitter.split(task.X, y, groups))
+    seed = draw_seed(random_state)
+    _encode_cells(task)
+    # Bit i of a subset's position is 1 if modality i is in it.
+    subsets = list(product([False, True], repeat=len(task.modalities)))
+    subsets = [subset[::-1] for subset in subsets]
+    jobs = []
+    for number, (train, test) in enumerate(folds):
+        fold = _Fold(number, np.arange(len(y))[train], np.arange(len(y))[test])
+        for subset in subsets:
+            levels = {}
+            if all(subset):
+                levels = {"noise": noise, "missing": missing}
+            job = delayed(_run)(
+                task, subset, fold, y, scorer, levels, [seed, number], error_score
+            )
+            jobs.append(job)
+    results = Parallel(n_jobs=n_jobs, return_as="generator")(jobs)
+    progress = tqdm(results, total=len(jobs), unit=" fits", disable=not verbose)
+    return _tabulate(list(progress), list(task.modalities))
+
+
+def _check_levels(name, levels, largest):
+    """Return the levels of noise or of missing rows as a list."""
+    levels = list(levels)
+    for level in levels:
+        if not isinstance(level, Real) or not 0 < level <= largest or level == math.inf:
+            limit = "" if largest == math.inf else f" and up to {largest}"
+            raise ValueError(f"{name} must be numbers above 0{limit}; got {levels}.")
+    return levels
+
+
+def _check_modalities(task, noise, missing):
+    """Refuse too few or too many modalities, and levels that cannot be evaluated."""
+    names = list(task.modalities)
+    if len(names) < 2:
+        raise ValueError(
+            f"There is one modality, {names}; at least two are needed. Pass blocks, "
+            "for example {'text': ['title'], 'image': ['photo']}."
+        )
+    if len(names) > _LARGEST_N_MODALITIES:
+        raise ValueError(
+            f"There are {len(names)} modalities, {names}, with {2 ** len(names):,} "
+            f"subsets to fit in each fold; at most {_LARGEST_N_MODALITIES} are "
+            "supported. Join some by the parameter blocks."
+        )
+    for name in names:
+        if name == "none" or _SEPARATOR in name:
+            raise ValueError(
+                f"{name!r} is not a valid name of a modality: 'none' and "
+                f"{_SEPARATOR!r} are reserved. Rename it in blocks."
+            )
+    if noise:
+        task.check_noise()
+    if missing:
+        task.check_missing()
+
+
+def _as_task(estimator, X, blocks):
+    """Return the modalities of an estimator and its table."""
+    if isinstance(estimator, Pipeline):
+        name, first = estimator.steps[0]
+        if isinstance(first, MultimodalVectorizer):
+            # The union that fit would make, so that all folds have the same branches.
+            first, X = first.make_union(X)
+            estimator = clone(estimator).set_params(**{name: first})
+        if isinstance(first, PerModalityUnion):
+            return _Branches(estimator, X, blocks)
+    return _Blocks(estimator, X, blocks)
+
+
+class _Blocks:
+    """A table of embeddings, and an estimator that is fitted on it."""
+
+    def __init__(self, estimator, X, blocks):
+        self.estimator, self.X = estimator, X
+        # Parameters such as "blocks" and "classifier__blocks".
+        self._of_estimator = {}
+        for name, value in estimator.get_params(deep=True).items():
+            if name.split("__")[-1] == "blocks" and isinstance(value, Mapping):
+                self._of_estimator[name] = self._positions(value)
+        if blocks is None and self._of_estimator:
+            self.modalities = next(iter(self._of_estimator.values()))
+        else:
+            self.modalities = self._positions(blocks)
+
+    def _positions(self, blocks):
+        """Return the positions of the columns of each block."""
+        names = list(self.X.columns) if is_frame(self.X) else None
+        resolved = resolve_blocks(blocks, names, self.X.shape[1], self.X)
+        columns = np.arange(self.X.shape[1])
+        return {name: columns[block] for name, block in resolved.items()}
+
+    def check_noise(self):
+        """Refuse columns that are not numbers."""
+        for name, dtype in pd.DataFrame(self.X).dtypes.items():
+            if not pd.api.types.is_numeric_dtype(dtype):
+                raise ValueError(
+                    f"noise needs a table of numbers, but column {name!r} has the type "
+                    f"{dtype}. Encode it in a PerModalityUnion as first step of the "
+                    "pipeline, or set noise=()."
+                )
+
+    def check_missing(self):
+        """Refuse estimators that cannot predict for missing modalities."""
+        if not _accepts_nan(self.estimator):
+            raise ValueError(
+                f"{type(self.estimator).__name__} does not accept NaN, so it cannot "
+                "predict for rows with a missing modality. Put a SimpleImputer before "
+                "it in a pipeline, or set missing=()."
+            )
+
+    def restrict(self, names):
+        """Return a clone of the estimator, and the table, of some modalities."""
+        estimator = clone(self.estimator)
+        if len(names) == len(self.modalities):
+            return estimator, self.X
+        columns = np.sort(np.concatenate(list(map(self.modalities.get, names))))
+        params = {}
+        for path, blocks in self._of_estimator.items():
+            params[path] = _restrict_blocks(blocks, columns)
+            table_blocks = path.removesuffix("blocks") + "table_blocks"
+            names_of_table = estimator.get_params().get(table_blocks)
+            if isinstance(names_of_table, list):
+                remaining = filter(params[path].__contains__, names_of_table)
+                params[table_blocks] = list(remaining)
+        return estimator.set_params(**params), take_columns(self.X, columns)
+
+    def split(self, fitted, X_train, X_test, with_missing):
+        """Return the model, which is the fitted estimator, and the tables it takes."""
+        without = {}
+        for name, columns in self.modalities.items():
+            if with_missing:
+                without[name] = _set_missing(X_test, columns)
+        return _Parts(fitted, X_train, X_test, self.modalities, without)
+
+
+class _Branches:
+    """A table of cells, and a pipeline that starts with a PerModalityUnion."""
+
+    def __init__(self, estimator, X, blocks):
+        self.estimator, self.X = estimator, X
+        self.step, self.union = estimator.steps[0]
+        for name, value in estimator[1:].get_params(deep=True).items():
+            if name.split("__")[-1] == "blocks" and isinstance(value, Mapping):
+                raise ValueError(
+                    f"{name}={value!r} cannot be restricted to some branches. Set "
+                    "blocks=None, and call set_output(transform='pandas') on the "
+                    "pipeline, so that the blocks are read from column names."
+                )
+        self._columns_of_branch = self._find_columns()
+        if blocks is None:
+            blocks = _connect(self._columns_of_branch)
+        self.modalities = {}
+        for name, columns in blocks.items():
+            owner = f"Block {name!r}"
+            self.modalities[name], _ = column_positions(X, columns, owner=owner)
+        self._branches = self._assign_branches()
+
+    def _find_columns(self):
+        """Return the positions of the columns that each branch reads."""
+        columns_of_branch, selected = {}, set()
+        for name, transformer, columns in self.union.transformers:
+            owner = f"Branch {name!r}"
+            positions, _ = column_positions(self.X, columns, owner=owner)
+            selected.update(positions)
+            if positions and not _is_dropped(transformer):
+                columns_of_branch[name] = positions
+        rest = set(range(self.X.shape[1])) - selected
+        if rest and not _is_dropped(self.union.remainder):
+            columns_of_branch["remainder"] = sorted(rest)
+        return columns_of_branch
+
+    def _assign_branches(self):
+        """Return the branches of each modality, which contains all their columns."""
+        branches = {name: [] for name in self.modalities}
+        for branch, columns in self._columns_of_branch.items():
+            names = []
+            for name, columns_of_modality in self.modalities.items():
+                if set(columns) <= set(columns_of_modality):
+                    names.append(name)
+            if len(names) != 1:
+                raise ValueError(
+                    f"The columns of branch {branch!r} are in {len(names)} of the "
+                    f"modalities {list(self.modalities)}; they must be in one. Change "
+                    "blocks."
+                )
+            branches[names[0]].append(branch)
+        for name, branches_of_modality in branches.items():
+            if not branches_of_modality:
+                raise ValueError(f"No branch reads a column of the modality {name!r}.")
+        return branches
+
+    def check_noise(self):
+        """Refuse branches that return tokens."""
+        for name, value in self.union.get_params(deep=True).items():
+            if isinstance(value, FrozenEncoder) and value.output == "tokens":
+                raise ValueError(
+                    f"The encoder {name!r} returns tokens, and noise needs vectors. Set "
+                    "output='pooled', or noise=()."
+                )
+
+    def check_missing(self):
+        """Accept any estimator: branches may impute missing cells."""
+
+    def restrict(self, names):
+        """Return a clone of the pipeline without the other branches, and the table."""
+        params = {}
+        for name in self.modalities.keys() - set(names):
+            for branch in self._branches[name]:
+                params[f"{self.step}__{branch}"] = "drop"
+        return clone(self.estimator).set_params(**params), self.X
+
+    def split(self, fitted, X_train, X_test, with_missing):
+        """Return the steps of a fitted pipeline after the union, and their tables."""
+        union, head = fitted[0], fitted[1:]
+        columns = np.arange(union.get_feature_names_out().shape[0])
+        modalities, without = {}, {}
+        for name, branches in self._branches.items():
+            blocks = map(union.blocks_.get, branches)
+            modalities[name] = np.concatenate([columns[block] for block in blocks])
+            if with_missing:
+                incomplete = _set_missing(X_test, self.modalities[name])
+                without[name] = as_pandas(union.transform(incomplete))
+        Z_train, Z_test = union.transform(X_train), union.transform(X_test)
+        return _Parts(head, as_pandas(Z_train), as_pandas(Z_test), modalities, without)
+
+
+class _Parts(NamedTuple):
+    """A fitted model, and the tables that it takes."""
+
+    head: Any
+    Z_train: Any
+    Z_test: Any
+    modalities: dict  # columns of each modality in these tables
+    without: dict  # the test rows without each modality
+
+
+class _Fold(NamedTuple):
+    """The rows of a fold."""
+
+    number: int
+    train: np.ndarray
+    test: np.ndarray
+
+
+def _accepts_nan(estimator):
+    """Return whether an estimator accepts NaN, or an earlier step of it imputes NaN."""
+    if isinstance(estimator, Pipeline) and len(estimator) > 1:
+        reaction = _reaction_to_nan(estimator[:-1])
+        if reaction is None or not reaction.keeps:
+            return reaction is not None
+        return _accepts_nan(estimator[-1])
+    return get_tags(estimator).input_tags.allow_nan
+
+
+def _is_dropped(transformer):
+    return isinstance(transformer, str) and transformer == "drop"
+
+
+def _restrict_blocks(blocks, columns):
+    """Return the positions of each block within some sorted columns of a table."""
+    restricted = {}
+    for name, columns_of_block in blocks.items():
+        remaining = columns_of_block[np.isin(columns_of_block, columns)]
+        if len(remaining):
+            restricted[name] = np.searchsorted(columns, remaining).tolist()
+    return restricted
+
+
+def _connect(columns_of_branch):
+    """Return the columns of each modality: of all branches that share columns."""
+    modalities = {}
+    for branch, columns in columns_of_branch.items():
+        names, columns = [branch], set(columns)
+        for name in list(modalities):
+            if columns & modalities[name]:
+                columns |= modalities.pop(name)
+                names.insert(-1, name)
+        modalities["/".join(names)] = columns
+    return {name: sorted(columns) for name, columns in modalities.items()}
+
+
+def _encode_cells(task):
+    """Encode the cells of a pipeline once, before workers start."""
+    encoders = []
+    for value in task.estimator.get_params(deep=True).values():
+        if isinstance(value, FrozenEncoder):
+            encoders.append(value)
+    if encoders and all(encoder._keeps_vectors() for encoder in encoders):
+        prefetch(task.estimator, task.X)
+
+
+def _run(task, subset, fold, y, scorer, levels, seed, error_score):
+    """Fit on a subset of the modalities in a fold.
+
+    Returns
+    -------
+    row : dict
+        A row of `subsets`.
+    degraded : list of dict
+        Rows of `degradation`, if there are `levels`.
+    """
+    names = list(compress(task.modalities, subset))
+    row = {
+        "modalities": _SEPARATOR.join(names) or "none",
+        "n_modalities": len(names),
+        "fold": fold.number,
+        "score": error_score,
+        "fit s": math.nan,
+    }
+    place = f"modality_report with {row['modalities']!r}, fold {fold.number}"
+    fitted = None
+    with _error_place(place, error_score):
+        estimator, X = _constant(task.estimator), task.X
+        if names:
+            estimator, X = task.restrict(names)
+        start = perf_counter()
+        fitted = estimator.fit(take_rows(X, fold.train), y[fold.train])
+        row["fit s"] = perf_counter() - start
+        row["score"] = scorer(fitted, take_rows(X, fold.test), y[fold.test])
+    degraded = []
+    if any(levels.values()):
+        degraded = _list_levels(task, levels, fold, row["score"], error_score)
+    if degraded and fitted is not None:
+        with _error_place(f"{place}, noisy or missing", error_score):
+            _degrade(degraded, task, fitted, fold, y[fold.test], scorer, seed)
+    for record in degraded:
+        record["loss"] = row["score"] - record["score"]
+    return row, degraded
+
+
+def _constant(estimator):
+    """Return the estimator that predicts without any modality."""
+    if is_a_classifier(estimator):
+        return DummyClassifier(strategy="prior")
+    return DummyRegressor()
+
+
+@contextmanager
+def _error_place(place, error_score):
+    """Add its place to an error, or turn it into a warning if it has a score."""
+    try:
+        yield
+    except Exception as error:
+        if error_score == "raise":
+            error.add_note(f"This was in {place}.")
+            raise
+        warnings.warn(
+            f"Fitting or scoring failed in {place}. The score is {error_score}: "
+            f"{error!r}",
+            FitFailedWarning,
+            stacklevel=2,
+        )
+
+
+def _list_levels(task, levels, fold, score, error_score):
+    """Return rows of `degradation`, still without their scores."""
+    rows = []
+    for name in task.modalities:
+        for kind in filter(levels.get, levels):
+            row = {"modality": name, "kind": kind, "fold": fold.number}
+            rows.append(row | {"level": 0, "score": score})
+            for level in levels[kind]:
+                rows.append(row | {"level": level, "score": error_score})
+    return rows
+
+
+def _degrade(rows, task, fitted, fold, y_test, scorer, seed):
+    """Score a fitted estimator on degraded test rows; set the score of each row."""
+    with_missing = "missing" in {row["kind"] for row in rows}
+    X_train, X_test = take_rows(task.X, fold.train), take_rows(task.X, fold.test)
+    parts = task.split(fitted, X_train, X_test, with_missing)
+    n_test, names = len(y_test), list(task.modalities)
+    for row in rows:
+        if row["level"] == 0:
+            continue
+        name = row["modality"]
+        # All levels have the same draw.
+        rng = np.random.default_rng([*seed, names.index(name)])
+        if row["kind"] == "missing":
+            is_missing = rng.permutation(n_test) < round(row["level"] * n_test)
+            Z = _replace_rows(parts.Z_test, parts.without[name], is_missing)
+        else:
+            columns = parts.modalities[name]
+            Z = _add_noise(parts.Z_test, parts.Z_train, columns, row["level"], rng)
+        row["score"] = scorer(parts.head, Z, y_test)
+
+
+def _set_missing(X, columns):
+    """Return a table in which the cells of some columns are missing."""
+    if not is_frame(X):
+        if X.dtype.kind in "iub":
+            X = X.astype(np.float64)
+        X = X.copy()
+        X[:, columns] = None if X.dtype == object else np.nan
+        return X
+    if {dtype.kind for dtype in X.dtypes.iloc[columns]} == {"f"}:
+        X = X.copy()
+        X.iloc[:, columns] = np.nan
+        return X
+    X = X.copy(deep=False)
+    for position in columns:
+        column = X.iloc[:, position]
+        X.isetitem(position, column.mask(np.ones(len(X), dtype=bool)))
+    return X
+
+
+def _replace_rows(Z, replacement, rows):
+    """Return a table with some rows of another one."""
+    mask = np.broadcast_to(rows[:, None], Z.shape)
+    if is_frame(Z):
+        return Z.mask(mask, replacement)
+    return np.where(mask, replacement, Z)
+
+
+def _add_noise(Z, Z_train, columns, level, rng):
+    """Return a table of numbers with noise in the columns of a modality."""
+    values, train = np.array(Z, dtype=np.float64), np.asarray(Z_train)[:, columns]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN
+        sds = np.nanstd(train.astype(np.float64), axis=0)
+    draws = rng.standard_normal((len(values), len(columns)))
+    values[:, columns] += level * np.nan_to_num(sds) * draws
+    if is_frame(Z):
+        return pd.DataFrame(values, index=Z.index, columns=Z.columns)
+    return values.astype(np.result_type(Z.dtype, np.float32))
+
+
+def _tabulate(results, modalities):
+    """Return the report of the results of all folds and subsets."""
+    rows, degraded, values = [], [], []
+    for row, records in results:
+        rows.append(row)
+        degraded += records
+    subsets = pd.DataFrame(rows)
+    # Folds come first, and in each fold the subsets in the order of their bits.
+    n_subsets = 2 ** len(modalities)
+    scores = subsets["score"].to_numpy(dtype=np.float64).reshape(-1, n_subsets)
+    for i, values_of_folds in enumerate(shapley_values(scores).T):
+        for fold, value in enumerate(values_of_folds.tolist()):
+            values.append({"modality": modalities[i], "fold": fold, "value": value})
+    subsets["order"] = np.arange(len(subsets)) % n_subsets
+    subsets = subsets.sort_values(["n_modalities", "order", "fold"], ignore_index=True)
+    columns = ["modality", "kind", "level", "fold", "score", "loss"]
+    degradation = pd.DataFrame(degraded, columns=columns)
+    degradation["order"] = degradation["modality"].map(modalities.index)
+    degradation = degradation.sort_values(
+        ["order", "kind", "level", "fold"], ignore_index=True
+    )
+    return ModalityReport(
+        subsets.drop(columns="order"),
+        pd.DataFrame(values),
+        degradation.drop(columns="order"),
+    )
+
+
+def shapley_values(scores):
+    """Return the Shapley value of each player.
+
+    Parameters
+    ----------
+    scores : ndarray of shape (n_games, 2 ** n_players)
+        Score of each set of players. Player i is in a set if bit i of its position is
+        1.
+
+    Returns
+    -------
+    values : ndarray of shape (n_games, n_players)
+        The mean gain by a player, over all orders in which players can join. The values
+        of a game sum to the score of all players less that of none.
+    """
+    n_players = scores.shape[1].bit_length() - 1
+    values = np.zeros((len(scores), n_players))
+    subsets = np.arange(2**n_players)
+    for player in range(n_players):
+        for subset in subsets[subsets >> player & 1 == 0]:
+            size = int(subset).bit_count()
+            # The share of orders in which exactly this set has joined before.
+            share = 1 / (n_players * math.comb(n_players - 1, size))
+            gain = scores[:, subset | 1 << player] - scores[:, subset]
+            values[:, player] += share * gain
+    return values
