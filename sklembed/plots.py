@@ -1,4 +1,4 @@
-"""Displays of modalities, of their alignment and value, and of predicted masks."""
+"""Displays of modalities, their alignment and value, of masks, and of leaks."""
 
 import copy
 from itertools import combinations
@@ -540,6 +540,176 @@ class SegmentationDisplay:
             patch = plt.Rectangle((0, 0), 1, 1, color=color, label=str(label))
             handles.append(patch)
         self.figure_.legend(handles=handles, loc="outside lower center", ncols=8)
+
+
+class LeakDisplay:
+    """Display of the distances between folds, and of the scores without leaked rows.
+
+    Create it by `from_report`.
+
+    Parameters
+    ----------
+    distances : dict of str to ndarray of shape (n_test_rows,)
+        Distance of each test row to its nearest training row, for each column.
+
+    thresholds : dict of str to float
+        Distance below which a row is leaked, for each column.
+
+    scores : dict of str to ndarray of shape (n_folds,)
+        Score of each fold, for each arm of the report.
+
+    score_name : str
+        Name of the score.
+
+    Attributes
+    ----------
+    figure_ : matplotlib Figure
+        The figure, after `plot`.
+
+    axes_ : ndarray of matplotlib Axes
+        The panels: one for each column, and one for the scores.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> from sklembed.evaluation import leak_report
+    >>> from sklembed.plots import LeakDisplay
+    >>> rng = np.random.default_rng(0)
+    >>> X, y = rng.normal(size=(100, 32)), np.repeat([0, 1], 50)
+    >>> report = leak_report(LogisticRegression(), X, y, random_state=0)
+    >>> display = LeakDisplay.from_report(report)
+    >>> display.distances["X"].shape
+    (100,)
+    """
+
+    _COLORS = {False: "#0072B2", True: "#D55E00"}  # safe for colour-blind readers
+
+    def __init__(self, *, distances, thresholds, scores, score_name):
+        self.distances = distances
+        self.thresholds = thresholds
+        self.scores = scores
+        self.score_name = score_name
+
+    @classmethod
+    def from_report(cls, report, *, score=None):
+        """Create a display of a report.
+
+        Parameters
+        ----------
+        report : LeakReport
+            Result of :func:`~sklembed.evaluation.leak_report`.
+
+        score : str or None, default=None
+            Name of the score to draw. If None, the first.
+
+        Returns
+        -------
+        display : LeakDisplay
+            Call `plot` to draw it.
+
+        Raises
+        ------
+        ValueError
+            If the report has no such score.
+        """
+        names = report.score_names_
+        if score is None:
+            score = names[0]
+        if score not in names:
+            raise ValueError(f"The report has the scores {names}, but not {score!r}.")
+        distances, scores = {}, {}
+        for column, rows in report.nearest_.groupby("column", sort=False):
+            distances[column] = rows["distance"].to_numpy()
+        for arm, rows in report.scores_.groupby("arm", sort=False):
+            scores[arm] = rows[score].to_numpy()
+        return cls(
+            distances=distances,
+            thresholds=report.thresholds_["threshold"].to_dict(),
+            scores=scores,
+            score_name=score,
+        )
+
+    def plot(self, axes=None):
+        """Draw the panels.
+
+        Parameters
+        ----------
+        axes : sequence of matplotlib Axes, default=None
+            Axes to draw on: one for each column, and one for the scores. If None, a new
+            figure is created.
+
+        Returns
+        -------
+        self : LeakDisplay
+            The display, with `figure_` and `axes_`.
+        """
+        plt = _pyplot()
+        n_panels = len(self.distances) + 1
+        if axes is None:
+            size = (4.2 * n_panels, 3.8)
+            _, axes = plt.subplots(
+                1, n_panels, figsize=size, layout="constrained", squeeze=False
+            )
+        self.axes_ = np.ravel(axes)
+        if len(self.axes_) != n_panels:
+            raise ValueError(
+                f"There are {n_panels} panels to draw; got {len(self.axes_)} axes."
+            )
+        self.figure_ = self.axes_[0].figure
+        for ax, column in zip(self.axes_, self.distances, strict=False):
+            self._draw_distances(ax, column)
+        self._draw_scores(self.axes_[-1])
+        return self
+
+    def _draw_distances(self, ax, column):
+        """Draw a histogram of the nearest distances, and the threshold."""
+        distances, threshold = self.distances[column], self.thresholds[column]
+        edges = np.linspace(0, max(distances.max(), threshold, 1e-9), 41)
+        leaked = distances < threshold
+        for is_leaked, label in ((False, "not leaked"), (True, "leaked")):
+            drawn = distances[leaked == is_leaked]
+            # Open and filled bars differ without colour, too.
+            ax.hist(
+                drawn,
+                edges,
+                label=f"{label}: {len(drawn)}",
+                histtype="stepfilled" if is_leaked else "step",
+                linewidth=1.5,
+                color=self._COLORS[is_leaked],
+            )
+        ax.axvline(threshold, color="black", ls="--", label=f"below {threshold:.3f}")
+        ax.set(
+            title=column,
+            xlabel="cosine distance to the nearest training row",
+            ylabel="test rows",
+        )
+        ax.legend(fontsize="small")
+
+    def _draw_scores(self, ax):
+        """Draw the score of each fold, and the mean of each arm."""
+        for position, scores in enumerate(self.scores.values()):
+            observed = scores[~np.isnan(scores)]
+            ax.scatter(
+                np.full(len(observed), position),
+                observed,
+                s=22,
+                facecolors="none",
+                edgecolors=self._COLORS[False],
+            )
+            if len(observed):
+                mean = observed.mean()
+                line = {"color": self._COLORS[True], "linewidth": 3}
+                ax.plot([position - 0.25, position + 0.25], [mean, mean], **line)
+                label = {"xytext": (0, 5), "textcoords": "offset points"}
+                ax.annotate(f"{mean:.2f}", (position + 0.27, mean), **label)
+        labels = [arm.replace(" ", "\n") for arm in self.scores]
+        ax.set_xticks(range(len(labels)), labels)
+        ax.set(
+            title="folds and their mean",
+            ylabel=self.score_name,
+            xlim=(-0.5, len(labels) - 0.2),
+        )
 
 
 def _pyplot():

@@ -3,13 +3,16 @@
 from sklembed.evaluation.efficiency import efficiency_report
 from sklembed.evaluation.encoder_ranking import EncoderRanking, rank_encoders
 from sklembed.evaluation.few_labels import few_label_curve
+from sklembed.evaluation.leaks import LeakReport, leak_report
 from sklembed.evaluation.modalities import ModalityReport, modality_report
 
 __all__ = [
     "EncoderRanking",
+    "LeakReport",
     "ModalityReport",
     "efficiency_report",
     "few_label_curve",
+    "leak_report",
     "modality_report",
     "rank_encoders",
 ]
