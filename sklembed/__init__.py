@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         prefetch,
     )
     from sklembed.ensemble import EmbeddingClassifier, EmbeddingRegressor
+    from sklembed.finetune import FinetunedClassifier, FinetunedRegressor
     from sklembed.fusion import (
         DecisionFusionClassifier,
         FusionClassifier,
@@ -40,6 +41,8 @@ __all__ = [
     "EmbeddingClassifier",
     "EmbeddingRegressor",
     "EmbeddingStore",
+    "FinetunedClassifier",
+    "FinetunedRegressor",
     "FrozenEncoder",
     "FusionClassifier",
     "FusionRegressor",
@@ -74,6 +77,8 @@ _MODULES = {
     "EmbeddingClassifier": "ensemble",
     "EmbeddingRegressor": "ensemble",
     "EmbeddingStore": "encoders",
+    "FinetunedClassifier": "finetune",
+    "FinetunedRegressor": "finetune",
     "FrozenEncoder": "encoders",
     "FusionClassifier": "fusion",
     "FusionRegressor": "fusion",

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t as student
 from skorch import NeuralNet
-from skorch.callbacks import Callback
+from skorch.callbacks import Callback, GradientNormClipping, LRScheduler
 from skorch.exceptions import SkorchException
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ Arrays = dict[str, np.ndarray]
 History = list[dict[str, float]]
 Watch = Callable[[History, Callable[[], Arrays]], bool]
 
+_SIGNIFICANCE = 0.05  # of the gain of fine-tuning
 # Arguments of `train` decide these options, so skorch_params must not set them.
 _RESERVED = frozenset(
     {"module", "criterion", "iterator_train", "iterator_valid", "device"}
@@ -417,6 +419,287 @@ class _AfterEpoch(Callback):  # type: ignore[misc]
         """Call the function, and stop if it returns True."""
         if self.watch(_history(net, self.past), lambda: _weights(net)):
             raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class FinetuningOptions:
+    """Options of `finetune`."""
+
+    max_epochs: int
+    batch_size: int
+    warmup_fraction: float
+    max_grad_norm: float
+    n_iter_no_change: int
+    seed: int
+    verbose: int = 0
+    n_evaluations: int = 4  # per epoch
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """The result of `finetune`; the module has the parameters of the best step."""
+
+    best_step: int
+    n_steps: int
+    history: History
+
+
+def finetune(
+    module: nn.Module,
+    groups: list[dict[str, Any]],
+    losses: Callable[[Tensor, Tensor], Tensor],
+    X: Tensor,
+    y: Tensor,
+    rows: Rows,
+    options: FinetuningOptions,
+    *,
+    sample_weight: Tensor,
+    is_out_of_memory: Callable[[Exception], bool],
+    on_epoch: Watch | None = None,
+) -> Finetuned:
+    """Train some parameters of a pretrained module with AdamW, and return to the best step.
+
+    The learning rate rises linearly, then falls linearly to 0. The loss on the validation set is
+    computed before the first step and several times an epoch. A later step is the best only if
+    its gain over the start is significant in a one-sided paired t-test over the rows, at 5 %. If
+    memory runs out, gradients are accumulated over parts of a batch.
+
+    Unlike `train`, this keeps copies of the trained parameters alone, and each group of
+    parameters has a learning rate.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Maps inputs (batch, ...) to outputs (batch, n_outputs). Changed in place.
+    groups : list of dict
+        The parameters to train, as groups of `torch.optim.AdamW`.
+    losses : callable
+        Takes outputs and targets, and returns the loss of each row.
+    X, y : Tensor of shape (n_samples, ...)
+        Inputs and targets, on the device of the module.
+    rows : Rows
+        Training rows and validation set, each with at least one row.
+    options : FinetuningOptions
+        Epochs, batches, schedule and seed.
+    sample_weight : Tensor of shape (n_samples,)
+        Weights of the rows, positive.
+    is_out_of_memory : callable
+        Takes an error, and returns whether memory ran out.
+    on_epoch : callable or None
+        Called after each epoch with the history and a function that returns all weights.
+        Training stops if it returns True.
+
+    Returns
+    -------
+    finetuned : Finetuned
+        The best step, 0 for the start; the number of steps; and an entry for each evaluation
+        with "step", "epoch", "valid_loss", and "train_loss" after the first.
+
+    Raises
+    ------
+    ValueError
+        If a loss is not finite.
+    MemoryError
+        If memory runs out on a single row.
+    """
+    n_batches = -(-len(rows.train) // options.batch_size)
+    best = BestStep(rows.valid, losses, sample_weight, groups, n_batches, options)
+    schedule = LRScheduler(
+        torch.optim.lr_scheduler.LambdaLR,
+        lr_lambda=_Triangle(n_batches * options.max_epochs, options.warmup_fraction),
+        step_every="batch",
+    )
+    callbacks: list[tuple[str, Callback]] = [
+        ("clip", GradientNormClipping(options.max_grad_norm)),
+        ("schedule", schedule),
+        ("best", best),
+    ]
+    if on_epoch is not None:
+        callbacks.append(("epoch", _AfterEpoch(on_epoch, [])))
+    net = _PartwiseNet(
+        module,
+        Criterion(lambda outputs, y, weight: losses(outputs, y)),
+        optimizer=lambda parameters, lr: torch.optim.AdamW(groups, lr=lr),
+        max_epochs=options.max_epochs,
+        batch_size=options.batch_size,
+        iterator_train=Batches,
+        iterator_train__rows=rows,
+        iterator_train__sample_weight=sample_weight,
+        iterator_train__seed=options.seed,
+        train_split=None,
+        callbacks=callbacks,
+        verbose=options.verbose,
+        device=None,
+    ).initialize()
+    net.limit = _PartLimit(options.batch_size, is_out_of_memory)
+    net.partial_fit(X, y)
+    return Finetuned(best.step_of_best, best.step, best.history)
+
+
+@dataclass(frozen=True)
+class _Triangle:
+    """Factor of the learning rate at a step: linear warm-up, then linear decay."""
+
+    n_steps: int
+    warmup_fraction: float
+
+    def __call__(self, step: int) -> float:
+        n_warmup = max(1, round(self.warmup_fraction * self.n_steps))
+        if step < n_warmup:
+            return (step + 1) / n_warmup
+        return (self.n_steps - step) / max(1, self.n_steps - n_warmup)
+
+
+class _PartLimit:
+    """Largest number of rows in a forward pass, halved when memory runs out."""
+
+    def __init__(
+        self, n_rows: int, is_out_of_memory: Callable[[Exception], bool]
+    ) -> None:
+        self.n_rows = n_rows
+        self.is_out_of_memory = is_out_of_memory
+
+    def run(self, function: Callable[[int], Tensor]) -> Tensor:
+        """Call a function with the limit, again with half of it while memory runs out."""
+        while True:
+            try:
+                return function(self.n_rows)
+            except Exception as error:
+                if not self.is_out_of_memory(error):
+                    raise
+                if self.n_rows == 1:
+                    raise MemoryError(
+                        "Training ran out of memory on a single row. Lower max_length of "
+                        "the encoder, pass method='lora', a smaller model or device='cpu' "
+                        f"({error})"
+                    ) from error
+            # After the except block, which keeps the tensors of the batch alive.
+            self.n_rows = -(-self.n_rows // 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+class _PartwiseNet(NeuralNet):  # type: ignore[misc]
+    """A net that accumulates the gradients of a batch over parts of it."""
+
+    limit: _PartLimit
+
+    def train_step_single(self, batch: Any, **_: Any) -> dict[str, Any]:
+        """Compute the gradients of the weighted mean loss of a batch."""
+        loss = self.limit.run(lambda n_rows: self._accumulate(batch, n_rows))
+        if not torch.isfinite(loss):
+            raise ValueError("Training diverged: the loss is not finite. Lower lr.")
+        return {"loss": loss, "y_pred": None}
+
+    def _accumulate(self, batch: Any, n_rows: int) -> Tensor:
+        X, (y, weight) = batch
+        self.optimizer_.zero_grad()
+        shares = weight / weight.sum()
+        total = torch.zeros((), device=y.device)
+        for part in torch.split(torch.arange(len(X), device=X.device), n_rows):
+            losses = self.criterion_.per_network(
+                self.module_(X[part]), (y[part], shares)
+            )
+            loss = (shares[part] * losses).sum()
+            loss.backward()
+            total += loss.detach()
+        return total
+
+
+class BestStep(Callback):  # type: ignore[misc]
+    """Evaluate the validation set before and during training, and restore the best step."""
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        losses: Callable[[Tensor, Tensor], Tensor],
+        sample_weight: Tensor,
+        groups: list[dict[str, Any]],
+        n_batches: int,
+        options: FinetuningOptions,
+    ) -> None:
+        self.rows = torch.from_numpy(rows).to(sample_weight.device)
+        self.losses = losses
+        self.shares = sample_weight[self.rows] / sample_weight[self.rows].sum()
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.n_batches = n_batches  # per epoch
+        self.interval = -(-n_batches // options.n_evaluations)
+        self.patience = options.n_iter_no_change * -(-n_batches // self.interval)
+
+    def on_train_begin(
+        self, net: NeuralNet, X: Any = None, y: Any = None, **_: Any
+    ) -> None:
+        """Evaluate the start, and copy its parameters."""
+        self.X, self.y = X, y
+        self.history: History = []
+        self.train_losses: list[float] = []
+        self.step = self.step_of_best = self.n_without_gain = 0
+        self.start = self.best = self._evaluate(net)
+        self.start_values = self.best_values = self._copy()
+
+    def on_batch_end(self, net: NeuralNet, loss: Any = None, **_: Any) -> None:
+        """Evaluate after some of the steps, and after the last step of an epoch."""
+        self.step += 1
+        self.train_losses.append(float(loss))
+        step_of_epoch = self.step % self.n_batches
+        if step_of_epoch % self.interval and step_of_epoch:
+            return
+        losses = self._evaluate(net)
+        self.n_without_gain += 1
+        if self._mean(losses) < self._mean(self.best):
+            self.best, self.step_of_best = losses, self.step
+            self.best_values, self.n_without_gain = self._copy(), 0
+        if self.n_without_gain >= self.patience:
+            raise KeyboardInterrupt  # skorch's own early stopping ends training this way
+
+    def on_train_end(self, net: NeuralNet, **_: Any) -> None:
+        """Restore the parameters of the best step, or of the start."""
+        if not self._exceeds_start():
+            self.step_of_best, self.best_values = 0, self.start_values
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.best_values, strict=True):
+                parameter.copy_(value)
+
+    def _exceeds_start(self) -> bool:
+        """Return whether the gain over the start is significant over the rows."""
+        gains = self.start - self.best
+        gain = self._mean(gains)
+        variance = float((self.shares.square() * (gains - gain).square()).sum())
+        n_rows = 1 / float(self.shares.square().sum())  # as many rows of equal weight
+        if n_rows < 1.5 or gain <= 0:
+            return False
+        # The variance of the mean, corrected for the estimated mean.
+        error = np.sqrt(variance * n_rows / (n_rows - 1))
+        return bool(gain > student.ppf(1 - _SIGNIFICANCE, n_rows - 1) * error)
+
+    def _evaluate(self, net: NeuralNet) -> Tensor:
+        """Return the loss of each validation row, and record its mean."""
+        with torch.inference_mode():
+            losses: Tensor = net.limit.run(lambda n_rows: self._row_losses(net, n_rows))
+        entry = {"step": self.step, "epoch": self.step / self.n_batches}
+        if self.train_losses:
+            entry["train_loss"] = float(np.mean(self.train_losses))
+            self.train_losses = []
+        entry["valid_loss"] = self._mean(losses)
+        self.history.append(entry)
+        if not np.isfinite(entry["valid_loss"]):
+            raise ValueError(
+                f"The loss of the validation set is not finite after {self.step} steps. "
+                "Lower lr, or check the vectors of the encoder."
+            )
+        return losses
+
+    def _row_losses(self, net: NeuralNet, n_rows: int) -> Tensor:
+        losses = []
+        for part in torch.split(self.rows, n_rows):
+            losses.append(self.losses(net.module_(self.X[part]), self.y[part]))
+        return torch.cat(losses)
+
+    def _mean(self, losses: Tensor) -> float:
+        return float((self.shares * losses).sum())
+
+    def _copy(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
 
 
 def _as_list(callbacks: Any) -> list[Any]:

@@ -106,6 +106,8 @@ CALLS_WITH_AN_UNKNOWN_KEYWORD = [
     "EmbeddingClassifier(member=['kernel'])",
     "EmbeddingRegressor(class_weight='balanced')",
     "EmbeddingStore(dtypes='float16')",
+    "FinetunedClassifier(None, epochs=3)",
+    "FinetunedRegressor(None, C=1.0)",
     "FrozenEncoder('a/model', store_dtype='float16')",
     "FusionClassifier(fusion='late')",
     "FusionRegressor(class_weight='balanced')",
@@ -151,6 +153,8 @@ OF_THEIR_OWN = {
     "KernelFusionRegressor": {"random_state"},
     "EmbeddingClassifier": {"random_state"},
     "EmbeddingRegressor": {"random_state"},
+    "FinetunedClassifier": {"random_state"},
+    "FinetunedRegressor": {"random_state"},
 }
 
 

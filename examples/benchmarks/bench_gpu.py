@@ -8,6 +8,8 @@ traceback, and the next stage follows. The JSON file is written after each stage
   absent has random ones, which is as fast.
 - A projector, 100 projectors at once, a fusion network, a shared space and a segmenter are
   trained on the device and on the CPU, and compared by their score on held-out rows.
+- MiniLM and EfficientNet-lite0 are fine-tuned for an epoch: all weights, and adapters if peft is
+  installed.
 - A parallel search shares the device; a batch that is too large for the device is halved; a
   training set that is too large for it stays in the memory of the host; a process that only
   reads stored vectors uses no memory of the device.
@@ -27,6 +29,7 @@ import time
 import traceback
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +46,7 @@ from sklearn.pipeline import make_pipeline
 from sklembed import (
     CallableBackend,
     ContrastiveProjector,
+    FinetunedClassifier,
     FrozenEncoder,
     FusionClassifier,
     PatchSegmenter,
@@ -56,7 +60,14 @@ from sklembed.nn.layers import Applied
 N_FEATURES, N_CLASSES = 384, 20
 N_HELD_OUT = 2000
 DTYPES = ("float32", "bfloat16", "float16")
-PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "skorch")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "scikit-learn",
+    "skorch",
+    "peft",
+)
 # Sizes of a full run, and of a dry run.
 FULL = {
     "texts": 2048,
@@ -72,6 +83,7 @@ FULL = {
     "epochs on the device alone": 10,
     "pairs": 10_000,
     "masks": 200,
+    "cells of fine-tuning": 1024,
     "rows of a search": 4000,
     "texts of a batch": 4096,  # more than the memory of a device takes
     "repeats": 2,
@@ -91,6 +103,7 @@ FAST = {
     "epochs on the device alone": 2,
     "pairs": 200,
     "masks": 8,
+    "cells of fine-tuning": 48,
     "rows of a search": 200,
     "texts of a batch": 4,
     "repeats": 1,
@@ -576,6 +589,46 @@ def bench_segmentation(run):
         yield training_row(run, "segmentation", device, fit, score)
 
 
+def bench_finetuning(run):
+    """Fine-tune encoders of emoji for an epoch: texts, and images, which are slower."""
+    data, n_cells = load_emoji(), run.sizes["cells of fine-tuning"]
+    rows = np.random.default_rng(0).permutation(len(data.target))
+    for method, column in (("lora", "name"), ("full", "name"), ("full", "image")):
+        task = f"fine-tuning of {column}, {method}"
+        if method == "lora" and find_spec("peft") is None:
+            yield {"task": task, "skipped": "peft is not installed"}
+            continue
+        for device in run.devices:
+            n_rows = n_cells if device == run.device else n_cells // 8
+            train, held_out = rows[:n_rows], rows[n_rows : n_rows + n_cells // 2]
+            encoder = encoder_to_train(run, column, device)
+            classifier = FinetunedClassifier(
+                encoder, method=method, max_epochs=1, device=device, random_state=0
+            )
+            X, y = data.data[[column]], data.target
+            row = training_row(
+                run,
+                f"{task}, {n_rows} rows",
+                device,
+                partial(classifier.fit, X.iloc[train], y[train]),
+                partial(score_on, X=X.iloc[held_out], y=y[held_out]),
+            )
+            seconds = {f"{name} s": s for name, s in classifier.seconds_.items()}
+            yield row | seconds | {"best step": classifier.best_step_}
+
+
+def encoder_to_train(run, column, device):
+    """Return the encoder of a column of emoji, without a store."""
+    if column == "image":
+        return FrozenEncoder(make_efficientnet(device)[0], runtime="torch", store=None)
+    return FrozenEncoder(run.minilm, device=device, runtime="torch", store=None)
+
+
+def score_on(fitted, X, y):
+    """Return the macro-F1 on held-out rows."""
+    return f1_score(y, fitted.predict(X), average="macro")
+
+
 def bench_search(run):
     """Compare a search in two processes on one device with the search in one."""
     X, y = make_rows(run.sizes["rows of a search"])
@@ -700,6 +753,7 @@ STAGES = {
     "fusion": bench_fusion,
     "crossmodal": bench_crossmodal,
     "segmentation": bench_segmentation,
+    "finetuning": bench_finetuning,
     "search": bench_search,
     "halving": check_halving,
     "streaming": check_streaming,

@@ -1,5 +1,6 @@
 """Backend, the protocol of models, and CallableBackend, which wraps any function."""
 
+import copy
 import functools
 import inspect
 import itertools
@@ -14,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from joblib import wrap_non_picklable_objects
 
-from sklembed.encoders.inference import Encoding, Network
+from sklembed.encoders.inference import Encoding, Network, Trainable, loading
 
 Modality = Literal["text", "image"]
 
@@ -275,6 +276,50 @@ class CallableBackend:
         module = network.module()
         forward = network.forward(lambda inputs: module(*inputs.values()))
         return Encoding(forward, prepare_all)
+
+    def trainable(self, device):
+        """Return a copy of the network, and its differentiable steps.
+
+        Parameters
+        ----------
+        device : str
+            Device of the copy.
+
+        Returns
+        -------
+        trainable : Trainable
+            The network and the steps.
+
+        Raises
+        ------
+        ValueError
+            If `load` does not return a pair of a function and a torch module.
+        """
+        with loading():
+            loaded = self.load()
+        if not (isinstance(loaded, tuple) and _is_module(loaded[1])):
+            raise ValueError(
+                f"{self!r} cannot be fine-tuned: its function load must return a pair "
+                "(prepare, encode), and encode must be a torch.nn.Module."
+            )
+        import torch
+
+        from sklembed._torch import resolve_device
+
+        prepare, network = loaded
+        device = resolve_device(device)
+        # `load` may return a module that others use.
+        network = copy.deepcopy(network).float().eval().to(device)
+
+        def prepare_all(cells):
+            return [prepare(cell) for cell in cells]
+
+        def vectors(network, prepared):
+            cells = torch.stack([torch.as_tensor(cell) for cell in prepared])
+            output = network(cells.to(device))
+            return output[0] if isinstance(output, tuple) else output
+
+        return Trainable(network, vectors, prepare_all)
 
     def _network(self, module):
         """Return the network of a torch module that takes stacked cells."""

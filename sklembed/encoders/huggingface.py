@@ -13,7 +13,13 @@ import numpy as np
 
 from sklembed.encoders.backends import Modality, trial_cells
 from sklembed.encoders.checkpoints import Checkpoint
-from sklembed.encoders.inference import Encoding, Network, in_torch, loading
+from sklembed.encoders.inference import (
+    Encoding,
+    Network,
+    Trainable,
+    in_torch,
+    loading,
+)
 from sklembed.encoders.runtimes import (
     TOLERANCES,
     bfloat16_pays,
@@ -428,6 +434,45 @@ class HuggingFaceBackend:
         )
         budget = _BUDGETS.get(self._device.type, _ACCELERATOR_BUDGET)
         return Encoding(None, prepare, _length, budget, network)
+
+    def trainable(self, device: str) -> Trainable:
+        """Return the network, loaded anew in float32, and its differentiable steps.
+
+        Raises
+        ------
+        OSError
+            If tokenizer files or weights are absent.
+        """
+        backend = replace(self, device=device, dtype="float32", runtime="torch")
+        loaded = _Loaded()
+        network, absent = loaded.model_of(backend)
+        backend._check_weights(absent)
+        if self.modality == "text":
+            prepare, collate = backend._text_steps(loaded)
+        else:
+            prepare, collate = backend._image_steps(loaded)
+        steps = backend._head_steps()
+
+        def vectors(network, prepared):
+            inputs, mask = collate(prepared)
+            outputs = backend._states(network, inputs)
+            states = dict(zip(backend._outputs, outputs, strict=True))
+            mask = backend._mask_of_states(states, inputs, mask)
+            return backend._vectors(states, mask, steps)
+
+        def encode(prepared):
+            with _torch().inference_mode():
+                return vectors(network, prepared).cpu().numpy()
+
+        batching = backend._find_batching(encode, prepare)
+
+        def vectors_in_groups(network, prepared):
+            run = functools.partial(vectors, network)
+            stack = _torch().stack
+            return encode_in_groups(run, prepared, batching, _length, stack)
+
+        budget = _BUDGETS.get(backend._device.type, _ACCELERATOR_BUDGET)
+        return Trainable(network, vectors_in_groups, prepare, _length, budget)
 
     def export_parts(self, loaded: "_Loaded") -> "ExportParts":
         """Return the parts of a text model that encode without torch and transformers.

@@ -76,6 +76,20 @@ class Encoding:
     network: Network | None = None
 
 
+@dataclass(frozen=True)
+class Trainable:
+    """A network with weights of its own, and steps through which gradients flow."""
+
+    network: Any  # torch.nn.Module in evaluation mode, in float32
+    # Network and prepared cells -> tensor (n_cells, n_features) on the device.
+    vectors: Callable[[Any, list], Any]
+    # Decoded cells -> as many prepared cells.
+    prepare: Callable[[list], list]
+    # Prepared cell -> cost, and the largest cost of a batch, as in `Encoding`.
+    cost: Callable[[Any], int] = _unit_cost
+    budget: int = 32
+
+
 def in_torch(encoding: Encoding) -> Encoding:
     """Return the encoding with a `forward` that runs its network by torch."""
     network = encoding.network

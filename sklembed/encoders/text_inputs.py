@@ -99,7 +99,13 @@ def n_tokens(prepared: dict) -> int:
     return len(prepared["input_ids"])
 
 
-def encode_in_groups(encode: Callable, prepared: list, batching: str, length: Callable):
+def encode_in_groups(
+    encode: Callable,
+    prepared: list,
+    batching: str,
+    length: Callable,
+    stack: Callable = np.stack,
+):
     """Encode cells together if they may share a batch; keep their order.
 
     Parameters
@@ -115,6 +121,9 @@ def encode_in_groups(encode: Callable, prepared: list, batching: str, length: Ca
 
     length : callable
         Takes a prepared cell, and returns its number of tokens.
+
+    stack : callable
+        Takes the list of all vectors, and returns them as one array or tensor.
     """
     if batching == "any":
         return encode(prepared)
@@ -129,7 +138,7 @@ def encode_in_groups(encode: Callable, prepared: list, batching: str, length: Ca
             values[position] = value
     if values[0].ndim == 2:  # tokens
         return values
-    return np.stack(values)
+    return stack(values)
 
 
 def _pad(rows: list[list[int]], value: int) -> np.ndarray:
