@@ -16,12 +16,13 @@ test: .venv/.dev
 
 # To save time, these run with the newest dependencies alone: the examples of docstrings and README;
 # runtimes, whose floors are the newest versions; checks of the source; losses, whose torch is the
-# same; ray, whose floor is the newest version; and the behaviour of networks, members of ensembles,
-# reports, crashes and the example of a service. Other tests reach the same interfaces of the
+# same; ray, peft and skl2onnx, whose floor is the newest version; and the behaviour of networks,
+# members of ensembles, reports, crashes, saved pipelines and the example of a service. Other tests reach the same interfaces of the
 # dependencies: test_common.py fits every estimator, test_training.py covers skorch, and test_store.py
 # the store.
-NEWEST_ONLY = readme runtimes scale architecture losses crossmodal segmentation evaluation faults \
-	serving ensemble long_tables
+NEWEST_ONLY = readme runtimes exported onnx scale architecture losses crossmodal segmentation \
+	evaluation leaks modality_report encoder_ranking finetune faults serving saved_pipelines \
+	ensemble long_tables
 test-oldest: BIN = .venv-oldest/bin
 test-oldest: ARGS = tests $(NEWEST_ONLY:%=--ignore=tests/test_%.py)
 test-oldest: .venv-oldest/.dev
