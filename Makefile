@@ -67,6 +67,7 @@ bench: .venv/.bench
 	$(BIN)/python examples/benchmarks/bench_service.py --json docs/benchmarks/service.json
 	$(BIN)/python examples/benchmarks/bench_long_arrays.py --json docs/benchmarks/long_arrays.json
 	$(BIN)/python examples/benchmarks/bench_scale.py --json docs/benchmarks/scale.json
+	$(BIN)/python examples/benchmarks/bench_faults.py --json docs/benchmarks/faults.json
 
 # The tests and the benchmark for a GPU, by PYTHON; ARGS="--device cpu --fast" is a dry run.
 gpu:

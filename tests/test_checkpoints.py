@@ -1,7 +1,9 @@
 """The hash of a checkpoint directory: what changes it, and the file that remembers it."""
 
 import builtins
+import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -170,3 +172,91 @@ def test_processes_that_write_at_once_leave_a_readable_memo(memo):
     assert len(hashes) >= 2  # each adds to the ones it reads
     assert all(value == f"hash {key}" for key, value in hashes.items())
     assert [path.name for path in memo.parent.iterdir()] == [memo.name]
+
+
+class Code:
+    """An object whose pickle would create a file."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+def test_the_pickle_of_a_dense_layer_is_refused_and_never_runs_code(tmp_path):
+    torch = pytest.importorskip("torch")
+    (tmp_path / "dense").mkdir()
+    torch.save({"w": Code(tmp_path / "canary")}, tmp_path / "dense/pytorch_model.bin")
+    with pytest.raises(ValueError, match="dense/pytorch_model.bin are pickles"):
+        Checkpoint(str(tmp_path)).tensors("dense")
+    checkpoint = Checkpoint(str(tmp_path), allow_pickle=True)
+    with pytest.raises(OSError, match="contains more than weights"):
+        checkpoint.tensors("dense")
+    shutil.copy(tmp_path / "dense/pytorch_model.bin", tmp_path)
+    with pytest.raises(OSError, match="contains more than weights"):
+        checkpoint.check_weights()
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("name", ["../file.json", "/etc/hosts", "a/../../file.json"])
+def test_files_outside_a_checkpoint_are_refused(tmp_path, name):
+    (tmp_path / "file.json").write_text("{}")
+    with pytest.raises(OSError, match="not within the checkpoint"):
+        Checkpoint(str(tmp_path / "model")).file(name)
+
+
+def header(text):
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (2**63).to_bytes(8, "little") + b"{}",
+        header(b"[1, 2]"),
+        header(b'{"a":' + b"[" * 10_000),
+        header(b'{"a": 3}'),
+        header(b'{"a": {"dtype": "F32", "shape": [0]}}'),
+        header(b'{"a": {"dtype": "O", "shape": [0], "data_offsets": [0, 0]}}'),
+        header(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}'),
+    ],
+)
+def test_a_hostile_header_is_damage(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(OSError, match="model.safetensors' is damaged or truncated"):
+        Checkpoint(str(tmp_path)).check_weights()
+
+
+@pytest.mark.parametrize("weight_map", [["a"], {"a": 3}, None])
+def test_an_index_without_files_is_damage(tmp_path, weight_map):
+    index = {"weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(OSError, match="does not map weights to files"):
+        Checkpoint(str(tmp_path)).check_weights()
+
+
+def test_an_index_and_a_configuration_name_no_pickle(tmp_path):
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    index = {"weight_map": {"a": "adapter_model.bin"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="adapter_model.bin are pickles"):
+        Checkpoint(str(tmp_path)).check_weights()
+    config = {"transformers_weights": "adapter_model.bin"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="adapter_model.bin are pickles"):
+        Checkpoint(str(tmp_path)).check_weights()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"model_type": "bert", "hidden_size": "os.system"}', "cannot be read"),
+        ('{"text_config": {"attn_implementation": "a/kernel"}}', "code on the hub"),
+    ],
+)
+def test_a_hostile_configuration_is_an_error(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises((OSError, ValueError), match=message):
+        Checkpoint(str(tmp_path)).config()

@@ -605,6 +605,7 @@ SILENT = {
         "revision",
         "local_files_only",
         "trust_remote_code",
+        "allow_pickle",
     },
     "ContrastiveProjector": {
         "device",

@@ -478,3 +478,36 @@ def test_the_disk_is_not_filled_to_the_last_byte(store, monkeypatch):
         assert fill(store, 40).keys() == set(range(40))
     assert len(caught) == 1
     assert not read(store, 40)
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "vectors.parquet"])
+def test_an_export_that_fails_leaves_the_earlier_one(
+    store, tmp_path, monkeypatch, name
+):
+    fill(store, 10)
+    store.export(tmp_path / name)
+    files = {path: path.read_bytes() for path in tmp_path.glob("vectors*")}
+    fill(store, 20)
+    chunks = database.iter_vectors
+
+    def fail_after_a_chunk(*args):
+        yield next(chunks(*args))
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(database, "iter_vectors", fail_after_a_chunk)
+    with pytest.raises(OSError, match="disk is full"):
+        store.export(tmp_path / name)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*vectors*")} == files
+
+
+@pytest.mark.parametrize("description", ["3", "{", "[" * 100_000])
+def test_a_damaged_description_is_an_error_that_names_the_store(
+    store, tmp_path, description
+):
+    fill(store, 1)
+    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
+        db.execute("UPDATE models SET description = ?", (description,))
+    for use in (store.stats, lambda: store.export(tmp_path / "x.npy")):
+        with pytest.raises(OSError, match="store.sqlite.*is damaged.*Move it away"):
+            use()
+    assert read(store, 1).keys() == {0}

@@ -214,7 +214,25 @@ def test_files_that_are_not_whole_are_named(
     with open(f"{path}/{name}", "wb") as file:
         file.write(change(content))
     with pytest.raises(OSError, match=f"{name}'.*{message}"):
+        encode(path, TEXTS, allow_pickle=True)
+
+
+def as_pickle(path, name, content):
+    """Replace the safetensors file in a folder by a pickle."""
+    os.remove(f"{path}/model.safetensors")
+    torch.save(content, f"{path}/{name}")
+
+
+def test_pickled_weights_are_refused_unless_allowed(checkpoints, tmp_path):
+    path = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], path)
+    weights = hf.AutoModel.from_pretrained(path).state_dict()
+    as_pickle(path, "pytorch_model.bin", weights)
+    with pytest.raises(ValueError, match="pytorch_model.bin are pickles.*allow_pickle"):
         encode(path, TEXTS)
+    np.testing.assert_array_equal(
+        encode(path, TEXTS, allow_pickle=True), encode(checkpoints["bert"], TEXTS)
+    )
 
 
 def test_a_damaged_file_beside_whole_weights_is_not_read(checkpoints, tmp_path):
@@ -1072,7 +1090,7 @@ CHANGING = {
 # These change where and how it is done, what becomes of bad cells, or which checkpoint is meant.
 UNCHANGING = {
     *("model", "batch_size", "device", "missing", "errors", "verbose"),
-    *("revision", "local_files_only"),
+    *("revision", "local_files_only", "allow_pickle"),
     "runtime",  # changes vectors below float32: see test_runtimes
 }
 

@@ -12,6 +12,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from sklembed.encoders.database import default_path
 
 # Activations of Dense modules of sentence-transformers, by their names in torch.nn.
@@ -140,6 +142,7 @@ class Checkpoint:
     revision: str | None = None
     local_files_only: bool = False
     trust_remote_code: bool = False
+    allow_pickle: bool = False
 
     @property
     def is_directory(self) -> bool:
@@ -237,8 +240,15 @@ class Checkpoint:
         Raises
         ------
         OSError
-            If the download fails, or an offline cache has no record of the file.
+            If the download fails, an offline cache has no record of the file, or the
+            path leads out of the checkpoint.
         """
+        # Files elsewhere are no part of the identity, so that vectors might change.
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise OSError(
+                f"{self.model!r} names the file {name!r}, which is not within the "
+                "checkpoint. Do not trust its files."
+            )
         if self.is_directory:
             path = Path(self.place, name)
             return path if path.is_file() else None
@@ -286,22 +296,42 @@ class Checkpoint:
         Raises
         ------
         OSError
-            If a file is a git-lfs pointer or truncated, or a shard is missing.
+            If a file is a git-lfs pointer or damaged, or a shard is missing.
+        ValueError
+            If the weights are pickles, and `allow_pickle` is False.
         """
-        for name in _WEIGHTS:
+        names = _WEIGHTS
+        explicit = (_read_json(self, "config.json") or {}).get("transformers_weights")
+        if explicit is not None:  # transformers then reads this file alone
+            names = (str(explicit),)
+        for name in names:
+            self._check_is_allowed(name)
             path = self.file(name, optional=True)
             if path is None:
                 continue
             if not name.endswith(".json"):
-                check_file(path)
+                _check_weights_file(path)
                 return
-            shards = _read_json(self, name).get("weight_map", {})
-            for shard in sorted(set(shards.values())):
+            for shard in _shards(self, name):
+                self._check_is_allowed(shard)
                 shard_path = self.file(shard)
                 if shard_path is None:
                     raise _missing_file(self, shard, name)
-                check_file(shard_path)
+                _check_weights_file(shard_path)
             return
+
+    def _check_is_allowed(self, name) -> None:
+        """Raise an error for the name of a pickle, before it is downloaded."""
+        if self.allow_pickle or ".safetensors" in name:
+            return
+        if self.is_directory and self.file(name) is None:
+            return
+        raise ValueError(
+            f"{self.model!r} has no weights in safetensors files, and files such as "
+            f"{name} are pickles. If you trust their author, pass allow_pickle=True; or "
+            "load the model by transformers and save it by save_pretrained, which writes "
+            "safetensors."
+        )
 
     def check_tokenizer(self) -> None:
         """Download and check the tokenizer's files; transformers would replace missing ones.
@@ -340,7 +370,9 @@ class Checkpoint:
         Raises
         ------
         OSError
-            If the folder has no weights.
+            If the folder has no weights, or they are damaged.
+        ValueError
+            If the weights are pickles, and `allow_pickle` is False.
         """
         path = self.file(f"{folder}/model.safetensors", optional=True)
         if path is not None:
@@ -348,16 +380,16 @@ class Checkpoint:
 
             check_file(path)
             return load_file(path)
-        path = self.file(f"{folder}/pytorch_model.bin")
+        name = f"{folder}/pytorch_model.bin"
+        self._check_is_allowed(name)
+        path = self.file(name)
         if path is None:
             raise OSError(
                 f"The folder {folder!r} of {self.model!r} has neither model.safetensors nor "
                 "pytorch_model.bin. Save the complete model with SentenceTransformer.save."
             )
-        import torch
-
         check_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _read_pickle(path, "cpu")
 
     @property
     def has_config(self) -> bool:
@@ -562,9 +594,29 @@ def _read_config(checkpoint, identity):
     """Load a configuration once for each identity."""
     from transformers import AutoConfig
 
-    _read_json(checkpoint, "config.json")  # its error names a damaged file
+    _check_no_kernels(checkpoint, _read_json(checkpoint, "config.json"))
+    try:
+        return AutoConfig.from_pretrained(**checkpoint.model_source())
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as error:  # values of a wrong type raise errors of any type
+        raise OSError(
+            f"The config.json of {checkpoint.model!r} cannot be read ({_reason(error)}): "
+            "it is damaged, or was written for another version of transformers. "
+            "Download the model again."
+        ) from error
 
-    return AutoConfig.from_pretrained(**checkpoint.model_source())
+
+def _check_no_kernels(checkpoint, config) -> None:
+    """Raise an error if a configuration names a kernel, which is code on the hub."""
+    for key, value in (config or {}).items():
+        if isinstance(value, dict):
+            _check_no_kernels(checkpoint, value)
+        elif key.endswith("_implementation") and "/" in str(value):
+            raise ValueError(
+                f"The config.json of {checkpoint.model!r} has {key}={value!r}, which is "
+                "code on the hub, and is not run. Remove the entry."
+            )
 
 
 def _hash_directory(directory: str) -> str:
@@ -925,7 +977,7 @@ def _parse_json(path):
     check_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise OSError(
             f"The file {str(path)!r} is not valid JSON ({error}): it is damaged or truncated. "
             "Download it again."
@@ -977,23 +1029,49 @@ def check_file(path) -> None:
 
 
 def _is_truncated(path, start) -> bool:
-    """Return whether weights do not have the size in their header; False for other files."""
+    """Return whether weights do not match their header; False for other files."""
     if path.suffix == ".bin":
         return start.startswith(b"PK") and not zipfile.is_zipfile(path)
     if path.suffix != ".safetensors":
         return False
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        n_header = int.from_bytes(file.read(8), "little")
-        if n_header > size - 8:
-            return True
-        try:
-            header = json.loads(file.read(n_header))
-        except ValueError:
-            return True
-    header.pop("__metadata__", None)
-    ends = [tensor["data_offsets"][1] for tensor in header.values()]
-    return size != 8 + n_header + max(ends, default=0)
+    try:
+        with safe_open(path, framework="numpy"):  # validates the header and the size
+            return False
+    except SafetensorError:
+        return True
+
+
+def _check_weights_file(path) -> None:
+    """Check a file of weights, of which a pickle must contain nothing else."""
+    check_file(path)
+    if ".safetensors" not in path.name:
+        _read_pickle(path, "meta")  # without the numbers
+
+
+def _read_pickle(path, device) -> dict[str, Any]:
+    """Load weights from a pickle. torch refuses everything but tensors and containers."""
+    import torch
+
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    # torch raises errors of any type, and recommends to load the file without checks.
+    except Exception as error:
+        raise OSError(
+            f"The file {str(path)!r} cannot be read as weights. It is damaged, or contains "
+            "more than weights: do not trust it."
+        ) from error
+
+
+def _shards(checkpoint, name) -> list[str]:
+    """Return the names of the files that an index lists."""
+    weight_map = _read_json(checkpoint, name).get("weight_map")
+    shards = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+    if not all(isinstance(shard, str) for shard in shards):
+        raise OSError(
+            f"The file {name!r} of {checkpoint.model!r} does not map weights to files: it "
+            "is damaged. Download it again."
+        )
+    return sorted(shards)
 
 
 def _missing_file(checkpoint, name, index) -> OSError:

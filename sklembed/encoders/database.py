@@ -389,15 +389,32 @@ def ensure_model(db, space):
     return number
 
 
+def read_space(fingerprint, description, n_features, dtype, ragged):
+    """Return the space in a row of `models`.
+
+    Raises
+    ------
+    sqlite3.DatabaseError
+        If a value of the row is damaged.
+    """
+    try:
+        settings = json.loads(description)
+        space = Space(fingerprint, settings, n_features, dtype, bool(ragged))
+    except (RecursionError, TypeError, ValueError):
+        settings = None
+    is_width = isinstance(n_features, int) and n_features >= 1
+    if not (isinstance(settings, dict) and is_width):
+        raise sqlite3.DatabaseError(f"the row of the model {fingerprint!r} is damaged")
+    return space
+
+
 def spaces(db, model):
     """Map ids of models to spaces; `model` is a fingerprint, a name, or None for all."""
     matching, names = {}, set()
-    for number, fingerprint, description, n_features, dtype, ragged in db.execute(
+    for number, *row in db.execute(
         "SELECT id, fingerprint, description, n_features, dtype, ragged FROM models"
     ).fetchall():
-        space = Space(
-            fingerprint, json.loads(description), n_features, dtype, bool(ragged)
-        )
+        space = read_space(*row)
         names.add(space.names[-1])
         if model in (None, *space.names):
             matching[number] = space

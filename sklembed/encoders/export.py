@@ -1,6 +1,8 @@
 """Export of stored vectors to Parquet and .npy files."""
 
 import contextlib
+import os
+from pathlib import Path
 
 import numpy as np
 
@@ -37,7 +39,10 @@ def write_parquet(path, contents):
         }
     )
     n_rows = 0
-    with pyarrow.parquet.ParquetWriter(path, schema) as file:
+    with (
+        _replacing(path) as (draft,),
+        pyarrow.parquet.ParquetWriter(draft, schema) as file,
+    ):
         for space, chunks in contents:
             for digests, values in chunks:
                 n_tokens = [None] * len(digests)
@@ -80,16 +85,31 @@ def write_npy(path, contents):
         )
     n_rows = 0
     with (
-        _growing_npy(path, np.float32, space.n_features) as vector_file,
-        _growing_npy(
-            path.with_suffix(".digests.npy"), np.uint8, DIGEST_SIZE
-        ) as digest_file,
+        _replacing(path, path.with_suffix(".digests.npy")) as drafts,
+        _growing_npy(drafts[0], np.float32, space.n_features) as vector_file,
+        _growing_npy(drafts[1], np.uint8, DIGEST_SIZE) as digest_file,
     ):
         for digests, values in chunks:
             vector_file.write(values.tobytes())
             digest_file.write(b"".join(digests))
             n_rows += len(digests)
     return n_rows
+
+
+@contextlib.contextmanager
+def _replacing(*paths):
+    """Yield the paths of drafts, which replace the files once all are complete."""
+    paths = [Path(os.path.realpath(path)) for path in paths]
+    drafts = [path.with_name(f".{path.name}.draft") for path in paths]
+    try:
+        yield drafts
+        for path in paths[1:]:  # absent for a moment, rather than beside another file
+            path.unlink(missing_ok=True)
+        for draft, path in zip(drafts, paths, strict=True):
+            os.replace(draft, path)
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

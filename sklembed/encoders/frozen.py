@@ -95,6 +95,7 @@ _CHECKPOINT_PARAMETERS = (
     "revision",
     "local_files_only",
     "trust_remote_code",
+    "allow_pickle",
 )
 _BACKEND_ATTRIBUTES = (
     "modality",
@@ -223,6 +224,10 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
     trust_remote_code : bool, default=False
         Whether to run modelling code from a hub repository.
 
+    allow_pickle : bool, default=False
+        Whether to read weights from pickles, such as ``pytorch_model.bin``, if the
+        checkpoint has no safetensors. Only tensors and plain containers are unpickled.
+
     verbose : int, default=0
         Verbosity. If greater than 0, a progress bar shows the rate of encoding and the
         number of stored cells.
@@ -282,6 +287,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         "revision": [str, None],
         "local_files_only": ["boolean"],
         "trust_remote_code": ["boolean"],
+        "allow_pickle": ["boolean"],
         "verbose": ["verbose"],
     }
 
@@ -306,6 +312,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         revision=None,
         local_files_only=False,
         trust_remote_code=False,
+        allow_pickle=False,
         verbose=0,
     ):
         self.model = model
@@ -326,6 +333,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
         self.revision = revision
         self.local_files_only = local_files_only
         self.trust_remote_code = trust_remote_code
+        self.allow_pickle = allow_pickle
         self.verbose = verbose
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -1300,6 +1308,7 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             self.revision,
             self.local_files_only,
             self.trust_remote_code,
+            self.allow_pickle,
         )
         kind = StaticBackend if checkpoint.is_static else HuggingFaceBackend
         return kind, checkpoint

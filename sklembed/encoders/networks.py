@@ -116,7 +116,10 @@ class NetworkEntry:
 
     def verdict(self, condition) -> dict | None:
         """Return the verdict under a condition (precision and processor), or None."""
-        return read_json(self._verdict_path(condition))
+        verdict = read_json(self._verdict_path(condition))
+        if verdict is None or not isinstance(verdict.get("accepted"), bool):
+            return None
+        return {"reason": "the reason is damaged"} | verdict
 
     def record(self, condition, verdict) -> None:
         """Write a verdict, a dict of JSON types with the key "accepted"."""
@@ -133,10 +136,13 @@ def list_networks(directory) -> list[dict]:
     for folder in _entries(directory):
         description = read_json(folder / "description.json")
         files = folder / "network" / "files.json"
-        sizes = [size for size, _ in (read_json(files) or {}).values()]
-        if description is not None and sizes:
+        if description is None or not files.exists():
+            continue
+        with contextlib.suppress(OSError):  # deleted by another process
+            sizes = [path.stat().st_size for path in files.parent.iterdir()]
+            n_bytes = sum(sizes) - files.stat().st_size
             exported = files.stat().st_mtime
-            rows.append(description | {"bytes": sum(sizes), "exported": exported})
+            rows.append(description | {"bytes": n_bytes, "exported": exported})
     return rows
 
 
@@ -183,7 +189,7 @@ def read_json(path) -> dict | None:
     """Return the dict in a JSON file; None if the file is absent or damaged."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         return None
     return content if isinstance(content, dict) else None
 

@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -294,19 +293,19 @@ class EmbeddingStore:
         """
         with self._connection() as db:
             self._write_served(db)
+            # A damaged row may have any type.
             rows = db.execute(
-                "SELECT fingerprint, description, n_features, "
-                "(SELECT COUNT(*) FROM cells WHERE model = models.id), bytes, encoded, served "
-                "FROM models"
+                "SELECT fingerprint, description, n_features, dtype, ragged, "
+                "(SELECT COUNT(*) FROM cells WHERE model = models.id), "
+                "CAST(bytes AS INTEGER), CAST(encoded AS INTEGER), "
+                "CAST(served AS INTEGER) FROM models"
             ).fetchall()
-        settings = []
-        for fingerprint, description, n_features, *_ in rows:
-            space = database.Space(fingerprint, json.loads(description), n_features)
-            settings.append(space.settings())
+            settings = [database.read_space(*row[:5]).settings() for row in rows]
         names = ["model", "pooling", "layer", "unit_length"]
         settings = pd.DataFrame(settings, columns=names, dtype=object)
         counts = ["n_features", "rows", "bytes", "encoded", "served"]
-        stats = pd.DataFrame(rows, columns=["fingerprint", "description", *counts])
+        columns = ["fingerprint", "description", "n_features", "dtype", "ragged"]
+        stats = pd.DataFrame(rows, columns=[*columns, *counts[1:]])
         stats = stats.join(settings).set_index("fingerprint")
         stats["hit_rate"] = stats["served"] / (stats["served"] + stats["encoded"])
         return stats[[*names, *counts, "hit_rate", "description"]]
