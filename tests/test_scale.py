@@ -3,10 +3,12 @@
 import builtins
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import joblib
 import numpy as np
@@ -27,8 +29,9 @@ from ray import cloudpickle, data  # noqa: E402
 from ray.experimental import tqdm_ray  # noqa: E402
 
 from sklembed.scale import encode_dataset, export_vectors, import_vectors  # noqa: E402
-from sklembed.scale.dataset import _import_ray, _share_resources  # noqa: E402
+from sklembed.scale.dataset import _by_column, _import_ray, _share_resources  # noqa: E402
 from sklembed.scale.shards import Folder, Index, Shards, to_keys  # noqa: E402
+from sklembed.scale.target import Target  # noqa: E402
 from sklembed.scale.workers import Part, Worker  # noqa: E402
 
 # Of Ray's own code, and of the files and sockets that it leaves to the garbage collector.
@@ -75,8 +78,8 @@ class LocalPool:
 
     n_workers = 1
 
-    def __init__(self, n_workers, options, *arguments):
-        self._worker = Worker(*arguments)
+    def __init__(self, n_workers, options, encoders, *arguments):
+        self._worker = Worker(lambda: encoders, *arguments)
         self.spaces = self._worker.spaces()
 
     def submit(self, method, *arguments, num_returns=1):
@@ -318,6 +321,37 @@ def test_images_that_cannot_be_read(in_process, image_backend, images, tmp_path)
     assert vectors == [[10, 0, 0, 0, 0, 0], None, [10, 0, 0, 0, 0, 0]]
 
 
+def test_each_row_with_an_unreadable_image_counts(
+    in_process, image_backend, images, tmp_path
+):
+    (images / "b" / "c.png").write_bytes(b"no image")
+    names = ["a.png", "b/c.png", "b/c.png", "none.png", None, "b/c.png"]
+    paths = [name and str(images / name) for name in names]
+    pq.write_table(pa.table({"path": paths}), tmp_path / "p.parquet", row_group_size=2)
+    encoder = FrozenEncoder(image_backend, store=None, errors="missing")
+    for n_encoded in (1, 0):
+        with pytest.warns(UserWarning, match=r"^4 cells .* of column 'path'"):
+            summary = encode_dataset(encoder, tmp_path / "p.parquet", tmp_path / "a")
+        assert (summary.encoded, summary.missing, summary.failed) == (n_encoded, 1, 4)
+        embedding = pq.read_table(tmp_path / "a")["path_embedding"]
+        assert embedding.is_valid().to_pylist() == [True] + 5 * [False]
+
+
+def test_a_vector_that_is_lost_during_a_call_is_an_error(
+    in_process, encoder, source, tmp_path, monkeypatch
+):
+    def lose(self, *arguments):
+        for path in (tmp_path / "target" / "_vectors").glob("*/*.parquet"):
+            pq.write_table(pq.read_table(path)[:1], path)
+        return write(self, *arguments)
+
+    write = Worker.write
+    encode_dataset(encoder, source, tmp_path / "target", columns="text")
+    monkeypatch.setattr(Worker, "write", lose)
+    with pytest.raises(OSError, match=r"has no vectors of \d+ of \d+ cells"):
+        encode_dataset(encoder, source, tmp_path / "target", columns="text")
+
+
 def test_images_in_blocks_of_ray(in_process, image_backend, images, tmp_path):
     encoder = FrozenEncoder(image_backend, store=None)
     encode_dataset(encoder, data.read_images(str(images)), tmp_path / "target")
@@ -338,6 +372,59 @@ def test_a_killed_worker_is_replaced(cluster, source, texts, log, tmp_path):
     assert os.path.exists(marker)
     check_output(tmp_path / "target", texts)
     assert sorted(log.read_text().splitlines()) == sorted(distinct(texts))
+
+
+def test_a_cell_that_crashes_workers_is_named(
+    cluster, source, texts, log, tmp_path, monkeypatch
+):
+    def die(texts):
+        if "text 7" in texts:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    row = texts.index("text 7")
+    monkeypatch.setattr("sklembed.scale.workers.MAX_RETRIES", 1)
+    encoder = FrozenEncoder(logging_backend(log, die), store=None)
+    with pytest.raises(RuntimeError, match="while it encoded rows") as caught:
+        encode_dataset(encoder, source, tmp_path / "a", columns="text", n_workers=1)
+    message = str(caught.value)
+    first, last = map(int, re.search(r"rows (\d+) to (\d+) of", message).groups())
+    assert first <= row <= last < first + 700
+    assert "column 'text'" in message
+
+
+def crash():
+    os._exit(1)
+
+
+class Crashing(FrozenEncoder):
+    """An encoder that ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return crash, ()
+
+
+def test_a_worker_that_cannot_start_is_an_error(
+    cluster, encoder, source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sklembed.scale.workers.MAX_RETRIES", 0)
+    monkeypatch.setattr("sklembed.scale.workers._PATIENCE", 0)
+    encoder = Crashing(encoder.model, store=None)
+    with (
+        pytest.warns(UserWarning, match="No worker has started.*needs 2 CPUs"),
+        pytest.raises(RuntimeError, match="while it loaded the models"),
+    ):
+        encode_dataset(encoder, source, tmp_path / "a", columns="text", n_workers=1)
+
+
+@pytest.mark.parametrize("type_name", ["string_view", "dictionary", "large_string"])
+def test_types_of_texts(in_process, encoder, texts, tmp_path, type_name):
+    column = pa.array(texts[:9]).dictionary_encode()
+    if type_name != "dictionary":
+        column = column.cast(pa.string()).cast(getattr(pa, type_name)())
+    table = pa.table({"row": range(9), "text": column})
+    pq.write_table(table, tmp_path / "a.parquet")
+    encode_dataset(encoder, tmp_path / "a.parquet", tmp_path / "a", columns="text")
+    check_output(tmp_path / "a", texts[:9])
 
 
 DRIVER = """
@@ -403,7 +490,7 @@ def check_not_encoded_again(log, committed):
 
 def test_a_task_is_not_repeated_after_its_commit(encoder, log, tmp_path):
     vectors = Folder.at(tmp_path)
-    worker = Worker({"text": encoder}, vectors, n_threads=1)
+    worker = Worker(lambda: {"text": encoder}, vectors, n_threads=1)
     (_, space) = worker.spaces()["text"]
     vectors.folder(space.fingerprint).create()
     block, part = pa.table({"text": ["x", "y"]}), Part("part", 0, 2, 0)
@@ -411,7 +498,8 @@ def test_a_task_is_not_repeated_after_its_commit(encoder, log, tmp_path):
     digests, rows, *_ = columns["text"]
     for _ in range(2):
         file = "0.parquet"
-        assert worker.encode(block, part, "text", rows, digests, file) == (2, [])
+        encoded = worker.encode(block, part, "text", rows, digests, file)
+        assert encoded == (file, 2, b"", [])
     assert log.read_text() == "x\ny\n"
 
 
@@ -474,6 +562,39 @@ def test_a_damaged_shard_is_named(in_process, encoder, source, tmp_path):
     assert 0 < summary.encoded < summary.distinct
 
 
+def test_files_of_repeated_cells_are_read_once(
+    in_process, encoder, source, tmp_path, monkeypatch
+):
+    def count(self, name):
+        n_reads[name] += 1
+        return read(self, name)
+
+    read, n_reads = Shards.read, Counter()
+    monkeypatch.setattr(Shards, "read", count)
+    encode_dataset(encoder, source, tmp_path / "target", columns="text")
+    assert len(n_reads) == 9 and set(n_reads.values()) == {1}
+    # A cache that is too small for all of them.
+    monkeypatch.setattr("sklembed.scale.shards._CACHE_BYTES", 20_000)
+    (folder,) = tmp_path.glob("target/_vectors/*")
+    shards = Shards(Folder.at(folder.parent), encoder._backend_and_space()[1])
+    for name in shards.names() * 2:
+        keys, vectors = read(shards, name)
+        assert np.array_equal(shards.look_up(name, keys), vectors)
+    sizes = [vectors.nbytes for _, vectors in shards._cache.values()]
+    assert 0 < sum(sizes) == shards._cache_bytes <= 20_000
+    assert max(n_reads.values()) == 3
+
+
+def test_a_damaged_row_group_is_named(in_process, encoder, source, tmp_path):
+    path = source / "1.parquet"
+    place = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[place : place + 30] = bytes(30)
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=r"Row group 1 of .*1\.parquet cannot be read"):
+        encode_dataset(encoder, source, tmp_path / "target", columns="text")
+
+
 def test_errors_come_before_any_work(in_process, encoder, source, log, tmp_path):
     with pytest.raises(
         ValueError, match=r"no column 'title'. It has \['row', 'text'\]"
@@ -481,6 +602,10 @@ def test_errors_come_before_any_work(in_process, encoder, source, log, tmp_path)
         encode_dataset(encoder, source, tmp_path / "target", columns="title")
     with pytest.raises(ValueError, match=r"\['row', 'text'\]: pass columns"):
         encode_dataset(encoder, source, tmp_path / "target")
+    with pytest.raises(ValueError, match=r"Pass the column .*\['row', 'text'\]"):
+        encode_dataset(encoder, source, tmp_path / "target", columns=[])
+    with pytest.raises(ValueError, match=r"Pass the column .*\['row', 'text'\]"):
+        encode_dataset({}, source, tmp_path / "target")
     with pytest.raises(ValueError, match="columns must be None"):
         encode_dataset({"text": encoder}, source, tmp_path / "target", columns="text")
     with pytest.raises(TypeError, match="must be a FrozenEncoder; got str"):
@@ -496,12 +621,123 @@ def test_errors_come_before_any_work(in_process, encoder, source, log, tmp_path)
         (tmp_path / "texts").mkdir()
         (tmp_path / "texts" / "a.txt").touch()
         encode_dataset(encoder, tmp_path / "texts", tmp_path / "target")
-    with pytest.raises(FileExistsError, match="'0.parquet'"):
-        encode_dataset(encoder, tmp_path / "texts", source)
-    with pytest.raises(ValueError, match="is the source"):
-        encode_dataset(encoder, source, source)
+    with pytest.raises(FileExistsError, match="'a.txt'"):
+        encode_dataset(encoder, source, tmp_path / "texts", columns="text")
     assert not (tmp_path / "target").exists()
     assert log.read_text() == ""
+
+
+def test_outputs_are_not_in_the_source(in_process, encoder, source, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    for target in (source, source / "target", link / "target"):
+        with pytest.raises(ValueError, match="target .* is in the source"):
+            encode_dataset(encoder, source, target, columns="text")
+    target = tmp_path / "target"
+    with pytest.raises(ValueError, match="vectors .* is in the source"):
+        encode_dataset(encoder, link, target, columns="text", vectors=source / "v")
+    (source / "linked").symlink_to(target)
+    target.mkdir()
+    with pytest.raises(ValueError, match="target .* is in the source"):
+        encode_dataset(encoder, source, target, columns="text")
+    (source / "linked").unlink()
+    hidden = source / "_vectors"  # readers skip it
+    encode_dataset(encoder, source, target, columns="text", vectors=hidden)
+    summary = encode_dataset(encoder, source, target, columns="text", vectors=hidden)
+    assert (summary.rows, summary.encoded) == (6000, 0)
+
+
+def test_vectors_are_not_among_the_parts_of_a_target(
+    in_process, encoder, source, store, tmp_path
+):
+    target = tmp_path / "target"
+    for vectors in (target, target / "vectors"):
+        with pytest.raises(ValueError, match="begins with an underscore"):
+            encode_dataset(encoder, source, target, columns="text", vectors=vectors)
+    assert not target.exists()
+    encode_dataset(encoder, source, target, columns="text", vectors=target / "_others")
+    assert len(pd.read_parquet(target)) == 6000
+    with pytest.raises(ValueError, match="is a target.*Pass .*/target/_vectors"):
+        encode_dataset(encoder, source, tmp_path / "b", columns="text", vectors=target)
+    with pytest.raises(ValueError, match="is a target.*Pass .*/target/_vectors"):
+        import_vectors(store, target)
+
+
+def test_other_files_among_shards(in_process, encoder, source, texts, store, tmp_path):
+    target, shards = tmp_path / "target", tmp_path / "target" / "_vectors"
+    encode_dataset(encoder, source, target, columns="text")
+    (shards / "notes.txt").touch()
+    (shards / "other").mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), shards / "other" / "0.parquet")
+    assert import_vectors(store, shards) == len(distinct(texts))
+    (folder,) = shards.glob("????????????????*")
+    pq.write_table(pa.table({"text": ["a"]}), folder / "0.parquet")
+    for call in (
+        lambda: import_vectors(store, shards),
+        lambda: encode_dataset(encoder, source, target, columns="text"),
+    ):
+        with pytest.raises(ValueError, match=r"0\.parquet has no vectors of sklembed"):
+            call()
+
+
+def test_files_of_others_stay_in_a_target(in_process, encoder, source, texts, tmp_path):
+    target = tmp_path / "target"
+    encode_dataset(encoder, source, target, columns="text")
+    names = ["part-list-notes.txt", "_draft-notes.txt", "part-notes/0", "_draft-a/0"]
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).touch()
+    (target / f"_draft-{'0' * 32}").mkdir()  # of a dead call
+    (target / "part-00000099.parquet").touch()
+    encode_dataset(encoder, source, target, columns="text")
+    assert all((target / name).exists() for name in names)
+    assert not (target / f"_draft-{'0' * 32}").exists()
+    assert not (target / "part-00000099.parquet").exists()
+    rows = pq.ParquetDataset(sorted(target.glob("part-*.parquet"))).read()["row"]
+    assert rows.to_pylist() == list(range(len(texts)))
+
+
+def test_a_target_belongs_to_the_last_call(
+    in_process, encoder, source, texts, tmp_path
+):
+    target = tmp_path / "target"
+
+    def call_again(texts):
+        """Start a second call, which deletes the drafts of the first one."""
+        if not list(target.glob("part-*")):
+            (drafts,) = target.glob("_draft-*")
+            encode_dataset(encoder, source, target, columns="text")
+            assert not drafts.exists()
+            drafts.mkdir()  # as writing does in an object store
+
+    first = FrozenEncoder(logging_backend(tmp_path / "other", call_again), store=None)
+    with pytest.raises(OSError, match="Another call has taken over the target"):
+        encode_dataset(first, source, target, columns="text")
+    check_output(target, texts)
+
+
+def test_a_lost_part_is_an_error(in_process, encoder, source, tmp_path, monkeypatch):
+    def lose(self, names):
+        self.drafts.delete(names[1])
+        commit(self, names)
+
+    commit = Target.commit
+    encode_dataset(encoder, source, tmp_path / "target", columns="text")
+    before = sorted(os.listdir(tmp_path / "target"))
+    monkeypatch.setattr(Target, "commit", lose)
+    with pytest.raises(OSError, match=r"1 of 9 parts .* first: part-00000001\.parquet"):
+        encode_dataset(encoder, source, tmp_path / "target", columns="text")
+    assert sorted(os.listdir(tmp_path / "target")) == before  # without drafts
+
+
+def test_links_in_a_source(in_process, encoder, source, tmp_path):
+    (source / "loop").symlink_to(source)
+    with pytest.raises(OSError, match="loop and .* are the same folder"):
+        encode_dataset(encoder, source, tmp_path / "target", columns="text")
+    (source / "loop").unlink()
+    (source / "9.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"9\.parquet is broken"):
+        encode_dataset(encoder, source, tmp_path / "target", columns="text")
 
 
 def test_an_error_of_a_worker_is_raised(cluster, encoder, source, tmp_path):
@@ -538,16 +774,43 @@ def test_without_ray(monkeypatch, encoder, tmp_path):
     ],
 )
 def test_workers_share_the_cpus(n_cpus, n_workers, uses_cluster, expected):
-    shared = _share_resources({"CPU": n_cpus}, n_workers, 0, uses_cluster)
+    shared = _share_resources([{"CPU": n_cpus}], n_workers, 0, uses_cluster)
     n_workers, n_threads, options = shared
     assert (n_workers, n_threads, options["num_cpus"]) == expected
 
 
 def test_there_are_as_many_workers_as_gpus_suffice_for():
-    shared = _share_resources({"CPU": 16, "GPU": 2}, None, 0.5, False)
+    shared = _share_resources([{"CPU": 16, "GPU": 2}], None, 0.5, False)
     assert shared == (4, 4, {"num_cpus": 4, "num_gpus": 0.5})
-    with pytest.raises(ValueError, match="has 0 GPUs"):
-        _share_resources({"CPU": 16}, None, 1, False)
+    with pytest.raises(ValueError, match=r"have \[0\] GPUs"):
+        _share_resources([{"CPU": 16}], None, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "n_workers", "num_gpus", "expected"),
+    [
+        ((2, 2), (0, 0), 1, 0, (1, 2, 2)),
+        ((2, 2), (0, 0), 3, 0, (3, 1, 1)),
+        ((3, 3), (0, 0), 3, 0, (3, 2, 1)),
+        ((4, 2), (0, 1), None, 1, (1, 2, 2)),
+        ((4, 2), (0, 1), 4, 0.25, (4, 1, 0.5)),
+    ],
+)
+def test_a_worker_fits_on_one_machine(cpus, gpus, n_workers, num_gpus, expected):
+    pairs = zip(cpus, gpus, strict=True)
+    nodes = [{"CPU": n_cpus, "GPU": n_gpus} for n_cpus, n_gpus in pairs]
+    shared = _share_resources(nodes, n_workers, num_gpus, False)
+    n_workers, n_threads, options = shared
+    assert (n_workers, n_threads, options["num_cpus"]) == expected
+
+
+def test_relative_paths_of_models_are_those_of_the_caller(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    relative, name = FrozenEncoder("model"), FrozenEncoder("other/model")
+    encoders = _by_column({"a": relative, "b": name}, None, ["a", "b"])
+    assert encoders["a"].model == str(tmp_path / "model")
+    assert encoders["b"] is name and relative.model == "model"
 
 
 def test_an_index_finds_digests():

@@ -1,7 +1,7 @@
 """encode_dataset: stream a dataset through encoders, on one or many machines."""
 
 import contextlib
-import json
+import copy
 import logging
 import os
 import time
@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass
 import joblib
 
 from sklembed.encoders.frozen import FrozenEncoder
-from sklembed.scale.shards import Folder, embedding_name
+from sklembed.scale.shards import VECTORS, Folder, check_is_not_target, embedding_name
 
-_MANIFEST = "_sklembed.json"  # marks a target, and says whether it is complete
-_VECTORS = "_vectors"  # folder of the shards in a target
 _READING_SHARE = 8  # one in eight CPUs, and at least one, executes a dataset of Ray
 
 
@@ -24,7 +22,8 @@ class EncodingSummary:
     Parameters
     ----------
     rows : int
-        Number of rows.
+        Number of rows. A cell that occurs in several rows counts once in `distinct`
+        and `encoded`, and in each row in `missing` and `failed`.
 
     distinct : int
         Number of distinct cells that are not missing.
@@ -39,7 +38,7 @@ class EncodingSummary:
         Number of missing cells.
 
     failed : int
-        Number of cells that cannot be read, with ``errors="missing"``.
+        Number of other cells that cannot be read, with ``errors="missing"``.
 
     seconds_to_start : float
         Seconds until the first worker had started.
@@ -130,10 +129,13 @@ def encode_dataset(
     TypeError, ValueError, OSError
         If a column is not in the source, the source has no rows, the encoder has
         ``output="tokens"``, or a cell cannot be encoded. The index in its message is
-        the row in the dataset.
+        the row in the dataset. If the target or the vectors are in the source.
 
     FileExistsError
         If the target is not empty, and not the target of an earlier call.
+
+    OSError
+        If another call with the same target starts before the end of this call.
 
     Examples
     --------
@@ -152,66 +154,49 @@ def encode_dataset(
     ray = _import_ray()
     from sklembed.scale.job import Job
     from sklembed.scale.sources import open_source
+    from sklembed.scale.target import Target
     from sklembed.scale.workers import Pool
 
     output = Folder.at(target)
-    _check_target(output, source)
+    shards = output.folder(VECTORS) if vectors is None else Folder.at(vectors)
+    _check_vectors(shards, output)
+    source = open_source(source, {"target": output, "vectors": shards})
+    target = Target(output)
+    target.check()
     with _cluster(ray):
-        source = open_source(source)
         encoders = _by_column(encoder, columns, source.names)
-        shards = output.folder(_VECTORS) if vectors is None else Folder.at(vectors)
-        _prepare_target(output)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         n_workers, n_threads, options = _share_resources(
-            ray.cluster_resources(), n_workers, num_gpus, source.uses_cluster
+            nodes, n_workers, num_gpus, source.uses_cluster
         )
-        try:
-            with Pool(n_workers, options, encoders, shards, n_threads) as pool:
-                seconds_to_start = time.perf_counter() - tick
-                is_verbose = any(encoder.verbose for encoder in encoders.values())
-                job = Job(pool, shards, output, is_verbose)
-                job.run(source)
-        except ray.exceptions.RayTaskError as error:
-            raise _original(error) from error
-    _write_manifest(output, None)
-    job.commit()
+        is_verbose = any(encoder.verbose for encoder in encoders.values())
+        with target:
+            try:
+                with Pool(n_workers, options, encoders, shards, n_threads) as pool:
+                    seconds_to_start = time.perf_counter() - tick
+                    job = Job(pool, shards, target.drafts, is_verbose)
+                    job.run(source)
+            except ray.exceptions.RayTaskError as error:
+                raise _original(error) from error
+            target.commit(job.files)
     seconds = time.perf_counter() - tick
     summary = EncodingSummary(
         **job.counts, seconds_to_start=seconds_to_start, seconds=seconds
     )
-    _write_manifest(output, asdict(summary))
+    target.complete(asdict(summary))
     job.warn_of_errors()
     return summary
 
 
-def _check_target(output, source):
-    """Raise an error if a target is not empty and not of an earlier call."""
-    is_path = isinstance(source, str | os.PathLike)
-    if is_path and Folder.at(source).path == output.path:
+def _check_vectors(vectors, output):
+    """Raise an error if shards would be among the parts of a target."""
+    check_is_not_target(vectors)
+    if output.shows(vectors):
         raise ValueError(
-            f"The target {output.path} is the source; pass another folder."
+            f"The folder of vectors {vectors.path} is in the target {output.path}, "
+            "whose readers would read its files. Pass a folder elsewhere, or a name that "
+            "begins with an underscore."
         )
-    names = [name for name in output.names() if name != _VECTORS]
-    if names and _MANIFEST not in names:
-        raise FileExistsError(
-            f"The target {output.path} is not empty, and not of an earlier call: it has "
-            f"{names[0]!r}. Pass another folder."
-        )
-
-
-def _prepare_target(output):
-    """Create a target, mark it as ours, and delete the drafts of dead calls."""
-    output.create()
-    if not output.exists(_MANIFEST):
-        _write_manifest(output, None)
-    for name in output.names():
-        if name.startswith("_draft-"):
-            output.delete_folder(name)
-
-
-def _write_manifest(output, summary):
-    """Mark a target as complete, with its summary, or as incomplete."""
-    text = json.dumps({"complete": summary is not None, "summary": summary})
-    output.write(_MANIFEST, text.encode())
 
 
 def _import_ray():
@@ -262,9 +247,22 @@ def _by_column(encoder, columns, names):
         if isinstance(columns, str):
             columns = [columns]
         encoders = dict.fromkeys(columns, encoder)
+    if not encoders:
+        raise ValueError(f"Pass the column to encode, of the columns {names}.")
     for column, encoder in encoders.items():
         _check_column(column, encoder, names)
-    return encoders
+    return {column: _with_full_path(encoder) for column, encoder in encoders.items()}
+
+
+def _with_full_path(encoder):
+    """Return an encoder whose model has no path relative to the current folder.
+
+    Workers have another current folder.
+    """
+    model = encoder.model
+    if not isinstance(model, str | os.PathLike) or not os.path.isdir(model):
+        return encoder
+    return copy.copy(encoder).set_params(model=os.path.abspath(model))
 
 
 def _check_column(column, encoder, names):
@@ -288,26 +286,37 @@ def _check_column(column, encoder, names):
         )
 
 
-def _share_resources(resources, n_workers, num_gpus, uses_cluster):
-    """Return the number of workers, of their threads, and their options of Ray."""
-    n_cpus = max(1, int(resources.get("CPU", 1)))
+def _share_resources(nodes, n_workers, num_gpus, uses_cluster):
+    """Return the number of workers, of their threads, and their options of Ray.
+
+    Parameters
+    ----------
+    nodes : list of dict
+        The resources of each machine. A worker runs on one machine.
+    """
+    if n_workers is None and num_gpus:
+        n_workers = sum(int(node.get("GPU", 0) / num_gpus) for node in nodes)
+        if not n_workers:
+            n_gpus = [int(node.get("GPU", 0)) for node in nodes]
+            raise ValueError(
+                f"num_gpus={num_gpus}, but the machines of the cluster have {n_gpus} "
+                "GPUs. Pass n_workers if it adds machines on demand."
+            )
+    # Without such a machine, the cluster adds machines on demand.
+    usable = [node for node in nodes if node.get("GPU", 0) >= num_gpus] or nodes
+    cpus = [int(node.get("CPU", 0)) for node in usable]
+    n_cpus = max(1, sum(cpus))
     if n_workers is None:
         n_workers = n_cpus
-        if num_gpus:
-            n_gpus = resources.get("GPU", 0)
-            n_workers = int(n_gpus / num_gpus)
-            if not n_workers:
-                raise ValueError(
-                    f"num_gpus={num_gpus}, but the cluster has {n_gpus:.0f} GPUs. Pass "
-                    "n_workers if it adds machines on demand."
-                )
-    n_reserved = n_cpus
+    n_shared = n_cpus
     if uses_cluster:  # workers with all CPUs would wait for their input for ever
-        n_reserved -= max(1, n_cpus // _READING_SHARE)
-    share = n_reserved / n_workers
+        n_shared -= max(1, n_cpus // _READING_SHARE)
+    share = n_shared / n_workers
     if share > 1:
         share = int(share)  # required by Ray
-    n_threads = max(1, n_cpus // n_workers)
+        while share > 1 and sum(n // share for n in cpus) < n_workers:
+            share -= 1
+    n_threads = max(1, min(n_cpus // n_workers, max(cpus)))
     return n_workers, n_threads, {"num_cpus": share, "num_gpus": num_gpus}
 
 

@@ -11,7 +11,7 @@ import ray
 from tqdm import tqdm
 
 from sklembed.scale.shards import Index, Shards, to_keys
-from sklembed.scale.workers import Part
+from sklembed.scale.workers import MAX_RETRIES, Part
 
 # Rows of an output file, and cells of a task that encodes, whose vectors are committed
 # together. With fewer cells, exporting a network for a faster runtime would not pay.
@@ -26,6 +26,7 @@ class _Known(NamedTuple):
     files: list[str]  # names
     index: Index  # number of the file of each digest
     seen: Index  # digests in the dataset
+    failed: Index  # digests of cells that tasks could not read
 
 
 class Job:
@@ -35,24 +36,47 @@ class Job:
     encode its cells, some of which may belong to earlier parts.
     """
 
-    def __init__(self, pool, vectors, output, is_verbose):
+    def __init__(self, pool, vectors, drafts, is_verbose):
         self.counts = dict.fromkeys(_COUNTS, 0)
+        self.files = []  # names of the parts
         self._first_error = None
-        self._pool, self._output, self._is_verbose = pool, output, is_verbose
-        self._draft_name = f"_draft-{uuid.uuid4().hex}"
-        self._draft = output.folder(self._draft_name)
-        self._draft.create()
+        self._pool, self._drafts, self._is_verbose = pool, drafts, is_verbose
         self._known = {}  # by fingerprint, since columns may share an encoder
         for _, space in pool.spaces.values():
             if space.fingerprint not in self._known:
                 shards = Shards(vectors, space)
                 shards.folder.create()
-                self._known[space.fingerprint] = _Known(*shards.index(), Index())
+                self._known[space.fingerprint] = _Known(
+                    *shards.index(), seen=Index(), failed=Index()
+                )
+        self._running = {}  # descriptions of tasks by reference, in order of submission
+        self._n_null = 0  # cells without a vector
         self._encoding = {}  # references of tasks by fingerprint and number of the file
         self._writing = deque()
 
     def run(self, source):
-        """Encode a source, and write its parts to the folder of drafts."""
+        """Encode a source, and write its parts to the folder of drafts.
+
+        Raises
+        ------
+        RuntimeError
+            If the worker of a task is lost several times.
+        """
+        try:
+            self._run(source)
+        except ray.exceptions.RayError as error:
+            lost = self._describe_lost_task()
+            if lost is None:
+                raise
+            raise RuntimeError(
+                f"A worker was lost {MAX_RETRIES + 1} times while it {lost}. A cell may "
+                "crash the process, or exceed its memory. Remove or shorten the cell, "
+                "or pass a smaller n_workers."
+            ) from error
+        # Cells that count as missing are null, and so are cells that cannot be read.
+        self.counts["failed"] = self._n_null - self.counts["missing"]
+
+    def _run(self, source):
         hashed, encoded = deque(), deque()
         n_ahead = self._pool.n_workers
         with tqdm(
@@ -62,7 +86,9 @@ class Job:
             disable=not self._is_verbose,
         ) as self._progress:
             for block, part in self._parts(source):
-                results = self._pool.submit("hash", block, part, num_returns=2)
+                results = self._submit(
+                    f"hashed {part.rows}", "hash", block, part, num_returns=2
+                )
                 hashed.append((block, part, *results))
                 if len(hashed) > n_ahead:
                     encoded.append(self._encode(*hashed.popleft()))
@@ -78,15 +104,6 @@ class Job:
                 self._finish()
         if not self.counts["rows"]:
             raise ValueError("The source has no rows: there is nothing to encode.")
-
-    def commit(self):
-        """Replace the files of an earlier call by the files of this call."""
-        for name in self._output.names():
-            if name.startswith("part-"):
-                self._output.delete(name)
-        for name in self._draft.names():
-            self._draft.system.move(self._draft.file(name), self._output.file(name))
-        self._output.delete_folder(self._draft_name)
 
     def warn_of_errors(self):
         """Warn of cells that count as missing since they cannot be read."""
@@ -114,9 +131,9 @@ class Job:
     def _encode(self, block, part, columns, codes):
         """Start the tasks that encode the new cells of a part."""
         joins, tasks = {}, {}
-        for name, (digests, rows, n_missing, errors) in ray.get(columns).items():
+        for name, (digests, rows, n_missing, errors) in self._get(columns).items():
             modality, space = self._pool.spaces[name]
-            files, index, seen = self._known[space.fingerprint]
+            files, index, seen, failed = self._known[space.fingerprint]
             keys = to_keys(digests)
             numbers = index.find(keys)
             is_first = seen.find(keys) < 0
@@ -126,7 +143,9 @@ class Job:
                 cells = new[start : start + _TASK_CELLS[modality]]
                 numbers[cells] = len(files)
                 file = f"{uuid.uuid4().hex}.parquet"
-                self._encoding[space.fingerprint, len(files)] = self._pool.submit(
+                first, last = part.first_row + rows[cells[[0, -1]]]
+                self._encoding[space.fingerprint, len(files)] = self._submit(
+                    f"encoded rows {first} to {last} of column {name!r}",
                     "encode",
                     block,
                     part,
@@ -141,8 +160,9 @@ class Job:
             self.counts["distinct"] += n_first
             self.counts["from_shards"] += n_first - len(new)
             self.counts["missing"] += n_missing
-            self._count_errors(errors)
+            self._remember(errors)
             used, numbers = np.unique(numbers, return_inverse=True)
+            numbers[failed.find(keys) >= 0] = -1
             joins[name] = digests, [files[number] for number in used], numbers
             for number in used:
                 key = space.fingerprint, number
@@ -152,27 +172,64 @@ class Job:
 
     def _write(self, block, part, codes, joins, tasks):
         """Start the task that writes a part, after the tasks that encode its cells."""
-        written = self._pool.submit(
-            "write", block, part, codes, joins, self._draft, *tasks.values()
+        written = self._submit(
+            f"wrote {part.rows}",
+            "write",
+            block,
+            part,
+            codes,
+            joins,
+            self._drafts,
+            *tasks.values(),
         )
         self._writing.append((written, part, tasks))
 
     def _finish(self):
         """Wait for the oldest part that is being written."""
         written, part, tasks = self._writing.popleft()
-        ray.get(written)
+        self._n_null += self._get(written)
+        self.files.append(part.file)
         self.counts["rows"] += part.n_rows
         for key in tasks:
             task = self._encoding.pop(key, None)
             if task is not None:
-                n_encoded, errors = ray.get(task)
-                self.counts["encoded"] += n_encoded
-                self._count_errors(errors)
+                encoded = self._get(task)
+                self.counts["encoded"] += encoded.n_encoded
+                failed = to_keys(encoded.failed)
+                fingerprint, _ = key
+                self._known[fingerprint].failed.add(failed, np.zeros(len(failed)))
+                self._remember(encoded.errors)
         self._progress.set_postfix(encoded=self.counts["encoded"], refresh=False)
         self._progress.update(part.n_rows)
 
-    def _count_errors(self, errors):
-        """Count the cells that cannot be read, and remember the first message."""
-        self.counts["failed"] += len(errors)
+    def _submit(self, description, method, *arguments, num_returns=1):
+        """Start a task, and keep its description."""
+        results = self._pool.submit(method, *arguments, num_returns=num_returns)
+        reference = results if num_returns == 1 else results[0]
+        self._running[reference] = description
+        return results
+
+    def _get(self, reference):
+        """Return the result of a task."""
+        result = ray.get(reference)
+        del self._running[reference]
+        return result
+
+    def _describe_lost_task(self):
+        """Describe the first task whose worker was lost; None without such a task.
+
+        A worker runs its tasks in their order, so the others did not crash it.
+        """
+        for reference, description in self._running.items():
+            try:
+                ray.get(reference, timeout=0)
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
+                return description
+            except ray.exceptions.RayError:  # of the task itself, or not finished
+                continue
+        return None
+
+    def _remember(self, errors):
+        """Remember the first message about cells that cannot be read."""
         if errors and self._first_error is None:
             self._first_error = errors[0]

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import uuid
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ except ImportError as error:
         "sklembed.scale needs pyarrow: pip install 'sklembed[ray]'"
     ) from error
 
+MANIFEST = "_sklembed.json"  # marks a target, and says whether it is complete
+VECTORS = "_vectors"  # folder of the shards in a target
+_CACHE_BYTES = 1 << 28  # of vectors, in a worker and for each column
 _METADATA = b"sklembed"  # key of the space in the metadata of a file
 
 
@@ -38,6 +42,11 @@ class Folder:
         return cls(fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path)))
 
     @property
+    def name(self):
+        """The last part of the path."""
+        return os.path.basename(self.path)
+
+    @property
     def is_local(self):
         """Whether the folder is on a disk."""
         return isinstance(self.system, fs.LocalFileSystem)
@@ -55,6 +64,25 @@ class Folder:
         selector = fs.FileSelector(self.path, allow_not_found=True)
         return sorted(info.base_name for info in self.system.get_file_info(selector))
 
+    def folder_names(self):
+        """Return the names of the folders in this one, sorted."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        entries = self.system.get_file_info(selector)
+        folders = [entry for entry in entries if entry.type == fs.FileType.Directory]
+        return sorted(entry.base_name for entry in folders)
+
+    def shows(self, other):
+        """Return whether a reader of this folder would read the files of another.
+
+        Readers of datasets skip folders whose names begin with a dot or underscore.
+        """
+        if self.system != other.system:
+            return False
+        paths = self.path, other.path
+        if self.is_local:
+            paths = os.path.realpath(self.path), os.path.realpath(other.path)
+        return is_visible(os.path.relpath(paths[1], paths[0]))
+
     def delete(self, name):
         """Delete a file."""
         self.system.delete_file(self.file(name))
@@ -70,6 +98,11 @@ class Folder:
     def exists(self, name):
         """Return whether there is a file."""
         return self.system.get_file_info(self.file(name)).type != fs.FileType.NotFound
+
+    def read(self, name):
+        """Return the content of a file."""
+        with self.system.open_input_stream(self.file(name)) as file:
+            return file.read()
 
     def write(self, name, content):
         """Write a file that is either complete or absent, whatever happens."""
@@ -107,6 +140,16 @@ class Folder:
             ) from error
 
 
+def is_visible(path):
+    """Return whether readers of datasets read a file or folder at a relative path.
+
+    They skip hidden ones, whose names begin with a dot or underscore. The path "." is
+    visible, and paths outside, which begin with "..", are not.
+    """
+    parts = path.split("/")
+    return path == "." or not any(part.startswith((".", "_")) for part in parts)
+
+
 class Shards:
     """The files with the vectors of one space.
 
@@ -122,6 +165,8 @@ class Shards:
     def __init__(self, vectors, space):
         self.space = space
         self.folder = vectors.folder(space.fingerprint)
+        self._cache = OrderedDict()  # index and vectors by file, the oldest first
+        self._cache_bytes = 0
 
     @classmethod
     def of_folder(cls, vectors, fingerprint):
@@ -129,8 +174,10 @@ class Shards:
         folder = vectors.folder(fingerprint)
         for name in folder.names():
             if name.endswith(".parquet"):
-                metadata = folder.read_table(name, []).schema.metadata
-                return cls(vectors, database.Space(**json.loads(metadata[_METADATA])))
+                metadata = folder.read_table(name, []).schema.metadata or {}
+                if _METADATA in metadata:
+                    space = json.loads(metadata[_METADATA])
+                    return cls(vectors, database.Space(**space))
         return None
 
     def names(self):
@@ -164,22 +211,62 @@ class Shards:
 
     def read(self, name):
         """Return the digests in a file, as by `to_keys`, and their vectors."""
-        table = self.folder.read_table(name).combine_chunks()
+        table = self._read_table(name).combine_chunks()
         vectors = table["vector"].combine_chunks().flatten().to_numpy()
         vectors = vectors.reshape(-1, self.space.n_features)
         return _keys_of(table), vectors.astype(np.float32, copy=False)
 
     def read_keys(self, name):
         """Return the digests in a file, as by `to_keys`."""
-        return _keys_of(self.folder.read_table(name, ["digest"]))
+        return _keys_of(self._read_table(name, ["digest"]))
+
+    def _read_table(self, name, columns=None):
+        table = self.folder.read_table(name, columns)
+        if _METADATA not in (table.schema.metadata or {}):
+            raise ValueError(
+                f"The file {self.folder.file(name)} has no vectors of sklembed. Move it "
+                "to another folder."
+            )
+        return table
 
     def find(self, name, keys):
         """Return a mask of the digests that are in a file, and their vectors."""
-        file_keys, vectors = self.read(name)
-        index = Index()
-        index.add(file_keys, np.arange(len(file_keys)))
+        index, vectors = self._read_cached(name)
         rows = index.find(keys)
         return rows >= 0, vectors[rows[rows >= 0]]
+
+    def _read_cached(self, name):
+        """Return the index and the vectors of a file, which repeated cells use again."""
+        if name in self._cache:
+            self._cache.move_to_end(name)
+            return self._cache[name]
+        keys, vectors = self.read(name)
+        index = Index()
+        index.add(keys, np.arange(len(keys)))
+        self._cache[name] = index, vectors
+        self._cache_bytes += vectors.nbytes
+        while self._cache_bytes > _CACHE_BYTES and len(self._cache) > 1:
+            _, (_, oldest) = self._cache.popitem(last=False)
+            self._cache_bytes -= oldest.nbytes
+        return index, vectors
+
+    def look_up(self, name, keys):
+        """Return the vectors of digests that are in a file.
+
+        Raises
+        ------
+        OSError
+            If a digest is not in the file.
+        """
+        is_found, vectors = self.find(name, keys)
+        if not is_found.all():
+            raise OSError(
+                f"The file {self.folder.file(name)} has no vectors of "
+                f"{np.count_nonzero(~is_found)} of {len(keys)} cells, although it had "
+                "them when the call began. Do not change the folder during a call; call "
+                "again to encode these cells."
+            )
+        return vectors
 
     def index(self):
         """Return the names of the files, and an `Index` of the file of each digest."""
@@ -223,6 +310,13 @@ class Index:
                 numbers[rows[is_equal]] = run_numbers[places[is_equal]]
                 rows, places = rows[~is_equal], places[~is_equal] + 1
         return numbers
+
+
+def find(table, keys):
+    """Return the row of each digest in an array of digests; -1 if it is not there."""
+    index = Index()
+    index.add(table, np.arange(len(table)))
+    return index.find(keys)
 
 
 def to_keys(digests):
@@ -342,8 +436,9 @@ def _export(shards, chunks):
 
 def _select(vectors, model):
     """Return the shards of a fingerprint or name, or of all models if it is None."""
+    check_is_not_target(vectors)
     matching, names = [], set()
-    for name in vectors.names():
+    for name in vectors.folder_names():
         shards = Shards.of_folder(vectors, name)
         if shards is None:
             continue
@@ -357,6 +452,15 @@ def _select(vectors, model):
             "<target>/_vectors."
         )
     return matching
+
+
+def check_is_not_target(vectors):
+    """Raise an error if a folder of shards is the target of `encode_dataset`."""
+    if vectors.exists(MANIFEST):
+        raise ValueError(
+            f"{vectors.path} is a target of encode_dataset, not a folder of vectors. "
+            f"Pass {vectors.folder(VECTORS).path}."
+        )
 
 
 def embedding_name(column):

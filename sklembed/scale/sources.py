@@ -1,6 +1,7 @@
 """Sources: the names of the columns of a dataset, and its blocks in their order."""
 
 import contextlib
+import functools
 import logging
 import os
 
@@ -10,9 +11,15 @@ import ray
 import ray.data
 from pyarrow import fs
 
-from sklembed.scale.shards import Folder
+from sklembed.scale.shards import Folder, is_visible
 
 _IMAGE_SUFFIXES = set(".avif .bmp .gif .jpeg .jpg .png .tif .tiff .webp".split())
+
+# Types that Ray cannot send to another process.
+_READ_AS = {
+    pa.string_view(): pa.large_string(),
+    pa.binary_view(): pa.large_binary(),
+}
 
 
 class ParquetFiles:
@@ -37,6 +44,9 @@ class ParquetFiles:
         self._schema = pa.unify_schemas(
             [*schemas, dataset.schema], promote_options="permissive"
         )
+        for i, field in enumerate(self._schema):
+            field = field.with_type(_READ_AS.get(field.type, field.type))
+            self._schema = self._schema.set(i, field)
         self.names = self._schema.names
         self.n_rows = sum(fragment.metadata.num_rows for fragment in self._fragments)
 
@@ -70,7 +80,11 @@ class RayDataset:
 
     def __init__(self, dataset):
         self._dataset = dataset
-        self.names = dataset.columns() or []  # None without rows
+
+    @functools.cached_property
+    def names(self):
+        """The names of the columns, which may need a cluster."""
+        return self._dataset.columns() or []  # None without rows
 
     def blocks(self, pool):
         """Yield the reference, the first row and the end of each block."""
@@ -97,13 +111,22 @@ class RayDataset:
             logger.setLevel(level)
 
 
-def open_source(source):
+def open_source(source, outputs):
     """Return a source without reading its rows.
+
+    Parameters
+    ----------
+    source : path or ray.data.Dataset
+        The source.
+
+    outputs : dict of str to Folder
+        Folders to which the call writes, by their role.
 
     Raises
     ------
     TypeError, ValueError, FileNotFoundError
-        If it is neither a dataset of Ray, nor Parquet files, nor local images.
+        If it is neither a dataset of Ray, nor Parquet files, nor local images, or if
+        outputs are among its files.
     """
     if isinstance(source, ray.data.Dataset):
         return RayDataset(source)
@@ -113,7 +136,13 @@ def open_source(source):
             f"{type(source).__name__}. Convert it, as by ray.data.from_pandas."
         )
     folder = Folder.at(source)
-    files = _list_files(folder)
+    files, folders = _list_files(folder)
+    for role, output in outputs.items():
+        if any(directory.shows(output) for directory in folders):
+            raise ValueError(
+                f"The {role} {output.path} is in the source {folder.path}, or is the "
+                "source. The next call would read its files. Pass another folder."
+            )
     suffixes = {os.path.splitext(file)[1].lower() for file in files}
     if suffixes == {".parquet"}:
         return ParquetFiles(folder, files)
@@ -132,16 +161,51 @@ def open_source(source):
 
 
 def _list_files(folder):
-    """Return the paths of the files in a folder, except hidden ones, or of a file."""
+    """Return the paths of the files in a folder, or of a file, and all folders.
+
+    Hidden files and folders are skipped.
+
+    Raises
+    ------
+    OSError
+        If a symbolic link is broken, or a folder is read twice because of a link.
+    """
     info = folder.system.get_file_info(folder.path)
     if info.type == fs.FileType.NotFound:
         raise FileNotFoundError(f"There is no source {folder.path}. Check the path.")
     if info.is_file:
-        return [folder.path]
-    files = []
+        return [folder.path], []
+    if folder.is_local:
+        return _walk(folder)
     selector = fs.FileSelector(folder.path, recursive=True)
+    files = []
     for info in folder.system.get_file_info(selector):
-        parts = os.path.relpath(info.path, folder.path).split("/")
-        if info.is_file and not any(part.startswith((".", "_")) for part in parts):
+        if info.is_file and is_visible(os.path.relpath(info.path, folder.path)):
             files.append(info.path)
-    return sorted(files)
+    return sorted(files), [folder]
+
+
+def _walk(folder):
+    """List a local folder with symbolic links, of which pyarrow skips broken ones."""
+    files, folders = [], {}  # by their real paths
+    for path, folder_names, names in os.walk(
+        folder.path, followlinks=True, onerror=_raise
+    ):
+        first = folders.setdefault(os.path.realpath(path), path)
+        if first != path:
+            raise OSError(
+                f"{path} and {first} are the same folder, by a symbolic link. The source "
+                "would have its files twice. Delete the link."
+            )
+        folder_names[:] = filter(is_visible, folder_names)  # which os.walk enters
+        for file in [os.path.join(path, name) for name in filter(is_visible, names)]:
+            if not os.path.exists(file):
+                raise FileNotFoundError(
+                    f"The symbolic link {file} is broken. Mend or delete it."
+                )
+            files.append(file)
+    return sorted(files), [Folder(folder.system, path) for path in folders]
+
+
+def _raise(error):
+    raise error

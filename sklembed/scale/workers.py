@@ -3,22 +3,36 @@
 import copy
 import functools
 import os
+import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import ray
+from ray import cloudpickle
 from ray.data.block import BlockAccessor
 from threadpoolctl import threadpool_limits
 
 from sklembed.encoders.column import Column
-from sklembed.scale.shards import Shards, embedding_name, to_keys
+from sklembed.scale.shards import Shards, embedding_name, find, to_keys
 
 # A worker starts with the next task while the driver learns of the end of the last.
 _TASKS_PER_WORKER = 2
-# Losses of a worker that a task survives; a cell that crashes a worker would do so always.
-_MAX_RETRIES = 20
+# Losses of a worker that a task survives; a cell that crashes a worker does so always.
+MAX_RETRIES = 5
+# Seconds until a warning says that no worker has the resources to start.
+_PATIENCE = 20
+
+
+class Encoded(NamedTuple):
+    """The result of a task that encodes."""
+
+    file: str  # with the vectors
+    n_encoded: int  # number of cells with a vector
+    failed: bytes  # joined digests of the other cells
+    errors: list[str]  # messages about them
 
 
 class Worker:
@@ -26,8 +40,9 @@ class Worker:
 
     Parameters
     ----------
-    encoders : dict of str to FrozenEncoder
-        The encoder of each column.
+    load : callable
+        Returns a dict with the encoder of each column. The first task calls it, since
+        Ray restarts a worker for ever whose constructor crashes.
 
     vectors : Folder
         The folder of the shards.
@@ -36,18 +51,18 @@ class Worker:
         Number of threads of the models.
     """
 
-    def __init__(self, encoders, vectors, n_threads):
+    def __init__(self, load, vectors, n_threads):
         # Read by torch, the tokenizers and joblib when they start.
         for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "LOKY_MAX_CPU_COUNT"):
             os.environ[name] = str(n_threads)
         threadpool_limits(n_threads)
-        self._encoders, self._vectors = encoders, vectors
+        self._load, self._vectors = load, vectors
 
     @functools.cached_property
     def _columns(self):
         """The encoder, the backend and the shards of each column."""
         columns = {}
-        for name, encoder in self._encoders.items():
+        for name, encoder in self._load().items():
             encoder = copy.copy(encoder).set_params(verbose=0)
             backend, space = encoder._backend_and_space()
             columns[name] = encoder, backend, Shards(self._vectors, space)
@@ -62,7 +77,14 @@ class Worker:
 
     def read(self, fragment, schema):
         """Return a row group of a Parquet file as a table."""
-        return fragment.to_table(schema=schema, use_threads=False)
+        try:
+            return fragment.to_table(schema=schema, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            number = fragment.row_groups[0].id
+            raise OSError(
+                f"Row group {number} of {fragment.path} cannot be read: {error}. Mend or "
+                "delete the file."
+            ) from error
 
     def hash(self, block, part):
         """Hash the cells of a part.
@@ -93,18 +115,18 @@ class Worker:
 
         Returns
         -------
-        n_encoded : int
-            Number of cells with a vector.
-
-        errors : list of str
-            Messages about the other cells.
+        encoded : Encoded
+            The cells with a vector, and those without.
         """
         encoder, backend, shards = self._columns[name]
+        column = _read_column(part.table(block), name, part.first_row + rows, rows)
+        keys = to_keys(digests)
         if shards.folder.exists(file):  # written by a worker that died afterwards
-            return len(shards.read_keys(file)), []
-        table = part.table(block).take(rows)
-        column = _read_column(table, name, part.first_row + rows)
-        column.set_keys([key.tobytes() for key in to_keys(digests)])
+            is_encoded, _ = shards.find(file, keys)
+            positions = np.flatnonzero(~is_encoded)
+            errors = [f"{column.place(i)} cannot be read" for i in positions]
+            return _encoded(file, keys, is_encoded, errors)
+        column.set_keys([key.tobytes() for key in keys])
         vectors = np.empty((len(rows), shards.space.n_features), dtype=np.float32)
         is_encoded = np.zeros(len(rows), dtype=bool)
         for positions, values in encoder._encode(
@@ -117,9 +139,8 @@ class Worker:
                 f"The model of column {name!r} cannot be run as its vectors are "
                 "described. Pass runtime='torch' to the encoder."
             )
-        keys = column.distinct_keys(is_encoded)
-        shards.write(file, keys, vectors[is_encoded])
-        return len(keys), _messages(column)
+        shards.write(file, column.distinct_keys(is_encoded), vectors[is_encoded])
+        return _encoded(file, keys, is_encoded, _messages(column))
 
     def write(self, block, part, codes, joins, folder, *encoded):
         """Write a part with its vectors to a file, after the tasks that encode them.
@@ -128,9 +149,19 @@ class Worker:
         ----------
         joins : dict of str to (digests, files, numbers)
             For each column the joined digests of its distinct cells, the files of
-            vectors, and the number of the file of each cell.
+            vectors, and the number of the file of each cell; -1 for cells that an
+            earlier task could not read.
+
+        *encoded : Encoded
+            Results of the tasks.
+
+        Returns
+        -------
+        n_null : int
+            Number of cells without a vector, over all columns.
         """
-        table = part.table(block)
+        table, n_null = part.table(block), 0
+        failed = {result.file: to_keys(result.failed) for result in encoded}
         for name, (digests, files, numbers) in joins.items():
             _, _, shards = self._columns[name]
             keys = to_keys(digests)
@@ -139,10 +170,14 @@ class Worker:
             is_missing = np.ones(len(keys) + 1, dtype=bool)
             for number, shard in enumerate(files):
                 positions = np.flatnonzero(numbers == number)
-                is_found, values = shards.find(shard, keys[positions])
-                vectors[positions[is_found]] = values
-                is_missing[positions[is_found]] = False
+                if shard in failed:
+                    is_failed = find(failed[shard], keys[positions]) >= 0
+                    positions = positions[~is_failed]
+                if len(positions):
+                    vectors[positions] = shards.look_up(shard, keys[positions])
+                    is_missing[positions] = False
             cells = codes[name]
+            n_null += int(is_missing[cells].sum())
             embedding = pa.FixedSizeListArray.from_arrays(
                 pa.array(vectors[cells].ravel()),
                 type=pa.list_(pa.float32(), shards.space.n_features),
@@ -150,6 +185,7 @@ class Worker:
             )
             table = table.append_column(embedding_name(name), embedding)
         folder.write_table(part.file, table)
+        return n_null
 
 
 @dataclass(frozen=True)
@@ -161,20 +197,39 @@ class Part:
     n_rows: int
     first_row: int  # number of the first row in the dataset
 
+    @property
+    def rows(self):
+        """The rows in the dataset, for messages."""
+        return f"rows {self.first_row} to {self.first_row + self.n_rows - 1}"
+
     def table(self, block):
         """Return the rows as a pyarrow table, without copying them."""
         table = BlockAccessor.for_block(block).to_arrow()
         return table.slice(self.start, self.n_rows)
 
 
-def _read_column(table, name, labels):
-    """Return the cells of a column, labelled by their rows in the dataset."""
+# Types whose cells cannot be taken if they exceed 2 GiB.
+_LARGE_TYPES = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
+
+
+def _read_column(table, name, labels, rows=None):
+    """Return the cells of a column, or of some rows, labelled by rows of the dataset."""
     array = table[name]
+    array = array.cast(_LARGE_TYPES.get(array.type, array.type))
+    if rows is not None:
+        array = array.take(rows)
     if isinstance(array.type, pa.BaseExtensionType):  # tensors and objects of Ray
-        cells = list(BlockAccessor.for_block(table.select([name])).to_numpy(name))
+        block = BlockAccessor.for_block(pa.table({name: array}))
+        cells = list(block.to_numpy(name))
     else:
         cells = array.to_pylist()
     return Column(pd.Series(cells, index=labels, name=name, dtype=object))
+
+
+def _encoded(file, keys, is_encoded, errors):
+    """Return the result of a task that encodes cells with some digests."""
+    failed = keys[~is_encoded].tobytes()
+    return Encoded(file, int(is_encoded.sum()), failed, errors)
 
 
 def _messages(column):
@@ -196,24 +251,34 @@ class Pool:
     options : dict
         Options of Ray for the workers.
 
+    encoders : dict of str to FrozenEncoder
+        The encoder of each column.
+
     *arguments : object
-        Arguments of `Worker`.
+        Further arguments of `Worker`.
+
+    Raises
+    ------
+    RuntimeError
+        If a worker is lost several times while it loads the models.
     """
 
-    def __init__(self, n_workers, options, *arguments):
+    def __init__(self, n_workers, options, encoders, *arguments):
+        load = functools.partial(cloudpickle.loads, cloudpickle.dumps(encoders))
         actor = ray.remote(Worker).options(
             max_restarts=-1,
-            max_task_retries=_MAX_RETRIES,
+            max_task_retries=MAX_RETRIES,
             scheduling_strategy="SPREAD",
             **options,
         )
-        self._actors = [actor.remote(*arguments) for _ in range(n_workers)]
+        self._actors = [actor.remote(load, *arguments) for _ in range(n_workers)]
         self._n_tasks = {}  # by the number of the actor, if it has started
         self._running = {}  # number of the actor by the reference of a result
         for i, worker in enumerate(self._actors):
             self._running[worker.spaces.remote()] = i
         self.n_workers = n_workers
         self.spaces = None
+        self._warn_of_resources(options)
         while self.spaces is None:
             self._wait()
 
@@ -235,6 +300,22 @@ class Pool:
         for actor in self._actors:
             ray.kill(actor)
 
+    def _warn_of_resources(self, options):
+        """Warn if no worker starts, as when other programs use all CPUs."""
+        starts = [actor.__ray_ready__.remote() for actor in self._actors]
+        started, _ = ray.wait(starts, timeout=_PATIENCE, fetch_local=False)
+        if not started:
+            available = ray.available_resources()
+            warnings.warn(
+                f"No worker has started for {_PATIENCE} s. Each needs "
+                f"{options['num_cpus']} CPUs and {options['num_gpus']} GPUs; "
+                f"{available.get('CPU', 0):g} CPUs and {available.get('GPU', 0):g} GPUs "
+                "are available. The call waits until other programs release them. A "
+                "larger n_workers reduces the CPUs of a worker.",
+                UserWarning,
+                stacklevel=4,
+            )
+
     def _wait(self):
         """Wait for the end of a task, or the start of a worker."""
         (reference,), _ = ray.wait(list(self._running), fetch_local=False)
@@ -243,7 +324,14 @@ class Pool:
             self._n_tasks[i] -= 1
             return
         self._n_tasks[i] = 0
-        spaces = ray.get(reference)
+        try:
+            spaces = ray.get(reference)
+        except ray.exceptions.RayActorError as error:
+            raise RuntimeError(
+                f"A worker was lost {MAX_RETRIES + 1} times while it loaded the models. "
+                "They may crash the process, or exceed its memory: pass a smaller "
+                "n_workers, or try FrozenEncoder(...).transform on the machines."
+            ) from error
         if self.spaces not in (None, spaces):
             raise RuntimeError(
                 "The workers would encode in different precisions, since their machines "
