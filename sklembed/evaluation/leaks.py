@@ -261,6 +261,14 @@ def leak_report(
 class LeakReport:
     """Result of :func:`leak_report`, shown as text and in notebooks.
 
+    Parameters
+    ----------
+    nearest, thresholds, duplicates, scores, score_names, columns, groups : object
+        The attributes of these names.
+
+    examples : dict
+        Cells of the worst pairs, for notebooks.
+
     Attributes
     ----------
     scores_ : DataFrame
