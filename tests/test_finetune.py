@@ -82,7 +82,7 @@ def load_letters():
 
 
 LETTERS = CallableBackend(
-    load_letters, name="letters", version="1", modality="text", n_features=4
+    load_letters, name="letters", version="finetune", modality="text", n_features=4
 )
 
 

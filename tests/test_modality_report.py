@@ -193,7 +193,7 @@ def letters(store):
         return encode
 
     backend = CallableBackend(
-        load, name="letters", version="1", modality="text", n_features=4
+        load, name="letters", version="modality_report", modality="text", n_features=4
     )
     return FrozenEncoder(backend, store=store), encoded
 

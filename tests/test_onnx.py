@@ -390,7 +390,7 @@ def load():
 
 def letters():
     return CallableBackend(
-        load, name="letters", version="1", modality="text", n_features=4
+        load, name="letters", version="onnx", modality="text", n_features=4
     )
 
 
