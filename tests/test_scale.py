@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -661,6 +662,19 @@ def test_vectors_are_not_among_the_parts_of_a_target(
         encode_dataset(encoder, source, tmp_path / "b", columns="text", vectors=target)
     with pytest.raises(ValueError, match="is a target.*Pass .*/target/_vectors"):
         import_vectors(store, target)
+
+
+def test_a_shard_of_another_model_is_an_error(
+    in_process, source, texts, store, log, tmp_path
+):
+    for name, options in {"a": {}, "b": {"normalize": True}}.items():
+        encoder = FrozenEncoder(logging_backend(log), store=None, **options)
+        encode_dataset(encoder, source, tmp_path / name, columns="text")
+    shard, *_ = (tmp_path / "a" / "_vectors").glob("*/*.parquet")
+    other, *_ = (tmp_path / "b" / "_vectors").glob("*/*.parquet")
+    shutil.copy(other, shard)
+    with pytest.raises(ValueError, match="has vectors of another model. Delete it"):
+        import_vectors(store, tmp_path / "a" / "_vectors")
 
 
 def test_other_files_among_shards(in_process, encoder, source, texts, store, tmp_path):

@@ -222,10 +222,16 @@ class Shards:
 
     def _read_table(self, name, columns=None):
         table = self.folder.read_table(name, columns)
-        if _METADATA not in (table.schema.metadata or {}):
+        metadata = (table.schema.metadata or {}).get(_METADATA)
+        if metadata is None:
             raise ValueError(
                 f"The file {self.folder.file(name)} has no vectors of sklembed. Move it "
                 "to another folder."
+            )
+        if json.loads(metadata)["fingerprint"] != self.space.fingerprint:
+            raise ValueError(
+                f"The file {self.folder.file(name)} has vectors of another model. Delete "
+                "it."
             )
         return table
 
