@@ -166,21 +166,8 @@ class ModalityGapDisplay:
         self : ModalityGapDisplay
             The display, with `figure_` and `axes_`.
         """
-        plt = _pyplot()
         n_panels = 2 * (self.before is not None) + (self.shifts is not None)
-        if axes is None:
-            _, axes = plt.subplots(
-                1,
-                n_panels,
-                figsize=(4.6 * n_panels, 4.2),
-                layout="constrained",
-                squeeze=False,
-            )
-        self.axes_ = np.ravel(axes)
-        if len(self.axes_) != n_panels:
-            raise ValueError(
-                f"There are {n_panels} panels to draw; got {len(self.axes_)} axes."
-            )
+        self.axes_ = _panels(axes, n_panels, (4.6, 4.2))
         self.figure_ = self.axes_[0].figure
         if self.before is not None:
             left, right = self.axes_[:2]
@@ -301,24 +288,11 @@ class ModalityDisplay:
         self : ModalityDisplay
             The display, with `figure_` and `axes_`.
         """
-        plt = _pyplot()
         kinds = []
         if self.degradation is not None:
             kinds = sorted(self.degradation["kind"].unique(), reverse=True)
         n_panels = 1 + len(kinds)
-        if axes is None:
-            _, axes = plt.subplots(
-                1,
-                n_panels,
-                figsize=(4.6 * n_panels, 3.6),
-                layout="constrained",
-                squeeze=False,
-            )
-        self.axes_ = np.ravel(axes)
-        if len(self.axes_) != n_panels:
-            raise ValueError(
-                f"There are {n_panels} panels to draw; got {len(self.axes_)} axes."
-            )
+        self.axes_ = _panels(axes, n_panels, (4.6, 3.6))
         self.figure_ = self.axes_[0].figure
         self._draw_values(self.axes_[0])
         for ax, kind in zip(self.axes_[1:], kinds, strict=True):
@@ -644,18 +618,8 @@ class LeakDisplay:
         self : LeakDisplay
             The display, with `figure_` and `axes_`.
         """
-        plt = _pyplot()
         n_panels = len(self.distances) + 1
-        if axes is None:
-            size = (4.2 * n_panels, 3.8)
-            _, axes = plt.subplots(
-                1, n_panels, figsize=size, layout="constrained", squeeze=False
-            )
-        self.axes_ = np.ravel(axes)
-        if len(self.axes_) != n_panels:
-            raise ValueError(
-                f"There are {n_panels} panels to draw; got {len(self.axes_)} axes."
-            )
+        self.axes_ = _panels(axes, n_panels, (4.2, 3.8))
         self.figure_ = self.axes_[0].figure
         for ax, column in zip(self.axes_, self.distances, strict=False):
             self._draw_distances(ax, column)
@@ -710,6 +674,33 @@ class LeakDisplay:
             ylabel=self.score_name,
             xlim=(-0.5, len(labels) - 0.2),
         )
+
+
+def _panels(axes, n_panels, size):
+    """Return the axes of panels side by side, of a new figure if `axes` is None.
+
+    Parameters
+    ----------
+    axes : sequence of matplotlib Axes or None
+        The axes.
+    n_panels : int
+        Number of panels.
+    size : tuple of float
+        Width and height of a panel of a new figure, in inches.
+    """
+    if axes is None:
+        width, height = size
+        _, axes = _pyplot().subplots(
+            1,
+            n_panels,
+            figsize=(width * n_panels, height),
+            layout="constrained",
+            squeeze=False,
+        )
+    axes = np.ravel(axes)
+    if len(axes) != n_panels:
+        raise ValueError(f"There are {n_panels} panels to draw; got {len(axes)} axes.")
+    return axes
 
 
 def _pyplot():

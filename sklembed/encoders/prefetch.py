@@ -76,7 +76,7 @@ def prefetch(estimator, X):
     """
     jobs = []
     for candidate in _candidates(estimator):
-        jobs += _list_jobs(candidate, X)
+        jobs += list_jobs(candidate, X)
     if not jobs:
         raise ValueError(
             f"{estimator!r} contains no FrozenEncoder: there is nothing to encode."
@@ -155,7 +155,7 @@ def _settings(search):
     )
 
 
-def _list_jobs(estimator, X):
+def list_jobs(estimator, X):
     """List the paths of the encoders in an estimator, the encoders, and their input."""
     jobs, paths = [], set()
     for path, encoder, part in _walk(estimator, X, ()):

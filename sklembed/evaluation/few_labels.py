@@ -1,9 +1,7 @@
 """Learning curves over the fraction of labelled rows."""
 
 import math
-import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
 from itertools import chain
 from numbers import Integral, Real
 from time import perf_counter
@@ -12,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from sklearn.base import clone
-from sklearn.exceptions import FitFailedWarning
 from sklearn.metrics import get_scorer, get_scorer_names, roc_auc_score
 from sklearn.model_selection import (
     StratifiedGroupKFold,
@@ -32,6 +29,7 @@ from sklembed._validation import (
     is_a_classifier,
     sorted_labels,
 )
+from sklembed.evaluation.errors import located
 
 
 def few_label_curve(
@@ -359,7 +357,7 @@ def _run_fold(
         Z, Z_test = take_rows(X, train), take_rows(X, fold.test)
         seconds = 0.0
         if arm in pretrained:
-            with _error_location(arm, fold):
+            with located(_place(arm, fold)):
                 start = perf_counter()
                 transformer = clone(pretrained[arm]).fit(Z)
                 Z, Z_test = transformer.transform(Z), transformer.transform(Z_test)
@@ -373,37 +371,25 @@ def _run_fold(
             row |= dict.fromkeys(scorers, error_score) | {"fit s": math.nan}
             rows.append(row)
             fitted = None
-            with _error_location(arm, fold, fraction, error_score):
+            with located(_place(arm, fold, fraction), error_score):
                 start = perf_counter()
                 Z_labelled = take_rows(Z, np.searchsorted(train, labelled))
                 fitted = clone(estimator).fit(Z_labelled, y[labelled])
                 row["fit s"] = seconds + perf_counter() - start
             if fitted is None:  # the row keeps the error score
                 continue
-            with _error_location(arm, fold, fraction):
+            with located(_place(arm, fold, fraction)):
                 for name, score in scorers.items():
                     row[name] = score(fitted, Z_test, y[fold.test])
     return rows
 
 
-@contextmanager
-def _error_location(arm, fold, fraction=None, error_score="raise"):
-    """Add its location to an error, or turn it into a warning if it has a score."""
-    try:
-        yield
-    except Exception as error:
-        location = f"the arm {arm!r} of few_label_curve"
-        if fraction is not None:
-            location += f", fraction {fraction}"
-        location += f", seed {fold.seed}, fold {fold.number}"
-        if error_score == "raise":
-            error.add_note(f"This was in {location}.")
-            raise
-        warnings.warn(
-            f"Fitting failed in {location}. The score is {error_score}: {error!r}",
-            FitFailedWarning,
-            stacklevel=2,
-        )
+def _place(arm, fold, fraction=None):
+    """Name an arm in a fold."""
+    place = f"the arm {arm!r} of few_label_curve"
+    if fraction is not None:
+        place += f", fraction {fraction}"
+    return f"{place}, seed {fold.seed}, fold {fold.number}"
 
 
 def _auroc(classifier, X, y):

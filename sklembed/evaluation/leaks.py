@@ -17,7 +17,6 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import beta
 from sklearn.base import clone
-from sklearn.exceptions import FitFailedWarning
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import Ridge
 from sklearn.metrics import balanced_accuracy_score, get_scorer, r2_score
@@ -44,7 +43,8 @@ from sklembed._validation import (
 )
 from sklembed.encoders import FrozenEncoder
 from sklembed.encoders.cells import decode, shorten
-from sklembed.encoders.prefetch import _list_jobs
+from sklembed.encoders.prefetch import list_jobs
+from sklembed.evaluation.errors import located
 from sklembed.vectorizer.kinds import read_column
 from sklembed.vectorizer.parsing import distinct, parse_column
 
@@ -604,7 +604,7 @@ def _as_frame(X):
 def _encoder_spaces(estimator, table):
     """Encode the cells of each encoder, or read their vectors from its store."""
     jobs, names = [], []
-    for path, encoder, part in _list_jobs(estimator, table):
+    for path, encoder, part in list_jobs(estimator, table):
         name = getattr(part, "name", None)
         if is_frame(part):
             name = part.columns[0]
@@ -1004,11 +1004,8 @@ def _score_folds(
 def _score_fold(estimator, X, y, number, train, parts, scorers, error_score):
     """Fit the estimator once, and score each part of the test rows."""
     start, fitted = perf_counter(), None
-    try:
+    with located(f"fold {number} ({next(iter(parts))}) of leak_report", error_score):
         fitted = clone(estimator).fit(take_rows(X, train), y[train])
-    except Exception as error:
-        location = f"fold {number} ({next(iter(parts))}) of leak_report"
-        _handle(error, f"Fitting failed in {location}", error_score)
     seconds = perf_counter() - start
     records = []
     for arm, rows in parts.items():
@@ -1030,24 +1027,10 @@ def _apply_scorers(fitted, X, y, scorers, error_score, record):
     scores = {}
     for name, scorer in scorers.items():
         scores[name] = error_score
-        try:
+        place = f"fold {record['fold']} ({record['arm']}) of leak_report"
+        with located(place, error_score, f"The scorer {name!r}"):
             scores[name] = float(scorer(fitted, X, y))
-        except Exception as error:
-            location = f"fold {record['fold']} ({record['arm']}) of leak_report"
-            _handle(error, f"The scorer {name!r} failed in {location}", error_score)
     return scores
-
-
-def _handle(error, message, error_score):
-    """Raise an error with its location, or turn it into a warning."""
-    if error_score == "raise":
-        error.add_note(f"{message}.")
-        raise error
-    warnings.warn(
-        f"{message}. The score is {error_score}: {error!r}",
-        FitFailedWarning,
-        stacklevel=3,
-    )
 
 
 def _test_columns(table, y, folds, classes, seed):

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
 from itertools import compress, product
 from numbers import Real
 from time import perf_counter
@@ -13,7 +12,6 @@ import numpy as np
 import pandas as pd
 from sklearn.base import clone
 from sklearn.dummy import DummyClassifier, DummyRegressor
-from sklearn.exceptions import FitFailedWarning
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import check_cv
 from sklearn.pipeline import Pipeline
@@ -37,6 +35,7 @@ from sklembed._validation import (
     is_a_classifier,
 )
 from sklembed.encoders import FrozenEncoder, prefetch
+from sklembed.evaluation.errors import located
 from sklembed.union import PerModalityUnion, _reaction_to_nan
 from sklembed.vectorizer import MultimodalVectorizer
 
@@ -535,7 +534,7 @@ def _run(task, subset, fold, y, scorer, levels, seed, error_score):
     }
     place = f"modality_report with {row['modalities']!r}, fold {fold.number}"
     fitted = None
-    with _error_place(place, error_score):
+    with located(place, error_score, "Fitting or scoring"):
         estimator, X = _constant(task.estimator), task.X
         if names:
             estimator, X = task.restrict(names)
@@ -547,7 +546,7 @@ def _run(task, subset, fold, y, scorer, levels, seed, error_score):
     if any(levels.values()):
         degraded = _list_levels(task, levels, fold, row["score"], error_score)
     if degraded and fitted is not None:
-        with _error_place(f"{place}, noisy or missing", error_score):
+        with located(f"{place}, noisy or missing", error_score, "Scoring"):
             _degrade(degraded, task, fitted, fold, y[fold.test], scorer, seed)
     for record in degraded:
         record["loss"] = row["score"] - record["score"]
@@ -559,23 +558,6 @@ def _constant(estimator):
     if is_a_classifier(estimator):
         return DummyClassifier(strategy="prior")
     return DummyRegressor()
-
-
-@contextmanager
-def _error_place(place, error_score):
-    """Add its place to an error, or turn it into a warning if it has a score."""
-    try:
-        yield
-    except Exception as error:
-        if error_score == "raise":
-            error.add_note(f"This was in {place}.")
-            raise
-        warnings.warn(
-            f"Fitting or scoring failed in {place}. The score is {error_score}: "
-            f"{error!r}",
-            FitFailedWarning,
-            stacklevel=2,
-        )
 
 
 def _list_levels(task, levels, fold, score, error_score):
