@@ -9,6 +9,7 @@ import pickle
 import sys
 import types
 import warnings
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, Protocol
 
@@ -56,6 +57,37 @@ class Backend(Protocol):
 
     def encoding(self, loaded: Any) -> Encoding:
         """Return the steps by which the loaded model encodes cells."""
+
+
+@dataclass(frozen=True)
+class CheckpointBackend:
+    """The files of a model, and the parameters of FrozenEncoder for them.
+
+    Fields named `…_parameter` may be "auto" or None; the property of the same name of a
+    subclass resolves them.
+    """
+
+    checkpoint: Any
+    modality_parameter: str = "auto"
+    output: str = "pooled"
+    pooling_parameter: str = "auto"
+    layer: int | tuple[int, ...] = -1
+    layer_aggregation: str = "concat"
+    max_length_parameter: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    runtime: str = "auto"
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """Rows and columns of the patches of an image; an error for texts."""
+        raise ValueError(
+            f"{self._name} encodes text; only images have a grid of patches."
+        )
+
+    @property
+    def _name(self) -> str:
+        return repr(self.checkpoint.model)
 
 
 class CallableBackend:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sklembed.encoders.backends import trial_cells
+from sklembed.encoders.backends import CheckpointBackend, trial_cells
 from sklembed.encoders.inference import Encoding, in_torch
 from sklembed.encoders.networks import checksums, read_json, write_json
 from sklembed.encoders.runtimes import (
@@ -87,23 +87,12 @@ class Export:
 
 
 @dataclass(frozen=True)
-class ExportedBackend:
+class ExportedBackend(CheckpointBackend):
     """The network, pooling included, and the tokenizer of a text model.
 
-    The fields are those of HuggingFaceBackend. The vectors have the fingerprint of the
-    model that was exported.
+    The checkpoint is an `Export`. The vectors have the fingerprint of the model that was
+    exported.
     """
-
-    checkpoint: Export
-    modality_parameter: str = "auto"
-    output: str = "pooled"
-    pooling_parameter: str = "auto"
-    layer: int | tuple[int, ...] = -1
-    layer_aggregation: str = "concat"
-    max_length_parameter: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    runtime: str = "auto"
 
     modality = "text"
     runtimes = ()  # no other can replace the network
@@ -129,13 +118,6 @@ class ExportedBackend:
         description = self.checkpoint.recipe["description"]
         names = ("dtype", "runtime", "instructions")
         return {name: description[name] for name in names if name in description}
-
-    @property
-    def grid_shape(self) -> tuple[int, int]:
-        """Raise an error: only images have a grid."""
-        raise ValueError(
-            f"{self._name} encodes text; only images have a grid of patches."
-        )
 
     def describe(self) -> dict[str, Any]:
         """Describe everything that changes a vector, in JSON types.
@@ -225,10 +207,6 @@ class ExportedBackend:
             raise ValueError(
                 f"device={self.device!r}, but {self._name} was exported for the CPU."
             )
-
-    @property
-    def _name(self) -> str:
-        return repr(self.checkpoint.model)
 
 
 @dataclass

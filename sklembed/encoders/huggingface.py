@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sklembed.encoders.backends import Modality, trial_cells
-from sklembed.encoders.checkpoints import Checkpoint
+from sklembed.encoders.backends import CheckpointBackend, Modality, trial_cells
 from sklembed.encoders.inference import (
     Encoding,
     Network,
@@ -83,25 +82,13 @@ _OFFSET_POSITIONS = {
 
 
 @dataclass(frozen=True)
-class HuggingFaceBackend:
+class HuggingFaceBackend(CheckpointBackend):
     """A text or vision checkpoint, or one tower of a dual encoder, in transformers.
 
-    The fields are parameters of FrozenEncoder. Those named `…_parameter` may be "auto"
-    or None; the property of the same name resolves them. Only `encoding` needs the
-    weights, unless a runtime has a copy. Files are read once per object, which lives
-    for one call of the encoder.
+    Only `encoding` needs the weights, unless a runtime has a copy. Files are read once
+    per object, which lives for one call of the encoder.
     """
 
-    checkpoint: Checkpoint
-    modality_parameter: str = "auto"
-    output: str = "pooled"
-    pooling_parameter: str = "auto"
-    layer: int | tuple[int, ...] = -1
-    layer_aggregation: str = "concat"
-    max_length_parameter: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    runtime: str = "auto"
     others: "tuple[HuggingFaceBackend, ...]" = ()  # see `joined`
 
     @functools.cached_property
@@ -224,9 +211,7 @@ class HuggingFaceBackend:
             If the model encodes text, or the grid depends on the image.
         """
         if self.modality == "text":
-            raise ValueError(
-                f"{self._name} encodes text; only images have a grid of patches."
-            )
+            return super().grid_shape
         from PIL import Image
 
         processor = _load_image_processor(self.checkpoint)
@@ -1003,10 +988,6 @@ class HuggingFaceBackend:
         if self.pooling == self._settings.get("pooling") and is_last_layer:
             return steps
         return [step for step in steps if step["kind"] == "normalize"]
-
-    @property
-    def _name(self) -> str:
-        return repr(self.checkpoint.model)
 
     @property
     def _model_type(self) -> str:

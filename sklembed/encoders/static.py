@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from sklembed.encoders.checkpoints import Checkpoint, check_file
+from sklembed.encoders.backends import CheckpointBackend
+from sklembed.encoders.checkpoints import check_file
 from sklembed.encoders.inference import Encoding
 
 _BATCH_SIZE = 1024
@@ -27,23 +28,11 @@ _SUPPORTED = {
 
 
 @dataclass(frozen=True)
-class StaticBackend:
+class StaticBackend(CheckpointBackend):
     """A table of token vectors. The vector of a text is the mean over its tokens.
 
-    The fields are those of HuggingFaceBackend. numpy computes the mean, without torch
-    and, for directories, without transformers.
+    numpy computes the mean, without torch and, for directories, without transformers.
     """
-
-    checkpoint: Checkpoint
-    modality_parameter: str = "auto"
-    output: str = "pooled"
-    pooling_parameter: str = "auto"
-    layer: int | tuple[int, ...] = -1
-    layer_aggregation: str = "concat"
-    max_length_parameter: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    runtime: str = "auto"
 
     modality = "text"
     dtype_name = "float32"
@@ -64,13 +53,6 @@ class StaticBackend:
         if self.max_length_parameter is None:
             return self._settings.get("max_length")
         return int(self.max_length_parameter)
-
-    @property
-    def grid_shape(self) -> tuple[int, int]:
-        """Raise an error: only images have a grid."""
-        raise ValueError(
-            f"{self._name} encodes text; only images have a grid of patches."
-        )
 
     def describe(self) -> dict[str, Any]:
         """Describe everything that changes a vector, in JSON types.
@@ -211,10 +193,6 @@ class StaticBackend:
             )
         check_file(path)
         return path
-
-    @property
-    def _name(self) -> str:
-        return repr(self.checkpoint.model)
 
     @functools.cached_property
     def _settings(self) -> dict[str, Any]:

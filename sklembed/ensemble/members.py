@@ -13,11 +13,11 @@ from sklearn.ensemble import (
     HistGradientBoostingClassifier,
     HistGradientBoostingRegressor,
 )
-from sklearn.linear_model import LogisticRegression
 from sklearn.utils.parallel import Parallel, delayed
 from threadpoolctl import threadpool_limits
 
 from sklembed._grid import descend
+from sklembed._logistic import fit_classes
 from sklembed.ensemble.features import Problem, View
 from sklembed.ensemble.ridge import fit_ridge, rotate
 from sklembed.fusion.kernel import KernelFusionClassifier, KernelFusionRegressor
@@ -114,34 +114,13 @@ def _fit_scores(C, Z, problem, rows):
     """Fit logistic regression; return coefficients and intercepts of all outputs."""
     Z, y, weight = Z[rows], problem.y[rows], problem.weight[rows]
     if problem.kind == "classes":
-        return _fit_classes(C, Z, y, weight, problem.n_outputs)
+        return fit_classes(C, Z, y, weight, problem.n_outputs)
     coef = np.zeros((Z.shape[1], problem.n_outputs))
     intercept = np.zeros(problem.n_outputs)
     for label in range(problem.n_outputs):
-        coef_of_classes, intercepts = _fit_classes(C, Z, y[:, label], weight, 2)
+        coef_of_classes, intercepts = fit_classes(C, Z, y[:, label], weight, 2)
         coef[:, label] = coef_of_classes[:, 1] - coef_of_classes[:, 0]
         intercept[label] = intercepts[1] - intercepts[0]
-    return coef, intercept
-
-
-def _fit_classes(C, Z, codes, weight, n_classes):
-    """Fit logistic regression; classes without a row get a low constant score."""
-    used = weight > 0
-    Z, codes, weight = Z[used], codes[used], weight[used]
-    present = np.unique(codes).astype(np.intp)
-    coef = np.zeros((Z.shape[1], n_classes))
-    intercept = np.full(n_classes, -np.log(len(codes) + n_classes))
-    intercept[present] = 0
-    if len(present) == 1:
-        return coef, intercept
-    model = LogisticRegression(C=C, max_iter=300, tol=1e-3)
-    model.fit(Z, codes, sample_weight=weight)
-    if len(present) == 2:
-        coef[:, present[1]] = model.coef_[0]
-        intercept[present[1]] = model.intercept_[0]
-    else:
-        coef[:, present] = model.coef_.T
-        intercept[present] = model.intercept_
     return coef, intercept
 
 

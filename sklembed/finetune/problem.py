@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import (
     GroupShuffleSplit,
     StratifiedGroupKFold,
@@ -15,6 +14,7 @@ from sklearn.model_selection import (
 )
 
 from sklembed._grid import descend
+from sklembed._logistic import fit_classes
 from sklembed._targets import hold_back
 
 _CS = 10.0 ** np.arange(-1, 3)  # inverse penalties
@@ -137,18 +137,15 @@ def fit_logistic(problem, rows, C, tol=1e-4):
     intercept : ndarray of shape (n_classes,)
         Intercepts; a low score for classes without a row.
     """
-    codes = problem.targets[rows]
-    present = np.unique(codes)
-    coef = np.zeros((problem.n_outputs, problem.vectors.shape[1]))
-    intercept = np.full(problem.n_outputs, -np.log(len(rows) + problem.n_outputs))
-    model = LogisticRegression(C=C, max_iter=300, tol=tol)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of the last digits
         warnings.filterwarnings("ignore", message=_FEW_ROWS)
-        model.fit(problem.vectors[rows], codes, sample_weight=problem.weight[rows])
-    if len(present) == 2:  # scikit-learn has one score, that of the second class
-        coef[present] = np.concatenate([-model.coef_, model.coef_]) / 2
-        intercept[present] = np.array([-0.5, 0.5]) * model.intercept_
-    else:
-        coef[present], intercept[present] = model.coef_, model.intercept_
-    return coef, intercept
+        coef, intercept = fit_classes(
+            C,
+            problem.vectors[rows],
+            problem.targets[rows],
+            problem.weight[rows],
+            problem.n_outputs,
+            tol=tol,
+        )
+    return coef.T, intercept
