@@ -25,7 +25,8 @@ from sklearn.model_selection import (
 from sklearn.pipeline import make_pipeline
 
 from sklembed import CallableBackend, FrozenEncoder, PerModalityUnion
-from sklembed.evaluation import leak_report, leaks
+from sklembed._validation import draw_seed
+from sklembed.evaluation import leak_report, leaks, neighbours
 from sklembed.plots import LeakDisplay
 
 matplotlib.use("Agg")
@@ -138,7 +139,7 @@ def whitened_cosines(X):
 
 @pytest.mark.parametrize("cv", [KFold(3), ShuffleSplit(2, random_state=0)])
 def test_nearest_rows_equal_a_double_loop(vectors, cv, monkeypatch):
-    monkeypatch.setattr(leaks, "_BLOCK_CELLS", 7 * N_ROWS)  # several blocks
+    monkeypatch.setattr(neighbours, "_BLOCK_CELLS", 7 * N_ROWS)  # several blocks
     X, y = vectors
     X = X.copy()
     X[3] = np.nan
@@ -182,9 +183,9 @@ def test_threshold_marks_the_promised_share_of_random_rows():
         # A surface of two dimensions, of constant density.
         angles = rng.uniform(0, 2 * np.pi, size=(1500, 2))
         X = np.hstack([np.cos(angles), np.sin(angles)])
-        space = leaks._block_space("a", X)
+        space = neighbours._block_space("a", X)
         labels = rng.integers(3, size=1500)
-        record = leaks._estimate_threshold(space, labels, None, True, 0.05)
+        record = neighbours._estimate_threshold(space, labels, None, True, 0.05)
         assert record["dimension"] == pytest.approx(2, rel=0.1)
         similarity = space.vectors @ space.vectors.T
         same_class = labels[:, None] == labels
@@ -241,7 +242,7 @@ def test_changed_copies_are_found_by_the_encoders(report, table):
 
 def test_scores_equal_those_of_cross_validation(report, pipeline, table):
     frame, y = table
-    seed = leaks.draw_seed(0)
+    seed = draw_seed(0)
     cv = StratifiedKFold(5, shuffle=True, random_state=seed)
     expected = cross_val_score(pipeline, frame, y, cv=cv)
     scores = report.scores_.set_index(["arm", "fold"])["accuracy"]

@@ -32,7 +32,7 @@ from sklembed.encoders import minilm
 
 
 def measure_attacks(folder, options):
-    """Load files that try to execute code, each in a process of its own."""
+    """Load files that try to execute code, each in a separate process."""
     # Imported before the forks, to save time.
     import torch  # noqa: F401
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer  # noqa: F401

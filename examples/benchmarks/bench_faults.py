@@ -10,7 +10,7 @@
 - versions: two versions of sklembed use a store and saved pipelines. The other version
   is a copy with another number of the schema, of the format or of the decoding.
 - cells: mutated image files, objects and texts by hypothesis, and decompression bombs,
-  in processes of their own.
+  in separate processes.
 - attacks: checkpoints, saved pipelines, stores and shards that try to execute code. The
   code would create a file.
 - soak: predictions for single rows.

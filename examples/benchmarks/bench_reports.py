@@ -250,7 +250,7 @@ def ranking(encoders, X, y, seed, **options):
 def encode_all(name, encoders, X, options):
     """Encode all cells by each network; return its seconds, without loading.
 
-    The seconds are those of the processor, since other programs affect the clock.
+    Seconds are processor time, since other programs affect the clock.
     """
     path = options.folder / f"seconds-{name}-{options.every}.json"
     if path.exists():

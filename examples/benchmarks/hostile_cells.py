@@ -1,4 +1,4 @@
-"""Hostile images, texts and objects for encoders, in processes of their own."""
+"""Hostile images, texts and objects for encoders, in separate processes."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ from sklembed.encoders import efficientnet_lite0, minilm
 
 
 def measure_cells(folder, options):
-    """Pass hostile cells to encoders in processes of their own."""
+    """Pass hostile cells to encoders in separate processes."""
     scale = options.cells / 60_000
     amounts = {
         "mutated images": int(40_000 * scale),

@@ -117,7 +117,7 @@ class HuggingFaceBackend(CheckpointBackend):
             if self.pooling == "projected" and projection_dim:
                 return projection_dim
             if self.pooling in ("projected", "pooler"):
-                # SigLIP projects its texts to a width of their own.
+                # SigLIP projects its texts to another width.
                 projection_size = getattr(self._tower, "projection_size", None)
                 return projection_size or self._width(self._n_layers)
             for step in reversed(self._head):

@@ -78,7 +78,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Trainable:
-    """A network with weights of its own, and steps through which gradients flow."""
+    """A separate copy of a network, and steps through which gradients flow."""
 
     network: Any  # torch.nn.Module in evaluation mode, in float32
     # Network and prepared cells -> tensor (n_cells, n_features) on the device.

@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +12,8 @@ from time import perf_counter
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
-from scipy.stats import beta
 from sklearn.base import clone
-from sklearn.feature_extraction.text import HashingVectorizer
-from sklearn.linear_model import Ridge
-from sklearn.metrics import balanced_accuracy_score, get_scorer, r2_score
+from sklearn.metrics import get_scorer
 from sklearn.model_selection import (
     GroupKFold,
     KFold,
@@ -27,43 +21,32 @@ from sklearn.model_selection import (
     StratifiedKFold,
     check_cv,
 )
-from sklearn.naive_bayes import MultinomialNB
-from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
-from sklearn.utils import column_or_1d, gen_batches
+from sklearn.utils import column_or_1d
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_consistent_length
 
-from sklembed._table.blocks import resolve_blocks
-from sklembed._table.columns import as_pandas, is_frame, take_rows
+from sklembed._table.columns import take_rows
 from sklembed._validation import (
     check_no_missing_label,
     draw_seed,
     is_a_classifier,
-    sorted_labels,
 )
-from sklembed.encoders import FrozenEncoder
 from sklembed.encoders.cells import decode, shorten
-from sklembed.encoders.prefetch import list_jobs
 from sklembed.evaluation.errors import located
-from sklembed.vectorizer.kinds import read_column
-from sklembed.vectorizer.parsing import distinct, parse_column
+from sklembed.evaluation.neighbours import (
+    Components,
+    find_thresholds,
+    join_spaces,
+    make_spaces,
+    nearest_across_folds,
+    no_nearest,
+)
+from sklembed.evaluation.single_columns import score_columns
+from sklembed.vectorizer.parsing import distinct
 
 ARMS = ("all rows", "without leaked rows", "leaked rows", "suggested groups")
-ALL = "(all)"  # the name of the space of all columns together
-_SHRINKAGE = 0.1  # of variances, before whitening
-_BLOCK_CELLS = 2**22  # similarities in memory at once: 16 MiB
-_N_QUERIES = 2000  # rows whose neighbours determine a threshold
-_NEAR, _FAR = 5, 20  # ranks of these neighbours
-_LEAST_QUERIES = 30
-_LEAST_WIDTH = 16  # columns of a block of embeddings; narrower ones are table columns
 _N_EXAMPLES = 6  # pairs of each column that the report shows
 _THUMBNAIL_SIZE = 72
-_N_ROWS_OF_COLUMN = 5000  # on which a single column is tested
-_N_CHARACTERS = 200  # of a text
-_N_PERMUTATIONS = 5
-_LEAST_GAINS = {True: 0.1, False: 0.9}  # of identifiers, and of other columns
-_FILE_NAME = re.compile(r"[^/\\]*\.[A-Za-z][A-Za-z0-9]{1,4}$")
-_IDENTIFIERS = ("identifier", "file name", "datetime")
 
 
 def leak_report(
@@ -230,14 +213,14 @@ def leak_report(
     scorers = _get_scorers(scoring, classes)
     seed = draw_seed(random_state)
     folds = _draw_folds(X, y, groups, cv, classes, seed)
-    spaces, table = _make_spaces(estimator, X, vectors)
-    spaces += _join_spaces(spaces, len(y))
-    thresholds = _thresholds(spaces, y, groups, classes, threshold, false_alarms)
-    components = _Components(len(y))
-    tables = [_no_nearest()]
+    spaces, table = make_spaces(estimator, X, vectors)
+    spaces += join_spaces(spaces, len(y))
+    thresholds = find_thresholds(spaces, y, groups, classes, threshold, false_alarms)
+    components = Components(len(y))
+    tables = [no_nearest()]
     for space in spaces:
         limit = thresholds.loc[space.name, "threshold"]
-        tables.append(_nearest_across_folds(space, folds, limit, components))
+        tables.append(nearest_across_folds(space, folds, limit, components))
     nearest = pd.concat(tables, ignore_index=True)
     nearest["same target"] = y[nearest["row"]] == y[nearest["nearest"]]
     if groups is not None:
@@ -252,7 +235,7 @@ def leak_report(
         duplicates=_count_duplicates(spaces, table, y, folds),
         scores=scores,
         score_names=list(scorers),
-        columns=_test_columns(table, y, folds, classes, seed),
+        columns=score_columns(table, y, folds, classes, seed),
         groups=components.groups(),
         examples=_render_examples(nearest, spaces, y),
     )
@@ -427,52 +410,6 @@ class _Example:
         return "".join([*parts, "</tr>"])
 
 
-@dataclass
-class _Space:
-    """The vectors by which the rows of a table are compared.
-
-    `rows` are the observed rows of the table, `vectors` have unit length, and equal
-    `codes` mean cells of equal content. `cells` is None for blocks of embeddings.
-    """
-
-    name: str
-    modality: str
-    rows: np.ndarray
-    vectors: np.ndarray
-    codes: np.ndarray
-    cells: list | None = None
-
-    def positions(self, n_rows):
-        """Return the position of each row of the table, -1 if it is missing."""
-        positions = np.full(n_rows, -1, dtype=np.intp)
-        positions[self.rows] = np.arange(len(self.rows))
-        return positions
-
-
-class _Components:
-    """Connected components of rows, updated by lists of pairs."""
-
-    def __init__(self, n_rows):
-        self.labels = np.arange(n_rows)
-
-    def join(self, rows, others):
-        """Join the components of each pair of rows."""
-        pairs = self.labels[rows], self.labels[others]
-        shape = len(self.labels), len(self.labels)
-        graph = coo_matrix((np.ones(len(rows), dtype=bool), pairs), shape=shape)
-        _, merged = connected_components(graph, directed=False)
-        self.labels = merged[self.labels]
-
-    def join_equal(self, rows, codes):
-        """Join rows of equal code."""
-        _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
-        self.join(rows, rows[first[inverse]])
-
-    def groups(self):
-        """Return the number of each row's component, in the order of first rows."""
-        return pd.factorize(self.labels)[0].astype(np.intp)
-
-
 def _check_input(estimator, X, y, groups, false_alarms, error_score):
     """Validate parameters before any work; return the target as an array."""
     if isinstance(estimator, type) or not hasattr(estimator, "predict"):
@@ -560,361 +497,6 @@ def _shuffled_folds(n_splits, classes, with_groups, seed):
     else:
         kind = StratifiedKFold if classes else KFold
     return kind(n_splits, shuffle=True, random_state=seed)
-
-
-def _make_spaces(estimator, X, vectors):
-    """Return the vectors to compare, and the columns of X that are no embeddings."""
-    if vectors is not None:
-        spaces = []
-        for name, values in vectors.items():
-            check_consistent_length(X, values)
-            spaces.append(_block_space(str(name), np.asarray(values)))
-        return spaces, _as_frame(X)
-    encoders = []
-    for value in [estimator, *estimator.get_params(deep=True).values()]:
-        if isinstance(value, FrozenEncoder) or hasattr(value, "make_union"):
-            encoders.append(value)
-    if encoders:
-        table = _as_frame(X)
-        return _encoder_spaces(estimator, table), table
-    spaces, table = _spaces_of_blocks(estimator, X)
-    if not spaces:
-        warnings.warn(
-            "There are no embeddings to compare: the estimator contains no "
-            f"FrozenEncoder, and X has no block of at least {_LEAST_WIDTH} numbers. "
-            "Only equal rows and single columns are examined. Put the encoders into the "
-            "estimator, or pass vectors.",
-            UserWarning,
-            stacklevel=3,
-        )
-    return spaces, table
-
-
-def _as_frame(X):
-    """Return X as pandas, whose index is the position of the rows."""
-    X = as_pandas(X)
-    if hasattr(X, "iloc"):
-        X = X.reset_index(drop=True)
-        return X.to_frame() if X.ndim == 1 else X
-    if np.ndim(X) == 2:
-        return pd.DataFrame(X)
-    return pd.Series(list(X), dtype=object, name="X").to_frame()
-
-
-def _encoder_spaces(estimator, table):
-    """Encode the cells of each encoder, or read their vectors from its store."""
-    jobs, names = [], []
-    for path, encoder, part in list_jobs(estimator, table):
-        name = getattr(part, "name", None)
-        if is_frame(part):
-            name = part.columns[0]
-        names.append(path if name is None else str(name))
-        jobs.append((path, clone(encoder), part))
-    spaces, keys = [], set()
-    for name, (path, encoder, part) in zip(names, jobs, strict=True):
-        vectors = np.asarray(encoder.fit_transform(part))
-        digests = encoder.digests(part)
-        key = encoder.fingerprint(), tuple(digests)
-        if key in keys:  # the same encoder and cells, in another candidate of a search
-            continue
-        keys.add(key)
-        if vectors.dtype == object:
-            vectors = _average_tokens(vectors)
-        observed = np.flatnonzero(~np.isnan(vectors).any(axis=1))
-        cells = part.iloc[:, 0] if is_frame(part) else pd.Series(part)
-        space = _Space(
-            name=path if names.count(name) > 1 else name,
-            modality=encoder.space_["modality"],
-            rows=_rows_of(part, len(table), path)[observed],
-            vectors=_prepare(vectors[observed], encoder.space_["modality"]),
-            codes=pd.factorize(digests[observed])[0],
-            cells=cells.iloc[observed].tolist(),
-        )
-        spaces.append(space)
-    return spaces
-
-
-def _rows_of(part, n_rows, path):
-    """Return the rows of the table that the input of an encoder contains."""
-    if len(part) == n_rows:
-        return np.arange(n_rows)
-    if not hasattr(part, "iloc"):
-        raise ValueError(
-            f"The input of the encoder {path!r} has {len(part)} of {n_rows} rows and no "
-            "index, so they cannot be matched with the rows of X. Pass vectors, or let "
-            "the steps before the encoder return DataFrames."
-        )
-    return part.index.to_numpy()
-
-
-def _average_tokens(tokens):
-    """Return the mean of the tokens of each cell; NaN for missing cells."""
-    width = next(cell.shape[1] for cell in tokens[:, 0] if cell is not None)
-    averages = np.full((len(tokens), width), np.nan, dtype=np.float32)
-    for row, cell in enumerate(tokens[:, 0]):
-        if cell is not None:
-            averages[row] = cell.mean(axis=0)
-    return averages
-
-
-def _prepare(vectors, modality):
-    """Return vectors of unit length, whitened unless they are embeddings of texts.
-
-    Sentence encoders are trained for the cosine. The other vectors have a few
-    directions of large variance, in which unrelated rows are similar.
-    """
-    vectors = np.asarray(vectors, dtype=np.float32)
-    if modality == "text" or len(vectors) < 2:
-        return _as_unit(vectors)
-    centred = vectors - vectors.mean(axis=0)
-    variances, directions = np.linalg.eigh(centred.T @ centred / len(vectors))
-    variances = np.maximum(variances, 0) + _SHRINKAGE * variances.mean()
-    scale = np.sqrt(np.maximum(variances, np.finfo(np.float32).tiny))
-    return _as_unit(centred @ (directions / scale))
-
-
-def _join_spaces(spaces, n_rows):
-    """Return a space of all columns, in which the cosine is the mean over columns."""
-    if len(spaces) < 2:
-        return []
-    widths = [space.vectors.shape[1] for space in spaces]
-    joint = np.zeros((n_rows, sum(widths)), dtype=np.float32)
-    codes = np.zeros(n_rows, dtype=np.intp)
-    stops = np.cumsum(widths)
-    for space, width, stop in zip(spaces, widths, stops, strict=True):
-        joint[space.rows, stop - width : stop] = space.vectors
-        of_column = np.zeros(n_rows, dtype=np.intp)  # 0 is a missing cell
-        of_column[space.rows] = space.codes + 1
-        codes = pd.factorize(codes * (of_column.max() + 1) + of_column)[0]
-    # A row without an image would be as near as its text alone.
-    complete = np.arange(n_rows)
-    for space in spaces:
-        complete = np.intersect1d(complete, space.rows)
-    return [_Space(ALL, "all", complete, _as_unit(joint[complete]), codes[complete])]
-
-
-def _as_unit(vectors):
-    """Return vectors of unit length; zero vectors stay zero."""
-    vectors = np.asarray(vectors, dtype=np.float32)
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
-
-
-def _spaces_of_blocks(estimator, X):
-    """Return the blocks of a table of embeddings, and its other columns."""
-    table = _as_frame(X)
-    numeric = table.select_dtypes("number")
-    names = [str(name) for name in table.columns]
-    blocks = {}
-    for name, value in estimator.get_params(deep=True).items():
-        if name.split("__")[-1] == "blocks" and isinstance(value, Mapping):
-            blocks = resolve_blocks(value, names, table.shape[1], table)
-    if not blocks and numeric.shape[1] == table.shape[1]:
-        blocks = {"X": slice(0, table.shape[1])}
-        if all("__" in name for name in names):
-            blocks = resolve_blocks(None, names, table.shape[1])
-    spaces, compared = [], np.zeros(table.shape[1], dtype=bool)
-    for name, columns in blocks.items():
-        values = table.iloc[:, columns]
-        if values.shape[1] >= _LEAST_WIDTH:
-            compared[columns] = True
-            spaces.append(_block_space(str(name), values.to_numpy(dtype=np.float32)))
-    return spaces, table.loc[:, ~compared]
-
-
-def _block_space(name, values):
-    """Return a block of embeddings as a space; rows with NaN are missing."""
-    observed = np.flatnonzero(~np.isnan(values).any(axis=1))
-    values = np.ascontiguousarray(values[observed])
-    as_bytes = [row.tobytes() for row in values]
-    codes = pd.factorize(np.array(as_bytes, dtype=object))[0]
-    return _Space(name, "vectors", observed, _prepare(values, "vectors"), codes)
-
-
-def _thresholds(spaces, y, groups, classes, threshold, false_alarms):
-    """Return a table of the threshold of each space, and of its estimates."""
-    names = [space.name for space in spaces]
-    passed = threshold
-    if not isinstance(threshold, Mapping):
-        passed = dict.fromkeys(names, threshold)
-    unknown = [name for name in passed if name not in names]
-    if unknown:
-        raise ValueError(
-            f"threshold names the columns {unknown}, but the columns that are compared "
-            f"are {names}."
-        )
-    records = []
-    for space in spaces:
-        limit = passed.get(space.name, "auto")
-        record = {"column": space.name, "modality": space.modality}
-        if isinstance(limit, str) and limit == "auto":
-            alpha = false_alarms / len(spaces)
-            if space.name != ALL:
-                alpha /= max(len(space.rows), 1)
-            record |= _estimate_threshold(space, y, groups, classes, alpha)
-        elif not isinstance(limit, Real) or isinstance(limit, bool):
-            raise TypeError(
-                f"threshold must be 'auto', a number, or a dict of these; got {limit!r} "
-                f"for {space.name!r}."
-            )
-        elif not 0 <= limit <= 2:
-            raise ValueError(
-                "threshold must be a cosine distance between 0 and 2; got "
-                f"{limit!r} for {space.name!r}."
-            )
-        else:
-            record["threshold"] = float(limit)
-        records.append(record)
-    fields = ["column", "modality", "threshold", "typical distance", "dimension"]
-    table = pd.DataFrame(records, columns=[*fields, "n_rows"])
-    return table.set_index("column")
-
-
-def _estimate_threshold(space, y, groups, classes, alpha):
-    """Estimate the threshold from distances within classes; see `leak_report`."""
-    labels = np.zeros(len(space.rows), dtype=np.intp)
-    if classes:
-        labels = sorted_labels(y[space.rows])[1]
-    relatives = np.arange(len(space.rows))
-    if groups is not None:
-        relatives = pd.factorize(np.asarray(groups)[space.rows])[0]
-    near, far = _ranked_distances(space.vectors, labels, relatives)
-    if len(far) < _LEAST_QUERIES and classes:  # classes are small
-        near, far = _ranked_distances(space.vectors, np.zeros_like(labels), relatives)
-    record = {"threshold": 0.0, "n_rows": len(far)}
-    if len(far) < _LEAST_QUERIES:
-        warnings.warn(
-            f"Only {len(far)} rows of column {space.name!r} have {_FAR} neighbours, too "
-            "few to estimate a threshold, so only equal cells are compared. Pass "
-            "threshold.",
-            UserWarning,
-            stacklevel=4,
-        )
-        return record
-    typical = np.median(far)
-    record["typical distance"] = typical**2 / 2
-    distinct_rows = near > 0
-    if np.mean(distinct_rows) > 0.5:
-        log_ratio = np.median(np.log(near[distinct_rows] / far[distinct_rows]))
-        expected = np.log(beta.median(_NEAR, _FAR - _NEAR))
-        record["dimension"] = expected / min(log_ratio, -np.finfo(float).eps)
-        share = beta.ppf(alpha, 1, _FAR - 1) ** (1 / record["dimension"])
-        record["threshold"] = (typical * share) ** 2 / 2
-    return record
-
-
-def _ranked_distances(vectors, labels, relatives):
-    """Return the distances to two neighbours of the same label that are no relatives.
-
-    Parameters
-    ----------
-    vectors : ndarray of shape (n_rows, n_components)
-        Vectors of unit length.
-    labels, relatives : ndarray of shape (n_rows,)
-        Class and group of each row.
-
-    Returns
-    -------
-    near, far : ndarray of shape (n_queries,)
-        Euclidean distances to the neighbours of rank `_NEAR` and `_FAR`, of rows that
-        are spread evenly over the table; rows with fewer neighbours are omitted.
-    """
-    n_rows = len(vectors)
-    n_queries = min(n_rows, _N_QUERIES)
-    queries = np.linspace(0, n_rows - 1, n_queries).astype(np.intp)
-    near, far = [np.empty(0)], [np.empty(0)]
-    if n_rows <= _FAR:
-        return near[0], far[0]
-    for block in gen_batches(n_queries, max(1, _BLOCK_CELLS // n_rows)):
-        rows = queries[block]
-        squared = 2 - 2 * (vectors[rows] @ vectors.T)
-        excluded = labels[rows, None] != labels
-        excluded |= relatives[rows, None] == relatives
-        squared[excluded] = np.inf
-        ranked = np.partition(squared, [_NEAR - 1, _FAR - 1], axis=1)
-        ranked = ranked[np.isfinite(ranked[:, _FAR - 1])]
-        # Rounding errors of equal vectors are below 1e-6.
-        ranked[ranked < 1e-6] = 0
-        near.append(np.sqrt(ranked[:, _NEAR - 1]))
-        far.append(np.sqrt(ranked[:, _FAR - 1]))
-    return np.concatenate(near), np.concatenate(far)
-
-
-def _no_nearest():
-    """Return an empty table of nearest neighbours, with its dtypes."""
-    dtypes = {"column": object, "fold": int, "row": int, "nearest": int}
-    dtypes |= {"distance": float, "equal": bool, "leaked": bool}
-    return pd.DataFrame(columns=list(dtypes)).astype(dtypes)
-
-
-def _nearest_across_folds(space, folds, limit, components):
-    """Find the nearest training row of each test row, and join near duplicates.
-
-    Parameters
-    ----------
-    space : _Space
-        The vectors.
-    folds : list of (train, test)
-        Rows of the table.
-    limit : float
-        The threshold.
-    components : _Components
-        Updated by all pairs of rows below the threshold, also within folds.
-
-    Returns
-    -------
-    nearest : DataFrame
-        The columns of `LeakReport.nearest_` before "same target".
-    """
-    n_rows = max(max(train.max(), test.max()) for train, test in folds) + 1
-    positions = space.positions(max(n_rows, space.rows.max(initial=-1) + 1))
-    pieces = []
-    for number, (train, test) in enumerate(folds):
-        train, test = positions[train], positions[test]
-        train, test = np.sort(train[train >= 0]), np.sort(test[test >= 0])
-        if len(train) and len(test):
-            nearest = np.empty(len(test), dtype=np.intp)
-            pieces.append((number, train, test, nearest, np.empty(len(test))))
-    if limit > 0:
-        components.join_equal(space.rows, space.codes)
-    for block in gen_batches(
-        len(space.rows), max(1, _BLOCK_CELLS // max(len(space.rows), 1))
-    ):
-        similarity = space.vectors[block] @ space.vectors.T
-        if limit > 0:
-            rows, others = np.nonzero(similarity > 1 - limit)
-            components.join(space.rows[block.start + rows], space.rows[others])
-        for _, train, test, nearest, distance in pieces:
-            part = slice(*np.searchsorted(test, [block.start, block.stop]))
-            to_train = similarity[test[part] - block.start][:, train]
-            best = to_train.argmax(axis=1)
-            nearest[part] = train[best]
-            distance[part] = 1 - to_train[np.arange(len(best)), best]
-    tables = [_no_nearest()]
-    for number, train, test, nearest, distance in pieces:
-        equal = _set_equal(space.codes, train, test, nearest)
-        distance = np.where(equal, 0, np.maximum(distance, 0))
-        columns = {
-            "column": space.name,
-            "fold": number,
-            "row": space.rows[test],
-            "nearest": space.rows[nearest],
-            "distance": distance,
-            "equal": equal,
-            "leaked": distance < limit,
-        }
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _set_equal(codes, train, test, nearest):
-    """Set the nearest row of test cells that equal a training cell; return their mask."""
-    first = np.full(codes.max() + 1, -1, dtype=np.intp)
-    first[codes[train[::-1]]] = train[::-1]
-    equal_row = first[codes[test]]
-    equal = equal_row >= 0
-    nearest[equal] = equal_row[equal]
-    return equal
 
 
 def _count_duplicates(spaces, table, y, folds):
@@ -1031,111 +613,6 @@ def _apply_scorers(fitted, X, y, scorers, error_score, record):
         with located(place, error_score, f"The scorer {name!r}"):
             scores[name] = float(scorer(fitted, X, y))
     return scores
-
-
-def _test_columns(table, y, folds, classes, seed):
-    """Return a table of the score of each single column; see `LeakReport.columns_`."""
-    rng = np.random.default_rng(seed)
-    rows = np.arange(len(y))
-    if len(rows) > _N_ROWS_OF_COLUMN:
-        rows = np.sort(rng.permutation(rows)[:_N_ROWS_OF_COLUMN])
-    kept = np.zeros(len(y), dtype=bool)
-    kept[rows] = True
-    new_rows = np.cumsum(kept) - 1
-    small_folds = []
-    for train, test in folds:
-        train, test = new_rows[train[kept[train]]], new_rows[test[kept[test]]]
-        if len(train) and len(test):
-            small_folds.append((train, test))
-    target = y[rows]
-    permuted_targets = [rng.permutation(target) for _ in range(_N_PERMUTATIONS)]
-    records = []
-    for position, name in enumerate(table.columns):
-        kind, features = _read_single_column(table.iloc[rows, position], str(name))
-        record = {"column": str(name), "kind": kind}
-        records.append(record)
-        if features is None or not small_folds:
-            continue
-        model = _single_column_model(features, classes)
-        record["score"] = _out_of_fold(model, features, target, small_folds, classes)
-        permuted = []
-        for permuted_target in permuted_targets:
-            permuted.append(
-                _out_of_fold(model, features, permuted_target, small_folds, classes)
-            )
-        record["permuted"] = max(permuted)
-        chance = np.mean(permuted)
-        record["gain"] = (record["score"] - chance) / (1 - chance)
-        is_identifier = kind in _IDENTIFIERS
-        exceeds = record["score"] > record["permuted"]
-        record["suspicious"] = exceeds and record["gain"] >= _LEAST_GAINS[is_identifier]
-    fields = ["column", "kind", "score", "permuted", "gain", "suspicious"]
-    columns = pd.DataFrame(records, columns=fields)
-    columns["suspicious"] = columns["suspicious"].eq(True)
-    return columns.sort_values("gain", ascending=False, ignore_index=True)
-
-
-def _read_single_column(cells, name):
-    """Return the kind of a column and its features; None if it has no cheap ones."""
-    try:
-        reading = read_column(cells, name)
-    except ValueError:  # lists, dicts and the like
-        return "other", None
-    kind = reading.kind
-    observed = cells.dropna()
-    texts = observed[observed.map(lambda cell: isinstance(cell, str))]
-    if len(texts) and texts.str.contains(_FILE_NAME).mean() >= 0.9:
-        kind = "file name"
-    elif kind == "dropped" and reading.n_distinct > 1:
-        kind = "identifier"
-    if kind in ("numeric", "boolean", "datetime"):
-        values = parse_column(cells, kind, reading.form)
-        return kind, _as_numbers(values)
-    if kind == "identifier" and pd.api.types.is_numeric_dtype(cells.dtype):
-        return kind, _as_numbers(cells)
-    if kind in ("image", "dropped") or not len(texts):
-        return kind, None
-    hasher = HashingVectorizer(
-        analyzer="char", ngram_range=(1, 4), n_features=2**14, alternate_sign=False
-    )
-    starts = []
-    for cell in cells:
-        starts.append("" if pd.isna(cell) else str(cell)[:_N_CHARACTERS])
-    return kind, hasher.transform(starts)
-
-
-def _as_numbers(values):
-    """Return numbers and dates as a column of floats; NaN where missing."""
-    if pd.api.types.is_datetime64_any_dtype(values.dtype):
-        numbers = values.astype("int64").astype(float)
-        values = numbers.where(values.notna(), math.nan)
-    return values.to_numpy(dtype=float, na_value=math.nan).reshape(-1, 1)
-
-
-def _single_column_model(features, classes):
-    """Return a cheap model of the features of a column."""
-    if isinstance(features, np.ndarray):
-        options = {"min_samples_leaf": 3, "random_state": 0}
-        if classes:
-            return DecisionTreeClassifier(class_weight="balanced", **options)
-        return DecisionTreeRegressor(**options)
-    if classes:
-        return MultinomialNB(alpha=0.01, fit_prior=False)
-    return Ridge(solver="sparse_cg")
-
-
-def _out_of_fold(model, features, y, folds, classes):
-    """Return the score of predictions for the test rows of all folds together."""
-    observed, predicted = [], []
-    for train, test in folds:
-        predicted.append(model.fit(features[train], y[train]).predict(features[test]))
-        observed.append(y[test])
-    observed, predicted = np.concatenate(observed), np.concatenate(predicted)
-    if not classes:
-        return r2_score(observed, predicted)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
-        return balanced_accuracy_score(observed, predicted)
 
 
 def _render_examples(nearest, spaces, y):
