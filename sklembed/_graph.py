@@ -1,7 +1,6 @@
 """An ONNX graph, written node by node."""
 
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 
@@ -176,8 +175,3 @@ def missing_package(name: str) -> ImportError:
     return ImportError(
         f"to_onnx requires the package {name}: pip install 'sklembed[onnx]'."
     )
-
-
-def write(content: bytes, path) -> None:
-    """Write a serialized model to a file."""
-    Path(path).write_bytes(content)

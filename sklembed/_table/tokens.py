@@ -112,6 +112,28 @@ def pad_tokens(cells: Sequence[np.ndarray | None], width: int) -> np.ndarray:
     return tokens
 
 
+def average_tokens(cells: Sequence[np.ndarray | None], width: int) -> np.ndarray:
+    """Return the mean of the tokens of each cell; NaN for missing cells.
+
+    Parameters
+    ----------
+    cells : sequence of ndarray of shape (n_tokens, width), or None
+        The tokens.
+    width : int
+        Number of columns.
+
+    Returns
+    -------
+    averages : ndarray of shape (n_cells, width), dtype float32
+        The means.
+    """
+    averages = np.full((len(cells), width), np.nan, dtype=np.float32)
+    for row, cell in enumerate(cells):
+        if cell is not None:
+            averages[row] = cell.mean(axis=0)
+    return averages
+
+
 def _cell_of_tokens(cell: Any, row: int, name: str) -> np.ndarray | None:
     """Return a cell as an array, None where missing."""
     if _is_missing(cell):

@@ -295,10 +295,7 @@ class CallableBackend:
         if not isinstance(loaded, tuple):
             return Encoding(loaded)
         prepare, encode = loaded
-
-        def prepare_all(cells):
-            return [prepare(cell) for cell in cells]
-
+        prepare_all = functools.partial(_prepare_each, prepare)
         if not _is_module(encode):
             return Encoding(encode, prepare_all)
         network = self._network(encode)
@@ -334,7 +331,6 @@ class CallableBackend:
                 f"{self!r} cannot be fine-tuned: its function load must return a pair "
                 "(prepare, encode), and encode must be a torch.nn.Module."
             )
-        import torch
 
         from sklembed._torch import resolve_device
 
@@ -343,15 +339,11 @@ class CallableBackend:
         # `load` may return a module that others use.
         network = copy.deepcopy(network).float().eval().to(device)
 
-        def prepare_all(cells):
-            return [prepare(cell) for cell in cells]
-
         def vectors(network, prepared):
-            cells = torch.stack([torch.as_tensor(cell) for cell in prepared])
-            output = network(cells.to(device))
+            output = network(_stack(prepared, device))
             return output[0] if isinstance(output, tuple) else output
 
-        return Trainable(network, vectors, prepare_all)
+        return Trainable(network, vectors, functools.partial(_prepare_each, prepare))
 
     def _network(self, module):
         """Return the network of a torch module that takes stacked cells."""
@@ -362,8 +354,7 @@ class CallableBackend:
         device = _device_of(module)
 
         def inputs(prepared):
-            cells = torch.stack([torch.as_tensor(cell) for cell in prepared])
-            return {"cells": cells.to(device)}
+            return {"cells": _stack(prepared, device)}
 
         def forward(run):
             def encode(prepared):
@@ -382,6 +373,17 @@ class CallableBackend:
             trial=list,  # nobody knows which cells `prepare` takes
             dynamic_axes=(0,),
         )
+
+
+def _prepare_each(prepare, cells) -> list:
+    return [prepare(cell) for cell in cells]
+
+
+def _stack(prepared, device):
+    """Return prepared cells as one tensor on a device."""
+    import torch
+
+    return torch.stack([torch.as_tensor(cell) for cell in prepared]).to(device)
 
 
 def trial_cells(modality: Modality) -> list:

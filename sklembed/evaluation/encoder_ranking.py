@@ -23,10 +23,10 @@ from tqdm import tqdm
 from sklembed._table.columns import (
     as_table,
     column_positions,
-    missing_cells,
     take_columns,
     take_rows,
 )
+from sklembed._table.tokens import average_tokens
 from sklembed._validation import (
     check_no_missing_label,
     draw_seed,
@@ -304,12 +304,7 @@ class _Candidate(NamedTuple):
         vectors = self.encoder.transform(take_rows(self.cells, rows))
         if self.encoder.output == "pooled":
             return vectors
-        missing = missing_cells(vectors)[:, 0]
-        n_features = self.encoder._backend_and_space()[1].n_features
-        means = np.full((len(rows), n_features), np.nan, dtype=np.float32)
-        for row in np.flatnonzero(~missing):
-            means[row] = vectors[row, 0].mean(axis=0)
-        return means
+        return average_tokens(vectors[:, 0], self.encoder.space_["n_features"])
 
 
 def _check_encoders(encoders, X):

@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_consistent_length
 
 from sklembed._table.blocks import resolve_blocks
 from sklembed._table.columns import as_pandas, is_frame
+from sklembed._table.tokens import average_tokens
 from sklembed._validation import sorted_labels
 from sklembed.encoders import FrozenEncoder
 from sklembed.encoders.prefetch import list_jobs
@@ -132,7 +133,7 @@ def _encoder_spaces(estimator, table):
             continue
         keys.add(key)
         if vectors.dtype == object:
-            vectors = _average_tokens(vectors)
+            vectors = average_tokens(vectors[:, 0], encoder.space_["n_features"])
         observed = np.flatnonzero(~np.isnan(vectors).any(axis=1))
         cells = part.iloc[:, 0] if is_frame(part) else pd.Series(part)
         space = Space(
@@ -158,16 +159,6 @@ def _rows_of(part, n_rows, path):
             "the steps before the encoder return DataFrames."
         )
     return part.index.to_numpy()
-
-
-def _average_tokens(tokens):
-    """Return the mean of the tokens of each cell; NaN for missing cells."""
-    width = next(cell.shape[1] for cell in tokens[:, 0] if cell is not None)
-    averages = np.full((len(tokens), width), np.nan, dtype=np.float32)
-    for row, cell in enumerate(tokens[:, 0]):
-        if cell is not None:
-            averages[row] = cell.mean(axis=0)
-    return averages
 
 
 def _prepare(vectors, modality):

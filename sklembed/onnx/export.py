@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
 import sklembed
-from sklembed._graph import Graph, missing_package, write
+from sklembed._graph import Graph, missing_package
 from sklembed.encoders import FrozenEncoder
 from sklembed.onnx.parts import (
     Predictions,
@@ -112,7 +113,7 @@ def to_onnx(estimator, path):
         metadata["classes"] = json.dumps(_as_list(classes))
     content = graph.to_bytes(len(source.names), outputs, metadata)
     _check(content, source, steps)
-    write(content, path)
+    Path(path).write_bytes(content)
 
 
 class _Branch(NamedTuple):

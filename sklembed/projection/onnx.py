@@ -1,8 +1,10 @@
 """A fitted projection as part of an ONNX graph."""
 
+from pathlib import Path
+
 import numpy as np
 
-from sklembed._graph import Graph, write
+from sklembed._graph import Graph
 
 
 def to_onnx(projector, path) -> None:
@@ -16,7 +18,8 @@ def to_onnx(projector, path) -> None:
     graph = Graph()
     Z = add_projection(graph, projector, "X")
     outputs = {"Z": (Z, np.float32, [projector._n_features_out])}
-    write(graph.to_bytes(projector.n_features_in_, outputs, {}), path)
+    content = graph.to_bytes(projector.n_features_in_, outputs, {})
+    Path(path).write_bytes(content)
 
 
 def add_projection(graph: Graph, projector, X: str) -> str:
