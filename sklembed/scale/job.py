@@ -17,6 +17,7 @@ from sklembed.scale.workers import MAX_RETRIES, Part
 # together. With fewer cells, exporting a network for a faster runtime would not pay.
 _PART_ROWS = {"text": 16384, "image": 1024}
 _TASK_CELLS = {"text": 2048, "image": 256}
+_ERRORS_ARRIVE = 5  # seconds in which all tasks of a lost worker have their error
 _COUNTS = ("rows", "distinct", "encoded", "from_shards", "missing", "failed")
 
 
@@ -216,10 +217,19 @@ class Job:
         return result
 
     def _describe_lost_task(self):
-        """Describe the first task whose worker was lost; None without such a task.
+        """Describe the task that a lost worker ran; None if no worker was lost.
 
-        A worker runs its tasks in their order, so the others did not crash it.
+        A worker runs its tasks in their order, so the first one is the cause. The
+        errors of its tasks arrive in any order.
         """
+        if self._find_lost_task() is None:
+            return None
+        references = list(self._running)
+        ray.wait(references, num_returns=len(references), timeout=_ERRORS_ARRIVE)
+        return self._find_lost_task()
+
+    def _find_lost_task(self):
+        """Return the description of the first task with the error of a lost worker."""
         for reference, description in self._running.items():
             try:
                 ray.get(reference, timeout=0)
