@@ -385,10 +385,10 @@ def test_a_cell_that_crashes_workers_is_named(
     row = texts.index("text 7")
     monkeypatch.setattr("sklembed.scale.workers.MAX_RETRIES", 1)
     encoder = FrozenEncoder(logging_backend(log, die), store=None)
-    with pytest.raises(RuntimeError, match="while it encoded rows") as caught:
+    with pytest.raises(RuntimeError, match="encoded rows") as caught:
         encode_dataset(encoder, source, tmp_path / "a", columns="text", n_workers=1)
     message = str(caught.value)
-    first, last = map(int, re.search(r"rows (\d+) to (\d+) of", message).groups())
+    first, last = map(int, re.search(r"encoded rows (\d+) to (\d+)", message).groups())
     assert first <= row <= last < first + 700
     assert "column 'text'" in message
 

@@ -11,7 +11,7 @@ import ray
 from tqdm import tqdm
 
 from sklembed.scale.shards import Index, Shards, to_keys
-from sklembed.scale.workers import MAX_RETRIES, Part
+from sklembed.scale.workers import MAX_RETRIES, TASKS_PER_WORKER, Part
 
 # Rows of an output file, and cells of a task that encodes, whose vectors are committed
 # together. With fewer cells, exporting a network for a faster runtime would not pay.
@@ -66,8 +66,8 @@ class Job:
         try:
             self._run(source)
         except ray.exceptions.RayError as error:
-            lost = self._describe_lost_task()
-            if lost is None:
+            lost = self._describe_lost_tasks()
+            if not lost:
                 raise
             raise RuntimeError(
                 f"A worker was lost {MAX_RETRIES + 1} times while it {lost}. A cell may "
@@ -216,28 +216,30 @@ class Job:
         del self._running[reference]
         return result
 
-    def _describe_lost_task(self):
-        """Describe the task that a lost worker ran; None if no worker was lost.
+    def _describe_lost_tasks(self):
+        """Describe the tasks of a lost worker; empty if no worker was lost.
 
-        A worker runs its tasks in their order, so the first one is the cause. The
-        errors of its tasks arrive in any order.
+        A worker has a few tasks at a time. One of the first is the cause, but not always
+        the very first, whose result may be lost with the worker. Errors arrive in any
+        order.
         """
-        if self._find_lost_task() is None:
-            return None
+        if not self._find_lost_tasks():
+            return ""
         references = list(self._running)
         ray.wait(references, num_returns=len(references), timeout=_ERRORS_ARRIVE)
-        return self._find_lost_task()
+        return " or ".join(self._find_lost_tasks()[:TASKS_PER_WORKER])
 
-    def _find_lost_task(self):
-        """Return the description of the first task with the error of a lost worker."""
+    def _find_lost_tasks(self):
+        """Return the descriptions of the tasks with the error of a lost worker."""
+        lost = []
         for reference, description in self._running.items():
             try:
                 ray.get(reference, timeout=0)
             except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
-                return description
+                lost.append(description)
             except ray.exceptions.RayError:  # of the task itself, or not finished
                 continue
-        return None
+        return lost
 
     def _remember(self, errors):
         """Remember the first message about cells that cannot be read."""

@@ -19,7 +19,7 @@ from sklembed.encoders.column import Column
 from sklembed.scale.shards import Shards, embedding_name, find, to_keys
 
 # A worker starts with the next task while the driver learns of the end of the last.
-_TASKS_PER_WORKER = 2
+TASKS_PER_WORKER = 2
 # Losses of a worker that a task survives; a cell that crashes a worker does so always.
 MAX_RETRIES = 5
 # Seconds until a warning says that no worker has the resources to start.
@@ -284,7 +284,7 @@ class Pool:
 
     def submit(self, method, *arguments, num_returns=1):
         """Start a task, as soon as a worker is free, and return its references."""
-        while not self._n_tasks or min(self._n_tasks.values()) >= _TASKS_PER_WORKER:
+        while not self._n_tasks or min(self._n_tasks.values()) >= TASKS_PER_WORKER:
             self._wait()
         i = min(self._n_tasks, key=self._n_tasks.get)
         method = getattr(self._actors[i], method).options(num_returns=num_returns)
