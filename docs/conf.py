@@ -74,12 +74,25 @@ sphinx_gallery_conf = {
             f"plot_{name}.py"
             for name in (
                 "quickstart",
+                "regression",
+                "several_labels",
+                "missing_modalities",
+                "grid_search",
+                "calibration",
+                "leaks",
+                "modality_value",
+                "rank_encoders",
+                "adaptations",
+                "explain",
+                "few_labels",
                 "cross_fitting",
                 "paper_preset",
                 "modality_gap",
                 "crossmodal_search",
                 "zero_shot",
                 "segmentation",
+                "skrub",
+                "save_and_serve",
             )
         ]
     ),
