@@ -52,7 +52,7 @@ TASKS = {
 METHODS = ("head", "bitfit", "lora", "full")
 ARMS = ("frozen + LR", "projector + LR", "EmbeddingClassifier", *METHODS)
 EPOCHS = {"text": 5, "image": 3}
-KEYS = ("task", "labels", "arm", "fold", "of rows", "folds", "epochs")
+KEYS = ("task", "labels", "fold", "arm", "of rows", "folds", "epochs")
 LR = LogisticRegression(C=10, max_iter=1000)
 
 
@@ -130,7 +130,8 @@ def run_task(task, options, done):
     labels = ["true", "shuffled"] if options.shuffled else ["true"]
     X, y, groups = load_task(task, options.rows)
     folds = outer_folds(y, groups, groups is not None, options.folds)
-    keys = list(product(labels, options.arms, range(options.folds)))
+    # An interrupted run has all arms of the finished folds.
+    keys = list(product(labels, range(options.folds), options.arms))
     n_epochs = options.epochs or EPOCHS[modality_of(task)]
     settings = {"of rows": options.rows, "folds": options.folds, "epochs": n_epochs}
     missing = [key for key in keys if (task, *key, *settings.values()) not in done]
@@ -142,7 +143,7 @@ def run_task(task, options, done):
         tick = time.process_time()
         encoder.transform(X)
         seconds = (time.process_time() - tick) / len(X)
-        for label, arm, fold in missing:
+        for label, fold, arm in missing:
             train, test = folds[fold]
             targets = shuffled(y, train) if label == "shuffled" else y
             estimator = make_arm(arm, encoder, n_epochs)
