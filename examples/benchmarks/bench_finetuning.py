@@ -14,7 +14,8 @@ over all threads of the process, so that other work on the machine hardly change
 end below the head.
 
 Each cell, an arm in a fold, is written to ``--cells`` when it is done, and a later run resumes
-there. Method "lora" is skipped if peft is not installed. A full run takes hours.
+there. Images are a random sample of 900 rows. Method "lora" is skipped if peft is not installed.
+A full run takes one to two hours on two cores.
 """
 
 import argparse
@@ -52,6 +53,7 @@ TASKS = {
 METHODS = ("head", "bitfit", "lora", "full")
 ARMS = ("frozen + LR", "projector + LR", "EmbeddingClassifier", *METHODS)
 EPOCHS = {"text": 5, "image": 3}
+ROWS = {"text": None, "image": 900}  # of images a sample, to take a few hours
 KEYS = ("task", "labels", "fold", "arm", "of rows", "folds", "epochs")
 LR = LogisticRegression(C=10, max_iter=1000)
 
@@ -128,12 +130,13 @@ def shuffled(y, rows):
 def run_task(task, options, done):
     """Yield the cells of a task that are not done."""
     labels = ["true", "shuffled"] if options.shuffled else ["true"]
-    X, y, groups = load_task(task, options.rows)
+    n_rows = n_rows_of(task, options)
+    X, y, groups = load_task(task, n_rows)
     folds = outer_folds(y, groups, groups is not None, options.folds)
     # An interrupted run has all arms of the finished folds.
     keys = list(product(labels, range(options.folds), options.arms))
     n_epochs = options.epochs or EPOCHS[modality_of(task)]
-    settings = {"of rows": options.rows, "folds": options.folds, "epochs": n_epochs}
+    settings = {"of rows": n_rows, "folds": options.folds, "epochs": n_epochs}
     missing = [key for key in keys if (task, *key, *settings.values()) not in done]
     if not missing:
         return
@@ -151,6 +154,11 @@ def run_task(task, options, done):
             key = {"task": task, "labels": label, "arm": arm, "fold": fold}
             cell |= {"encoding s": seconds * len(train)}
             yield key | settings | cell
+
+
+def n_rows_of(task, options):
+    """Return the number of rows to draw of a task; None for all."""
+    return options.rows or ROWS[modality_of(task)]
 
 
 def key_of(cell):
@@ -220,7 +228,7 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--folds", type=int, default=3)
-    parser.add_argument("--rows", type=int, help="a random sample of the rows")
+    parser.add_argument("--rows", type=int, help="of a random sample, instead of ROWS")
     parser.add_argument("--epochs", type=int, help="of 5 for texts and 3 for images")
     parser.add_argument(
         "--shuffled", action="store_true", help="also with noise labels"
@@ -251,9 +259,10 @@ def main():
             print(json.dumps(cell, default=float), flush=True)
     chosen = []
     for cell in read_cells(options.cells):
-        settings = cell["of rows"], cell["folds"]
-        is_chosen = cell["task"] in options.tasks and cell["arm"] in options.arms
-        if is_chosen and settings == (options.rows, options.folds):
+        if cell["task"] not in options.tasks or cell["arm"] not in options.arms:
+            continue
+        settings = n_rows_of(cell["task"], options), options.folds
+        if settings == (cell["of rows"], cell["folds"]):
             chosen.append(cell)
     cells = pd.DataFrame(chosen)
     result = {
