@@ -12,11 +12,12 @@ from sklearn.utils._param_validation import Interval
 
 from sklembed import _callbacks
 from sklembed._callbacks import CallbackSupportMixin
+from sklembed._display import DocLinkMixin
 from sklembed._persistence import Saved
 from sklembed._targets import hold_back
 
 
-class TrainedEstimator(Saved, CallbackSupportMixin, BaseEstimator):
+class TrainedEstimator(DocLinkMixin, Saved, CallbackSupportMixin, BaseEstimator):
     """Base class of estimators that train one small network on the rows of a table.
 
     A subclass writes `__init__` and `fit`. Its `fit` calls `_begin_fit`, reads the table, calls

@@ -17,6 +17,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import FLOAT_DTYPES, check_is_fitted, validate_data
 
+from sklembed._display import DocLinkMixin
 from sklembed._table.blocks import check_one_block, observed_in_block, resolve_blocks
 from sklembed._validation import check_new_rows, check_vectors, in_pieces
 
@@ -24,7 +25,9 @@ from sklembed._validation import check_new_rows, check_vectors, in_pieces
 _METHODS_OF_EQUAL_WIDTHS = {"shift", "unit_shift", "procrustes"}
 
 
-class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+class ModalityGapAligner(
+    DocLinkMixin, OneToOneFeatureMixin, TransformerMixin, BaseEstimator
+):
     """Close the gap between the embeddings of several modalities.
 
     Embeddings of different modalities lie in separate cones, even for models that were
@@ -405,7 +408,7 @@ class ModalityGapAligner(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return tags
 
 
-class CanonicalAligner(TransformerMixin, BaseEstimator):
+class CanonicalAligner(DocLinkMixin, TransformerMixin, BaseEstimator):
     """Project two modalities onto the directions in which they correlate most.
 
     This is canonical correlation analysis in closed form. Each modality is whitened,

@@ -38,6 +38,7 @@ from sklearn.utils.validation import (
 
 from sklembed import _callbacks
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
+from sklembed._display import DocLinkMixin
 from sklembed._table.columns import (
     as_pandas,
     as_table,
@@ -71,7 +72,9 @@ _KEEP_MISSING = (
 )
 
 
-class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
+class PerModalityUnion(
+    DocLinkMixin, CallbackSupportMixin, TransformerMixin, BaseEstimator
+):
     """Apply a transformer to each modality of a table and concatenate the outputs.
 
     A branch is a transformer, often a pipeline of an encoder and a projector, with the
@@ -832,9 +835,11 @@ class PerModalityUnion(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         return len(self.blocks_) > len(self.transformers_)
 
     def _sk_visual_block_(self):
-        return ColumnTransformer(
-            self.transformers, remainder=self.remainder
-        )._sk_visual_block_()
+        """Return the diagram of a ColumnTransformer with the same branches."""
+        branches, remainder = self.transformers, self.remainder
+        if hasattr(self, "transformers_"):  # these include the remainder
+            branches, remainder = self.transformers_, "drop"
+        return ColumnTransformer(branches, remainder=remainder)._sk_visual_block_()
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

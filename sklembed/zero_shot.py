@@ -15,6 +15,7 @@ from sklearn.utils import check_consistent_length, column_or_1d, get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from sklembed._display import DocLinkMixin
 from sklembed._table.blocks import known_block, observed_rows
 from sklembed._validation import (
     check_no_label_lists,
@@ -27,7 +28,7 @@ _TEMPERATURE = 0.01  # of CLIP; also the default for encoders without a temperat
 _TEMPERATURE_BOUNDS = (1e-3, 10.0)  # of calibration
 
 
-class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
+class ZeroShotClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
     """Classify rows by their similarity to texts that describe the classes [1]_.
 
     Texts and the rows' modality share an embedding space. A class embedding is the mean

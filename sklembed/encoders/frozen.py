@@ -22,8 +22,8 @@ from sklearn.base import (
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils._pprint import _EstimatorPrettyPrinter
-from tqdm import tqdm
 
+from sklembed._display import DocLinkMixin, progress_bar
 from sklembed._table.columns import output_container
 from sklembed.encoders.backends import MODALITIES
 from sklembed.encoders.cells import (
@@ -107,7 +107,7 @@ _BACKEND_ATTRIBUTES = (
 )
 
 
-class FrozenEncoder(TransformerMixin, BaseEstimator):
+class FrozenEncoder(DocLinkMixin, TransformerMixin, BaseEstimator):
     """Embed a column of texts or images with a frozen pretrained model.
 
     Each distinct cell is encoded only once. A store on disk keeps every vector under
@@ -898,11 +898,11 @@ class FrozenEncoder(TransformerMixin, BaseEstimator):
             order = np.argsort(np.negative(lengths), kind="stable")
             positions = positions[order]
         rows = column.rows[positions].tolist()
-        progress = tqdm(
+        progress = progress_bar(
+            verbose=self.verbose,
             desc=f"encoding {column}",
             total=len(rows),
             unit=" cells",
-            disable=not self.verbose,
         )
         plan = self._plan(backend, column, rows)
         plan.exporting = partial(_exporting, progress)

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from sklembed._display import as_html
 from sklembed.encoders import database
 from sklembed.encoders.export import WRITERS
 from sklembed.encoders.networks import (
@@ -122,6 +123,19 @@ class EmbeddingStore:
         if self.dtype != "float32":
             arguments.append(f"dtype={self.dtype!r}")
         return f"EmbeddingStore({', '.join(arguments)})"
+
+    def _repr_html_(self):
+        """Return the statistics as HTML; a store that does not exist is not created."""
+        try:
+            if not database.exists(self._path()):
+                return as_html(repr(self), ["The file does not exist yet."], {})
+            stats = self.stats()
+        except OSError as error:
+            return as_html(repr(self), [str(error)], {})
+        n_vectors, n_bytes = stats["rows"].sum(), stats["bytes"].sum()
+        sentence = f"{n_vectors:,} vectors, {n_bytes / 1e6:,.1f} MB."
+        columns = ["model", "pooling", "layer", "n_features", "rows", "hit_rate"]
+        return as_html(repr(self), [sentence], {"": stats[columns]})
 
     def read(self, space, digests):
         """Yield the stored vectors of cells, in pieces of bounded size.

@@ -20,6 +20,7 @@ from sklearn.utils._param_validation import StrOptions
 
 from sklembed import _callbacks
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
+from sklembed._display import DocLinkMixin
 from sklembed._persistence import Saved
 from sklembed._validation import draw_seed, in_pieces, split_rows
 from sklembed.ensemble.features import Features, Problem
@@ -73,7 +74,7 @@ def _default_members(problem):
     return ["linear", "kernel", "projection", "trees"]
 
 
-class _EmbeddingEnsemble(Saved, CallbackSupportMixin, BaseEstimator):
+class _EmbeddingEnsemble(DocLinkMixin, Saved, CallbackSupportMixin, BaseEstimator):
     """Average members on blocks of embeddings; a subclass reads the target."""
 
     _parameter_constraints: dict = {

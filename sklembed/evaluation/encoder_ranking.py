@@ -18,8 +18,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_consistent_length
-from tqdm import tqdm
 
+from sklembed._display import as_html, as_text, progress_bar
 from sklembed._table.columns import (
     as_table,
     column_positions,
@@ -44,6 +44,16 @@ class EncoderRanking(NamedTuple):
 
     results: pd.DataFrame
     best: str
+
+    def __repr__(self):
+        return as_text(*self._report())
+
+    def _repr_html_(self):
+        return as_html(*self._report())
+
+    def _report(self):
+        sentence = f"{self.best!r} is the best encoder."
+        return "EncoderRanking", [sentence], {"": self.results}
 
 
 def rank_encoders(
@@ -242,7 +252,7 @@ def rank_encoders(
         _cross_validate, head, y, groups, splitter, scoring, error_score, n_jobs
     )
     rungs, n_best = [], len(candidates)
-    with tqdm(unit=" encoders", disable=not verbose) as progress:
+    with progress_bar(verbose=verbose, unit=" encoders") as progress:
         for rung, size in enumerate(n_rows):
             if rungs:
                 n_best = math.ceil(n_best / factor)

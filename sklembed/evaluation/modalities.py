@@ -18,8 +18,8 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import get_tags
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_consistent_length
-from tqdm import tqdm
 
+from sklembed._display import as_html, as_text, progress_bar
 from sklembed._table.blocks import resolve_blocks
 from sklembed._table.columns import (
     as_pandas,
@@ -49,6 +49,19 @@ class ModalityReport(NamedTuple):
     subsets: pd.DataFrame
     shapley: pd.DataFrame
     degradation: pd.DataFrame
+
+    def __repr__(self):
+        return as_text("ModalityReport", [], self._tables())
+
+    def _repr_html_(self):
+        return as_html("ModalityReport", [], self._tables())
+
+    def _tables(self):
+        return {
+            "Subsets of modalities": self.subsets,
+            "Shapley values": self.shapley,
+            "Degradation": self.degradation,
+        }
 
 
 def modality_report(
@@ -239,7 +252,7 @@ def modality_report(
             )
             jobs.append(job)
     results = Parallel(n_jobs=n_jobs, return_as="generator")(jobs)
-    progress = tqdm(results, total=len(jobs), unit=" fits", disable=not verbose)
+    progress = progress_bar(results, verbose=verbose, total=len(jobs), unit=" fits")
     return _tabulate(list(progress), list(task.modalities))
 
 

@@ -23,6 +23,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from sklembed import _callbacks
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
+from sklembed._display import DocLinkMixin
 from sklembed._persistence import Saved
 from sklembed._targets import encode_target
 from sklembed._validation import check_no_missing_label, draw_seed
@@ -49,7 +50,7 @@ _LEARNING_RATES = {"bitfit": 1e-3, "lora": 5e-4, "full": 3e-5}
 _ALPHAS = 10.0 ** np.arange(-3, 3)
 
 
-class _Finetuned(Saved, CallbackSupportMixin, BaseEstimator):
+class _Finetuned(DocLinkMixin, Saved, CallbackSupportMixin, BaseEstimator):
     """Base class: a column of cells, a frozen head, and training of the network.
 
     A subclass reads the target, fits the head and turns outputs into predictions.

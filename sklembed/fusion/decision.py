@@ -24,6 +24,7 @@ from sklearn.utils.validation import (
     _check_sample_weight,
 )
 
+from sklembed._display import DocLinkMixin
 from sklembed._validation import (
     check_class_weight,
     check_new_rows,
@@ -51,7 +52,7 @@ from sklembed.fusion.pooling import (
 _ROWS_TO_FIND_ZEROS = 1024  # training rows on which zero probabilities are detected
 
 
-class DecisionFusionClassifier(ClassifierMixin, BaseEstimator):
+class DecisionFusionClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
     """Fit one classifier per modality and pool their class probabilities.
 
     Each classifier is trained on the rows in which its modality is observed. The

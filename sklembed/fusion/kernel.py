@@ -10,6 +10,7 @@ from sklearn.model_selection import GroupKFold, KFold
 from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 
+from sklembed._display import DocLinkMixin
 from sklembed._grid import descend
 from sklembed._persistence import Saved
 from sklembed._validation import in_pieces
@@ -51,7 +52,7 @@ _GRID = {
 _START = {"alpha": 3, "gamma": 4, "table_gamma": 3, "table_share": 3}
 
 
-class _KernelFusion(Saved, BaseEstimator):
+class _KernelFusion(DocLinkMixin, Saved, BaseEstimator):
     """Kernel ridge with a kernel per block; a subclass reads the target."""
 
     _parameter_constraints: dict = {

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 import ray
-from tqdm import tqdm
 
+from sklembed._display import progress_bar
 from sklembed.scale.shards import Index, Shards, to_keys
 from sklembed.scale.workers import MAX_RETRIES, TASKS_PER_WORKER, Part
 
@@ -80,11 +80,11 @@ class Job:
     def _run(self, source):
         hashed, encoded = deque(), deque()
         n_ahead = self._pool.n_workers
-        with tqdm(
+        with progress_bar(
+            verbose=self._is_verbose,
             desc="encoding",
             total=source.n_rows,
             unit=" rows",
-            disable=not self._is_verbose,
         ) as self._progress:
             for block, part in self._parts(source):
                 results = self._submit(

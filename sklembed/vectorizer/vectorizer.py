@@ -11,6 +11,7 @@ from sklearn.base import BaseEstimator, TransformerMixin, _fit_context, clone
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.utils._param_validation import HasMethods
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping
+from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import (
     check_consistent_length,
     check_is_fitted,
@@ -19,6 +20,7 @@ from sklearn.utils.validation import (
 
 from sklembed import _callbacks
 from sklembed._callbacks import CallbackSupportMixin, with_callbacks
+from sklembed._display import DocLinkMixin
 from sklembed._table.columns import as_table, is_frame, output_container
 from sklembed._validation import check_routing_enabled
 from sklembed.encoders import FrozenEncoder
@@ -45,7 +47,9 @@ _FROZEN = {"text": "text_encoder", "image": "image_encoder"}
 _N_NAMED = 5  # columns in a message
 
 
-class MultimodalVectorizer(CallbackSupportMixin, TransformerMixin, BaseEstimator):
+class MultimodalVectorizer(
+    DocLinkMixin, CallbackSupportMixin, TransformerMixin, BaseEstimator
+):
     """Encode a table of texts, images, numbers, categories and dates.
 
     `fit` reads each column, decides its kind, and builds a :class:`PerModalityUnion`
@@ -716,6 +720,11 @@ class MultimodalVectorizer(CallbackSupportMixin, TransformerMixin, BaseEstimator
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "union_")
+
+    @available_if(__sklearn_is_fitted__)
+    def _sk_visual_block_(self):
+        """Return the diagram of the fitted branches."""
+        return self.union_._sk_visual_block_()
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
