@@ -240,7 +240,17 @@ def load(directory):
 
     See Also
     --------
-    save : Write the estimator. It has an example.
+    save : Write the estimator.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import sklembed
+    >>> from sklearn.linear_model import Ridge
+    >>> directory = tempfile.mkdtemp()
+    >>> sklembed.save(Ridge(alpha=1.0).fit([[0.0], [2.0]], [0.0, 3.0]), directory)
+    >>> sklembed.load(directory).predict([[1.0]])
+    array([1.5])
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load as from_bytes

@@ -20,6 +20,19 @@ from sklearn.utils.random import sample_without_replacement
 from sklembed._table.blocks import observed_rows
 from sklembed._validation import check_masks, check_no_missing_label, sorted_labels
 
+__all__ = [
+    "alignment",
+    "cone_concentration",
+    "dice_score",
+    "distributional_gap",
+    "effective_rank",
+    "iou_score",
+    "modality_gap",
+    "pair_similarities",
+    "retrieval_recall",
+    "uniformity",
+]
+
 _CHUNK = 2**21  # numbers in memory at once when all pairs of rows are compared
 _TIE = 1e-6  # cosines that differ by at most this are equal up to rounding
 

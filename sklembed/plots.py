@@ -14,6 +14,13 @@ from sklembed._validation import check_masks
 from sklembed.encoders.cells import decode
 from sklembed.metrics import dice_score, modality_gap
 
+__all__ = [
+    "LeakDisplay",
+    "ModalityDisplay",
+    "ModalityGapDisplay",
+    "SegmentationDisplay",
+]
+
 
 class ModalityGapDisplay:
     """Display of the gap between modalities, and of a search over the shift.
@@ -391,7 +398,7 @@ class SegmentationDisplay:
             True masks.
 
         images : sequence of images or None, default=None
-            The images, in any form that :class:`FrozenEncoder` accepts: paths, bytes,
+            The images, in any form that :class:`~sklembed.FrozenEncoder` accepts: paths, bytes,
             arrays or PIL images. If None, only masks are drawn.
 
         rows : int or array-like of int, default=4
@@ -424,7 +431,7 @@ class SegmentationDisplay:
             Predicted masks.
 
         images : sequence of images or None, default=None
-            The images, in any form that :class:`FrozenEncoder` accepts.
+            The images, in any form that :class:`~sklembed.FrozenEncoder` accepts.
 
         rows : int or array-like of int, default=4
             Positions or number of the rows to draw, as in `from_estimator`.

@@ -36,7 +36,7 @@ def minilm():
     Returns
     -------
     directory : str
-        Checkpoint directory for :class:`FrozenEncoder`. It gives the vectors of the
+        Checkpoint directory for :class:`~sklembed.FrozenEncoder`. It gives the vectors of the
         hub model "sentence-transformers/all-MiniLM-L6-v2". They have unit length.
 
     Raises
@@ -67,7 +67,7 @@ def efficientnet_lite0(*, stride=None, side=None):
     ----------
     stride : {32, 16, 8, 4} or None, default=None
         Stride in pixels of the feature map to return as tokens, for a
-        :class:`FrozenEncoder` with ``output="tokens"``. A map of stride s has 224 / s
+        :class:`~sklembed.FrozenEncoder` with ``output="tokens"``. A map of stride s has 224 / s
         rows and columns. Their vectors have 1280 features for stride 32, then 112, 40
         and 24. If None, and `side` is None too, the encoder returns the mean of the
         last map, for ``output="pooled"``.
@@ -79,7 +79,7 @@ def efficientnet_lite0(*, stride=None, side=None):
     Returns
     -------
     backend : CallableBackend
-        The backend, for the parameter `model` of :class:`FrozenEncoder`.
+        The backend, for the parameter `model` of :class:`~sklembed.FrozenEncoder`.
 
     Raises
     ------

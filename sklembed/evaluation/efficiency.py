@@ -59,12 +59,12 @@ def efficiency_report(pipeline, X, y, *, test_size=0.25, n_epochs=2, random_stat
     ----------
     pipeline : :class:`~sklearn.pipeline.Pipeline`
         A pipeline that ends in a classifier, the head. The preceding steps contain one
-        or more :class:`FrozenEncoder`, also in branches and nested pipelines. The
+        or more :class:`~sklembed.FrozenEncoder`, also in branches and nested pipelines. The
         pipeline is cloned. Stores of its encoders are neither read nor written, and its
         `memory` is not used.
 
         A head with the parameters `max_epochs` and `warm_start`, such as
-        :class:`FusionClassifier`, or scikit-learn's ``MLPClassifier`` is trained one
+        :class:`~sklembed.FusionClassifier`, or scikit-learn's ``MLPClassifier`` is trained one
         epoch at a time. `n_epochs` overrides its number of epochs, and its optimizer
         restarts in each. Any other classifier is fitted once; `n_epochs` then only sets
         how often the raw arm encodes.
@@ -120,7 +120,7 @@ def efficiency_report(pipeline, X, y, *, test_size=0.25, n_epochs=2, random_stat
         If `pipeline` is not a Pipeline, its last step is not a classifier, or
         `n_epochs` is not an integer.
     ValueError
-        If no step before the last contains an encoder, :func:`prefetch` cannot
+        If no step before the last contains an encoder, :func:`~sklembed.prefetch` cannot
         determine the input of one, `n_epochs` is below 1, or a label is missing.
 
     Notes

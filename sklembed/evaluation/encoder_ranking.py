@@ -175,7 +175,7 @@ def rank_encoders(
     See Also
     --------
     sklearn.model_selection.HalvingGridSearchCV : The same scheme for parameters.
-    prefetch : Encode all cells with all encoders.
+    sklembed.prefetch : Encode all cells with all encoders.
 
     Notes
     -----

@@ -77,7 +77,7 @@ def few_label_curve(
     supervised : dict of str to transformer or classifier, default=None
         Arms that are fitted only on the labelled rows. A transformer is followed by the
         head in a pipeline, which calls `fit_transform`, so that cross-fitting as in
-        :class:`ContrastiveProjector` takes effect. A classifier is used without the
+        :class:`~sklembed.ContrastiveProjector` takes effect. A classifier is used without the
         head. An estimator of both kinds counts as a classifier, unless
         ``"passthrough"`` follows it in a pipeline.
 

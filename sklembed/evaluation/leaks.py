@@ -76,7 +76,7 @@ def leak_report(
     ----------
     estimator : classifier or regressor
         Estimator to evaluate. Rows are compared by the vectors of each
-        :class:`FrozenEncoder` in it, which are read from its store. If there is none,
+        :class:`~sklembed.FrozenEncoder` in it, which are read from its store. If there is none,
         X is a table of embeddings, see `vectors`.
 
     X : DataFrame or array-like of shape (n_samples, n_features)
@@ -128,7 +128,7 @@ def leak_report(
     -------
     report : LeakReport
         Tables of pairs, scores, thresholds, duplicates and columns, and the suggested
-        groups. :meth:`plots.LeakDisplay.from_report` draws it.
+        groups. :meth:`~sklembed.plots.LeakDisplay.from_report` draws it.
 
     Raises
     ------
@@ -149,7 +149,7 @@ def leak_report(
 
     See Also
     --------
-    plots.LeakDisplay : Histogram of distances and scores.
+    sklembed.plots.LeakDisplay : Histogram of distances and scores.
 
     Notes
     -----
@@ -242,7 +242,7 @@ def leak_report(
 
 
 class LeakReport:
-    """Result of :func:`leak_report`, shown as text and in notebooks.
+    """Result of :func:`~sklembed.evaluation.leak_report`, shown as text and in notebooks.
 
     Parameters
     ----------

@@ -92,7 +92,7 @@ def modality_report(
     ----------
     estimator : classifier or regressor
         Fitted on a table of embeddings; or a pipeline whose first step is a
-        :class:`PerModalityUnion` or a :class:`MultimodalVectorizer`.
+        :class:`~sklembed.PerModalityUnion` or a :class:`~sklembed.MultimodalVectorizer`.
 
     X : DataFrame or array-like of shape (n_samples, n_features)
         The table: embeddings side by side, or the cells that the pipeline reads.
@@ -104,7 +104,7 @@ def modality_report(
         The columns of `X` of each modality, in any form of
         :class:`~sklearn.compose.ColumnTransformer`. If None, the modalities of a
         pipeline are its branches; branches that share a column are one modality, and
-        for a :class:`MultimodalVectorizer` there is one for each text and image and one
+        for a :class:`~sklembed.MultimodalVectorizer` there is one for each text and image and one
         for the other columns. For a table of embeddings they are the parameter `blocks`
         of the estimator, or else the prefixes of column names such as ``text__0``.
 
@@ -185,7 +185,7 @@ def modality_report(
 
     Frozen encoders with a store encode each cell once, before the first fit, so that an
     interrupted report only repeats the fits. The kinds of columns that a
-    :class:`MultimodalVectorizer` reads are those of all rows of `X`.
+    :class:`~sklembed.MultimodalVectorizer` reads are those of all rows of `X`.
 
     Levels are comparable within a fold: the noise is the same draw, multiplied, and
     rows that are missing at one fraction are missing at every larger one.

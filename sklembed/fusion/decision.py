@@ -149,8 +149,7 @@ class DecisionFusionClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
     See Also
     --------
     FusionClassifier : Joins the modalities within one network.
-    sklearn.ensemble.StackingClassifier : Fits a classifier on the predictions of
-    others.
+    sklearn.ensemble.StackingClassifier : Fits a classifier on predictions.
 
     Examples
     --------

@@ -415,7 +415,23 @@ def export_vectors(store, path, model=None):
 
     See Also
     --------
-    import_vectors : The reverse, with an example.
+    import_vectors : Read the vectors of shards into a store.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
+    >>> from sklembed.scale import export_vectors
+    >>> def load():
+    ...     return lambda texts: [[len(text)] for text in texts]
+    >>> length = CallableBackend(
+    ...     load, name="length", version="1", modality="text", n_features=1
+    ... )
+    >>> folder = tempfile.mkdtemp()
+    >>> store = EmbeddingStore(folder + "/store.sqlite")
+    >>> vectors = FrozenEncoder(length, store=store).transform(["to be", "or", "or"])
+    >>> export_vectors(store, folder + "/vectors")
+    2
     """
     vectors, n_added = Folder.at(path), 0
     with store._connection() as db:
