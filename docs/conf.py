@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pandas as pd
 from sphinx_gallery.sorting import ExplicitOrder
 
 import sklembed
+from sklembed._display import DOCUMENTATION
+
+sys.path.insert(0, str(Path(__file__).with_name("_extensions")))
 
 project = "sklembed"
 copyright = "2026, the sklembed developers"
@@ -18,15 +22,20 @@ version = release = sklembed.__version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.viewcode",
     "numpydoc",
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
+    "llms",
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build"]
+html_baseurl = f"{DOCUMENTATION}/"
 html_css_files = ["figures.css"]
 html_static_path = ["_static"]
+html_search_scorer = "_static/scorer.js"
 html_theme = "pydata_sphinx_theme"
 html_title = "sklembed"
 html_theme_options = {
@@ -64,7 +73,21 @@ numpydoc_validation_exclude = {
     r"\.fit_transform$",
 }
 
-nitpicky = False
+# Links to other projects. Their inventories are in the repository, so that the documentation is
+# built without a network; tools/write_inventories.py writes them.
+PROJECTS = {
+    "matplotlib": "https://matplotlib.org/stable/",
+    "numpy": "https://numpy.org/doc/stable/",
+    "pandas": "https://pandas.pydata.org/docs/",
+    "sklearn": "https://scikit-learn.org/stable/",
+    "skorch": "https://skorch.readthedocs.io/en/stable/",
+    "skrub": "https://skrub-data.org/stable/",
+    "torch": "https://docs.pytorch.org/docs/stable/",
+}
+intersphinx_mapping = {
+    name: (url, f"_inventories/{name}.inv") for name, url in PROJECTS.items()
+}
+nitpicky = True  # a link that leads nowhere is an error
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
@@ -99,7 +122,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"plot_",
     "ignore_pattern": r"benchmarks",
     "doc_module": "sklembed",
-    "reference_url": {"sklembed": None},
+    "backreferences_dir": "api/backreferences",
     "remove_config_comments": True,
     "abort_on_example_error": True,
     "show_memory": False,
@@ -159,20 +182,6 @@ def skip_request_methods(app, what, name, obj, skip, options):
     return True if re.fullmatch(r"set_\w+_request", name) else None
 
 
-def unlink_scikit_learn(app, what, name, obj, options, lines):
-    """Replace references to scikit-learn's pages in inherited docstrings by their text."""
-    if getattr(obj, "__module__", "").startswith("sklearn."):
-        lines[:] = unlink("\n".join(lines)).splitlines()
-
-
-def unlink(text):
-    """Replace ``:ref:`text <label>` `` and ``:term:`text` `` by the text."""
-    text = re.sub(r":ref:`sphx_glr_[^`]*`", "the gallery of scikit-learn", text)
-    text = re.sub(r":ref:`([^`<]+?)\s*<[^>`]+>`", r"\1", text)
-    return re.sub(r":(?:ref|term):`([^`<]+)`", r"\1", text)
-
-
 def setup(app):
     app.connect("source-read", insert_benchmarks)
-    app.connect("autodoc-process-docstring", unlink_scikit_learn)
     app.connect("autodoc-skip-member", skip_request_methods)
