@@ -126,6 +126,7 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "abort_on_example_error": True,
     "show_memory": False,
+    "parallel": True,  # as many examples at a time as sphinx-build -j sets
     "show_signature": False,
     "capture_repr": (),
 }

@@ -301,7 +301,7 @@ def _reason_for_id(reading, values):
     if not is_unique or reading.n_rows < _LEAST_ROWS_OF_IDS or parts & _MEASURE_NAMES:
         return ""
     if parts & _ID_NAMES:
-        return "identifier: unique integers, and the name of the column"
+        return "identifier: unique integers and the column's name"
     low, high = int(min(values)), int(max(values))
     are_years = _YEARS[0] <= low and high <= _YEARS[1]
     if high - low < _LARGEST_ID_RANGE * len(values) and not are_years:
