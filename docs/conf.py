@@ -11,7 +11,6 @@ import pandas as pd
 from sphinx_gallery.sorting import ExplicitOrder
 
 import sklembed
-from sklembed._display import DOCUMENTATION
 
 sys.path.insert(0, str(Path(__file__).with_name("_extensions")))
 
@@ -32,7 +31,6 @@ extensions = [
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build"]
-html_baseurl = f"{DOCUMENTATION}/"
 html_css_files = ["figures.css"]
 html_static_path = ["_static"]
 html_search_scorer = "_static/scorer.js"

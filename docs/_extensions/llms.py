@@ -1,47 +1,48 @@
-"""Write llms.txt: the pages of the documentation with their first paragraphs, for models.
+"""Write llms.txt: the pages of the documentation with their first sentences, for models.
 
 The format is that of https://llmstxt.org: a title, a summary, and a list of links for each part
 of the table of contents.
 """
 
 from pathlib import Path
-from urllib.parse import urljoin
 
 from docutils import nodes
+from sphinx.addnodes import desc_content
 
 
 def first_paragraph(doctree):
-    """Return the first paragraph outside of lists, tables and directives; "" without one."""
+    """Return the first paragraph of a page or of the object that it documents."""
     for paragraph in doctree.findall(nodes.paragraph):
-        if isinstance(paragraph.parent, nodes.section):
+        if isinstance(paragraph.parent, nodes.section | desc_content):
             return " ".join(paragraph.astext().split())
     return ""
+
+
+def link(app, page):
+    """Return a line with the title, the address and the first paragraph of a page."""
+    title = app.env.titles[page].astext()
+    url = app.config.html_baseurl + app.builder.get_target_uri(page)
+    text = first_paragraph(app.env.get_doctree(page))
+    return f"- [{title}]({url}): {text}".rstrip(": ")
 
 
 def write_llms(app, exception):
     """Write the file into the directory of the built pages."""
     if exception or app.builder.name != "html":
         return
-    env, root = app.env, app.config.root_doc
-
-    def link(page):
-        url = urljoin(app.config.html_baseurl, app.builder.get_target_uri(page))
-        text = first_paragraph(env.get_doctree(page))
-        return f"- [{env.titles[page].astext()}]({url})" + (f": {text}" if text else "")
-
-    lines = [
-        f"# {app.config.project}",
-        "",
-        f"> {first_paragraph(env.get_doctree(root))}",
-    ]
-    single_pages = []
-    for page in env.toctree_includes.get(root, []):
-        pages = env.toctree_includes.get(page, [])
+    root = app.config.root_doc
+    summary = first_paragraph(app.env.get_doctree(root))
+    start, parts = [], []
+    for page in app.env.toctree_includes.get(root, []):
+        pages = app.env.toctree_includes.get(page, [])
         if pages:
-            lines += ["", f"## {env.titles[page].astext()}", "", *map(link, pages)]
+            parts += ["", f"## {app.env.titles[page].astext()}", ""]
+            parts += [link(app, subpage) for subpage in pages]
         else:
-            single_pages.append(page)
-    lines[3:3] = ["", "## Start", "", *map(link, single_pages)] if single_pages else []
+            start.append(link(app, page))
+    if start:
+        start = ["", "## Start", "", *start]
+    lines = [f"# {app.config.project}", "", f"> {summary}", *start, *parts]
     Path(app.outdir, "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
