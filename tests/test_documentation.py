@@ -43,6 +43,17 @@ def test_public_modules_are_listed():
     assert sorted(modules) == MODULES
 
 
+@pytest.mark.parametrize("module", ["metrics", "plots"])
+def test_a_module_of_one_file_lists_its_public_names(module):
+    module = importlib.import_module(f"sklembed.{module}")
+    defined = []
+    for name, value in vars(module).items():
+        is_own = getattr(value, "__module__", None) == module.__name__
+        if is_own and not name.startswith("_"):
+            defined.append(name)
+    assert sorted(defined) == sorted(module.__all__)
+
+
 def test_the_api_page_lists_every_public_name_once_and_no_other():
     page = (ROOT / "docs" / "api.rst").read_text()
     assert page.count("currentmodule:: sklembed\n") == page.count("currentmodule::")
