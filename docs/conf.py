@@ -33,7 +33,7 @@ templates_path = ["_templates"]
 exclude_patterns = ["_build"]
 html_css_files = ["figures.css"]
 html_static_path = ["_static"]
-html_search_scorer = "_static/scorer.js"
+html_search_scorer = str(Path(__file__).with_name("_static") / "scorer.js")
 html_theme = "pydata_sphinx_theme"
 html_title = "sklembed"
 html_theme_options = {
@@ -176,11 +176,14 @@ def insert_benchmarks(app, docname, source):
     source[0] = re.sub(pattern, insert, source[0], flags=re.MULTILINE)
 
 
-def skip_request_methods(app, what, name, obj, skip, options):
-    """Skip `set_fit_request` and similar methods, which scikit-learn generates."""
-    return True if re.fullmatch(r"set_\w+_request", name) else None
+def skip_member(app, what, name, obj, skip, options):
+    """Skip `set_fit_request` and similar methods, which scikit-learn generates, and tuples'."""
+    is_request = re.fullmatch(r"set_\w+_request", name)
+    is_of_tuple = obj is tuple.count or obj is tuple.index
+    is_field = type(obj).__name__ == "_tuplegetter"  # documented as a parameter
+    return True if is_request or is_of_tuple or is_field else None
 
 
 def setup(app):
     app.connect("source-read", insert_benchmarks)
-    app.connect("autodoc-skip-member", skip_request_methods)
+    app.connect("autodoc-skip-member", skip_member)

@@ -21,7 +21,7 @@ def as_text(title, sentences, tables) -> str:
     """Return a report as text: its title, its sentences, and its tables by heading."""
     parts = [title, *sentences]
     for heading, table in tables.items():
-        parts.extend([heading, table.round(3).to_string()])
+        parts.extend([heading, table.round(3).to_string(index=_has_index(table))])
     return "\n".join(part for part in parts if part)
 
 
@@ -34,8 +34,13 @@ def as_html(title, sentences, tables) -> str:
     for heading, table in tables.items():
         if heading:
             parts.append(f"<p><b>{escape(heading)}</b></p>")
-        parts.append(table.round(3).to_html(border=0))
+        parts.append(table.round(3).to_html(border=0, index=_has_index(table)))
     return f"<div>{''.join(parts)}</div>"
+
+
+def _has_index(table):
+    """Return whether the rows have names; numbers of rows tell nothing."""
+    return any(name is not None for name in table.index.names)
 
 
 def progress_bar(iterable=None, *, verbose, **settings):

@@ -133,9 +133,10 @@ class EmbeddingStore:
         except OSError as error:
             return as_html(repr(self), [str(error)], {})
         n_vectors, n_bytes = stats["rows"].sum(), stats["bytes"].sum()
-        sentence = f"{n_vectors:,} vectors, {n_bytes / 1e6:,.1f} MB."
+        sentence = f"{n_vectors:,} vectors, {n_bytes / 1e6:,.3g} MB."
         columns = ["model", "pooling", "layer", "n_features", "rows", "hit_rate"]
-        return as_html(repr(self), [sentence], {"": stats[columns]})
+        table = stats[columns].reset_index(drop=True)
+        return as_html(repr(self), [sentence], {"": table})
 
     def read(self, space, digests):
         """Yield the stored vectors of cells, in pieces of bounded size.

@@ -40,7 +40,16 @@ _ALPHAS = np.logspace(-1, 5, 13)  # of standardised columns
 
 
 class EncoderRanking(NamedTuple):
-    """The table of :func:`rank_encoders`, and the name of the best encoder."""
+    """Result of :func:`rank_encoders`: a named tuple, shown as a table in notebooks.
+
+    Parameters
+    ----------
+    results : DataFrame
+        A row for each encoder in each rung.
+
+    best : str
+        Name of the best encoder.
+    """
 
     results: pd.DataFrame
     best: str

@@ -44,7 +44,19 @@ _SEPARATOR = " + "
 
 
 class ModalityReport(NamedTuple):
-    """The tables of :func:`modality_report`."""
+    """Result of :func:`modality_report`: a named tuple, shown as tables in notebooks.
+
+    Parameters
+    ----------
+    subsets : DataFrame
+        Scores of the estimator on each subset of the modalities.
+
+    shapley : DataFrame
+        Shapley value of each modality.
+
+    degradation : DataFrame
+        Scores under noise and missing cells.
+    """
 
     subsets: pd.DataFrame
     shapley: pd.DataFrame
@@ -57,10 +69,16 @@ class ModalityReport(NamedTuple):
         return as_html("ModalityReport", [], self._tables())
 
     def _tables(self):
+        """Return the means over folds, by heading."""
+        subsets = self.subsets.groupby("modalities", sort=False)["score"]
+        shapley = self.shapley.groupby("modality", sort=False)["value"]
+        degradation = self.degradation.groupby(
+            ["modality", "kind", "level"], sort=False
+        )
         return {
-            "Subsets of modalities": self.subsets,
-            "Shapley values": self.shapley,
-            "Degradation": self.degradation,
+            "Score of each subset of modalities": subsets.agg(["mean", "std"]),
+            "Shapley values": shapley.agg(["mean", "std"]),
+            "Under noise and missing cells": degradation[["score", "loss"]].mean(),
         }
 
 
