@@ -39,6 +39,8 @@ MODULES = {
     "skorch": ["skorch"],
     "torch": ["torch", "torch.nn", "torch.optim"],
 }
+# Public modules within public modules.
+SUBMODULES = {"sklearn": ["sklearn.metrics.pairwise", "sklearn.utils.metadata_routing"]}
 # Packages whose methods are listed; in pandas each has a page of its own.
 METHODS = {"pandas", "sklearn", "skrub"}
 METHOD_PAGES = {"pandas"}
@@ -49,7 +51,10 @@ RENAMED = {"sklearn.cluster.dbscan", "sklearn.covariance.oas"}
 RENAMED.add("sklearn.decomposition.fastica")
 # Labels and terms in docstrings that estimators inherit from scikit-learn.
 LABELS = {
+    "accuracy_score": "modules/model_evaluation.html#accuracy-score",
+    "df_output_transform": "modules/df_output_transform.html",
     "metadata_routing": "metadata_routing.html",
+    "r2_score": "modules/model_evaluation.html#r2-score",
     "sphx_glr_auto_examples_miscellaneous_plot_set_output.py": (
         "auto_examples/miscellaneous/plot_set_output.html"
     ),
@@ -62,7 +67,7 @@ def public_modules(package):
     if package in MODULES:
         return MODULES[package]
     root = importlib.import_module(package)
-    names = [package]
+    names = [package, *SUBMODULES.get(package, [])]
     for module in pkgutil.iter_modules(root.__path__, f"{package}."):
         if not module.name.rpartition(".")[2].startswith(("_", "conftest", "tests")):
             names.append(module.name)
@@ -105,6 +110,9 @@ def entries(package):
                 page = PAGES[package].format(name=f"{name}.{method}")
             yield f"{name}.{method} py:method 1 {page}#{anchor}.{method} -"
     if package == "sklearn":
+        # The name that Sphinx finds in annotations.
+        page = PAGES[package].format(name="sklearn.utils.Bunch")
+        yield f"sklearn.utils._bunch.Bunch py:class 1 {page}#sklearn.utils.Bunch -"
         for label, page in LABELS.items():
             yield f"{label} std:label -1 {page} {label}"
         for term in TERMS:

@@ -40,7 +40,7 @@ _ALPHAS = np.logspace(-1, 5, 13)  # of standardised columns
 
 
 class EncoderRanking(NamedTuple):
-    """Result of :func:`rank_encoders`: a named tuple, shown as a table in notebooks.
+    """Result of :func:`~sklembed.evaluation.rank_encoders`, a named tuple.
 
     Parameters
     ----------

@@ -44,7 +44,7 @@ _SEPARATOR = " + "
 
 
 class ModalityReport(NamedTuple):
-    """Result of :func:`modality_report`: a named tuple, shown as tables in notebooks.
+    """Result of :func:`~sklembed.evaluation.modality_report`, a named tuple.
 
     Parameters
     ----------
