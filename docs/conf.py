@@ -130,6 +130,8 @@ sphinx_gallery_conf = {
 }
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore", category=DeprecationWarning)
+# joblib replaces a worker whose memory grows by the import of torch.
+warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
 
 
 def read_benchmark(name, measure=None):
