@@ -178,6 +178,20 @@ def insert_benchmarks(app, docname, source):
     source[0] = re.sub(pattern, insert, source[0], flags=re.MULTILINE)
 
 
+def read_markdown(app, relative_path, parent_docname, content):
+    """Convert an included Markdown file with headings, lists and code to reST."""
+    if relative_path.suffix != ".md":
+        return
+    lines = []
+    for line in re.sub(r"`([^`]+)`", r"``\1``", content[0]).splitlines():
+        if heading := re.match(r"(#+) (.*)", line):
+            underline = "=-~"[len(heading[1]) - 1]
+            lines += [heading[2], underline * len(heading[2])]
+        else:
+            lines.append(line)
+    content[0] = "\n".join(lines)
+
+
 def skip_member(app, what, name, obj, skip, options):
     """Skip `set_fit_request` and similar methods, which scikit-learn generates, and tuples'."""
     is_request = re.fullmatch(r"set_\w+_request", name)
@@ -187,5 +201,6 @@ def skip_member(app, what, name, obj, skip, options):
 
 
 def setup(app):
+    app.connect("include-read", read_markdown)
     app.connect("source-read", insert_benchmarks)
     app.connect("autodoc-skip-member", skip_member)

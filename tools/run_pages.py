@@ -22,7 +22,7 @@ MARKDOWN = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 REST = re.compile(
-    r"^\.\. code-block:: python\n\n(?P<code>(?:(?: {3}.*)?\n)+)"
+    r"^\.\. code-block:: python\n(?: {3}:caption: (?P<caption>.*)\n)?\n(?P<code>(?:(?: {3}.*)?\n)+)"
     r"(?:\.\. code-block:: text\n\n(?P<output>(?:(?: {3}.*)?\n)+))?",
     re.MULTILINE,
 )
