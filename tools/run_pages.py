@@ -65,6 +65,7 @@ def write_outputs(page):
 
 
 def main():
+    """Write or check the outputs of the pages that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="+", type=Path)
     parser.add_argument("--check", action="store_true")
