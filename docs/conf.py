@@ -46,6 +46,10 @@ html_theme_options = {
     ),
 }
 html_show_sourcelink = False
+# These pages have no pages below them to list on the left.
+html_sidebars = dict.fromkeys(
+    ("changelog", "choose", "coming_from", "faq", "glossary", "install", "tutorial"), []
+)
 
 autosummary_generate = True
 numpydoc_show_class_members = False  # the templates list the methods
