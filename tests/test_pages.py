@@ -86,6 +86,6 @@ def test_the_table_of_extras_is_that_of_the_package():
     extras = project["project"]["optional-dependencies"]
     assert set(documented) - {"extra"} == set(extras)
     for name in set(extras) - {"demo", "docs", "test", "bench", "dev"}:
-        packages = [re.match(r"[\w-]+", line)[0] for line in extras[name]]
-        listed = documented[name].rsplit("- ", 1)[1].split()
-        assert [package.strip(",") for package in listed] == packages
+        packages = {re.match(r"[\w-]+", line)[0] for line in extras[name]}
+        listed = documented[name].rsplit("     - ", 1)[1].split()
+        assert {package.strip(",") for package in listed} == packages
