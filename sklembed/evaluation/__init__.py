@@ -1,5 +1,6 @@
 """Reports on the cost and the benefit of features made of frozen embeddings."""
 
+from sklembed.evaluation.cards import model_card
 from sklembed.evaluation.efficiency import efficiency_report
 from sklembed.evaluation.encoder_ranking import EncoderRanking, rank_encoders
 from sklembed.evaluation.few_labels import few_label_curve
@@ -13,6 +14,7 @@ __all__ = [
     "efficiency_report",
     "few_label_curve",
     "leak_report",
+    "model_card",
     "modality_report",
     "rank_encoders",
 ]
