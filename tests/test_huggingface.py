@@ -245,6 +245,16 @@ def test_a_damaged_file_beside_whole_weights_is_not_read(checkpoints, tmp_path):
     )
 
 
+def test_a_configuration_that_describes_no_network_is_named(checkpoints, tmp_path):
+    path = tmp_path / "bert"
+    shutil.copytree(checkpoints["bert"], path)
+    config = json.loads((path / "config.json").read_text())
+    for name, value in (("num_attention_heads", 0), ("layer_norm_eps", "small")):
+        (path / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(OSError, match="config.json of '.*bert'.*Download"):
+            encode(path, TEXTS)
+
+
 def test_a_shard_that_is_absent_is_named(checkpoints, tmp_path):
     path = tmp_path / "bert"
     shutil.copytree(checkpoints["bert"], path)

@@ -323,16 +323,30 @@ class HuggingFaceBackend(CheckpointBackend):
         return _Loaded()
 
     def load_model(self) -> tuple[Any, list[str]]:
-        """Load the model in evaluation mode; return it and the weights that are absent."""
+        """Load the model in evaluation mode; return it and the weights that are absent.
+
+        Raises
+        ------
+        OSError
+            If a file of weights is damaged, or the configuration describes no network.
+        """
         from transformers import AutoModel
 
         self.checkpoint.check_weights()
-        with _quiet():
-            model, report = AutoModel.from_pretrained(
-                dtype=getattr(_torch(), self._torch_dtype),
-                output_loading_info=True,
-                **self.checkpoint.model_source(),
-            )
+        try:
+            with _quiet():
+                model, report = AutoModel.from_pretrained(
+                    dtype=getattr(_torch(), self._torch_dtype),
+                    output_loading_info=True,
+                    **self.checkpoint.model_source(),
+                )
+        # Networks do not validate their sizes, such as a number of heads of 0.
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise OSError(
+                f"No network can be built by the config.json of {self._name} "
+                f"({type(error).__name__}: {error}): it is damaged, or was written for "
+                "another version of transformers. Download the model again."
+            ) from error
         unused = "lm_head"
         if hasattr(model, "encoder") and hasattr(model, "decoder"):  # such as T5
             model = model.get_encoder()
