@@ -20,10 +20,13 @@ ARCHIVE = Path(".gpu/packages.tar.xz")
 # Dependencies of sklembed and of its tests that images with torch lack, or have in versions
 # that are too old. Their other dependencies come with torch, transformers and scikit-learn.
 PACKAGES = [
+    "accelerate",  # of peft
     "efficientnet-lite-pytorch",
     "filelock",
+    "peft",
     "platformdirs",
     "prettytable",  # of skops
+    "psutil",  # of accelerate
     "pydot",  # of skrub
     "skops",
     "skorch",
