@@ -10,7 +10,10 @@ import torch
 from joblib import parallel_config
 from PIL import Image
 from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import ColumnTransformer
 from sklearn.datasets import make_classification
+from sklearn.ensemble import VotingClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -20,9 +23,13 @@ from sklearn.utils import estimator_checks
 
 from sklembed import (
     CallableBackend,
+    EmbeddingClassifier,
     FinetunedClassifier,
     FinetunedRegressor,
     FrozenEncoder,
+    PerModalityUnion,
+    load,
+    save,
 )
 from sklembed._training import BestStep, FinetuningOptions, Rows, finetune
 from sklembed.finetune import estimators
@@ -317,6 +324,26 @@ def test_a_single_row_that_exceeds_memory_is_an_error(module_encoder, monkeypatc
         FinetunedClassifier(module_encoder, method="full", **FAST).fit(*make_texts(20))
 
 
+def test_an_interrupted_fit_keeps_its_vectors_and_can_be_repeated(encoder, monkeypatch):
+    X, y = make_texts(24)
+    classifier = FinetunedClassifier(encoder, method="bitfit", **FAST)
+    with monkeypatch.context() as context:
+
+        def interrupt(self, positions):
+            raise KeyboardInterrupt
+
+        context.setattr(finetuning.CellNetwork, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            classifier.fit(X, y)
+    with pytest.raises(NotFittedError):
+        classifier.predict(X)
+    encoded = encoder.stats()["encoded"]
+    assert encoded == len(set(X))
+    expected = clone(classifier).fit(X, y).predict_proba(X)
+    np.testing.assert_array_equal(classifier.fit(X, y).predict_proba(X), expected)
+    assert encoder.stats()["encoded"] == encoded
+
+
 def split_of(monkeypatch, estimator, *arguments, **options):
     """Return the rows of training and validation."""
     parts = []
@@ -498,6 +525,34 @@ def test_searches_pipelines_and_tables(module_encoder):
         again.fit(table, np.zeros(30))
     with pytest.raises(NotFittedError):
         again.predict(table)
+
+
+def test_calibrated_it_votes_with_an_ensemble_on_vectors(encoder, tmp_path):
+    texts, y = make_texts(30)
+    texts[3] = None
+    table = pd.DataFrame({"number": np.arange(30.0), "note": texts})
+    note = ColumnTransformer([("note", "passthrough", ["note"])])
+    finetuned = make_pipeline(
+        note, FinetunedClassifier(encoder, method="bitfit", **FAST)
+    )
+    member = CalibratedClassifierCV(
+        finetuned, method="temperature", ensemble=False, cv=2
+    )
+    vectors = PerModalityUnion([("note", encoder, "note")]).set_output(
+        transform="pandas"
+    )
+    frozen = make_pipeline(vectors, EmbeddingClassifier(cv=2, random_state=0))
+    members = [("frozen", frozen), ("finetuned", member)]
+    model = VotingClassifier(members, voting="soft", weights=[2, 1]).fit(table, y)
+    embeddings = model.named_estimators_["frozen"]
+    by_member = embeddings[-1].member_predictions(embeddings[:-1].transform(table))
+    assert list(by_member) == ["kernel", "svm"]
+    calibrated = model.named_estimators_["finetuned"].predict_proba(table)
+    expected = np.mean([*by_member.values(), calibrated], axis=0)
+    np.testing.assert_allclose(model.predict_proba(table), expected, atol=1e-12)
+    save(model, tmp_path)
+    loaded = load(tmp_path).predict_proba(table)
+    np.testing.assert_array_equal(loaded, model.predict_proba(table))
 
 
 def test_the_best_step_must_be_significantly_better_than_the_start():
