@@ -550,8 +550,8 @@ def test_calibrated_it_votes_with_an_ensemble_on_vectors(encoder, tmp_path):
     calibrated = model.named_estimators_["finetuned"].predict_proba(table)
     expected = np.mean([*by_member.values(), calibrated], axis=0)
     np.testing.assert_allclose(model.predict_proba(table), expected, atol=1e-12)
-    save(model, tmp_path)
-    loaded = load(tmp_path).predict_proba(table)
+    save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model").predict_proba(table)
     np.testing.assert_array_equal(loaded, model.predict_proba(table))
 
 

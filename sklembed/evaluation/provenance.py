@@ -211,7 +211,7 @@ def _license_of_package(package) -> str | None:
     if package is None:
         return None
     for entry in ("License-Expression", "License"):
-        stated = " ".join((package[entry] or "").split())
+        stated = " ".join((package.get(entry, "")).split())
         if stated and stated != "UNKNOWN" and len(stated) <= _LONGEST_LICENSE:
             return stated
     for classifier in package.get_all("Classifier") or []:
