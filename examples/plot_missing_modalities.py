@@ -15,14 +15,18 @@ compares estimators that leave a missing modality out with imputation.
 # Hidden cells are None in the table, as they would be in practice. The cells that
 # remain are read from the store, so that holes cost no encoding. The rows are split by
 # creator.
+from itertools import product
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from sklearn.base import clone
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
+from sklearn.utils.parallel import Parallel, delayed
 
 from sklembed import (
     DecisionFusionClassifier,
@@ -35,7 +39,7 @@ from sklembed.datasets import load_openclipart
 from sklembed.encoders import efficientnet_lite0, minilm
 
 clipart = load_openclipart()
-rows = np.random.default_rng(0).permutation(len(clipart.data))[:1000]
+rows = np.random.default_rng(0).permutation(len(clipart.data))[:800]
 X = clipart.data.iloc[rows][["title", "image"]].reset_index(drop=True)
 y = np.array(clipart.target_names)[clipart.target.iloc[rows]]
 folds = list(
@@ -55,54 +59,64 @@ def hide(table, share, seed):
     return table.mask(hidden, None)
 
 
-shares = [0.0, 0.2, 0.4, 0.6, 0.8]
+shares = [0.0, 0.25, 0.5, 0.75]
 tables = {share: union.fit_transform(hide(X, share, seed=1)) for share in shares}
-n_missing = hide(X, 0.4, seed=1).isna().sum(axis=1)
-print("missing cells of a row at a share of 0.4:")
+n_missing = hide(X, 0.5, seed=1).isna().sum(axis=1)
+print("missing cells of a row if half of all cells are missing:")
 print(n_missing.value_counts(normalize=True).sort_index().round(2).to_string())
 
 # %%
 # Choose estimators
 # -----------------
-# Three estimators accept blocks of NaN. The kernel of :class:`~sklembed.EmbeddingClassifier`
-# sums over the observed modalities. :class:`~sklembed.FusionClassifier` hides modalities
-# at random while it trains. :class:`~sklembed.DecisionFusionClassifier` fits a classifier
-# for each modality and pools those of the observed ones. Imputation by the mean, with or
-# without an indicator, is the baseline. A logistic regression cannot accept NaN.
-
-
-def logistic():
-    """Return the classifier that three of the models have in common."""
-    return LogisticRegression(C=10, max_iter=1000)
-
-
+# Three estimators accept blocks of NaN. The kernel of
+# :class:`~sklembed.EmbeddingClassifier` sums over the observed modalities.
+# :class:`~sklembed.FusionClassifier` hides modalities at random while it trains.
+# :class:`~sklembed.DecisionFusionClassifier` fits a classifier for each modality and
+# pools those of the observed ones. A logistic regression does not accept NaN. The
+# imputer gives it the mean vector.
+logistic = LogisticRegression(C=10, max_iter=1000)
 models = {
     "EmbeddingClassifier": EmbeddingClassifier(members=["kernel"], random_state=0),
     "FusionClassifier": FusionClassifier("late", random_state=0),
-    "DecisionFusionClassifier": DecisionFusionClassifier(logistic()),
-    "mean imputation": make_pipeline(SimpleImputer(), logistic()),
-    "mean and indicator": make_pipeline(SimpleImputer(add_indicator=True), logistic()),
+    "DecisionFusionClassifier": DecisionFusionClassifier(logistic, weights=None),
+    "imputed by the mean": make_pipeline(SimpleImputer(), logistic),
 }
 
 # %%
-# Hide cells
-# ----------
-# Each model is fitted on complete rows and on rows with holes, and predicts rows with
-# the same share of holes. A few titles are missing from the start.
+# Fit with and without holes
+# --------------------------
+# Models that were fitted on complete rows predict rows with any share of holes. Each
+# model is also fitted on rows with holes, and predicts rows with the same share. A few
+# titles are missing from the start.
+
+
+def score(model, share_in_training, fold):
+    """Fit on a table, and return the macro-F1 on new rows by their share of holes."""
+    train, test = folds[fold]
+    model = clone(model).fit(tables[share_in_training].iloc[train], y[train])
+    scores = {}
+    for share in shares if share_in_training == 0 else [share_in_training]:
+        labels = model.predict(tables[share].iloc[test])
+        scores[share] = f1_score(y[test], labels, average="macro")
+    return scores
+
+
+tasks = list(product(models, shares, range(len(folds))))
+scores_of_tasks = Parallel(n_jobs=2, prefer="threads")(
+    delayed(score)(models[name], share, fold) for name, share, fold in tasks
+)
 records = []
-for name, model in models.items():
-    for fold, (train, test) in enumerate(folds):
-        for holes in ("new rows only", "training and new rows"):
-            model.fit(tables[0.0].iloc[train], y[train])
-            for share in shares:
-                if holes == "training and new rows":
-                    model.fit(tables[share].iloc[train], y[train])
-                labels = model.predict(tables[share].iloc[test])
-                score = f1_score(y[test], labels, average="macro")
-                records.append((name, holes, share, fold, score))
-columns = ["model", "holes in", "share", "fold", "score"]
+for (name, share_in_training, fold), by_share in zip(
+    tasks, scores_of_tasks, strict=True
+):
+    for share, value in by_share.items():
+        if share_in_training == 0:
+            records.append(("new rows only", name, share, fold, value))
+        if share_in_training == share:
+            records.append(("training and new rows", name, share, fold, value))
+columns = ["holes in", "model", "share", "fold", "macro-F1"]
 results = pd.DataFrame(records, columns=columns)
-scores = results.groupby(["holes in", "model", "share"], sort=False)["score"]
+scores = results.groupby(columns[:3], sort=False)["macro-F1"]
 print(scores.mean().unstack("share").round(3).to_string())
 print("\nstandard deviation over folds")
 print(scores.std().unstack("share").round(3).to_string())
@@ -118,30 +132,21 @@ print(scores.std().unstack("share").round(3).to_string())
 # The error bars are standard errors over folds. A row may lack both cells; its share
 # grows to the square of the share of missing cells, and its prediction is the most
 # frequent class at best.
-colors = ["#0072B2", "#E69F00", "#009E73", "#999999", "#CC79A7"]
+styles = [("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "D"), ("#CC79A7", "v")]
 figure, panels = plt.subplots(
     1, 2, figsize=(10, 4.6), sharey=True, layout="constrained"
 )
 for axes, holes in zip(panels, results["holes in"].unique(), strict=True):
-    for (name, color), marker in zip(
-        zip(models, colors, strict=True), "osD^v", strict=True
-    ):
-        line = scores.mean()[holes, name]
-        error = scores.sem()[holes, name]
-        axes.errorbar(
-            line.index * 100,
-            line,
-            error,
-            color=color,
-            marker=marker,
-            lw=2,
-            capsize=3,
-            label=name,
-        )
-    axes.set(title=f"holes in {holes}", xlabel="missing titles and images (%)")
+    for name, (color, marker) in zip(models, styles, strict=True):
+        mean, error = scores.mean()[holes, name], scores.sem()[holes, name]
+        style = {"color": color, "marker": marker, "lw": 2, "capsize": 3, "ms": 7}
+        axes.errorbar(mean.index * 100, mean, error, label=name, **style)
+    axes.set_title(f"holes in {holes}", fontsize=13)
+    axes.set_xlabel("missing titles and images (%)", fontsize=12)
+    axes.set_xticks(np.array(shares) * 100)
     axes.grid(alpha=0.3)
-panels[0].set(ylabel="macro-F1 on new creators", ylim=(0, None))
-figure.legend(
-    *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3
-)
+panels[0].set_ylabel("macro-F1 on new creators", fontsize=12)
+panels[0].set_ylim(0, None)
+handles = panels[0].get_legend_handles_labels()
+figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=12)
 plt.show()
