@@ -4,17 +4,18 @@ Predict with missing modalities
 ==================================
 
 Real tables have holes: a note was never written, or a scan was not taken. sklembed
-represents a missing text or image as a block of NaN. This example hides titles and
-images of clip art at random, first in new rows only and then in training as well, and
+represents a missing text or image as a block of NaN. This example hides titles or
+images of clip art at random, first in new rows only and then in training as well. It
 compares estimators that leave a missing modality out with imputation.
 """
 
 # %%
 # Encode once, hide later
 # -----------------------
-# Hidden cells are None in the table, as they would be in practice. The cells that
-# remain are read from the store, so that holes cost no encoding. The rows are split by
-# creator.
+# A row with a hole has lost its title or its image, by chance. Hidden cells are None in
+# the table, as they would be in practice. The cells that remain are read from the
+# store, so that holes cost no encoding. Creators often drew series, which fall on both
+# sides of random folds, so the scores of all models are optimistic.
 from itertools import product
 
 import matplotlib.pyplot as plt
@@ -24,7 +25,7 @@ from sklearn.base import clone
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
-from sklearn.model_selection import GroupKFold
+from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.parallel import Parallel, delayed
 
@@ -42,9 +43,7 @@ clipart = load_openclipart()
 rows = np.random.default_rng(0).permutation(len(clipart.data))[:800]
 X = clipart.data.iloc[rows][["title", "image"]].reset_index(drop=True)
 y = np.array(clipart.target_names)[clipart.target.iloc[rows]]
-folds = list(
-    GroupKFold(3, shuffle=True, random_state=0).split(X, y, clipart.groups[rows])
-)
+folds = list(StratifiedKFold(3, shuffle=True, random_state=0).split(X, y))
 union = PerModalityUnion(
     [
         ("title", FrozenEncoder(minilm()), "title"),
@@ -54,16 +53,19 @@ union = PerModalityUnion(
 
 
 def hide(table, share, seed):
-    """Return the table with this share of its titles and images set to None."""
-    hidden = np.random.default_rng(seed).random(table.shape) < share
+    """Return the table with a title or an image of a share of rows set to None."""
+    generator = np.random.default_rng(seed)
+    has_hole = generator.random(len(table)) < share
+    hides_title = generator.random(len(table)) < 0.5
+    hidden = np.column_stack([has_hole & hides_title, has_hole & ~hides_title])
     return table.mask(hidden, None)
 
 
-shares = [0.0, 0.25, 0.5, 0.75]
+shares = [0.0, 0.45, 0.9]
 tables = {share: union.fit_transform(hide(X, share, seed=1)) for share in shares}
-n_missing = hide(X, 0.5, seed=1).isna().sum(axis=1)
-print("missing cells of a row if half of all cells are missing:")
-print(n_missing.value_counts(normalize=True).sort_index().round(2).to_string())
+for share in shares:
+    n_missing = hide(X, share, seed=1).isna().sum()
+    print(f"holes in {share:.0%} of rows: {n_missing.to_dict()} cells are missing")
 
 # %%
 # Choose estimators
@@ -74,7 +76,7 @@ print(n_missing.value_counts(normalize=True).sort_index().round(2).to_string())
 # :class:`~sklembed.DecisionFusionClassifier` fits a classifier for each modality and
 # pools those of the observed ones. A logistic regression does not accept NaN. The
 # imputer gives it the mean vector.
-logistic = LogisticRegression(C=10, max_iter=1000)
+logistic = LogisticRegression(C=10, tol=1e-3, max_iter=1000)
 models = {
     "EmbeddingClassifier": EmbeddingClassifier(members=["kernel"], random_state=0),
     "FusionClassifier": FusionClassifier("late", random_state=0),
@@ -87,7 +89,8 @@ models = {
 # --------------------------
 # Models that were fitted on complete rows predict rows with any share of holes. Each
 # model is also fitted on rows with holes, and predicts rows with the same share. A few
-# titles are missing from the start.
+# titles are missing from the start, so single rows lose both cells. Classifiers then
+# return the class prior.
 
 
 def score(model, share_in_training, fold):
@@ -116,36 +119,43 @@ for (name, share_in_training, fold), by_share in zip(
             records.append(("training and new rows", name, share, fold, value))
 columns = ["holes in", "model", "share", "fold", "macro-F1"]
 results = pd.DataFrame(records, columns=columns)
-scores = results.groupby(columns[:3], sort=False)["macro-F1"]
-print(scores.mean().unstack("share").round(3).to_string())
-print("\nstandard deviation over folds")
-print(scores.std().unstack("share").round(3).to_string())
+scores = results.groupby(columns[:3])["macro-F1"]
+mean_scores, errors = scores.mean().unstack("share"), scores.sem().unstack("share")
+print(mean_scores.round(3).to_string())
+print("\nstandard error over folds")
+print(errors.round(3).to_string())
 
 # %%
-# Conclude
-# --------
-# TODO
+# Choose by the rows that you expect
+# ----------------------------------
+# - If new rows are complete, holes do not matter, and the model that is best on complete
+#   rows is the best choice.
+# - If training rows are complete and new rows are not, prefer an estimator that has been
+#   fitted on each modality alone: decision fusion, or a network with modality dropout.
+#   The kernel of ``EmbeddingClassifier`` was tuned on sums over both modalities, and
+#   loses about as much as imputation.
+# - If training rows have holes, keep them. ``EmbeddingClassifier`` then learns what a
+#   single modality is worth. If they have none, hide cells of a copy of the training rows
+#   at the share that you expect.
+# - Imputation by the mean moves a row towards the middle of all rows. It is seldom the
+#   best choice and needs no other estimator.
 
 # %%
 # Plot the scores
 # ---------------
-# The error bars are standard errors over folds. A row may lack both cells; its share
-# grows to the square of the share of missing cells, and its prediction is the most
-# frequent class at best.
+# The error bars are standard errors over folds.
 styles = [("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "D"), ("#CC79A7", "v")]
-figure, panels = plt.subplots(
-    1, 2, figsize=(10, 4.6), sharey=True, layout="constrained"
-)
+figure, panels = plt.subplots(1, 2, figsize=(9, 5), sharey=True, layout="constrained")
 for axes, holes in zip(panels, results["holes in"].unique(), strict=True):
     for name, (color, marker) in zip(models, styles, strict=True):
-        mean, error = scores.mean()[holes, name], scores.sem()[holes, name]
+        mean, error = mean_scores.loc[holes, name], errors.loc[holes, name]
         style = {"color": color, "marker": marker, "lw": 2, "capsize": 3, "ms": 7}
-        axes.errorbar(mean.index * 100, mean, error, label=name, **style)
+        axes.errorbar(np.array(shares) * 100, mean, error, label=name, **style)
     axes.set_title(f"holes in {holes}", fontsize=13)
-    axes.set_xlabel("missing titles and images (%)", fontsize=12)
+    axes.set_xlabel("rows without title or image (%)", fontsize=12)
     axes.set_xticks(np.array(shares) * 100)
     axes.grid(alpha=0.3)
-panels[0].set_ylabel("macro-F1 on new creators", fontsize=12)
+panels[0].set_ylabel("macro-F1 on new rows", fontsize=12)
 panels[0].set_ylim(0, None)
 handles = panels[0].get_legend_handles_labels()
 figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=12)

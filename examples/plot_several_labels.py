@@ -41,8 +41,8 @@ print(Y.sum(axis=1).value_counts().sort_index().rename("rows by number of labels
 # Predict all labels by one model
 # -------------------------------
 # ``multimodal_pipeline("classifier")`` needs no option for several labels: the shape of
-# ``Y`` decides. The first baseline needs no learning: does the name contain the keyword?
-# The second is a logistic regression for each label, by scikit-learn's
+# ``Y`` decides. The first baseline needs no learning: does the name contain the
+# keyword? The second is a logistic regression for each label, by scikit-learn's
 # ``MultiOutputClassifier``, on the same vectors. Emoji of one subgroup are similar.
 # Random folds show the scores on new emoji of known subgroups, and group folds those on
 # new subgroups.
@@ -82,8 +82,9 @@ probabilities = {
 # ----------------
 # Average precision is high if rows with the label are ranked first. By chance it is the
 # share of rows with the label. Labels are rare, so accuracy would be high for a model
-# that predicts none. Look at single labels, because the mean hides those that fail. Some
-# keywords are about one kind of emoji: no model can predict them if that kind is new.
+# that predicts none. Look at single labels, because the mean hides those that fail.
+# Some keywords are about one kind of emoji: no model can predict them if that kind is
+# new.
 # Compare "name" with "name and image": where they agree, you can save the images.
 scores = pd.DataFrame(
     {

@@ -91,7 +91,7 @@ models["ColumnTransformer"] = make_pipeline(
 # %%
 # Let sklembed read the table
 # ---------------------------
-# The last pipeline decides by itself how columns are read, and ends in the classifier of
+# This pipeline decides by itself how columns are read, and ends in the classifier of
 # sklembed, which averages two models. It is the shortest, and its last step can be any
 # classifier.
 models["multimodal_pipeline"] = multimodal_pipeline(
@@ -139,7 +139,7 @@ print(summary.round(3).to_string())
 # Plot the scores
 # ---------------
 # Small points are folds, which contain different creators. The models with text and
-# image have the same vectors, and differ in what follows: the scaler and the classifier.
+# image have the same vectors. They differ in the scaler and the classifier.
 order = summary["macro-F1"].sort_values().index
 figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
 axes.barh(order, summary["macro-F1"][order], color="#56B4E9")
