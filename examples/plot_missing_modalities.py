@@ -128,17 +128,17 @@ print(errors.round(3).to_string())
 # %%
 # Choose by the rows that you expect
 # ----------------------------------
-# - If new rows are complete, holes do not matter, and the model that is best on complete
-#   rows is the best choice.
-# - If training rows are complete and new rows are not, prefer an estimator that has been
+# - If new rows are complete, holes do not matter: choose the model that is best on
+#   complete rows.
+# - If training rows are complete and new rows are not, prefer an estimator that was
 #   fitted on each modality alone: decision fusion, or a network with modality dropout.
 #   The kernel of ``EmbeddingClassifier`` was tuned on sums over both modalities, and
 #   loses about as much as imputation.
 # - If training rows have holes, keep them. ``EmbeddingClassifier`` then learns what a
-#   single modality is worth. If they have none, hide cells of a copy of the training rows
-#   at the share that you expect.
-# - Imputation by the mean moves a row towards the middle of all rows. It is seldom the
-#   best choice and needs no other estimator.
+#   single modality is worth. If they have none, hide cells of the training rows at the
+#   share that you expect.
+# - Imputation by the mean moves a row towards the middle of all rows. It is simple, but
+#   a baseline to compare with, not a default.
 
 # %%
 # Plot the scores
@@ -156,7 +156,6 @@ for axes, holes in zip(panels, results["holes in"].unique(), strict=True):
     axes.set_xticks(np.array(shares) * 100)
     axes.grid(alpha=0.3)
 panels[0].set_ylabel("macro-F1 on new rows", fontsize=12)
-panels[0].set_ylim(0, None)
 handles = panels[0].get_legend_handles_labels()
 figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=12)
 plt.show()
