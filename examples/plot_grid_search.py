@@ -40,9 +40,9 @@ store = EmbeddingStore(Path(tempfile.mkdtemp()) / "embeddings.sqlite")
 pipeline = Pipeline(
     [
         ("encoder", FrozenEncoder(minilm(), store=store)),
-        ("scaler", StandardScaler()),
         ("projector", ContrastiveProjector(32, max_epochs=10, cv=3, random_state=0)),
-        ("classifier", LogisticRegression(C=0.01, max_iter=1000)),
+        ("scaler", StandardScaler()),
+        ("classifier", LogisticRegression(C=0.1, max_iter=1000)),
     ]
 )
 
@@ -56,7 +56,7 @@ grid = {
     "encoder__layer": [-1, -3],
     "encoder__pooling": ["mean", "cls"],
     "projector": ["passthrough", pipeline["projector"]],
-    "classifier": [LogisticRegression(C=0.01, max_iter=1000), SVC(C=10)],
+    "classifier": [LogisticRegression(C=0.1, max_iter=1000), SVC(C=10)],
 }
 cv = list(
     StratifiedGroupKFold(3, shuffle=True, random_state=0).split(
