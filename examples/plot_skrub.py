@@ -63,10 +63,9 @@ with_text.set_params(tablevectorizer__high_cardinality=text)
 models["skrub, text"] = make_pipeline(skrub.DropCols("image"), with_text)
 
 # %%
-# For images, name the column in ``specific_transformers``. Look at the scaler, too.
-# The one of skrub divides a column by the range of its middle half, which suits numbers
-# with outliers. Most columns of an image network are close to zero with a few large
-# values, so this inflates them. Replace it by a ``StandardScaler``.
+# For images, name the column in ``specific_transformers``. The scaler of skrub squashes
+# the outliers of numbers, and embeddings are usually standardised instead. The scaler
+# is a step like any other, so compare both.
 with_image = skrub.tabular_pipeline(classifier)
 with_image.set_params(
     tablevectorizer__high_cardinality=text,
