@@ -54,7 +54,7 @@ curve = few_label_curve(
         "CrossAttentionAdaptor, without labels": CrossAttentionAdaptor(random_state=0),
     },
     supervised={"ContrastiveProjector": ContrastiveProjector(random_state=0)},
-    fractions=(0.02, 0.05, 0.1, 0.3, 1.0),
+    fractions=(0.05, 0.1, 0.3, 1.0),
     cv=3,
     n_seeds=1,
     scoring="f1_macro",
