@@ -1,4 +1,4 @@
-"""Displays of modalities, their alignment and value, of masks, and of leaks."""
+"""Displays of modalities, adaptations, masks and leaks."""
 
 import copy
 from itertools import combinations
@@ -15,11 +15,14 @@ from sklembed.encoders.cells import decode
 from sklembed.metrics import dice_score, modality_gap
 
 __all__ = [
+    "AdaptationDisplay",
     "LeakDisplay",
     "ModalityDisplay",
     "ModalityGapDisplay",
     "SegmentationDisplay",
 ]
+
+_ITSELF = "itself"  # in the place of an estimator: the adaptation predicts
 
 
 class ModalityGapDisplay:
@@ -681,6 +684,196 @@ class LeakDisplay:
             ylabel=self.score_name,
             xlim=(-0.5, len(labels) - 0.2),
         )
+
+
+class AdaptationDisplay:
+    """Display of the scores and the costs of adaptations.
+
+    Create it by `from_comparison`.
+
+    Parameters
+    ----------
+    summary : DataFrame
+        The summary of :func:`~sklembed.evaluation.compare_adaptations`: a row for each
+        "adaptation" and "estimator" with "score", "sd", "gain", "p", "encode s" and
+        "fit s". The first adaptation is the reference.
+
+    Attributes
+    ----------
+    figure_ : matplotlib Figure
+        The figure, after `plot`.
+
+    axes_ : ndarray of matplotlib Axes
+        The panels: the heat map, then cost against score.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn.linear_model import RidgeClassifier
+    >>> from sklembed.evaluation import compare_adaptations
+    >>> from sklembed.plots import AdaptationDisplay
+    >>> X, y = load_digits(n_class=3, return_X_y=True)
+    >>> comparison = compare_adaptations(
+    ...     X[:150],
+    ...     y[:150],
+    ...     adaptations=["none", "pca"],
+    ...     estimators={"ridge": RidgeClassifier()},
+    ...     random_state=0,
+    ... )
+    >>> display = AdaptationDisplay.from_comparison(comparison)
+    >>> display.summary["adaptation"].tolist()
+    ['none', 'pca']
+    """
+
+    # Safe for colour-blind readers; the first is the reference.
+    _COLORS = (
+        "#000000",
+        "#0072B2",
+        "#D55E00",
+        "#009E73",
+        "#CC79A7",
+        "#56B4E9",
+        "#E69F00",
+        "#999999",
+        "#F0E442",
+    )
+    _MARKERS = "os^Dv<>pX"
+    _SIGNIFICANT = 0.05
+
+    def __init__(self, *, summary):
+        self.summary = summary
+
+    @classmethod
+    def from_comparison(cls, comparison):
+        """Create a display of a comparison.
+
+        Parameters
+        ----------
+        comparison : AdaptationComparison
+            The result of :func:`~sklembed.evaluation.compare_adaptations`.
+
+        Returns
+        -------
+        display : AdaptationDisplay
+            Call `plot` to draw it.
+        """
+        return cls(summary=comparison.summary)
+
+    def plot(self, axes=None):
+        """Draw a heat map of the scores, and the cost of training against the score.
+
+        The heat map has the mean score of each adaptation and estimator, and below it
+        the gain over the reference, which is also its colour. A star marks gains with
+        p < 0.05. An adaptation that predicts by itself has one cell. Bars of the second
+        panel are standard deviations over folds.
+
+        Parameters
+        ----------
+        axes : sequence of two matplotlib Axes, default=None
+            Axes to draw on. If None, a new figure is created.
+
+        Returns
+        -------
+        self : AdaptationDisplay
+            The display, with `figure_` and `axes_`.
+        """
+        height = 1.6 + 0.55 * self.summary["adaptation"].nunique()
+        self.axes_ = _panels(axes, 2, (5.8, max(height, 3.6)))
+        self.figure_ = self.axes_[0].figure
+        self._draw_scores(self.axes_[0])
+        self._draw_costs(self.axes_[1])
+        return self
+
+    def _draw_scores(self, ax):
+        """Draw a cell for each adaptation and estimator."""
+        adaptations = list(self.summary["adaptation"].unique())
+        estimators = self.summary["estimator"].drop_duplicates()
+        columns = list(estimators[estimators != _ITSELF]) or [_ITSELF]
+        gains = np.full((len(adaptations), len(columns)), np.nan)
+        positions = []
+        for row in self.summary.to_dict("records"):
+            i = adaptations.index(row["adaptation"])
+            j = slice(None)
+            center = (len(columns) - 1) / 2
+            if row["estimator"] in columns:
+                center = j = columns.index(row["estimator"])
+            gains[i, j] = row["gain"]
+            positions.append((center, i, row))
+        largest = np.nanmax(np.abs(gains), initial=1e-9)
+        ax.imshow(gains, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+        ax.set_facecolor("lightgrey")  # of failed cells
+        for x, y, row in positions:
+            is_dark = abs(row["gain"]) > 0.6 * largest
+            ax.text(
+                x,
+                y,
+                self._describe(row, is_reference=y == 0),
+                ha="center",
+                va="center",
+                color="white" if is_dark else "black",
+                fontsize="small",
+            )
+        ax.set_xticks(
+            range(len(columns)), [name.replace(" ", "\n") for name in columns]
+        )
+        ax.set_yticks(range(len(adaptations)), adaptations)
+        # Lines between the cells; adaptations that predict have no inner lines.
+        with_estimator = self.summary[self.summary["estimator"].isin(columns)]
+        for i, adaptation in enumerate(adaptations):
+            ax.axhline(i - 0.5, color="white", lw=2)
+            if (with_estimator["adaptation"] == adaptation).any():
+                edges = np.arange(1, len(columns)) - 0.5
+                ax.vlines(edges, i - 0.5, i + 0.5, color="white", lw=2)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        title = f"score, and gain over {adaptations[0]!r} (* p < {self._SIGNIFICANT})"
+        ax.set_title(title, fontsize="medium")
+
+    def _describe(self, row, is_reference):
+        """Return the text of a cell."""
+        if np.isnan(row["score"]):
+            return "failed"
+        text = f"{row['score']:.3f}"
+        if not is_reference and not np.isnan(row["gain"]):
+            text += f"\n{row['gain']:+.3f}"
+            if row["p"] < self._SIGNIFICANT:
+                text += " *"
+        if row["failed"]:
+            text += f"\n{row['failed']} failed"
+        return text
+
+    def _draw_costs(self, ax):
+        """Draw a point for each adaptation, coloured, and estimator, by its marker."""
+        adaptations = list(self.summary["adaptation"].unique())
+        estimators = list(self.summary["estimator"].unique())
+        for row in self.summary.to_dict("records"):
+            color = adaptations.index(row["adaptation"]) % len(self._COLORS)
+            marker = estimators.index(row["estimator"]) % len(self._MARKERS)
+            options = {
+                "color": self._COLORS[color],
+                "marker": self._MARKERS[marker],
+                "elinewidth": 0.7,
+                "linestyle": "",
+            }
+            seconds = row["encode s"] + row["fit s"]
+            ax.errorbar(seconds, row["score"], yerr=row["sd"], **options)
+        handles = []
+        for number, name in enumerate(adaptations):
+            color = self._COLORS[number % len(self._COLORS)]
+            handles += ax.plot([], [], "o", color=color, label=name)
+        if estimators != [_ITSELF]:
+            for number, name in enumerate(estimators):
+                marker = self._MARKERS[number % len(self._MARKERS)]
+                handles += ax.plot([], [], marker, mfc="none", mec="grey", label=name)
+        ax.legend(
+            handles=handles,
+            fontsize="x-small",
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+        )
+        ax.set_xscale("log")
+        ax.set(xlabel="seconds of encoding and fitting, by fold", ylabel="score")
+        ax.set_title("cost of training against score", fontsize="medium")
 
 
 def _panels(axes, n_panels, size):

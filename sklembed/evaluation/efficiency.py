@@ -1,7 +1,6 @@
 """Cost of training on stored embeddings and of encoding anew: time, memory and disk."""
 
 import math
-import sys
 import tempfile
 import threading
 import warnings
@@ -30,11 +29,7 @@ from sklembed._validation import (
     is_a_classifier,
 )
 from sklembed.encoders import FrozenEncoder, prefetch
-
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None  # type: ignore[assignment]
+from sklembed.evaluation.memory import peak_mib
 
 
 def efficiency_report(pipeline, X, y, *, test_size=0.25, n_epochs=2, random_state=None):
@@ -243,7 +238,7 @@ def _measure(arm, pipeline, split, n_epochs, folder, config):
                 figures[key] = perf_counter() - start
     store_files = folder.glob("store.sqlite*")
     return figures | {
-        "peak MiB": _peak_mib(),
+        "peak MiB": peak_mib(),
         "stored bytes": sum(path.stat().st_size for path in store_files),
         "cells encoded": meter.cells,
         "parameters trained": _n_parameters(head),
@@ -404,20 +399,6 @@ def _encoding_seconds(meter, transform, X):
     before = meter.seconds
     transform(X)
     return meter.seconds - before
-
-
-def _peak_mib():
-    """Return the peak memory of this process in MiB."""
-    # Linux: unlike ru_maxrss, VmHWM never includes the peak of the parent process.
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) / 2**10
-    if resource is None:
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _n_parameters(head):
