@@ -22,7 +22,7 @@ test: .venv/.dev
 # the store.
 NEWEST_ONLY = readme runtimes exported onnx scale architecture losses crossmodal segmentation \
 	evaluation leaks modality_report encoder_ranking finetune faults serving saved_pipelines \
-	model_card ensemble long_tables
+	model_card ensemble long_tables adaptations
 test-oldest: BIN = .venv-oldest/bin
 test-oldest: ARGS = tests $(NEWEST_ONLY:%=--ignore=tests/test_%.py)
 test-oldest: .venv-oldest/.dev
