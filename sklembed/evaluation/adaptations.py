@@ -270,10 +270,10 @@ def compare_adaptations(
     table = _read_table(X, features, blocks)
     check_consistent_length(table.X, y, groups)
     check_no_missing_label(y)
-    y = column_or_1d(y, warn=True)
     if random_state is not None:
         random_state = draw_seed(random_state)
     estimators = _check_estimators(estimators, y, random_state)
+    y = column_or_1d(y, warn=True)
     is_classification = is_a_classifier(next(iter(estimators.values())))
     arms = _make_arms(adaptations, table, column, is_classification, random_state)
     scorer = _check_scoring(scoring, estimators, arms, y, is_classification)
@@ -352,8 +352,9 @@ def _read_table(X, features, blocks):
             "its branches: set blocks=None."
         )
     if isinstance(features, FrozenEncoder):
-        if not is_frame(X):
-            X = pd.DataFrame({"cells": pd.Series(Column(X).cells, dtype=object)})
+        column = Column(X)  # refuses several columns
+        name = "cells" if column.name is None else column.name
+        X = pd.DataFrame({name: pd.Series(column.cells, dtype=object)})
         features = PerModalityUnion([("cells", features, [0])])
     X = as_pandas(as_table(X))
     if isinstance(features, MultimodalVectorizer):
