@@ -31,6 +31,7 @@ from sklembed import (
     PerModalityUnion,
 )
 from sklembed.evaluation import adaptations as module
+from sklembed.evaluation import arms as arms_module
 from sklembed.evaluation import compare_adaptations
 from sklembed.evaluation.memory import PeakMemory, peak_mib
 from sklembed.evaluation.records import RecordFile
@@ -121,7 +122,7 @@ def test_scores_are_those_of_the_adapted_vectors(vectors):
 
 def test_one_projection_joins_the_modalities(vectors, monkeypatch):
     small = partial(ContrastiveProjector, n_components=3, max_epochs=1, cv=None)
-    monkeypatch.setattr(module, "ContrastiveProjector", small)
+    monkeypatch.setattr(arms_module, "ContrastiveProjector", small)
     names = ["one projection", "per modality"]
     folds, summary = compare(vectors, adaptations=names)
     counts = summary.set_index("adaptation")["parameters"]
@@ -460,7 +461,7 @@ def test_bad_input_is_refused_before_work(vectors, text_backend, store, monkeypa
         patch.delattr(CallableBackend, "trainable")
         refused("is run without torch", **options, **cells)
     options["adaptations"] = ["none", "lora"]
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(arms_module, "find_spec", lambda name: None)
     refused("sklembed\\[finetune\\]", ImportError, **options, **cells)
     for settings, match in (
         ({"store": None}, "store=None"),

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
-from importlib.util import find_spec
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -13,23 +12,18 @@ import numpy as np
 import pandas as pd
 import sklearn
 from scipy.stats import t as student
-from sklearn.base import BaseEstimator, TransformerMixin, clone
-from sklearn.decomposition import PCA
+from sklearn.base import clone
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.exceptions import FitFailedWarning
-from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import check_cv
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import (
-    check_array,
     check_consistent_length,
     column_or_1d,
     has_fit_parameter,
@@ -37,32 +31,19 @@ from sklearn.utils.validation import (
 from tqdm import tqdm
 
 import sklembed
-from sklembed._table.blocks import resolve_blocks
-from sklembed._table.columns import as_pandas, as_table, is_frame, take_rows
+from sklembed._table.columns import take_rows
 from sklembed._validation import (
     check_no_missing_label,
-    check_vectors,
     draw_seed,
     is_a_classifier,
 )
-from sklembed.encoders import FrozenEncoder, prefetch
-from sklembed.encoders.column import Column
-from sklembed.encoders.prefetch import list_jobs
-from sklembed.ensemble import EmbeddingClassifier, EmbeddingRegressor
-from sklembed.evaluation.efficiency import _n_parameters, _warm_up_torch
+from sklembed.encoders import prefetch
+from sklembed.evaluation.arms import Arm, Table, count_parameters, make_arms, read_table
+from sklembed.evaluation.efficiency import _warm_up_torch
 from sklembed.evaluation.memory import PeakMemory
-from sklembed.evaluation.records import RecordFile, hash_settings, hash_table
-from sklembed.finetune import FinetunedClassifier, FinetunedRegressor
-from sklembed.fusion.scaling import find_table_blocks
-from sklembed.projection import ContrastiveProjector
-from sklembed.union import PerModalityUnion
-from sklembed.vectorizer import MultimodalVectorizer
+from sklembed.evaluation.records import RecordFile, hash_settings
 
 ITSELF = "itself"  # the estimator of an adaptation that predicts
-_METHODS = ("head", "bitfit", "lora", "full")
-_JOINT = "one projection"
-_NAMES = ("none", "pca", _JOINT, "per modality", "ensemble", *_METHODS)
-_N_COMPONENTS = 128  # of PCA, as many as ContrastiveProjector has
 _TIMED_ROWS = 64  # encoded again, to time an encoder whose vectors are stored
 _COSTS = ["encode s", "fit s", "predict s", "peak MiB", "parameters"]
 
@@ -229,7 +210,7 @@ def compare_adaptations(
 
     Notes
     -----
-    All adaptations have the same frame. The vectors of each modality, or the output of
+    All adaptations are scaled alike. The vectors of each modality, or the output of
     its transformer, are centred and divided by one number, so that rows have a mean
     squared norm of 1. Missing vectors are imputed by the mean. Blocks of table columns,
     as :class:`EmbeddingClassifier` finds them, are standardised instead, and are only
@@ -267,7 +248,7 @@ def compare_adaptations(
     1        pca  neighbours    1.0
     2   ensemble      itself    1.0
     """
-    table = _read_table(X, features, blocks)
+    table = read_table(X, features, blocks)
     check_consistent_length(table.X, y, groups)
     check_no_missing_label(y)
     if random_state is not None:
@@ -275,7 +256,7 @@ def compare_adaptations(
     estimators = _check_estimators(estimators, y, random_state)
     y = column_or_1d(y, warn=True)
     is_classification = is_a_classifier(next(iter(estimators.values())))
-    arms = _make_arms(adaptations, table, column, is_classification, random_state)
+    arms = make_arms(adaptations, table, column, is_classification, random_state)
     scorer = _check_scoring(scoring, estimators, arms, y, is_classification)
     splitter = check_cv(cv, y, classifier=is_classification)
     folds = _list_folds(splitter, table.X, y, groups, is_classification)
@@ -298,314 +279,6 @@ def compare_adaptations(
                     _warn_of_failure(job, record)
             progress.update()
     return _tabulate(jobs, arms, estimators)
-
-
-# The table
-
-
-class _Encoded(NamedTuple):
-    """A column of cells and its frozen encoder."""
-
-    encoder: FrozenEncoder
-    cells: Any
-    name: Any
-    digests: np.ndarray
-
-    def n_distinct(self, rows):
-        """Return the number of distinct observed cells of some rows."""
-        digests = self.digests[rows]
-        return len(set(digests[digests != None]))  # noqa: E711, elementwise
-
-
-class _Table(NamedTuple):
-    """Embeddings with their blocks, or cells with the union that encodes them."""
-
-    X: Any
-    features: PerModalityUnion | None
-    blocks: dict | None
-    encoded: list[_Encoded]
-
-    def vectors(self, y, fold):
-        """Return the vectors of training and test rows, and their blocks."""
-        train, test = take_rows(self.X, fold.train), take_rows(self.X, fold.test)
-        if self.features is None:
-            return train, test, self.blocks
-        union = clone(self.features).set_output(transform="default")
-        train = union.fit_transform(train, y[fold.train])
-        return train, union.transform(test), union.blocks_
-
-    def key(self):
-        """Return a hash of the table."""
-        digests = {}
-        for encoded in self.encoded:
-            digests[encoded.name] = encoded.digests
-        return hash_table(self.X, digests)
-
-
-def _read_table(X, features, blocks):
-    """Validate the table; return it with its blocks or its encoders."""
-    if features is None:
-        return _read_embeddings(X, blocks)
-    if blocks is not None:
-        raise ValueError(
-            "blocks are for a table of embeddings. With features, the modalities are "
-            "its branches: set blocks=None."
-        )
-    if isinstance(features, FrozenEncoder):
-        column = Column(X)  # refuses several columns
-        name = "cells" if column.name is None else column.name
-        X = pd.DataFrame({name: pd.Series(column.cells, dtype=object)})
-        features = PerModalityUnion([("cells", features, [0])])
-    X = as_pandas(as_table(X))
-    if isinstance(features, MultimodalVectorizer):
-        # The union that fit would make, so that all folds have the same branches.
-        features, X = features.make_union(X)
-    if not isinstance(features, PerModalityUnion):
-        raise TypeError(
-            "features must be a PerModalityUnion, MultimodalVectorizer or FrozenEncoder "
-            f"that makes vectors of cells, or None; got {features!r}."
-        )
-    if not is_frame(X):
-        X = pd.DataFrame(X)
-    encoded = []
-    for path, encoder, cells in list_jobs(features, X):
-        if encoder.output != "pooled":
-            raise ValueError(
-                f"The encoder {path!r} returns tokens, but the adaptations take vectors. "
-                "Set output='pooled'."
-            )
-        if encoder.store is None:
-            raise ValueError(
-                f"The encoder {path!r} has store=None, so that each fit would encode its "
-                "cells again. Give it a store."
-            )
-        digests = encoder.digests(cells)
-        encoded.append(_Encoded(encoder, cells, Column(cells).name, digests))
-    return _Table(X, features, None, encoded)
-
-
-def _read_embeddings(X, blocks):
-    """Validate a table of embeddings."""
-    table = as_pandas(as_table(X))
-    try:
-        check_vectors(table, EmbeddingClassifier())
-    except ValueError as error:
-        error.add_note("Or pass features, to make vectors of cells.")
-        raise
-    names = list(table.columns) if is_frame(table) else None
-    if blocks is None and names is None:
-        blocks = {"X": slice(None)}
-    resolved = resolve_blocks(blocks, names, table.shape[1], table)
-    dtypes = [np.float64, np.float32]
-    vectors = check_array(table, dtype=dtypes, ensure_all_finite="allow-nan")
-    return _Table(vectors, None, resolved, [])
-
-
-# The adaptations
-
-
-class _CentredScaler(TransformerMixin, BaseEstimator):
-    """Centre vectors, and divide them by one number: their mean squared norm is 1."""
-
-    def fit(self, X, y=None):
-        X = np.asarray(X, dtype=np.float64)
-        self.mean_ = X.mean(axis=0)
-        mean_square = np.square(X - self.mean_).sum(axis=1).mean()
-        self.scale_ = math.sqrt(mean_square) or 1.0
-        self.n_parameters_ = 0
-        return self
-
-    def transform(self, X):
-        return (np.asarray(X) - self.mean_) / self.scale_
-
-
-class _LeadingComponents(TransformerMixin, BaseEstimator):
-    """At most 128 principal components, and no more than there are rows or columns."""
-
-    def __init__(self, random_state=None):
-        self.random_state = random_state
-
-    def fit(self, X, y=None):
-        n_components = min(_N_COMPONENTS, *X.shape)
-        self.pca_ = PCA(n_components, random_state=self.random_state).fit(X)
-        self.n_parameters_ = self.pca_.components_.size
-        return self
-
-    def transform(self, X):
-        return self.pca_.transform(X)
-
-
-class _Arm(NamedTuple):
-    """An adaptation: a transformer of vectors, or an estimator that predicts."""
-
-    name: str
-    estimator: Any  # None for the vectors themselves
-    is_joint: bool = False  # whether a transformer takes all modalities together
-    encoded: _Encoded | None = None  # the column whose encoder is fine-tuned
-
-    @property
-    def predicts(self):
-        return hasattr(self.estimator, "predict")
-
-    def prepare(self, table, y, fold, record):
-        """Return what the final estimator takes of training and test rows.
-
-        Returns
-        -------
-        train, test : tables
-            The adapted vectors of the rows, or the cells of one column.
-        params : dict
-            Parameters of the final estimator.
-        """
-        if self.encoded is not None:
-            cells = self.encoded.cells
-            return take_rows(cells, fold.train), take_rows(cells, fold.test), {}
-        start = perf_counter()
-        train, test, blocks = table.vectors(y, fold)
-        if self.predicts:
-            record["fit s"] = perf_counter() - start
-            return train, test, {"blocks": self.estimator.blocks or blocks}
-        adaptation = self._build(train, blocks)
-        train = adaptation.fit_transform(train, y[fold.train])
-        fitted = perf_counter()
-        test = adaptation.transform(test)
-        record["fit s"] = fitted - start
-        record["predict s"] = perf_counter() - fitted
-        record["parameters"] = _count_parameters(adaptation)
-        return train, test, {}
-
-    def _build(self, X, blocks):
-        """Return a pipeline that adapts the vectors of some blocks."""
-        table_blocks = find_table_blocks("auto", X, blocks)
-        branches = []
-        for name, columns in blocks.items():
-            steps = [_CentredScaler()]
-            if name in table_blocks:
-                steps = [SimpleImputer(), StandardScaler(), _CentredScaler()]
-            elif self.estimator is not None and not self.is_joint:
-                steps = [clone(self.estimator), _CentredScaler()]
-            branches.append((name, make_pipeline(*steps), columns))
-        union = PerModalityUnion(branches, keep_unobserved=True)
-        steps = [union, SimpleImputer(keep_empty_features=True)]
-        if self.is_joint:
-            steps += [clone(self.estimator), _CentredScaler()]
-        return make_pipeline(*steps)
-
-
-def _make_arms(adaptations, table, column, is_classification, random_state):
-    """Validate the adaptations; return an arm for each."""
-    if adaptations is None:
-        adaptations = ["none", "pca", _JOINT, "per modality", "ensemble"]
-        modalities = table.blocks
-        if table.features is not None:
-            modalities = table.features.transformers
-        if len(modalities) == 1:
-            adaptations.remove("per modality")
-    if isinstance(adaptations, str):
-        adaptations = [adaptations]
-    if not isinstance(adaptations, Mapping):
-        if len(set(adaptations)) < len(adaptations):
-            raise ValueError(f"An adaptation is named twice; got {adaptations}.")
-        adaptations = {name: name for name in adaptations}
-    if not adaptations:
-        raise ValueError("There is no adaptation to compare.")
-    arms = []
-    for name, value in adaptations.items():
-        if isinstance(value, str):
-            arm = _arm_by_name(
-                name, value, table, column, is_classification, random_state
-            )
-        else:
-            arm = _arm_of_estimator(name, value, table, column, is_classification)
-        arms.append(arm)
-    return arms
-
-
-def _arm_by_name(name, value, table, column, is_classification, random_state):
-    """Return the arm of one of the names."""
-    if value not in _NAMES:
-        raise ValueError(
-            f"There is no adaptation {value!r}; the names are {list(_NAMES)}."
-        )
-    if value in _METHODS:
-        encoded = _choose_column(name, table, column)
-        kind = FinetunedClassifier if is_classification else FinetunedRegressor
-        tuned = kind(encoded.encoder, method=value, random_state=random_state)
-        return _arm_of_estimator(name, tuned, table, column, is_classification)
-    ensemble = EmbeddingClassifier if is_classification else EmbeddingRegressor
-    projector = ContrastiveProjector(random_state=random_state)
-    if not is_classification:
-        projector.set_params(target_type="continuous")
-    estimators = {
-        "none": None,
-        "pca": _LeadingComponents(random_state),
-        _JOINT: projector,
-        "per modality": projector,
-        "ensemble": ensemble(random_state=random_state),
-    }
-    return _Arm(name, estimators[value], is_joint=value == _JOINT)
-
-
-def _arm_of_estimator(name, estimator, table, column, is_classification):
-    """Validate an estimator and return its arm."""
-    if isinstance(estimator, FinetunedClassifier | FinetunedRegressor):
-        encoded = _choose_column(name, table, column)
-        if estimator.encoder is not encoded.encoder:
-            encoder = estimator.encoder
-            digests = encoder.digests(encoded.cells)
-            encoded = encoded._replace(encoder=encoder, digests=digests)
-        _check_trainable(name, estimator)
-        arm = _Arm(name, estimator, encoded=encoded)
-    elif hasattr(estimator, "predict") and hasattr(estimator, "blocks"):
-        arm = _Arm(name, estimator)
-    elif hasattr(estimator, "transform") and not isinstance(estimator, type):
-        return _Arm(name, estimator)
-    else:
-        raise TypeError(
-            f"The adaptation {name!r} must be one of the names {list(_NAMES)}, a "
-            "transformer, an estimator with a parameter blocks, or a fine-tuned one; got "
-            f"{estimator!r}. Pass other classifiers and regressors as estimators."
-        )
-    if is_a_classifier(estimator) != is_classification:
-        kind = "classifier" if is_classification else "regressor"
-        raise TypeError(f"The adaptation {name!r} must be a {kind}; got {estimator!r}.")
-    return arm
-
-
-def _choose_column(name, table, column):
-    """Return the column of cells that is fine-tuned."""
-    columns = [encoded.name for encoded in table.encoded]
-    if not columns:
-        raise ValueError(
-            f"The adaptation {name!r} trains an encoder on cells, but X has embeddings. "
-            "Pass the table of cells, and features with a FrozenEncoder."
-        )
-    if column is None and len(columns) == 1:
-        return table.encoded[0]
-    if columns.count(column) != 1:
-        raise ValueError(
-            f"The adaptation {name!r} trains the encoder of one column. features encodes "
-            f"the columns {columns}, and column={column!r}. Name a column that one "
-            "encoder reads."
-        )
-    return table.encoded[columns.index(column)]
-
-
-def _check_trainable(name, estimator):
-    """Refuse networks that cannot be trained, before any work."""
-    if estimator.method == "lora" and find_spec("peft") is None:
-        raise ImportError(
-            f"The adaptation {name!r} needs peft, which the extra 'finetune' installs: "
-            "pip install 'sklembed[finetune]'. Or leave it out, and use 'bitfit' or "
-            "'full'."
-        )
-    backend, _ = estimator.encoder._backend_and_space()
-    if estimator.method != "head" and not hasattr(backend, "trainable"):
-        raise ValueError(
-            f"The adaptation {name!r} trains a network, but {estimator.encoder.model!r} "
-            "is run without torch. Leave the adaptation out, or use a checkpoint for "
-            "transformers."
-        )
 
 
 # The downstream estimators and their score
@@ -724,7 +397,7 @@ class _Fold(NamedTuple):
 class _Problem(NamedTuple):
     """The rows that all jobs share, and their score."""
 
-    table: _Table
+    table: Table
     y: np.ndarray
     groups: np.ndarray | None
     scorer: Any
@@ -734,7 +407,7 @@ class _Problem(NamedTuple):
 class _Job(NamedTuple):
     """An adaptation in a fold, with the estimators that are fitted on its output."""
 
-    arm: _Arm
+    arm: Arm
     fold: _Fold
     estimators: dict
     keys: dict  # of estimators
@@ -925,7 +598,7 @@ def _fit_and_score(problem, job, estimator, prepared, record):
     record["predict s"] += perf_counter() - fitted
     if getattr(estimator, "best_step_", 0) == 0:
         record["predict s"] += job.seconds[1]  # else the trained network encodes
-    record["parameters"] += _count_parameters(estimator)
+    record["parameters"] += count_parameters(estimator)
 
 
 def _fail(problem, job, error):
@@ -948,20 +621,6 @@ def _warn_of_failure(job, record):
         FitFailedWarning,
         stacklevel=3,
     )
-
-
-def _count_parameters(estimator):
-    """Return the number of trained parameters of a fitted estimator, NaN if unknown."""
-    parts = None
-    if isinstance(estimator, Pipeline):
-        parts = [step for _, step in estimator.steps]
-    elif isinstance(estimator, PerModalityUnion):
-        parts = list(estimator.named_transformers_.values())
-    if parts is not None:
-        return sum(map(_count_parameters, parts))
-    if isinstance(estimator, str | SimpleImputer | StandardScaler):
-        return 0
-    return _n_parameters(estimator)
 
 
 # The tables
