@@ -491,23 +491,31 @@ def _list_waiting(jobs):
 
 
 def _encode_cells(table, waiting):
-    """Encode all cells once, and set the seconds of encoding the rows of each job."""
-    seconds, jobs = {}, []
+    """Encode all cells once; return the jobs with the seconds of encoding their rows."""
+    prefetched, seconds, jobs = set(), {}, []
+    if table.encoded and any(job.arm.encoded is None for job in waiting):
+        if all(column.encoder._keeps_vectors() for column in table.encoded):
+            prefetch(table.features, table.X)  # encoders of one network share passes
+            prefetched.update(map(_key_of_column, table.encoded))
     for job in waiting:
         encoded = table.encoded
         if job.arm.encoded is not None:
             encoded = [job.arm.encoded]
         train_seconds = test_seconds = 0.0
         for column in encoded:
-            key = column.encoder.fingerprint(), column.name
+            key = _key_of_column(column)
             if key not in seconds:
-                if column.encoder._keeps_vectors():
+                if key not in prefetched and column.encoder._keeps_vectors():
                     prefetch(column.encoder, column.cells)
                 seconds[key] = _time_a_cell(column)
             train_seconds += seconds[key] * column.n_distinct(job.fold.train)
             test_seconds += seconds[key] * column.n_distinct(job.fold.test)
         jobs.append(job._replace(seconds=(train_seconds, test_seconds)))
     return jobs
+
+
+def _key_of_column(column):
+    return column.encoder.fingerprint(), column.name
 
 
 def _time_a_cell(column):
