@@ -216,13 +216,14 @@ def _reset_counts():
 
 
 ARMS = ["none", "pca"]
+TWO_FOLDS = StratifiedKFold(2, shuffle=True, random_state=0)
 
 
 def run(vectors, path, counted=None, **options):
     """Return the comparison, and the number of fits that it took."""
     Counted.fits.clear()
     estimators = {"counted": counted or Counted()}
-    options = {"adaptations": ARMS, "path": path} | options
+    options = {"adaptations": ARMS, "path": path, "cv": TWO_FOLDS} | options
     comparison = compare(vectors, estimators=estimators, **options)
     return comparison, Counted.fits["all"]
 
@@ -232,7 +233,7 @@ def test_an_interrupted_run_resumes(vectors, tmp_path, monkeypatch):
     fit = Counted.fit
 
     def interrupt(self, X, y):
-        if Counted.fits["all"] == 4:
+        if Counted.fits["all"] == 3:
             raise KeyboardInterrupt
         return fit(self, X, y)
 
@@ -242,9 +243,9 @@ def test_an_interrupted_run_resumes(vectors, tmp_path, monkeypatch):
     with path.open("a") as file:
         file.write('{"key": "a9')  # the process ended while it wrote
     resumed, n_fits = run(vectors, path)
-    assert n_fits == 2
+    assert n_fits == 1
     expected, n_fits = run(vectors, None)
-    assert n_fits == 6
+    assert n_fits == 4
     columns = ["adaptation", "fold", "score", "parameters"]
     pd.testing.assert_frame_equal(resumed.folds[columns], expected.folds[columns])
     again, n_fits = run(vectors, path, n_jobs=1, verbose=0)
@@ -262,15 +263,15 @@ def test_results_of_other_rows_or_settings_are_not_read(vectors, tmp_path):
     assert run(vectors, path, adaptations=ARMS[::-1])[1] == 0
     changed = X.copy()
     changed[5, 3] += 1e-6
-    other_cv = StratifiedKFold(3, shuffle=True, random_state=1)
+    other_cv = StratifiedKFold(2, shuffle=True, random_state=1)
     other_blocks = {"text": slice(0, 17), "image": slice(17, 36)}
-    assert run((changed, y), path)[1] == 6
+    assert run((changed, y), path)[1] == 4
     other_y = np.r_[y[1::-1], y[2:]]
-    assert run((X, other_y), path, cv=list(CV.split(X, y)))[1] == 6
-    assert run(vectors, path, Counted(C=2.0))[1] == 6
-    assert run(vectors, path, cv=other_cv)[1] == 6
-    assert run((X[:, :], y), path, blocks=other_blocks)[1] == 6
-    assert run(vectors, path, scoring="f1_macro")[1] == 6
+    assert run((X, other_y), path, cv=list(TWO_FOLDS.split(X, y)))[1] == 4
+    assert run(vectors, path, Counted(C=2.0))[1] == 4
+    assert run(vectors, path, cv=other_cv)[1] == 4
+    assert run((X[:, :], y), path, blocks=other_blocks)[1] == 4
+    assert run(vectors, path, scoring="f1_macro")[1] == 4
     assert (
         run(vectors, path, random_state=1)[1] == 3
     )  # of PCA; the vectors have no seed
@@ -294,18 +295,16 @@ def test_a_failure_is_recorded_and_tried_again(vectors, tmp_path):
         (folds, summary), _ = run(vectors, path, failing)
     assert folds["error"].ne("").sum() == folds["score"].isna().sum() == 1
     failed = summary.set_index("adaptation").loc["pca"]
-    assert (
-        failed["failed"] == 1
-        and not np.isnan(failed[["score", "gain", "p"]].tolist()).any()
-    )
+    assert failed["failed"] == 1
+    assert not np.isnan(failed[["score", "gain"]].tolist()).any()
     with pytest.raises(MemoryError, match="4 GiB") as raised:
         run(vectors, None, failing, error_score="raise")
     assert "'pca' in fold 0" in raised.value.__notes__[0]
     failing = Counted(error=MemoryError("4 GiB"), at=2)
     Counted.fits["all"] = 5
     estimators = {"counted": failing}
-    options = {"adaptations": ARMS, "path": path, "estimators": estimators}
-    folds, _ = compare(vectors, **options)
+    options = {"adaptations": ARMS, "path": path, "cv": TWO_FOLDS}
+    folds, _ = compare(vectors, estimators=estimators, **options)
     assert Counted.fits["all"] == 6 and not folds["score"].isna().any()
 
 
@@ -334,7 +333,7 @@ def test_a_killed_process_fails_for_its_own_job_only(vectors, monkeypatch):
 def test_folds_without_a_class(vectors):
     X, y = vectors
     train, test = np.flatnonzero(y != "c"), np.flatnonzero(y == "c")
-    folds = [(train[::2], train[1::2]), (train, test), *CV.split(X, y)]
+    folds = [(train[:20], train[20:]), (train, test), *CV.split(X, y)]
     scores = compare(vectors, adaptations=ARMS, cv=folds).folds["score"]
     assert not scores.isna().any()
     with pytest.warns(FitFailedWarning, match="fold 1 of compare_adaptations"):
@@ -371,8 +370,9 @@ def load_network():
 
 
 def test_cells_are_encoded_once(text_backend, store):
-    X = pd.DataFrame({"title": TEXTS + TEXTS[:4], "price": np.arange(24.0)})
-    y = LABELS + LABELS[:4]
+    titles = [*TEXTS, *TEXTS[:4], None, None]
+    X = pd.DataFrame({"title": titles, "price": np.arange(26.0)}, index=[7] * 26)
+    y = [*LABELS, *LABELS[:4], "plant", "metal"]
     encoder = FrozenEncoder(text_backend, store=store)
     union = PerModalityUnion(
         [("title", encoder, "title"), ("p", "passthrough", ["price"])]
@@ -395,7 +395,7 @@ def test_fine_tuning_a_column(store):
         load_network, name="net", version="1", modality="text", n_features=4
     )
     encoder = FrozenEncoder(backend, store=store)
-    X = pd.DataFrame({"price": np.arange(20.0), "title": TEXTS})
+    X = pd.DataFrame({"price": np.arange(20.0), "title": [*TEXTS[:18], None, None]})
     union = PerModalityUnion([("title", encoder, "title")])
     full = FinetunedClassifier(
         encoder,

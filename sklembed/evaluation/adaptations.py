@@ -1,5 +1,6 @@
 """Compare ways to adapt frozen embeddings to a task: score, significance and cost."""
 
+import gc
 import math
 import warnings
 from collections.abc import Mapping
@@ -571,6 +572,7 @@ def _run(problem, number, job):
     _warm_up()
     shared = {"fit s": 0.0, "predict s": 0.0, "parameters": 0}
     records = []
+    gc.collect()  # of earlier jobs, so that their memory is free
     try:
         with PeakMemory() as memory:
             prepared = job.arm.prepare(problem.table, problem.y, job.fold, shared)

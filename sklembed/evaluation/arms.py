@@ -97,8 +97,8 @@ def read_table(X, features, blocks):
             "features must be a PerModalityUnion, MultimodalVectorizer or FrozenEncoder "
             f"that makes vectors of cells, or None; got {features!r}."
         )
-    if not is_frame(X):
-        X = pd.DataFrame(X)
+    # Encoders receive only rows that have a cell, whose labels are then their positions.
+    X = pd.DataFrame(X).reset_index(drop=True)
     encoded = []
     for path, encoder, cells in list_jobs(features, X):
         if encoder.output != "pooled":
@@ -110,6 +110,14 @@ def read_table(X, features, blocks):
             raise ValueError(
                 f"The encoder {path!r} has store=None, so that each fit would encode its "
                 "cells again. Give it a store."
+            )
+        if hasattr(cells, "reindex"):
+            cells = cells.reindex(X.index)
+        if len(cells) != len(X):
+            raise ValueError(
+                f"The step before the encoder {path!r} returns an array, so the rows of "
+                "its cells are unknown. Let it return a DataFrame, by "
+                "set_output(transform='pandas')."
             )
         digests = encoder.digests(cells)
         encoded.append(Encoded(encoder, cells, Column(cells).name, digests))

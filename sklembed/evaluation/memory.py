@@ -1,7 +1,6 @@
 """Peak memory of this process, or of a block of statements in it."""
 
 import ctypes
-import gc
 import math
 import sys
 from pathlib import Path
@@ -39,7 +38,6 @@ class PeakMemory:
     """
 
     def __enter__(self):
-        gc.collect()
         _return_free_memory()
         self.mib, self._start = math.nan, _read_status("VmRSS")
         try:
