@@ -68,6 +68,7 @@ def test_the_api_page_lists_every_public_name_once_and_no_other():
 SHOWN_BY = {
     "evaluation.EncoderRanking": "rank_encoders",
     "evaluation.LeakReport": "leak_report",
+    "evaluation.AdaptationComparison": "compare_adaptations",
     "evaluation.ModalityReport": "modality_report",
     "scale.EncodingSummary": "encode_dataset",
 }

@@ -29,9 +29,9 @@ from sklearn.utils.validation import (
     column_or_1d,
     has_fit_parameter,
 )
-from tqdm import tqdm
 
 import sklembed
+from sklembed._display import as_html, as_text, progress_bar
 from sklembed._table.columns import take_rows
 from sklembed._validation import (
     check_no_missing_label,
@@ -50,10 +50,25 @@ _COSTS = ["encode s", "fit s", "predict s", "peak MiB", "parameters"]
 
 
 class AdaptationComparison(NamedTuple):
-    """The tables of :func:`compare_adaptations`."""
+    """Result of :func:`~sklembed.evaluation.compare_adaptations`, a named tuple.
+
+    Parameters
+    ----------
+    folds : DataFrame
+        Score and costs of each adaptation and estimator in each fold.
+
+    summary : DataFrame
+        Means over folds, and paired differences to the reference.
+    """
 
     folds: pd.DataFrame
     summary: pd.DataFrame
+
+    def __repr__(self):
+        return as_text("AdaptationComparison", [], {"": self.summary})
+
+    def _repr_html_(self):
+        return as_html("AdaptationComparison", [], {"": self.summary})
 
 
 def compare_adaptations(
@@ -267,7 +282,7 @@ def compare_adaptations(
     file = RecordFile(path)
     jobs = _plan(problem, arms, estimators, folds, scoring, file.read())
     waiting = _encode_cells(table, _list_waiting(jobs))
-    progress = tqdm(total=len(jobs), unit=" fits", disable=not verbose)
+    progress = progress_bar(verbose=verbose, total=len(jobs), unit=" fits")
     with progress:
         progress.update(len(jobs) - len(waiting))
         for number, records in _run_all(problem, waiting, n_jobs):
