@@ -257,7 +257,7 @@ class Checkpoint:
             hf_hub_download,
             try_to_load_from_cache,
         )
-        from huggingface_hub.errors import RemoteEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         commit = self._commit()
         path = try_to_load_from_cache(self.model, name, revision=commit)
@@ -272,10 +272,11 @@ class Checkpoint:
                 revision=commit,
                 local_files_only=self.local_files_only,
             )
-        except RemoteEntryNotFoundError:
-            return None
         except Exception as error:  # of the network, the hub or the disk
-            if not self._is_unrecorded(error):
+            is_local = isinstance(error, LocalEntryNotFoundError)
+            if isinstance(error, EntryNotFoundError) and not is_local:
+                return None  # the hub has no such file
+            if not (is_local and self._is_offline):
                 raise OSError(
                     f"{name!r} of {self.model!r}, which changes vectors, could not be "
                     f"downloaded from the hub: {_reason(error.__cause__ or error)}. Nothing "
@@ -433,13 +434,12 @@ class Checkpoint:
     def _commit(self) -> str:
         return _resolve_commit(self.model, self.revision, self.local_files_only)
 
-    def _is_unrecorded(self, error) -> bool:
-        """Return whether the error means that an offline cache has no record of a file."""
+    @property
+    def _is_offline(self) -> bool:
+        """Whether only the local cache is read, which records the files of the hub."""
         from huggingface_hub import constants
-        from huggingface_hub.errors import LocalEntryNotFoundError
 
-        is_offline = self.local_files_only or constants.HF_HUB_OFFLINE
-        return is_offline and isinstance(error, LocalEntryNotFoundError)
+        return self.local_files_only or constants.HF_HUB_OFFLINE
 
 
 @functools.lru_cache(maxsize=64)
@@ -502,7 +502,7 @@ def _find_modules(model, revision, local_files_only):
 
 
 def _not_found_message(model, local_files_only, error) -> str:
-    is_path = model.count("/") > 1 or model.startswith((".", "~", "/"))
+    is_path = "\\" in model or model.count("/") > 1 or model.startswith((".", "~", "/"))
     if is_path:
         place = os.path.abspath(os.path.expanduser(model))
         return (
@@ -670,7 +670,7 @@ def _hash_files(root, signature) -> str:
     start = time.time_ns()
     hasher = blake2b(digest_size=16)
     for file in signature:
-        name = os.path.relpath(file.path, root)
+        name = os.path.relpath(file.path, root).replace(os.sep, "/")  # as on any system
         hasher.update(f"{name}\0{file.size}\0".encode())
         with open(file.path, "rb") as content:
             while chunk := content.read(1 << 22):

@@ -129,7 +129,7 @@ def absolute(path) -> str:
             "Pass a path on a local disk, or store=None to store nothing."
         )
     path = os.path.expanduser(path)
-    if path.startswith(f"~{os.sep}"):
+    if path.startswith(("~/", f"~{os.sep}")):
         raise OSError(
             f"store={path!r}: this user has no home directory. Pass an absolute path."
         )
@@ -265,7 +265,7 @@ def create(path):
             db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             db.executescript(_SCHEMA)
             db.execute("PRAGMA journal_mode = WAL")
-        draft.rename(path)
+        draft.replace(path)  # an empty file may be in its place
 
 
 def exists(path):
@@ -743,7 +743,7 @@ def check_is_local(path):
 def _file_system(path):
     """Return the type of the file system of a path, or None if it is unknown."""
     try:
-        mounts = _MOUNTS.read_text(errors="surrogateescape")
+        mounts = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:  # not Linux
         return None
     real_path = os.path.realpath(path)

@@ -154,14 +154,20 @@ def clear_networks(directory, model=None) -> int:
         if model in (None, description.get("model")):
             with FileLock(f"{folder}.lock"):
                 shutil.rmtree(folder, ignore_errors=True)
-            Path(f"{folder}.lock").unlink(missing_ok=True)
+            _delete_lock(f"{folder}.lock")
             n_deleted += 1
     if model is None:
         for lock in Path(directory).glob("*.lock"):
-            lock.unlink(missing_ok=True)
+            _delete_lock(lock)
     with contextlib.suppress(OSError):  # absent, or not empty
         Path(directory).rmdir()
     return n_deleted
+
+
+def _delete_lock(path):
+    """Delete the file of a lock, unless another process holds it on Windows."""
+    with contextlib.suppress(OSError):
+        Path(path).unlink(missing_ok=True)
 
 
 def _entries(directory):

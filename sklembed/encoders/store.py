@@ -795,7 +795,9 @@ class _Session:
             # A running session locks its file; if it dies, the system unlocks the file.
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):
                 db.execute("DELETE FROM claims WHERE owner = ?", (owner,))
-                Path(lock.lock_file).unlink(missing_ok=True)
+                # Windows deletes no open file; there, the release deletes it.
+                with contextlib.suppress(OSError):
+                    Path(lock.lock_file).unlink(missing_ok=True)
 
     def _session_file(self, owner):
         """Return the path of the file that a running session locks."""

@@ -81,7 +81,7 @@ class Folder:
         paths = self.path, other.path
         if self.is_local:
             paths = os.path.realpath(self.path), os.path.realpath(other.path)
-        return is_visible(os.path.relpath(paths[1], paths[0]))
+        return is_visible(relative_path(paths[1], paths[0]))
 
     def delete(self, name):
         """Delete a file."""
@@ -138,6 +138,14 @@ class Folder:
                 f"The file {self.file(name)} cannot be read: {error}. If it is damaged, "
                 "delete it: the next call encodes its cells again."
             ) from error
+
+
+def relative_path(path, folder):
+    """Return a path relative to a folder, with slashes; ".." if it is on another drive."""
+    try:
+        return os.path.relpath(path, folder).replace(os.sep, "/")
+    except ValueError:  # drives of Windows
+        return ".."
 
 
 def is_visible(path):

@@ -11,7 +11,7 @@ import ray
 import ray.data
 from pyarrow import fs
 
-from sklembed.scale.shards import Folder, is_visible
+from sklembed.scale.shards import Folder, is_visible, relative_path
 
 _IMAGE_SUFFIXES = set(".avif .bmp .gif .jpeg .jpg .png .tif .tiff .webp".split())
 
@@ -180,7 +180,7 @@ def _list_files(folder):
     selector = fs.FileSelector(folder.path, recursive=True)
     files = []
     for info in folder.system.get_file_info(selector):
-        if info.is_file and is_visible(os.path.relpath(info.path, folder.path)):
+        if info.is_file and is_visible(relative_path(info.path, folder.path)):
             files.append(info.path)
     return sorted(files), [folder]
 
