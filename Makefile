@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 BIN = .venv/bin
 
-.PHONY: demo test test-oldest lint docs bench gpu gpu-packages clean
+.PHONY: demo test test-oldest lint docs dist bench gpu gpu-packages clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/plot_quickstart.py
@@ -36,6 +36,10 @@ lint: .venv/.dev
 
 docs: .venv/.docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+# The sdist and the wheel, checked and run outside the repository; ARGS="--tests" runs the tests too.
+dist:
+	$(PYTHON) tools/build_dist.py $(ARGS)
 
 bench: .venv/.bench
 	$(BIN)/python examples/benchmarks/bench_encode.py --json docs/benchmarks/encode.json
@@ -79,7 +83,7 @@ gpu-packages: .venv/.demo
 	$(BIN)/python tools/pack_gpu.py
 
 clean:
-	rm -rf .venv .venv-oldest docs/_build docs/api docs/auto_examples
+	rm -rf .venv .venv-oldest dist docs/_build docs/api docs/auto_examples
 
 .venv/.python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
