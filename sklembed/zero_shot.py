@@ -74,7 +74,8 @@ class ZeroShotClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         which `encoder` was trained, or 0.01 if it has none. "calibrated" maximizes the
         likelihood of the labels in `y`. Rows on which the encoder was trained are
         closer to their texts than new rows are. Calibrate on other rows, or wrap the
-        classifier in ``CalibratedClassifierCV(..., method="temperature")``.
+        classifier in ``CalibratedClassifierCV(..., method="temperature")``, which needs
+        scikit-learn 1.8.
 
     Attributes
     ----------

@@ -8,6 +8,7 @@ import pytest
 import sklearn
 import torch
 import torch.nn.functional as F
+from conftest import CALIBRATION
 from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import TransformedTargetRegressor
@@ -376,7 +377,7 @@ def test_probabilities_can_be_calibrated_with_modalities_missing(join):
     X, y = world(600, noise=2.0)
     X = without(X, "text", np.random.default_rng(0).random(600) < 0.3)
     head = small(join, max_epochs=60)
-    calibrated = CalibratedClassifierCV(head, method="temperature", cv=3).fit(
+    calibrated = CalibratedClassifierCV(head, method=CALIBRATION, cv=3).fit(
         X[::2], y[::2]
     )
     plain = log_loss(y[1::2], head.fit(X[::2], y[::2]).predict_proba(X[1::2]))

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import CALIBRATION
 from PIL import Image
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
@@ -198,9 +199,7 @@ def test_it_works_in_a_search_and_in_calibration(animals, texts):
     classifier = ZeroShotClassifier(CanonicalAligner(blocks=BLOCKS), text_encoder=texts)
     search = GridSearchCV(classifier, {"encoder__n_components": [1, 3]}, cv=3).fit(X, y)
     assert search.best_params_ == {"encoder__n_components": 3}
-    calibrated = CalibratedClassifierCV(classifier, method="temperature", cv=3).fit(
-        X, y
-    )
+    calibrated = CalibratedClassifierCV(classifier, method=CALIBRATION, cv=3).fit(X, y)
     assert calibrated.predict_proba(X).shape == (200, 4)
 
 

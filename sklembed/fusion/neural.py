@@ -180,7 +180,7 @@ class FusionClassifier(ClassifierMixin, _FusionNetwork):
 
     Neural networks tend to be overconfident: for calibrated probabilities wrap the classifier in
     :class:`~sklearn.calibration.CalibratedClassifierCV`, for example with
-    ``method="temperature"``.
+    ``method="temperature"`` (scikit-learn 1.8).
 
     The code released with [1]_ selects the epoch on the test rows, ignores class weights for
     binary classes, and trains without dropout. This implementation does not.
