@@ -35,7 +35,7 @@ lint: .venv/.dev
 	$(BIN)/lint-imports
 
 docs: .venv/.docs
-	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -j 2 -b html docs docs/_build/html
 
 # The sdist and the wheel, checked and run outside the repository; ARGS="--tests" runs the tests too.
 dist:

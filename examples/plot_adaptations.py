@@ -1,7 +1,7 @@
 """
-==================================
+===========================
 Decide whether to fine-tune
-==================================
+===========================
 
 A classifier on frozen vectors, a projection, an ensemble, or training the network itself:
 the best choice depends on the task, and costs differ by orders of magnitude.

@@ -1,7 +1,7 @@
 """
-=========================================
+==========================================
 Check whether probabilities can be trusted
-=========================================
+==========================================
 
 A probability is calibrated if it is right as often as it says: of all rows with a
 confidence of 0.8, 80 % should be classified correctly. Thresholds, costs and abstaining

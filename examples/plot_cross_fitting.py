@@ -1,7 +1,7 @@
 """
-==============================
+=============================
 Avoid leaking training labels
-==============================
+=============================
 
 A supervised projection has seen the labels of its training rows. Projected by the same
 network, these rows are much better separated than unseen rows, and a classifier that is

@@ -1,7 +1,7 @@
 """
-==============================
+============================
 Learn from few labelled rows
-==============================
+============================
 
 Labels are expensive, and rows without labels are often plenty.
 :func:`~sklembed.evaluation.few_label_curve` draws learning curves over the share of

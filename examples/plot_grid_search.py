@@ -1,7 +1,7 @@
 """
-=================================================
+================================================
 Search over encoders and classifiers in one grid
-=================================================
+================================================
 
 Which layer of the encoder, which pooling, which projection and which classifier? All
 are parameters of one ``Pipeline``, so ``GridSearchCV`` answers. Each cell is encoded

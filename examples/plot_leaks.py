@@ -1,7 +1,7 @@
 """
-=========================
+==========================
 Check for leaks in a score
-=========================
+==========================
 
 Random folds put near duplicates into training and test rows: a drawing in two colours, a
 series by one author, a text with two words changed. The cross-validated score is then

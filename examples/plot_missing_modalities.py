@@ -1,7 +1,7 @@
 """
-==================================
+===============================
 Predict with missing modalities
-==================================
+===============================
 
 Real tables have holes: a note was never written, or a scan was not taken. sklembed
 represents a missing text or image as a block of NaN. This example hides titles or

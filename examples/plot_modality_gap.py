@@ -1,7 +1,7 @@
 """
-======================
+=====================
 Tune the modality gap
-======================
+=====================
 
 Embeddings of texts and of images lie in separate cones. arXiv 2406.02601 moves them
 towards each other by lambda, adds noise, and reports gains. This example searches over

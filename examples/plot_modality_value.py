@@ -1,7 +1,7 @@
 """
-=============================
+===============================
 Find out which modality matters
-=============================
+===============================
 
 Two questions have different answers. What would be lost without a modality, if the model
 were fitted again? And what happens to the fitted model if the modality is noisy or

@@ -1,7 +1,7 @@
 """
-=====================================================
+==================================================
 Reproduce the contrastive projection of 2502.02048
-=====================================================
+==================================================
 
 Margaritis, Petridis and Bertsimas (arXiv 2502.02048) project frozen embeddings with a
 small network that is trained on pairs, either on the concatenation of the modalities or

@@ -1,7 +1,7 @@
 """
-==================================
+===================================
 Choose an encoder by score and cost
-==================================
+===================================
 
 Would another encoder, layer or pooling help, and what would it cost?
 :func:`~sklembed.evaluation.rank_encoders` compares frozen encoders by successive halving:

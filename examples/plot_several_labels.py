@@ -1,7 +1,7 @@
 """
-====================================
+==================================
 Predict several labels of each row
-====================================
+==================================
 
 A row may have several labels at once, such as the keywords of an image. The target is
 then a table of 0 and 1 with a column for each label. The classifiers of sklembed accept
