@@ -185,7 +185,7 @@ def test_threshold_marks_the_promised_share_of_random_rows():
         X = np.hstack([np.cos(angles), np.sin(angles)])
         space = neighbours._block_space("a", X)
         labels = rng.integers(3, size=1500)
-        record = neighbours._estimate_threshold(space, labels, None, True, 0.05)
+        record = neighbours._estimate_threshold(space, labels, None, True, 0.05, 0.5)
         assert record["dimension"] == pytest.approx(2, rel=0.1)
         similarity = space.vectors @ space.vectors.T
         same_class = labels[:, None] == labels

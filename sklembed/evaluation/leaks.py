@@ -24,6 +24,7 @@ from sklearn.model_selection import (
 from sklearn.utils import column_or_1d
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_consistent_length
+from tqdm import tqdm
 
 from sklembed._table.columns import take_rows
 from sklembed._validation import (
@@ -63,6 +64,7 @@ def leak_report(
     error_score=math.nan,
     n_jobs=None,
     random_state=None,
+    verbose=0,
 ):
     r"""Search for leaks between the training and the test rows of a cross-validation.
 
@@ -124,6 +126,9 @@ def leak_report(
         Seeds the folds, if `cv` is an int, the folds of the suggested groups, and the
         permutations of the target.
 
+    verbose : int, default=0
+        If greater than 0, a progress bar counts the fits.
+
     Returns
     -------
     report : LeakReport
@@ -156,8 +161,12 @@ def leak_report(
     The distance is one minus the cosine of two vectors. Vectors other than those of
     texts are whitened before, which makes copies of an image easier to tell from
     similar images [1]_: they are divided by the standard deviation along each principal
-    component, after a tenth of the mean variance is added to each variance. Rows without
-    missing cells are also compared by all columns together, "(all)", where the cosine is
+    component, after a tenth of the mean variance is added to each variance. Embeddings
+    of drawings change much if an image is compressed. The cosine of two images is
+    therefore the mean of those of their embeddings and of thumbnails of 12 × 12 pixels,
+    which are whitened, too. To find cropped images, the thumbnail of each image is also
+    compared with that of the inner 88 % of the other, and the larger cosine counts. Rows
+    without missing cells are also compared by all columns together, "(all)", where the cosine is
     the mean over columns. Neighbours are exact: matrix products are computed in blocks
     of rows, in a few dozen MiB.
 
@@ -176,9 +185,9 @@ def leak_report(
     :math:`r_{20}`, in up to 2,000 rows; up to four duplicates of each row do not change
     it. For "(all)", :math:`\alpha` is `false_alarms` divided by the number of columns.
     For a single column it is divided by the number of rows, too, because series and
-    common words make regions dense, in which more rows are near by chance. If most
-    cells of a column are repeated, its threshold is zero: equal cells then do not
-    indicate a leak.
+    common words make regions dense, in which more rows are near by chance. If a tenth of
+    the cells of one of several columns, or half of the rows, have five equal neighbours,
+    the threshold is zero: equal cells then do not indicate a leak.
 
     Encoded cells are in the store of the encoders, so a report that was interrupted
     encodes no cell again.
@@ -227,7 +236,16 @@ def leak_report(
         components.join_equal(np.arange(len(y)), pd.factorize(np.asarray(groups))[0])
     suggested = _suggest_folds(y, components.groups(), len(folds), classes, seed)
     scores = _score_folds(
-        estimator, X, y, folds, suggested, nearest, scorers, error_score, n_jobs
+        estimator,
+        X,
+        y,
+        folds,
+        suggested,
+        nearest,
+        scorers,
+        error_score,
+        n_jobs,
+        verbose,
     )
     return LeakReport(
         nearest=nearest,
@@ -560,7 +578,7 @@ def _suggest_folds(y, groups, n_folds, classes, seed):
 
 
 def _score_folds(
-    estimator, X, y, folds, suggested, nearest, scorers, error_score, n_jobs
+    estimator, X, y, folds, suggested, nearest, scorers, error_score, n_jobs, verbose
 ):
     """Fit and score the estimator in each fold; return a row for each arm and fold."""
     leaked = nearest[nearest["leaked"]]
@@ -571,12 +589,12 @@ def _score_folds(
         jobs.append((number, train, dict(zip(ARMS, parts, strict=False))))
     for number, (train, test) in enumerate(suggested):
         jobs.append((number, train, {ARMS[-1]: test}))
-    results = Parallel(n_jobs=n_jobs)(
+    results = Parallel(n_jobs=n_jobs, return_as="generator")(
         delayed(_score_fold)(estimator, X, y, *job, scorers, error_score)
         for job in jobs
     )
     records = []
-    for rows in results:
+    for rows in tqdm(results, unit=" fits", total=len(jobs), disable=not verbose):
         records.extend(rows)
     scores = pd.DataFrame(records)
     order = scores["arm"].map(ARMS.index)

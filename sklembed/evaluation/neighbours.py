@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import beta
@@ -19,6 +20,7 @@ from sklembed._table.columns import as_pandas, is_frame
 from sklembed._table.tokens import average_tokens
 from sklembed._validation import sorted_labels
 from sklembed.encoders import FrozenEncoder
+from sklembed.encoders.cells import decode
 from sklembed.encoders.prefetch import list_jobs
 
 ALL = "(all)"  # the name of the space of all columns together
@@ -27,7 +29,12 @@ _BLOCK_CELLS = 2**22  # similarities in memory at once: 16 MiB
 _N_QUERIES = 2000  # rows whose neighbours determine a threshold
 _NEAR, _FAR = 5, 20  # ranks of these neighbours
 _LEAST_QUERIES = 30
+# Largest share of rows with equal neighbours, of all columns together and of one of
+# several columns.
+_MOST_EQUAL, _MOST_EQUAL_OF_COLUMN = 0.5, 0.1
 _LEAST_WIDTH = 16  # columns of a block of embeddings; narrower ones are table columns
+_SIDE = 12  # of thumbnails, in pixels
+_INNER = 0.88  # part of each side of an image in the thumbnail of its inner part
 
 
 @dataclass
@@ -36,14 +43,54 @@ class Space:
 
     `rows` are the observed rows of the table, `vectors` have unit length, and equal
     `codes` mean cells of equal content. `cells` is None for blocks of embeddings.
+    `thumbnails`, of shape (2, n_rows, n_values), are the vectors of the pixels of images
+    and of their inner parts. The space of all columns has no vectors but `columns`, the
+    spaces of each column.
     """
 
     name: str
     modality: str
     rows: np.ndarray
-    vectors: np.ndarray
+    vectors: np.ndarray | None
     codes: np.ndarray
     cells: list | None = None
+    thumbnails: np.ndarray | None = None
+    columns: tuple = ()
+
+    def similarities(self, rows):
+        """Return the cosines of some of the rows with all rows.
+
+        The cosine of two images is the mean of those of their embeddings and of their
+        pixels. Of the latter, the largest counts of two images, and of one image and an
+        inner part of the other.
+        """
+        if self.columns:
+            of_columns = [column.similarities(rows) for column in self.columns]
+            return sum(of_columns) / len(of_columns)
+        similarities = self.vectors[rows] @ self.vectors.T
+        if self.thumbnails is None:
+            return similarities
+        images, inner_parts = self.thumbnails
+        of_pixels = images[rows] @ images.T
+        np.maximum(of_pixels, images[rows] @ inner_parts.T, out=of_pixels)
+        np.maximum(of_pixels, inner_parts[rows] @ images.T, out=of_pixels)
+        return (similarities + of_pixels) / 2
+
+    def take(self, positions):
+        """Return a space of some of the rows, without cells."""
+        thumbnails = self.thumbnails
+        if thumbnails is not None:
+            thumbnails = thumbnails[:, positions]
+        rows, vectors = self.rows[positions], self.vectors[positions]
+        codes = self.codes[positions]
+        return replace(
+            self,
+            rows=rows,
+            vectors=vectors,
+            codes=codes,
+            cells=None,
+            thumbnails=thumbnails,
+        )
 
     def positions(self, n_rows):
         """Return the position of each row of the table, -1 if it is missing."""
@@ -126,12 +173,14 @@ def _encoder_spaces(estimator, table):
         jobs.append((path, clone(encoder), part))
     spaces, keys = [], set()
     for name, (path, encoder, part) in zip(names, jobs, strict=True):
-        vectors = np.asarray(encoder.fit_transform(part))
-        digests = encoder.digests(part)
-        key = encoder.fingerprint(), tuple(digests)
+        # By its steps, `fit_transform` and `digests` would hash all cells twice.
+        column, backend, space = encoder._validate(part, fitting=True)
+        encoder._fit(column, backend, space)
+        key = encoder.fingerprint(), tuple(column.keys)
         if key in keys:  # the same encoder and cells, in another candidate of a search
             continue
         keys.add(key)
+        vectors = encoder._transform(column, backend, space)
         if vectors.dtype == object:
             vectors = average_tokens(vectors[:, 0], encoder.space_["n_features"])
         observed = np.flatnonzero(~np.isnan(vectors).any(axis=1))
@@ -141,11 +190,37 @@ def _encoder_spaces(estimator, table):
             modality=encoder.space_["modality"],
             rows=_rows_of(part, len(table), path)[observed],
             vectors=_prepare(vectors[observed], encoder.space_["modality"]),
-            codes=pd.factorize(digests[observed])[0],
+            codes=pd.factorize(np.array(column.keys, dtype=object)[observed])[0],
             cells=cells.iloc[observed].tolist(),
         )
+        if space.modality == "image" and len(observed):
+            space.thumbnails = _thumbnails(space)
         spaces.append(space)
     return spaces
+
+
+def _thumbnails(space):
+    """Return the whitened pixels of images and of their inner parts.
+
+    Embeddings of drawings change with the quality of a file. Pixels of small images do
+    not, but they change with the frame.
+    """
+    _, first, inverse = np.unique(space.codes, return_index=True, return_inverse=True)
+    pixels = np.empty((2, len(first), 3 * _SIDE**2), dtype=np.float32)
+    for number, position in enumerate(first):
+        image = decode(space.cells[position], "image", min_size=_SIDE)
+        pixels[:, number] = _thumbnail(image, 1), _thumbnail(image, _INNER)
+    mean, directions = _whitening(pixels[0][inverse])
+    whitened = [_as_unit((part - mean) @ directions)[inverse] for part in pixels]
+    return np.stack(whitened)
+
+
+def _thumbnail(image, share):
+    """Return the pixels of the reduced inner part of an image, as one row."""
+    margins = np.multiply((1 - share) / 2, image.size)
+    box = (*margins, *(image.size - margins))
+    small = image.resize((_SIDE, _SIDE), Image.Resampling.BOX, box=box)
+    return np.asarray(small, dtype=np.float32).ravel()
 
 
 def _rows_of(part, n_rows, path):
@@ -170,23 +245,26 @@ def _prepare(vectors, modality):
     vectors = np.asarray(vectors, dtype=np.float32)
     if modality == "text" or len(vectors) < 2:
         return _as_unit(vectors)
-    centred = vectors - vectors.mean(axis=0)
+    mean, directions = _whitening(vectors)
+    return _as_unit((vectors - mean) @ directions)
+
+
+def _whitening(vectors):
+    """Return the mean and the matrix that make vectors white."""
+    mean = vectors.mean(axis=0)
+    centred = vectors - mean
     variances, directions = np.linalg.eigh(centred.T @ centred / len(vectors))
     variances = np.maximum(variances, 0) + _SHRINKAGE * variances.mean()
     scale = np.sqrt(np.maximum(variances, np.finfo(np.float32).tiny))
-    return _as_unit(centred @ (directions / scale))
+    return mean, directions / scale
 
 
 def join_spaces(spaces, n_rows):
     """Return a space of all columns, in which the cosine is the mean over columns."""
     if len(spaces) < 2:
         return []
-    widths = [space.vectors.shape[1] for space in spaces]
-    joint = np.zeros((n_rows, sum(widths)), dtype=np.float32)
     codes = np.zeros(n_rows, dtype=np.intp)
-    stops = np.cumsum(widths)
-    for space, width, stop in zip(spaces, widths, stops, strict=True):
-        joint[space.rows, stop - width : stop] = space.vectors
+    for space in spaces:
         of_column = np.zeros(n_rows, dtype=np.intp)  # 0 is a missing cell
         of_column[space.rows] = space.codes + 1
         codes = pd.factorize(codes * (of_column.max() + 1) + of_column)[0]
@@ -194,7 +272,11 @@ def join_spaces(spaces, n_rows):
     complete = np.arange(n_rows)
     for space in spaces:
         complete = np.intersect1d(complete, space.rows)
-    return [Space(ALL, "all", complete, _as_unit(joint[complete]), codes[complete])]
+    columns = []
+    for space in spaces:
+        columns.append(space.take(space.positions(n_rows)[complete]))
+    joint = Space(ALL, "all", complete, None, codes[complete], columns=tuple(columns))
+    return [joint]
 
 
 def _as_unit(vectors):
@@ -252,10 +334,12 @@ def find_thresholds(spaces, y, groups, classes, threshold, false_alarms):
         limit = passed.get(space.name, "auto")
         record = {"column": space.name, "modality": space.modality}
         if isinstance(limit, str) and limit == "auto":
-            alpha = false_alarms / len(spaces)
+            alpha, most_equal = false_alarms / len(spaces), _MOST_EQUAL
             if space.name != ALL:
                 alpha /= max(len(space.rows), 1)
-            record |= _estimate_threshold(space, y, groups, classes, alpha)
+                if len(spaces) > 1:
+                    most_equal = _MOST_EQUAL_OF_COLUMN
+            record |= _estimate_threshold(space, y, groups, classes, alpha, most_equal)
         elif not isinstance(limit, Real) or isinstance(limit, bool):
             raise TypeError(
                 f"threshold must be 'auto', a number, or a dict of these; got {limit!r} "
@@ -274,7 +358,7 @@ def find_thresholds(spaces, y, groups, classes, threshold, false_alarms):
     return table.set_index("column")
 
 
-def _estimate_threshold(space, y, groups, classes, alpha):
+def _estimate_threshold(space, y, groups, classes, alpha, most_equal):
     """Estimate the threshold from distances within classes; see `leak_report`."""
     labels = np.zeros(len(space.rows), dtype=np.intp)
     if classes:
@@ -282,9 +366,9 @@ def _estimate_threshold(space, y, groups, classes, alpha):
     relatives = np.arange(len(space.rows))
     if groups is not None:
         relatives = pd.factorize(np.asarray(groups)[space.rows])[0]
-    near, far = _ranked_distances(space.vectors, labels, relatives)
+    near, far = _ranked_distances(space, labels, relatives)
     if len(far) < _LEAST_QUERIES and classes:  # classes are small
-        near, far = _ranked_distances(space.vectors, np.zeros_like(labels), relatives)
+        near, far = _ranked_distances(space, np.zeros_like(labels), relatives)
     record = {"threshold": 0.0, "n_rows": len(far)}
     if len(far) < _LEAST_QUERIES:
         warnings.warn(
@@ -298,7 +382,7 @@ def _estimate_threshold(space, y, groups, classes, alpha):
     typical = np.median(far)
     record["typical distance"] = typical**2 / 2
     distinct_rows = near > 0
-    if np.mean(distinct_rows) > 0.5:
+    if np.mean(~distinct_rows) < most_equal:
         log_ratio = np.median(np.log(near[distinct_rows] / far[distinct_rows]))
         expected = np.log(beta.median(_NEAR, _FAR - _NEAR))
         record["dimension"] = expected / min(log_ratio, -np.finfo(float).eps)
@@ -307,13 +391,13 @@ def _estimate_threshold(space, y, groups, classes, alpha):
     return record
 
 
-def _ranked_distances(vectors, labels, relatives):
+def _ranked_distances(space, labels, relatives):
     """Return the distances to two neighbours of the same label that are no relatives.
 
     Parameters
     ----------
-    vectors : ndarray of shape (n_rows, n_components)
-        Vectors of unit length.
+    space : Space
+        The vectors.
     labels, relatives : ndarray of shape (n_rows,)
         Class and group of each row.
 
@@ -323,7 +407,7 @@ def _ranked_distances(vectors, labels, relatives):
         Euclidean distances to the neighbours of rank `_NEAR` and `_FAR`, of rows that
         are spread evenly over the table; rows with fewer neighbours are omitted.
     """
-    n_rows = len(vectors)
+    n_rows = len(labels)
     n_queries = min(n_rows, _N_QUERIES)
     queries = np.linspace(0, n_rows - 1, n_queries).astype(np.intp)
     near, far = [np.empty(0)], [np.empty(0)]
@@ -331,7 +415,7 @@ def _ranked_distances(vectors, labels, relatives):
         return near[0], far[0]
     for block in gen_batches(n_queries, max(1, _BLOCK_CELLS // n_rows)):
         rows = queries[block]
-        squared = 2 - 2 * (vectors[rows] @ vectors.T)
+        squared = 2 - 2 * space.similarities(rows)
         excluded = labels[rows, None] != labels
         excluded |= relatives[rows, None] == relatives
         squared[excluded] = np.inf
@@ -384,7 +468,7 @@ def nearest_across_folds(space, folds, limit, components):
     for block in gen_batches(
         len(space.rows), max(1, _BLOCK_CELLS // max(len(space.rows), 1))
     ):
-        similarity = space.vectors[block] @ space.vectors.T
+        similarity = space.similarities(block)
         if limit > 0:
             rows, others = np.nonzero(similarity > 1 - limit)
             components.join(space.rows[block.start + rows], space.rows[others])
