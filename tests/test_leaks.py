@@ -217,6 +217,21 @@ def test_repeated_cells_are_no_leak():
     assert report.duplicates_.loc["X", "share across folds"] == 1
 
 
+def test_common_cells_of_a_column_are_no_leak():
+    """If a tenth of the cells are common, equal cells of the other rows are no leak."""
+    rng = np.random.default_rng(0)
+    y = np.arange(300) % 2
+    vectors = {name: rng.normal(size=(300, 20)) for name in ("a", "b")}
+    vectors["a"][:60] = vectors["a"][0]
+    vectors["a"][60:64] = vectors["a"][64:68]
+    report = leak_report(
+        DummyClassifier(), np.zeros((300, 1)), y, vectors=vectors, random_state=0
+    )
+    assert report.thresholds_.loc["a", "threshold"] == 0
+    assert (report.thresholds_.loc[["b", "(all)"], "threshold"] > 0).all()
+    assert not report.nearest_.query("column == 'a'")["leaked"].any()
+
+
 def test_changed_copies_are_found_by_the_encoders(report, table):
     frame, _ = table
     copies = np.arange(N_ROWS - N_COPIES, N_ROWS)
@@ -238,6 +253,63 @@ def test_changed_copies_are_found_by_the_encoders(report, table):
             ]
     assert (report.groups_[copies] == report.groups_[copies - copies[0]]).all()
     assert len(np.unique(report.groups_)) == N_ROWS - N_COPIES
+
+
+def test_images_are_compared_by_embeddings_and_pixels(tmp_path):
+    """Pixels find what an embedding that depends on every byte cannot."""
+    rng = np.random.default_rng(0)
+    originals, copies = [], []
+    for number in range(40):
+        small = Image.fromarray(rng.integers(256, size=(6, 6, 3)).astype(np.uint8))
+        image = small.resize((64, 48), Image.Resampling.BICUBIC)
+        originals.append(image)
+        if number % 3 == 0:
+            file = io.BytesIO()
+            image.save(file, "JPEG", quality=40)
+            copies.append(Image.open(file))
+        elif number % 3 == 1:
+            copies.append(image.resize((40, 30)))
+        else:
+            copies.append(image.crop((4, 3, 60, 46)))
+    frame = pd.DataFrame({"scan": pd.Series(originals + copies, dtype=object)})
+
+    def embed(images):
+        vectors = []
+        for image in images:
+            seed = int(np.asarray(image).sum())
+            vectors.append(np.random.default_rng(seed).normal(size=200))
+        return np.array(vectors)
+
+    backend = CallableBackend(
+        lambda: embed, name="r", version="1", modality="image", n_features=200
+    )
+    encoder = FrozenEncoder(backend, store=tmp_path / "store.sqlite")
+    pipeline = make_pipeline(encoder, LogisticRegression())
+    (space,), _ = neighbours.make_spaces(pipeline, frame, None)
+    similarities = space.similarities(np.arange(80))
+
+    images = frame["scan"].map(lambda image: image.convert("RGB"))
+    pixels = []
+    for share in (1, 0.88):
+        for image in images:
+            margins = [(1 - share) / 2 * side for side in image.size]
+            sides = [share * side for side in image.size]
+            box = (*margins, margins[0] + sides[0], margins[1] + sides[1])
+            small = image.resize((12, 12), Image.Resampling.BOX, box=box)
+            pixels.append(np.asarray(small, dtype=float).ravel())
+    pixels = np.array(pixels) - np.mean(pixels[:80], axis=0)
+    covariance = np.cov(pixels[:80].T, bias=True)
+    ridge = 0.1 * np.trace(covariance) / len(covariance)
+    products = pixels @ np.linalg.inv(covariance + ridge * np.eye(len(covariance)))
+    products = products @ pixels.T
+    cosines = products / np.sqrt(np.outer(np.diag(products), np.diag(products)))
+    of_pixels = np.maximum(cosines[:80, :80], cosines[:80, 80:])
+    of_pixels = np.maximum(of_pixels, cosines[80:, :80])
+    of_embeddings = whitened_cosines(np.asarray(encoder.fit_transform(frame)))
+    expected = (of_embeddings + of_pixels) / 2
+    np.testing.assert_allclose(similarities, expected, atol=1e-4)
+    np.fill_diagonal(similarities, -1)
+    assert (similarities[40:].argmax(axis=1) == np.arange(40)).all()
 
 
 def test_scores_equal_those_of_cross_validation(report, pipeline, table):
