@@ -309,6 +309,7 @@ def main():
     for record, n in zip(result["planted"], n_copies, strict=True):
         record["copies"] = int(n)
     if not options.tuning:
+        show(result, options.json)  # the rest takes longer
         cells, counts = [], []
         for name in ("openclipart", "emoji"):
             for by_group in (False, True):

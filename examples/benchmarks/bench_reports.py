@@ -45,8 +45,12 @@ from sklembed.plots import ModalityDisplay
 NUMBERS = ["svg_kb", "n_path", "n_group", "n_gradient"]
 DATASETS = {"emoji": "emoji", "clip art": "openclipart"}
 COLUMNS = {"texts": ["text"], "images": ["image"], "both": ["text", "image"]}
-# Largest number of rows in the last rung of the rankings that are compared.
-SETTINGS = {"all rows": 1.0, "a third of the rows": 1 / 3}
+# Options of the rankings that are compared.
+SETTINGS = {
+    "default": {},
+    "up to a third of the rows": {"max_resources": 1 / 3},
+    "half of the encoders, up to half of the rows": {"factor": 2, "max_resources": 0.5},
+}
 
 # The encoders
 
@@ -203,10 +207,8 @@ def encoders_table(options):
                 if len(columns) > 1:
                     parts = ["texts", "images"]
                 full = pd.concat([scores[title, part, seed] for part in parts])
-                for setting, max_resources in SETTINGS.items():
-                    result = ranking(
-                        candidates, X, y, seed, max_resources=max_resources
-                    )
+                for setting, rungs in SETTINGS.items():
+                    result = ranking(candidates, X, y, seed, **rungs)
                     names = {"data": f"{title}, {kind}", "setting": setting}
                     cells.append(names | judge(result, full, seconds[title], len(y)))
                     print(cells[-1], flush=True)
