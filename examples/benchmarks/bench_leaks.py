@@ -279,7 +279,7 @@ def scores(name, by_group, options):
         counts[f"{kind} threshold"] = row["threshold"]
         counts[f"{kind} dimension"] = row["dimension"]
     sizes = np.bincount(report.groups_)
-    counts |= {"suggested groups": len(sizes), "largest group": sizes.max()}
+    counts |= {"suggested groups": len(sizes), "largest group": int(sizes.max())}
     counts["processor s"] = time.process_time() - start
     return cells, counts
 
