@@ -7,6 +7,8 @@ A classifier on frozen vectors, a projection, an ensemble, or training the netwo
 the best choice depends on the task, and costs differ by orders of magnitude.
 :func:`~sklembed.evaluation.compare_adaptations` fits each of them in the same folds, tests the
 differences, and measures seconds and memory.
+
+.. seealso:: :doc:`/user_guide/finetune` in the user guide.
 """
 
 # %%

@@ -8,6 +8,8 @@ confidence of 0.8, 80 % should be classified correctly. Thresholds, costs and ab
 are only meaningful for calibrated probabilities. :class:`~sklembed.EmbeddingClassifier`
 calibrates its members on out-of-fold predictions. This example compares it with other
 classifiers on the same frozen embeddings.
+
+.. seealso:: :doc:`/user_guide/predict` in the user guide.
 """
 
 # %%

@@ -8,6 +8,8 @@ network, these rows are much better separated than unseen rows, and a classifier
 fitted on them is overconfident. ``ContrastiveProjector.fit_transform`` is therefore
 cross-fitted, like scikit-learn's ``TargetEncoder``: each training row is projected by a
 network that has not seen it.
+
+.. seealso:: :doc:`/user_guide/projection` in the user guide.
 """
 
 # %%

@@ -7,6 +7,8 @@ MiniLM and EfficientNet were pretrained independently, on texts and on images. A
 adaptor learns a shared space from 2,000 pieces of clip art with their titles, in
 seconds and without labels. Queries then retrieve images that it has not seen in
 training.
+
+.. seealso:: :doc:`/user_guide/crossmodal` in the user guide.
 """
 
 # %%

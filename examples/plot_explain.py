@@ -6,6 +6,8 @@ Explain a prediction
 A classifier of frozen embeddings can be explained in the terms of the table: which
 modality led to the prediction, and which training rows are most similar in the space of
 the classes? This example explains the least certain predictions for emoji.
+
+.. seealso:: :doc:`/user_guide/explain` in the user guide.
 """
 
 # %%

@@ -7,6 +7,8 @@ Labels are expensive, and rows without labels are often plenty.
 :func:`~sklembed.evaluation.few_label_curve` draws learning curves over the share of
 labelled rows: of a head on the frozen embeddings, on features that are learned from all
 rows without labels, and on a projection that is learned from the labelled rows.
+
+.. seealso:: :doc:`/user_guide/crossmodal` in the user guide.
 """
 
 # %%

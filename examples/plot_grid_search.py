@@ -7,6 +7,8 @@ Which layer of the encoder, which pooling, which projection and which classifier
 are parameters of one ``Pipeline``, so ``GridSearchCV`` answers. Each cell is encoded
 once per layer and pooling, whatever the number of folds, candidates and processes. This
 example counts the work that the store saves.
+
+.. seealso:: :doc:`/user_guide/encoders` in the user guide.
 """
 
 # %%

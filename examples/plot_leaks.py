@@ -8,6 +8,8 @@ series by one author, a text with two words changed. The cross-validated score i
 too high for new rows. :func:`~sklembed.evaluation.leak_report` finds such rows by the
 frozen embeddings of a pipeline, scores the model without them, and suggests groups for
 cross-validation.
+
+.. seealso:: :doc:`/user_guide/evaluate` in the user guide.
 """
 
 # %%

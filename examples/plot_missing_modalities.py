@@ -7,6 +7,8 @@ Real tables have holes: a note was never written, or a scan was not taken. sklem
 represents a missing text or image as a block of NaN. This example hides titles or
 images of clip art at random, first in new rows only and then in training as well. It
 compares estimators that leave a missing modality out with imputation.
+
+.. seealso:: :doc:`/user_guide/missing` in the user guide.
 """
 
 # %%

@@ -7,6 +7,8 @@ Embeddings of texts and of images lie in separate cones. arXiv 2406.02601 moves 
 towards each other by lambda, adds noise, and reports gains. This example searches over
 both within a pipeline, for two unrelated encoders. This is a null control: no shift
 should gain more than the variation between folds.
+
+.. seealso:: :doc:`/user_guide/align` in the user guide.
 """
 
 # %%

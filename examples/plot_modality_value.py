@@ -6,6 +6,8 @@ Find out which modality matters
 Two questions have different answers. What would be lost without a modality, if the model
 were fitted again? And what happens to the fitted model if the modality is noisy or
 missing later? :func:`~sklembed.evaluation.modality_report` answers both.
+
+.. seealso:: :doc:`/user_guide/evaluate` in the user guide.
 """
 
 # %%

@@ -8,6 +8,8 @@ small network that is trained on pairs, either on the concatenation of the modal
 on each of them. The projections are the input of ordinary classifiers.
 :class:`~sklembed.ContrastiveProjector` reproduces their released code by its
 parameters. This example compares it with principal components and with the defaults.
+
+.. seealso:: :doc:`/user_guide/projection` in the user guide.
 """
 
 # %%

@@ -11,6 +11,8 @@ and tunes it.
 
 Run it with ``make demo``. A second run reads all vectors from the store and encodes
 nothing.
+
+.. seealso:: :doc:`/user_guide/predict` in the user guide.
 """
 
 # %%

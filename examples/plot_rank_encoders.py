@@ -7,6 +7,8 @@ Would another encoder, layer or pooling help, and what would it cost?
 :func:`~sklembed.evaluation.rank_encoders` compares frozen encoders by successive halving:
 all of them encode a small subsample, and only the best encode more rows. The model on the
 vectors is a ridge regression in closed form, so that encoding takes most of the time.
+
+.. seealso:: :doc:`/user_guide/evaluate` in the user guide.
 """
 
 # %%

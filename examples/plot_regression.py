@@ -7,6 +7,8 @@ How large is the file of a drawing? The target is the size of an SVG file in kil
 The table has the title of the drawing, its image, and the numbers of its elements.
 ``multimodal_pipeline("regressor")`` reads the columns as they are. This example shows
 which columns help on drawings by new creators, and adds prediction intervals.
+
+.. seealso:: :doc:`/user_guide/regression` in the user guide.
 """
 
 # %%

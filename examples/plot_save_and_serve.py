@@ -6,6 +6,8 @@ Save a model and serve it
 A fitted pipeline is written to a directory without code, loaded in a process without
 torch and without the checkpoint, and exported to ONNX. The last sections measure how
 long one row takes in each way.
+
+.. seealso:: :doc:`/user_guide/serve` in the user guide.
 """
 
 # %%

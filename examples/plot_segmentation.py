@@ -5,6 +5,8 @@ Segment images from frozen features
 
 A frozen network returns a vector for each position of its feature maps. A lightweight
 decoder turns these vectors into segmentation masks.
+
+.. seealso:: :doc:`/user_guide/segmentation` in the user guide.
 """
 
 # %%

@@ -7,6 +7,8 @@ A row may have several labels at once, such as the keywords of an image. The tar
 then a table of 0 and 1 with a column for each label. The classifiers of sklembed accept
 it directly and return a probability for each label. This example predicts keywords of
 emoji from their names and images, and reports each label on its own.
+
+.. seealso:: :doc:`/user_guide/regression` in the user guide.
 """
 
 # %%

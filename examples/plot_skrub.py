@@ -7,6 +7,8 @@ You have a pipeline with skrub or a ``ColumnTransformer`` already. A
 :class:`~sklembed.FrozenEncoder` is a transformer of one column, so it fits into either,
 and into the DataOps of skrub. This example builds the same model in several ways,
 and compares scores and effort.
+
+.. seealso:: :doc:`/user_guide/interoperate` in the user guide.
 """
 
 # %%

@@ -6,6 +6,8 @@ Classify without labels
 A zero-shot classifier needs no labels. It learns a shared space from names and images
 of emoji. Each class is described by texts, and an image is assigned to the class with
 the most similar text.
+
+.. seealso:: :doc:`/user_guide/crossmodal` in the user guide.
 """
 
 # %%

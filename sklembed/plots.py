@@ -22,6 +22,19 @@ __all__ = [
     "SegmentationDisplay",
 ]
 
+# Safe for colour-blind readers, by Okabe and Ito, and told apart by markers.
+_COLORS = (
+    "#000000",
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+    "#999999",
+    "#F0E442",
+)
+_MARKERS = "os^Dv<>pX"
 _ITSELF = "itself"  # in the place of an estimator: the adaptation predicts
 
 
@@ -199,7 +212,7 @@ class ModalityGapDisplay:
         """Draw the rows of each modality, and arrows between consecutive centroids."""
         centroids = []
         for number, (name, rows) in enumerate(modalities.items()):
-            ax.scatter(*rows.T, s=7, alpha=0.5, color=f"C{number}", label=name)
+            ax.scatter(*rows.T, s=7, alpha=0.5, color=_color(number + 1), label=name)
             centroids.append(rows.mean(axis=0))
         for start, end in zip(centroids, centroids[1:], strict=False):
             arrow = {"arrowstyle": "->", "lw": 2, "shrinkA": 0, "shrinkB": 0}
@@ -313,7 +326,7 @@ class ModalityDisplay:
         """Draw the Shapley value of each modality, the first on top."""
         values = self.shapley.groupby("modality", sort=False)["value"]
         means, sds = values.mean(), values.std(ddof=0)
-        colors = [f"C{number}" for number in range(len(means))]
+        colors = [_color(number) for number in range(len(means))]
         ax.barh(
             list(means.index),
             means.to_numpy(),
@@ -335,7 +348,7 @@ class ModalityDisplay:
         for number, name in enumerate(self.shapley["modality"].unique()):
             scores = rows[rows["modality"] == name].groupby("level")["score"]
             means, sds = scores.mean(), scores.std(ddof=0)
-            options = {"marker": "o", "capsize": 3, "color": f"C{number}"}
+            options = {"marker": _marker(number), "capsize": 3, "color": _color(number)}
             ax.errorbar(
                 means.index.to_numpy(),
                 means.to_numpy(),
@@ -725,19 +738,6 @@ class AdaptationDisplay:
     ['none', 'pca']
     """
 
-    # Safe for colour-blind readers; the first is the reference.
-    _COLORS = (
-        "#000000",
-        "#0072B2",
-        "#D55E00",
-        "#009E73",
-        "#CC79A7",
-        "#56B4E9",
-        "#E69F00",
-        "#999999",
-        "#F0E442",
-    )
-    _MARKERS = "os^Dv<>pX"
     _SIGNIFICANT = 0.05
 
     def __init__(self, *, summary):
@@ -847,11 +847,9 @@ class AdaptationDisplay:
         adaptations = list(self.summary["adaptation"].unique())
         estimators = list(self.summary["estimator"].unique())
         for row in self.summary.to_dict("records"):
-            color = adaptations.index(row["adaptation"]) % len(self._COLORS)
-            marker = estimators.index(row["estimator"]) % len(self._MARKERS)
             options = {
-                "color": self._COLORS[color],
-                "marker": self._MARKERS[marker],
+                "color": _color(adaptations.index(row["adaptation"])),
+                "marker": _marker(estimators.index(row["estimator"])),
                 "elinewidth": 0.7,
                 "linestyle": "",
             }
@@ -859,11 +857,11 @@ class AdaptationDisplay:
             ax.errorbar(seconds, row["score"], yerr=row["sd"], **options)
         handles = []
         for number, name in enumerate(adaptations):
-            color = self._COLORS[number % len(self._COLORS)]
+            color = _color(number)
             handles += ax.plot([], [], "o", color=color, label=name)
         if estimators != [_ITSELF]:
             for number, name in enumerate(estimators):
-                marker = self._MARKERS[number % len(self._MARKERS)]
+                marker = _marker(number)
                 handles += ax.plot([], [], marker, mfc="none", mec="grey", label=name)
         ax.legend(
             handles=handles,
@@ -871,9 +869,19 @@ class AdaptationDisplay:
             loc="center left",
             bbox_to_anchor=(1, 0.5),
         )
-        ax.set_xscale("log")
-        ax.set(xlabel="seconds of encoding and fitting, by fold", ylabel="score")
+        ax.set_xscale("log", subs=[2, 5])
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}")
+        ax.set(xlabel="seconds of encoding and fitting per fold", ylabel="score")
         ax.set_title("cost of training against score", fontsize="medium")
+
+
+def _color(number):
+    return _COLORS[number % len(_COLORS)]
+
+
+def _marker(number):
+    return _MARKERS[number % len(_MARKERS)]
 
 
 def _panels(axes, n_panels, size):
