@@ -100,11 +100,11 @@ def compare_adaptations(
 
     - "none": the vectors of all modalities, side by side.
     - "pca": at most 128 principal components of each modality.
-    - "one projection": a :class:`ContrastiveProjector` of all modalities together.
-    - "per modality": a :class:`ContrastiveProjector` of each modality.
-    - "ensemble": :class:`EmbeddingClassifier` or :class:`EmbeddingRegressor`.
-    - "head", "bitfit", "lora" and "full": the methods of :class:`FinetunedClassifier` or
-      :class:`FinetunedRegressor`, for one column of cells. They take minutes to hours,
+    - "one projection": a :class:`~sklembed.ContrastiveProjector` of all modalities together.
+    - "per modality": a :class:`~sklembed.ContrastiveProjector` of each modality.
+    - "ensemble": :class:`~sklembed.EmbeddingClassifier` or :class:`~sklembed.EmbeddingRegressor`.
+    - "head", "bitfit", "lora" and "full": the methods of :class:`~sklembed.FinetunedClassifier` or
+      :class:`~sklembed.FinetunedRegressor`, for one column of cells. They take minutes to hours,
       so they run only if they are named.
 
     The ensemble and fine-tuned networks predict without a downstream estimator.
@@ -229,7 +229,7 @@ def compare_adaptations(
     All adaptations are scaled alike. The vectors of each modality, or the output of
     its transformer, are centred and divided by one number, so that rows have a mean
     squared norm of 1. Missing vectors are imputed by the mean. Blocks of table columns,
-    as :class:`EmbeddingClassifier` finds them, are standardised instead, and are only
+    as :class:`~sklembed.EmbeddingClassifier` finds them, are standardised instead, and are only
     projected by "one projection". The ensemble has its own scaling.
 
     "head" is a logistic or ridge regression on one column. Compare the other methods of

@@ -71,7 +71,7 @@ def model_card(
 
     X : DataFrame, Series or array-like of shape (n_samples, ...), default=None
         The training table. If None, the section on data lists the columns that a
-        :class:`MultimodalVectorizer` in the pipeline has read.
+        :class:`~sklembed.MultimodalVectorizer` in the pipeline has read.
 
     y : array-like of shape (n_samples,) or (n_samples, n_outputs), default=None
         The training target.
