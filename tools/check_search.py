@@ -17,7 +17,7 @@ from pathlib import Path
 # The page that must come first for each query.
 PAGES = {
     "install": "install",
-    "GPU": "install",
+    "GPU": "user_guide/encode_faster",
     "regression": "user_guide/regression",
     "missing": "user_guide/missing",
     "production": "user_guide/serve",
