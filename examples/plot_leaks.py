@@ -67,7 +67,8 @@ for column, (_, pair) in zip(axes.T, chosen.iterrows(), strict=True):
     for ax, row in zip(column, (pair["row"], pair["nearest"]), strict=True):
         title = table["title"].iloc[row] or "(no title)"
         with Image.open(io.BytesIO(table["image"].iloc[row])) as image:
-            ax.imshow(ImageOps.pad(image.convert("RGB"), (128, 128), color="white"))
+            image = ImageOps.pad(image.convert("RGBA"), (128, 128))
+        ax.imshow(image)
         ax.set_title(title[:16], fontsize="small")
         ax.set(xticks=[], yticks=[])
     column[1].set_xlabel(f"distance {pair['distance']:.2f}")
