@@ -267,7 +267,7 @@ def main():
     cells = pd.DataFrame(chosen)
     result = {
         "scores": scores(cells),
-        "gains over the head": gains(cells, options.folds),
+        "gains": gains(cells, options.folds),
     }
     result["costs"] = costs(cells[cells["labels"] == "true"])
     show(result, options.json)
