@@ -3,16 +3,21 @@
 import re
 import shutil
 import socket
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.sparse import csr_matrix
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import make_regression
 from sklearn.dummy import DummyClassifier
 from sklearn.exceptions import FitFailedWarning, NotFittedError
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, KFold, cross_validate
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 
 import sklembed
@@ -322,7 +327,61 @@ def test_a_report_on_other_rows_and_an_unfitted_model_are_refused(model, table):
     X, y = table
     vectors = np.random.default_rng(0).normal(size=(40, 20))
     leaks = leak_report(DummyClassifier(), X[:40], y[:40], vectors={"v": vectors})
-    with pytest.raises(ValueError, match="report on 40 rows, but y has 60"):
-        model_card(model, X, y, leaks=leaks)
+    for target in (y, None):
+        with pytest.raises(ValueError, match="report on 40 rows, but the data have 60"):
+            model_card(model, X, target, leaks=leaks)
     with pytest.raises(NotFittedError):
         model_card(Ridge())
+    with pytest.raises(TypeError, match="fitted classifier or regressor"):
+        model_card(SimpleImputer().fit(vectors))
+
+
+def test_encoders_in_any_estimator_of_scikit_learn_are_found(
+    table, text_backend, store
+):
+    X, y = table
+    union = PerModalityUnion(
+        [("text", FrozenEncoder(text_backend, store=store), "note")]
+    )
+    model = make_pipeline(union, SimpleImputer(), LogisticRegression())
+    model = CalibratedClassifierCV(model, ensemble=False, cv=2).fit(X, y)
+    assert cell(model_card(model), "Encoders", "columns", "letters") == "note"
+
+
+def test_chosen_parameters_are_shown(table):
+    X, y = table
+    search = GridSearchCV(LogisticRegression(), {"C": [1e-9, 7.0]}, cv=2)
+    card = model_card(search.fit(X[["price"]], y == "cat"))
+    shown = cell(card, "Model description/Parameters", "estimator__C", "value")
+    assert shown == str(search.best_params_["C"])
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("/home/ada/words", "'words'"),
+        (Path("/home/ada/words/"), "'words'"),
+        ("C:\\ada\\words", "'words'"),
+        ("~/ada/words", "'words'"),
+        ("/home/ada's/words", '"words"'),
+        ({"a": ["/home/ada/b", 1], "c": "~ada/d"}, "{'a': ['b', 1], 'c': 'd'}"),
+        (partial(str, "/home/ada/b"), "functools.partial(<class 'str'>, 'b')"),
+        ("x" * 20 + "/y", repr("x" * 20 + "/y")),
+        ("/", "'/'"),
+        (3, "3"),
+    ],
+)
+def test_directories_are_not_in_values(value, expected):
+    assert cards._readable(value) == expected
+
+
+def test_sparse_tables_and_labels_of_several_outputs():
+    X = np.eye(60, 70)
+    y = np.array([["a", "x"], ["b", "x"]] * 30)
+    model = KNeighborsClassifier().fit(X, y)
+    for n_columns in (70, 3):
+        card = model_card(model, csr_matrix(X[:, :n_columns]), y)
+        size = f"60 rows and {n_columns} columns"
+        assert card.select("Data").content.startswith(size)
+    assert card.select("Data/Columns").table["missing"] == ["0.0%"] * 3
+    assert card.select("Data/Target").table["classes"] == ["2", "1"]

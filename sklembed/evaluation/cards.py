@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from numbers import Integral
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, clone
 from sklearn.model_selection import cross_validate
 from sklearn.pipeline import Pipeline
@@ -37,6 +37,11 @@ _FEW_ROWS = 10  # of a class
 # Parameters that contain paths of this machine and do not change predictions.
 _LOCAL = {"store", "memory"}
 _LONGEST_VALUE = 80
+# In a repr: its quote, and the last part of the path.
+_ABSOLUTE_PATH = re.compile(
+    r"""(['"])(?:/(?!\1)|~[^/'"]*/|[A-Za-z]:[/\\]|\\{4})"""
+    r"""(?:(?!\1).)*?((?:(?!\1)[^/\\])*)[/\\]*\1"""
+)
 
 
 def model_card(
@@ -111,8 +116,8 @@ def model_card(
         the one that the model page (README.md) in its directory or in the cache of the
         hub states, or the metadata of the package that contains it, or "unknown".
 
-    directory : str, default="model"
-        Directory of the saved model, for the code that loads it.
+    directory : str or Path, default="model"
+        Directory of the saved model, as the code that loads it names it.
 
     download : bool, default=False
         Whether to download the model page of hub models for their license. Otherwise
@@ -131,7 +136,7 @@ def model_card(
     NotFittedError
         If `pipeline` is not fitted.
     TypeError
-        If `leaks` or `modalities` is not a report of that type.
+        If `pipeline` does not predict, or `leaks` or `modalities` is not a report of that type.
     ValueError
         If lengths differ, `scores` has no fold, `cv` is passed without data, a license
         is passed for an unknown model, or `leaks` is a report on another table.
@@ -195,6 +200,10 @@ def model_card(
 
 def _check_input(pipeline, X, y, scores, cv, leaks, modalities):
     """Validate parameters before any work."""
+    if isinstance(pipeline, type) or not hasattr(pipeline, "predict"):
+        raise TypeError(
+            f"pipeline must be a fitted classifier or regressor; got {pipeline!r}."
+        )
     check_is_fitted(pipeline)
     if leaks is not None and not isinstance(leaks, LeakReport):
         raise TypeError(f"leaks must be the result of leak_report; got {leaks!r}.")
@@ -208,11 +217,14 @@ def _check_input(pipeline, X, y, scores, cv, leaks, modalities):
         check_consistent_length(X, y)
     if cv is not None and scores is None and (X is None or y is None):
         raise ValueError("Scores with cv need the data. Pass X and y, or scores.")
-    n_rows = len(y) if y is not None else None
+    n_rows = None
+    for rows in (X, y):
+        if rows is not None:
+            n_rows = rows.shape[0] if hasattr(rows, "shape") else len(rows)
     if leaks is not None and n_rows not in (None, len(leaks.groups_)):
         raise ValueError(
-            f"leaks is a report on {len(leaks.groups_)} rows, but y has {n_rows}. Pass "
-            "the report on the training table."
+            f"leaks is a report on {len(leaks.groups_)} rows, but the data have "
+            f"{n_rows}. Pass the report on the training table."
         )
 
 
@@ -227,6 +239,8 @@ def _check_licenses(licenses, encoders):
 
 def _as_frame(X):
     """Return X as a pandas DataFrame; a column of cells as a frame of one column."""
+    if issparse(X):
+        return pd.DataFrame.sparse.from_spmatrix(X)
     X = as_pandas(X)
     if is_frame(X):
         return X
@@ -351,6 +365,8 @@ def _list_changed(estimator, prefix=""):
     hidden = _LOCAL | ({"model"} if isinstance(estimator, FrozenEncoder) else set())
     for name, value in estimator.get_params(deep=False).items():
         path = f"{prefix}{name}"
+        if name == "estimator":  # of a search, with the parameters that were chosen
+            value = getattr(estimator, "best_estimator_", value)
         nested = _nested_estimators(path, prefix, value)
         for nested_path, part in nested:
             yield from _list_changed(part, f"{nested_path}__")
@@ -373,9 +389,10 @@ def _nested_estimators(path, prefix, value):
 
 def _readable(value):
     """Return the value of a parameter without addresses and directories."""
-    if isinstance(value, str | os.PathLike) and os.path.isabs(value):
-        return "/".join(Path(value).parts[-2:])
-    text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(value).split()))
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(repr(value).split()))
+    text = _ABSOLUTE_PATH.sub(r"\1\2\1", text)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
@@ -461,6 +478,9 @@ def _describe_target(y, classes):
         y = y[:, 0]
     if y.ndim == 2:
         names = [str(output) for output in range(y.shape[1])]
+        if y.dtype.kind not in "biuf":
+            n_classes = [len(set(output)) for output in y.T]
+            return pd.DataFrame({"output": names, "classes": n_classes})
         statistics = {"output": names, "mean": y.mean(axis=0), "sd": y.std(axis=0)}
         if np.isin(y, [0, 1]).all():
             statistics = {"label": names, "rows": y.sum(axis=0)}
@@ -590,8 +610,8 @@ def _limitations_of_leaks(leaks):
         name = leaks.score_names_[0]
         all_rows = summary.loc["all rows", name]
         text = f"{n_leaked} rows have near duplicates in other folds"
-        if "without leaked rows" in summary.index:
-            without = summary.loc["without leaked rows", name]
+        without = summary[name].get("without leaked rows", np.nan)
+        if not np.isnan(without):  # unless all rows are leaked
             text += f": {name} is {all_rows:.3f}, and {without:.3f} without them"
         reasons.append(f"{text}.")
     for name in leaks.columns_.loc[leaks.columns_["suspicious"], "column"]:
@@ -611,7 +631,7 @@ def _usage(pipeline, directory):
         "```python",
         "import sklembed",
         "",
-        f"model = sklembed.load({directory!r})  # written by sklembed.save(model, ...)",
+        f"model = sklembed.load({os.fspath(directory)!r})  # written by sklembed.save(model, ...)",
         f"rows = ...  # {rows}",
         "model.predict(rows)",
     ]

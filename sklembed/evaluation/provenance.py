@@ -54,12 +54,14 @@ def fitted_encoders(part, training="none, frozen", visited=None) -> list[FittedE
     if isinstance(part, _FINETUNED):
         training = _describe_training(part)
     parts = []
-    if isinstance(part, BaseEstimator):
-        parts = list(vars(part).values())
-    elif isinstance(part, dict):
+    # The calibrated classifiers of CalibratedClassifierCV are no BaseEstimators.
+    is_of_sklearn = type(part).__module__.startswith("sklearn.")
+    if isinstance(part, dict):
         parts = list(part.values())
     elif isinstance(part, list | tuple):
         parts = part
+    elif isinstance(part, BaseEstimator) or is_of_sklearn:
+        parts = list(getattr(part, "__dict__", {}).values())
     encoders = []
     for nested in parts:
         encoders += fitted_encoders(nested, training, visited)
