@@ -272,6 +272,8 @@ def test_the_closed_form_predicts_missing_rows_as_the_mean():
         (lambda e: {"a": e["a"]}, {}, ValueError, "nothing to rank"),
         (lambda e: e | {"z": "MiniLM"}, {}, TypeError, "'z' must be a FrozenEncoder"),
         (dict, {"factor": 1}, ValueError, "factor must be"),
+        (dict, {"scoring": ["r2"]}, TypeError, "must be one score"),
+        (dict, {"error_score": "zero"}, ValueError, "error_score must be"),
         (dict, {"cv": [([0, 1], [2, 3])]}, ValueError, "cv must be a number of folds"),
         (dict, {"max_resources": 1.5}, ValueError, "max_resources must be"),
         (dict, {"max_resources": 500}, ValueError, "from 1 to 216"),

@@ -329,6 +329,13 @@ def test_a_transformer_is_refused(vectors):
         modality_report(make_pipeline(StandardScaler()), *vectors, blocks=BLOCKS)
 
 
+def test_several_scores_and_an_unknown_error_score_are_refused(vectors):
+    with pytest.raises(TypeError, match="must be one score"):
+        modality_report(IMPUTED, *vectors, blocks=BLOCKS, scoring=["accuracy"])
+    with pytest.raises(ValueError, match="error_score must be"):
+        modality_report(IMPUTED, *vectors, blocks=BLOCKS, error_score="nan")
+
+
 def test_text_in_a_table_of_embeddings_is_refused(table):
     X, y = table
     pipeline = make_pipeline(

@@ -34,6 +34,7 @@ from sklembed._validation import (
 )
 from sklembed.encoders import FrozenEncoder
 from sklembed.encoders.joint import fill_stores
+from sklembed.evaluation.errors import check_error_score, check_one_score
 from sklembed.evaluation.few_labels import _labelling_order
 
 _ALPHAS = np.logspace(-1, 5, 13)  # of standardised columns
@@ -174,11 +175,11 @@ def rank_encoders(
     Raises
     ------
     TypeError
-        If `encoders` is not a dict of encoders.
+        If `encoders` is not a dict of encoders, or `scoring` has several scores.
     ValueError
         If there are fewer than two encoders, an encoder has no store or a column is
-        unknown, `cv` lists positions, a number of rows or `factor` is out of range, or
-        a label is missing.
+        unknown, `cv` lists positions, a number of rows or `factor` is out of range, a
+        label is missing, or `error_score` is invalid.
         All errors are raised before a cell is encoded.
 
     See Also
@@ -232,6 +233,8 @@ def rank_encoders(
     4     1    90      ab             60        <NA>
     5     1    90       a             60        <NA>
     """
+    check_one_score(scoring)
+    check_error_score(error_score)
     candidates = _check_encoders(encoders, X)
     check_consistent_length(X, y, groups)
     check_no_missing_label(y)

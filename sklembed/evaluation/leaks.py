@@ -33,7 +33,7 @@ from sklembed._validation import (
     is_a_classifier,
 )
 from sklembed.encoders.cells import decode, shorten
-from sklembed.evaluation.errors import located
+from sklembed.evaluation.errors import check_error_score, located
 from sklembed.evaluation.neighbours import (
     Components,
     find_thresholds,
@@ -452,10 +452,7 @@ def _check_input(estimator, X, y, groups, false_alarms, error_score):
         raise ValueError(
             f"false_alarms must be a number between 0 and 1; got {false_alarms!r}."
         )
-    if error_score != "raise" and not isinstance(error_score, Real):
-        raise ValueError(
-            f"error_score must be 'raise' or a number; got {error_score!r}."
-        )
+    check_error_score(error_score)
     return column_or_1d(y, warn=True)
 
 

@@ -35,7 +35,11 @@ from sklembed._validation import (
     is_a_classifier,
 )
 from sklembed.encoders import FrozenEncoder, prefetch
-from sklembed.evaluation.errors import located
+from sklembed.evaluation.errors import (
+    check_error_score,
+    check_one_score,
+    located,
+)
 from sklembed.union import PerModalityUnion, _reaction_to_nan
 from sklembed.vectorizer import MultimodalVectorizer
 
@@ -177,12 +181,12 @@ def modality_report(
     Raises
     ------
     TypeError
-        If `estimator` has no method `fit` or `predict`.
+        If `estimator` has no method `fit` or `predict`, or `scoring` has several scores.
     ValueError
         If there is only one modality or more than eight, the modalities do not match
         the branches of a pipeline, a branch returns tokens and there is `noise`, the
-        estimator does not accept NaN and there is `missing`, or a level is invalid. All
-        errors are raised before anything is fitted.
+        estimator does not accept NaN and there is `missing`, or a level or `error_score`
+        is invalid. All errors are raised before anything is fitted.
 
     Warns
     -----
@@ -244,6 +248,8 @@ def modality_report(
         )
     noise = _check_levels("noise", noise, math.inf)
     missing = _check_levels("missing", missing, 1)
+    check_one_score(scoring)
+    check_error_score(error_score)
     X = as_pandas(as_table(X))
     check_consistent_length(X, y, groups)
     check_no_missing_label(y)
