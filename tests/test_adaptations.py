@@ -12,10 +12,13 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from scipy.stats import ttest_1samp
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.compose import make_column_selector
 from sklearn.decomposition import PCA
-from sklearn.exceptions import FitFailedWarning
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.exceptions import FitFailedWarning, UndefinedMetricWarning
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.metrics import make_scorer
 from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -34,7 +37,7 @@ from sklembed.evaluation import adaptations as module
 from sklembed.evaluation import arms as arms_module
 from sklembed.evaluation import compare_adaptations
 from sklembed.evaluation.memory import PeakMemory, peak_mib
-from sklembed.evaluation.records import RecordFile
+from sklembed.evaluation.records import RecordFile, hash_settings
 from sklembed.plots import AdaptationDisplay
 
 matplotlib.use("Agg")
@@ -447,6 +450,10 @@ def test_bad_input_is_refused_before_work(vectors, text_backend, store, monkeypa
     refused("its type is 'multilabel", y=np.eye(60, 3, dtype=int))
     refused("is .* text", X=np.array([["a", "b"]] * 60, dtype=object), blocks=None)
     refused("cannot be computed", scoring="roc_auc")
+    refused("must be one score", TypeError, scoring=["accuracy", "f1_macro"])
+    refused("error_score must be", error_score="ignore")
+    refused("cv has no folds", cv=[])
+    refused("Fold 0 of cv has 30 .* and 0 test", cv=[(np.arange(30), [])])
     match = "scoring='neg_log_loss' needs probabilities .* 'ridge'"
     refused(match, scoring="neg_log_loss", estimators={"ridge": RidgeClassifier()})
     table = pd.DataFrame({"title": TEXTS, "note": TEXTS})
@@ -526,5 +533,78 @@ def test_functions_are_settings():
     hashes = set()
     for function in (lambda X: 2 * X, lambda X: 3 * X, lambda X: 2 * X):
         model = make_pipeline(FunctionTransformer(function), LR)
-        hashes.add(module.hash_settings(model))
+        hashes.add(hash_settings(model))
     assert len(hashes) == 2
+
+
+def test_other_functions_and_objects_are_other_settings():
+    def scale(factor):
+        return lambda X: factor * X
+
+    def nested(X):
+        return [value + 1 for value in X] if X else (lambda: 2)()
+
+    def changed(X):
+        return [value + 1 for value in X] if X else (lambda: 3)()
+
+    def itself(X):
+        return itself(X)
+
+    changed.__qualname__ = nested.__qualname__
+    selectors = [make_column_selector("a"), make_column_selector("b")]
+    series = [pd.Series(np.arange(500)), pd.Series(np.arange(500))]
+    series[1][250] = -1
+    different = [
+        (scale(2), scale(3)),
+        (nested, changed),
+        (lambda X, n=2: n * X, lambda X, n=3: n * X),
+        (partial(scale, 2), partial(scale, 3)),
+        tuple(make_scorer(lambda y, p, n=n: n) for n in (1, 2)),
+        tuple(selectors),
+        tuple(series),
+        (itself, scale(itself)),
+    ]
+    for first, second in different:
+        assert hash_settings(first) != hash_settings(second)
+    assert hash_settings(scale(2)) == hash_settings(scale(2))
+    assert hash_settings(selectors[0]) == hash_settings(make_column_selector("a"))
+
+
+def test_transformers_that_also_predict_are_transformers(vectors):
+    adaptations = {"none": "none", "lda": LinearDiscriminantAnalysis()}
+    folds, _ = compare(vectors, adaptations=adaptations, blocks={"X": slice(0, 16)})
+    assert folds["estimator"].eq("lr").all() and folds["error"].eq("").all()
+    X, y = vectors
+    expected = []
+    for train, test in CV.split(X, y):
+        lda = LinearDiscriminantAnalysis().fit(X[train, :16], y[train])
+        Z = lda.transform(X[:, :16])
+        Z = (Z - Z[train].mean(axis=0)) / np.sqrt(Z[train].var(axis=0).sum())
+        expected.append(clone(LR).fit(Z[train], y[train]).score(Z[test], y[test]))
+    assert_allclose(folds.loc[folds["adaptation"] == "lda", "score"], expected)
+
+
+def test_a_fold_whose_score_is_undefined_is_counted(vectors):
+    X, y = vectors
+    is_a, rows = y == "a", np.arange(60)
+    cv = [(rows[:30], np.flatnonzero(~is_a)), (rows[:30], rows[30:])]
+    with pytest.warns(UndefinedMetricWarning):
+        _, summary = compare((X, is_a), adaptations=["none"], cv=cv, scoring="roc_auc")
+    assert summary["failed"].tolist() == [1]
+
+
+def test_cells_before_a_step_are_part_of_the_table(text_backend, store):
+    lower = FunctionTransformer(lambda frame: frame.map(str.lower))
+    branches = [
+        (
+            "lower",
+            make_pipeline(lower, FrozenEncoder(text_backend, store=store)),
+            ["a"],
+        ),
+        ("length", FunctionTransformer(lambda frame: frame.map(hash)), ["a"]),
+    ]
+    keys = set()
+    for texts in (["a cat", "Dog"], ["A cat", "Dog"], ["a cat", "Dogs"]):
+        table = pd.DataFrame({"a": texts})
+        keys.add(arms_module.read_table(table, PerModalityUnion(branches), None).key())
+    assert len(keys) == 3

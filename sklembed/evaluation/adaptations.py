@@ -41,6 +41,7 @@ from sklembed._validation import (
 from sklembed.encoders import prefetch
 from sklembed.evaluation.arms import Arm, Table, count_parameters, make_arms, read_table
 from sklembed.evaluation.efficiency import _warm_up_torch
+from sklembed.evaluation.errors import check_error_score, check_one_score
 from sklembed.evaluation.memory import PeakMemory
 from sklembed.evaluation.records import RecordFile, hash_settings
 
@@ -205,11 +206,13 @@ def compare_adaptations(
     Raises
     ------
     TypeError
-        If `features`, an adaptation or an estimator has the wrong type.
+        If `features`, an adaptation or an estimator has the wrong type, or `scoring` has
+        several scores.
     ValueError
         If a name is unknown, `X` has no embeddings, a target is missing or does not suit
-        the estimators, the training rows of a fold are of one class, an estimator has no
-        method that `scoring` needs, or `column` is unclear.
+        the estimators, there are no folds, a fold has no test rows or training rows of
+        one class, an estimator has no method that `scoring` needs, `column` is unclear,
+        or `error_score` is neither "raise" nor a number.
     ImportError
         If "lora" is compared and peft is not installed.
         All these errors are raised before anything is encoded or fitted.
@@ -264,6 +267,8 @@ def compare_adaptations(
     1        pca  neighbours    1.0
     2   ensemble      itself    1.0
     """
+    check_one_score(scoring)
+    check_error_score(error_score)
     table = read_table(X, features, blocks)
     check_consistent_length(table.X, y, groups)
     check_no_missing_label(y)
@@ -436,10 +441,15 @@ class _Job(NamedTuple):
 
 
 def _list_folds(splitter, X, y, groups, is_classification):
-    """Return the folds; refuse training rows of one class."""
+    """Return the folds; refuse empty ones, and training rows of one class."""
     folds, rows = [], np.arange(len(y))
     for number, (train, test) in enumerate(splitter.split(X, y, groups)):
         fold = _Fold(number, rows[train], rows[test])  # they may be masks
+        if not len(fold.train) or not len(fold.test):
+            raise ValueError(
+                f"Fold {number} of cv has {len(fold.train)} training and "
+                f"{len(fold.test)} test rows; both must have some. Use other folds."
+            )
         classes = np.unique(y[fold.train])
         if is_classification and len(classes) < 2:
             raise ValueError(
@@ -448,6 +458,8 @@ def _list_folds(splitter, X, y, groups, is_classification):
                 "folds."
             )
         folds.append(fold)
+    if not folds:
+        raise ValueError("cv has no folds. Pass at least one.")
     return folds
 
 
@@ -678,7 +690,9 @@ def _tabulate(jobs, arms, estimators):
         costs = cell[_COSTS].agg(dict.fromkeys(_COSTS[:3], "mean"))
         record |= costs.to_dict()
         record |= cell[_COSTS[3:]].max().to_dict()
-        record["failed"] = int((cell["error"] != "").sum())
+        # A scorer returns NaN if the test rows lack a class that it needs.
+        without = cell["error"].ne("") | cell["score"].isna()
+        record["failed"] = int(without.sum())
         summary.append(record | {"reference": ", ".join(reference)})
     names = ["adaptation", "estimator", "fold", "score", *_COSTS, "error"]
     return AdaptationComparison(folds[names], pd.DataFrame(summary))

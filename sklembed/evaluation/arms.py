@@ -23,7 +23,7 @@ from sklembed.encoders.column import Column
 from sklembed.encoders.prefetch import list_jobs
 from sklembed.ensemble import EmbeddingClassifier, EmbeddingRegressor
 from sklembed.evaluation.efficiency import _n_parameters
-from sklembed.evaluation.records import hash_table
+from sklembed.evaluation.records import hash_settings, hash_table
 from sklembed.finetune import FinetunedClassifier, FinetunedRegressor
 from sklembed.fusion.scaling import find_table_blocks
 from sklembed.projection import ContrastiveProjector
@@ -43,6 +43,7 @@ class Encoded(NamedTuple):
     cells: Any
     name: Any
     digests: np.ndarray
+    is_direct: bool = True  # whether the cells are those of the table, unchanged
 
     def n_distinct(self, rows):
         """Return the number of distinct observed cells of some rows."""
@@ -68,10 +69,12 @@ class Table(NamedTuple):
 
     def key(self):
         """Return a hash of the table."""
-        digests = {}
+        digests, of_table = [], {}
         for encoded in self.encoded:
-            digests[encoded.name] = encoded.digests
-        return hash_table(self.X, digests)
+            digests.append(encoded.digests)
+            if encoded.is_direct:  # else other cells may become the same
+                of_table[encoded.name] = encoded.digests
+        return hash_settings(hash_table(self.X, of_table), digests)
 
 
 def read_table(X, features, blocks):
@@ -120,7 +123,9 @@ def read_table(X, features, blocks):
                 "set_output(transform='pandas')."
             )
         digests = encoder.digests(cells)
-        encoded.append(Encoded(encoder, cells, Column(cells).name, digests))
+        is_direct = path in [branch for branch, *_ in features.transformers]
+        name = Column(cells).name
+        encoded.append(Encoded(encoder, cells, name, digests, is_direct))
     return Table(X, features, None, encoded)
 
 
@@ -182,8 +187,11 @@ class Arm(NamedTuple):
 
     @property
     def predicts(self):
-        """Whether the estimator predicts without a downstream estimator."""
-        return hasattr(self.estimator, "predict")
+        """Whether the estimator predicts without a downstream estimator.
+
+        Some transformers also predict, such as LinearDiscriminantAnalysis and KMeans.
+        """
+        return self.encoded is not None or _predicts_from_blocks(self.estimator)
 
     def prepare(self, table, y, fold, record):
         """Return what the final estimator takes of training and test rows.
@@ -294,7 +302,7 @@ def _arm_of_estimator(name, estimator, table, column, is_classification):
             encoded = encoded._replace(encoder=encoder, digests=digests)
         _check_trainable(name, estimator)
         arm = Arm(name, estimator, encoded=encoded)
-    elif hasattr(estimator, "predict") and hasattr(estimator, "blocks"):
+    elif _predicts_from_blocks(estimator):
         arm = Arm(name, estimator)
     elif hasattr(estimator, "transform") and not isinstance(estimator, type):
         return Arm(name, estimator)
@@ -308,6 +316,10 @@ def _arm_of_estimator(name, estimator, table, column, is_classification):
         kind = "classifier" if is_classification else "regressor"
         raise TypeError(f"The adaptation {name!r} must be a {kind}; got {estimator!r}.")
     return arm
+
+
+def _predicts_from_blocks(estimator):
+    return hasattr(estimator, "predict") and hasattr(estimator, "blocks")
 
 
 def _choose_column(name, table, column):

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -77,46 +78,64 @@ class RecordFile:
 def hash_settings(*values):
     """Return a hash of settings: estimators, arrays, functions and plain values.
 
-    Objects are hashed by their parameters and never pickled, since classes and functions
-    of a script cannot be pickled by value. An object whose ``repr`` has an address has
-    another hash in each process.
+    Objects are hashed by their parameters or attributes and never pickled, since classes
+    and functions of a script cannot be pickled by value. An object without these whose
+    ``repr`` has an address has another hash in each process.
     """
     text = json.dumps(_describe(values))
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _describe(value):
-    """Return a JSON value that differs if the setting differs."""
+def _describe(value, within=()):
+    """Return a JSON value that differs if the setting differs.
+
+    `within` are the objects that contain it.
+    """
+    if any(value is outer for outer in within):
+        return "a cycle"
+    describe = partial(_describe, within=(*within, value))
     if isinstance(value, FrozenEncoder):
         return ["FrozenEncoder", value.fingerprint()]
-    if hasattr(value, "get_params") and not isinstance(value, type):
+    if isinstance(value, type):
+        return ["class", _name(value)]
+    if hasattr(value, "get_params"):
         params = value.get_params(deep=False)
         effective = params.keys() - _WITHOUT_EFFECT
         return [
             _name(type(value)),
-            [[k, _describe(params[k])] for k in sorted(effective)],
+            [[k, describe(params[k])] for k in sorted(effective)],
         ]
     if isinstance(value, dict):
-        return ["dict", [[repr(k), _describe(v)] for k, v in value.items()]]
+        return ["dict", [[repr(k), describe(v)] for k, v in value.items()]]
     if isinstance(value, list | tuple):
-        return list(map(_describe, value))
+        return list(map(describe, value))
     if isinstance(value, np.ndarray):
         return ["array", str(value.dtype), joblib.hash(value)]
+    if isinstance(value, pd.DataFrame | pd.Series | pd.Index):
+        return [_name(type(value)), joblib.hash(value)]
     if inspect.isfunction(value):
-        code = value.__code__
-        constants = list(filter(_is_plain, code.co_consts))
+        enclosed = inspect.getclosurevars(value).nonlocals
+        bound = [value.__defaults__, value.__kwdefaults__, enclosed]
         return [
             "function",
             _name(value),
-            repr((code.co_code, code.co_names, constants)),
+            _describe_code(value.__code__),
+            describe(bound),
         ]
-    if isinstance(value, type):
-        return ["class", _name(value)]
-    return repr(value)
+    if isinstance(value, partial):
+        return ["partial", *map(describe, (value.func, value.args, value.keywords))]
+    # The repr of other objects, such as scorers, may leave out some of their settings.
+    settings = getattr(value, "__dict__", None)
+    return [_name(type(value)), describe(settings)] if settings else repr(value)
 
 
-def _is_plain(constant):
-    return not inspect.iscode(constant)  # its repr has an address
+def _describe_code(code):
+    """Return the instructions and constants of a function and of those within it."""
+    constants = []
+    for constant in code.co_consts:
+        is_code = inspect.iscode(constant)  # its repr has an address
+        constants.append(_describe_code(constant) if is_code else repr(constant))
+    return [repr((code.co_code, code.co_names)), constants]
 
 
 def _name(value):
