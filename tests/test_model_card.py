@@ -13,6 +13,7 @@ from scipy.sparse import csr_matrix
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import make_regression
 from sklearn.dummy import DummyClassifier
+from sklearn.ensemble import VotingClassifier
 from sklearn.exceptions import FitFailedWarning, NotFittedError
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -256,6 +257,9 @@ def test_a_fine_tuned_encoder_is_named(encoder_of_letters, table):
     model.method, model.change_ = "bitfit", {"layer.bias": np.zeros(5)}
     training = cell(model_card(model, texts, y), "Encoders", "training", "letters")
     assert training == "method='bitfit', 5 trained parameters"
+    voters = [("a", FinetunedClassifier(encoder_of_letters, method="head"))]
+    voting = VotingClassifier(voters).fit(texts, y)  # its parameter is not fitted
+    assert "kept the frozen encoder" in model_card(voting).render()
 
 
 @pytest.fixture

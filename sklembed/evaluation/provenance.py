@@ -51,7 +51,7 @@ def fitted_encoders(part, training="none, frozen", visited=None) -> list[FittedE
     visited.add(id(part))
     if isinstance(part, FrozenEncoder):
         return [FittedEncoder(part, training)] if hasattr(part, "space_") else []
-    if isinstance(part, _FINETUNED):
+    if isinstance(part, _FINETUNED) and hasattr(part, "change_"):  # fitted
         training = _describe_training(part)
     parts = []
     # The calibrated classifiers of CalibratedClassifierCV are no BaseEstimators.
