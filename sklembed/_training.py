@@ -333,6 +333,14 @@ def _make_callbacks(
     return first, last
 
 
+class EarlyStop(KeyboardInterrupt):
+    """Ends training: skorch's own early stopping raises a KeyboardInterrupt, too."""
+
+
+class _Interrupted(BaseException):
+    """An interruption by the user, which skorch does not take for early stopping."""
+
+
 class BestWeights(Callback):  # type: ignore[misc]
     """Record the mean validation loss, and restore the best weights of each network.
 
@@ -405,7 +413,7 @@ class _StopAfter(Callback):  # type: ignore[misc]
     def on_epoch_end(self, net: NeuralNet, **_: Any) -> None:
         """Stop if early stopping has finished."""
         if self.best.finished:
-            raise KeyboardInterrupt  # skorch's own early stopping ends training this way
+            raise EarlyStop
 
 
 class _AfterEpoch(Callback):  # type: ignore[misc]
@@ -418,7 +426,7 @@ class _AfterEpoch(Callback):  # type: ignore[misc]
     def on_epoch_end(self, net: NeuralNet, **_: Any) -> None:
         """Call the function, and stop if it returns True."""
         if self.watch(_history(net, self.past), lambda: _weights(net)):
-            raise KeyboardInterrupt
+            raise EarlyStop
 
 
 @dataclass(frozen=True)
@@ -532,7 +540,10 @@ def finetune(
         device=None,
     ).initialize()
     net.limit = _PartLimit(options.batch_size, is_out_of_memory)
-    net.partial_fit(X, y)
+    try:
+        net.partial_fit(X, y)
+    except _Interrupted:
+        raise KeyboardInterrupt from None
     return Finetuned(best.step_of_best, best.step, best.history)
 
 
@@ -583,6 +594,15 @@ class _PartwiseNet(NeuralNet):  # type: ignore[misc]
     """A net that accumulates the gradients of a batch over parts of it."""
 
     limit: _PartLimit
+
+    def fit_loop(self, *args: Any, **options: Any) -> NeuralNet:
+        """Train until an early stop; let interruptions by the user pass skorch."""
+        try:
+            return super().fit_loop(*args, **options)
+        except EarlyStop:
+            raise
+        except KeyboardInterrupt as interrupt:
+            raise _Interrupted from interrupt
 
     def train_step_single(self, batch: Any, **_: Any) -> dict[str, Any]:
         """Compute the gradients of the weighted mean loss of a batch."""
@@ -650,7 +670,7 @@ class BestStep(Callback):  # type: ignore[misc]
             self.best, self.step_of_best = losses, self.step
             self.best_values, self.n_without_gain = self._copy(), 0
         if self.n_without_gain >= self.patience:
-            raise KeyboardInterrupt  # skorch's own early stopping ends training this way
+            raise EarlyStop
 
     def on_train_end(self, net: NeuralNet, **_: Any) -> None:
         """Restore the parameters of the best step, or of the start."""

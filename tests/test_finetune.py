@@ -28,6 +28,7 @@ from sklembed import (
     FinetunedRegressor,
     FrozenEncoder,
     PerModalityUnion,
+    _training,
     load,
     save,
 )
@@ -690,3 +691,24 @@ def test_a_gpu_trains_in_bfloat16_and_predicts_as_the_cpu(checkpoints, method):
     assert on_gpu.n_steps_ == tuned.n_steps_
     assert start == 0
     assert all(np.isfinite(entry["valid_loss"]) for entry in on_gpu.history_)
+
+
+@pytest.mark.parametrize("name", ["_accumulate", "_row_losses"])
+def test_an_interruption_is_no_early_stop(module_encoder, monkeypatch, name):
+    calls = Counter()
+
+    owner = _training._PartwiseNet if name == "_accumulate" else BestStep
+    function = getattr(owner, name)
+
+    def interrupt(*args):
+        calls[name] += 1
+        if calls[name] == 3:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    monkeypatch.setattr(owner, name, interrupt)
+    classifier = FinetunedClassifier(module_encoder, method="full", **FAST)
+    with pytest.raises(KeyboardInterrupt):
+        classifier.fit(*make_texts(40))
+    with pytest.raises(NotFittedError):
+        classifier.predict(["cat"])
