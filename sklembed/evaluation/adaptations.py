@@ -263,8 +263,8 @@ def compare_adaptations(
     ... )
     >>> summary[["adaptation", "estimator", "score"]].round(1)
       adaptation   estimator  score
-    0       none  neighbours    1.0
-    1        pca  neighbours    1.0
+    0       none  neighbours    0.9
+    1        pca  neighbours    0.9
     2   ensemble      itself    1.0
     """
     check_one_score(scoring)

@@ -24,8 +24,8 @@ from sklearn.model_selection import (
 from sklearn.utils import column_or_1d
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_consistent_length
-from tqdm import tqdm
 
+from sklembed._display import progress_bar
 from sklembed._table.columns import take_rows
 from sklembed._validation import (
     check_no_missing_label,
@@ -591,7 +591,7 @@ def _score_folds(
         for job in jobs
     )
     records = []
-    for rows in tqdm(results, unit=" fits", total=len(jobs), disable=not verbose):
+    for rows in progress_bar(results, verbose=verbose, unit=" fits", total=len(jobs)):
         records.extend(rows)
     scores = pd.DataFrame(records)
     order = scores["arm"].map(ARMS.index)
