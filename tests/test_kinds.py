@@ -512,6 +512,8 @@ DAY = datetime.datetime(2021, 11, 23)
         "%d-%b-%Y",
         "%B %d, %Y",
         "%b %d, %Y",
+        "%b %d %Y",
+        "%B %d %Y",
         "%a, %d %b %Y",
         "%Y%m%d",
         "%Y-%m-%dT%H:%M:%S",

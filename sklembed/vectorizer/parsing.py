@@ -70,6 +70,8 @@ _DATES = (
     "%d %b %Y",
     "%B %d, %Y",
     "%b %d, %Y",
+    "%B %d %Y",
+    "%b %d %Y",
     "%d-%b-%Y",
     "%d-%b-%y",
     "%B %Y",
@@ -84,7 +86,7 @@ _DATE_LIKE = re.compile(
     r"^\d{4}[-./]\d{1,2}([-./]\d{1,2})?([T ].*)?$"
     r"|^\d{1,2}[-./]\d{1,2}[-./](\d{2}|\d{4})( .*)?$"
     r"|^([A-Za-z]+,? )?\d{1,2}[- ][A-Za-z]+[- ](\d{2}|\d{4})( .*)?$"
-    r"|^[A-Za-z]{3,9} (\d{1,2}, )?\d{4}( .*)?$"
+    r"|^[A-Za-z]{3,9} (\d{1,2},? )?\d{4}( .*)?$"
 )
 _DIGITS_OF_A_DAY = re.compile(r"^(19|20)\d{2}[01]\d[0-3]\d$")
 _N_FIRST_DATES = 20  # the formats that fail for all of these are not tried further

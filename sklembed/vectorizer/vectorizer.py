@@ -685,7 +685,7 @@ class MultimodalVectorizer(
                 "The feature names should match those that were passed during fit.\n"
                 + _list_names("Feature names unseen at fit time:", new)
                 + _list_names("Feature names seen at fit time, yet now missing:", lost)
-                + "Pass X[vectorizer.feature_names_in_], with None in columns that are "
+                + "Pass X[model.feature_names_in_], with None in columns that are "
                 "not known."
             )
         return table
