@@ -20,7 +20,7 @@ test: .venv/.dev
 # members of ensembles, reports, crashes, saved pipelines and the example of a service. Other tests reach the same interfaces of the
 # dependencies: test_common.py fits every estimator, test_training.py covers skorch, and test_store.py
 # the store.
-NEWEST_ONLY = readme runtimes exported onnx scale architecture losses crossmodal segmentation \
+NEWEST_ONLY = readme pages runtimes exported onnx scale architecture losses crossmodal segmentation \
 	evaluation leaks modality_report encoder_ranking finetune faults serving saved_pipelines \
 	model_card ensemble long_tables adaptations
 test-oldest: BIN = .venv-oldest/bin

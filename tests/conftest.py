@@ -13,8 +13,6 @@ os.environ["SKLEMBED_STORE"] = os.path.join(
 
 import numpy as np
 import pytest
-import sklearn
-from packaging.version import Version
 
 from sklembed import CallableBackend, EmbeddingStore
 
@@ -27,10 +25,6 @@ MODERNBERT = {
     "eos_token_id": 3,
     "sep_token_id": 3,
 }
-# A method of CalibratedClassifierCV; temperatures are new in scikit-learn 1.8.
-CALIBRATION = (
-    "temperature" if Version(sklearn.__version__) >= Version("1.8") else "sigmoid"
-)
 WORDS = "the a cat dog sat ran on under mat tree and then slept".split()
 
 
@@ -183,22 +177,14 @@ def checkpoints(tmp_path_factory):
             side = "left" if name in DECODERS else "right"
             _tokenizer(padding_side=side, **pad).save_pretrained(root / name)
         if name == "clip":
-            image_processor("CLIP")(
+            hf.CLIPImageProcessorPil(
                 size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
             ).save_pretrained(root / name)
         elif name in (*VISION, "siglip"):
             side = 64 if name in ("resnet", "convnext") else 32
-            processor = image_processor("ViT")(size={"height": side, "width": side})
+            processor = hf.ViTImageProcessorPil(size={"height": side, "width": side})
             processor.save_pretrained(root / name)
     return {name: str(root / name) for name in models}
-
-
-def image_processor(family):
-    """Return the class of image processors that use Pillow."""
-    import transformers as hf
-
-    name = f"{family}ImageProcessor"  # in transformers 4
-    return getattr(hf, f"{name}Pil", None) or getattr(hf, name)
 
 
 def _tokenizer(**options):
@@ -219,6 +205,5 @@ def _tokenizer(**options):
         sep_token="[SEP]",
         mask_token="[MASK]",
         eos_token="[SEP]",
-        model_input_names=["input_ids", "attention_mask"],  # more in transformers 4
         **options,
     )

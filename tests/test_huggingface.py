@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from conftest import image_processor
-from huggingface_hub import errors
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from PIL import Image
 
 from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
@@ -610,7 +608,7 @@ def test_the_width_of_image_models_that_do_not_name_it(
     assert torch.equal(torch.get_rng_state(), state)
     with torch.random.fork_rng():
         hf.AutoModel.from_config(config).save_pretrained(tmp_path)
-    image_processor("ViT")(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     assert encode(tmp_path, pictures).shape == (3, width)
 
 
@@ -1271,7 +1269,7 @@ def test_tokens_that_are_no_grid_are_refused(tmp_path):
         hf.YolosConfig(**small, intermediate_size=24, image_size=[32, 32], patch_size=8)
     )
     model.save_pretrained(tmp_path)
-    image_processor("ViT")(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     with pytest.raises(
         ValueError, match="which are not 0 special ones and a grid of 4 x 4"
     ):
@@ -1281,7 +1279,7 @@ def test_tokens_that_are_no_grid_are_refused(tmp_path):
 def test_a_swin_whose_grid_is_padded_keeps_all_its_patches(checkpoints, tmp_path):
     path = tmp_path / "swin"
     shutil.copytree(checkpoints["swin"], path)
-    image_processor("ViT")(size={"height": 36, "width": 36}).save_pretrained(path)
+    hf.ViTImageProcessorPil(size={"height": 36, "width": 36}).save_pretrained(path)
     encoder = FrozenEncoder(path, output="tokens", store=None)
     assert encoder.grid_shape() == (5, 5)
     assert encoder.transform([np.zeros((9, 9, 3), np.uint8)])[0, 0].shape == (25, 16)
@@ -1448,14 +1446,14 @@ def test_a_hub_that_does_not_answer_for_a_file_is_an_error(
     )
     shutil.rmtree(snapshot.parents[1] / ".no_exist")
     is_well = False
-    # Version 0 of the package has one class for the hub and the cache.
-    not_found = getattr(errors, "RemoteEntryNotFoundError", errors.EntryNotFoundError)
 
     def download(model, file, **options):
         if file == name and not is_well:
-            raise HfHubHTTPError(f"{status} for {file}", response=response_of(status))
+            raise HfHubHTTPError(
+                f"{status} for {file}", response=httpx_response(status)
+            )
         if not os.path.isfile(f"{path}/{file}"):
-            raise not_found("404", response=response_of(404))
+            raise RemoteEntryNotFoundError("404", response=httpx_response(404))
         (snapshot / file).parent.mkdir(exist_ok=True)
         return shutil.copy(f"{path}/{file}", snapshot / file)
 
@@ -1468,17 +1466,13 @@ def test_a_hub_that_does_not_answer_for_a_file_is_an_error(
     np.testing.assert_array_equal(encode("someone/tiny", TEXTS), encode(path, TEXTS))
 
 
-def response_of(status):
-    """Return a response as the hub's errors carry it."""
+def httpx_response(status):
+    """A response as the hub's errors carry it."""
     import inspect
 
-    name = inspect.getmodule(HfHubHTTPError.__mro__[1]).__name__.split(".")[0]
-    library = pytest.importorskip(name)
-    if name == "requests":  # huggingface_hub 0
-        response = library.Response()
-        response.status_code = status
-        return response
-    return library.Response(status, request=library.Request("HEAD", "https://hub"))
+    library = inspect.getmodule(HfHubHTTPError.__mro__[1]).__name__.split(".")[0]
+    httpx = pytest.importorskip(library)
+    return httpx.Response(status, request=httpx.Request("HEAD", "https://hub"))
 
 
 def test_a_checkpoint_is_the_same_by_a_link(checkpoints, tmp_path):
@@ -1594,7 +1588,7 @@ def test_the_grid_of_a_processor_that_keeps_proportions_is_unknown(
     path = tmp_path / "vit"
     shutil.copytree(checkpoints["vit"], path)
     options = {"size": {"shortest_edge": 32}, "do_center_crop": False}
-    image_processor("CLIP")(**options).save_pretrained(path)
+    hf.CLIPImageProcessorPil(**options).save_pretrained(path)
     with pytest.raises(ValueError, match="keeps the proportions of an image"):
         FrozenEncoder(path, output="tokens").grid_shape()
 
@@ -1677,6 +1671,11 @@ def test_tokens_of_a_short_text_leave_an_unpooled_prompt_out(checkpoints, tmp_pa
 
 def test_texts_that_would_change_beside_longer_ones_are_refused(tmp_path):
     """Phi-3 switches its frequencies for a whole batch when one text is long."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 16,
+    }
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     hf.Phi3Config(
@@ -1685,7 +1684,7 @@ def test_texts_that_would_change_beside_longer_ones_are_refused(tmp_path):
         pad_token_id=0,
         max_position_embeddings=64,
         original_max_position_embeddings=16,
-        rope_scaling={"type": "longrope"} | factors,  # read by both versions 4 and 5
+        rope_parameters=rope | factors,
     ).save_pretrained(tmp_path)
     with pytest.raises(
         ValueError, match="beside one of more than 16 tokens. Pass max_length=16"

@@ -789,8 +789,7 @@ class HuggingFaceBackend(CheckpointBackend):
             hidden_states = {}
         else:
             output = model(output_hidden_states=True, **inputs)
-            # The towers of some models return none in transformers 4.
-            hidden_states = dict(enumerate(output.hidden_states or ()))
+            hidden_states = dict(enumerate(output.hidden_states))
             if len(hidden_states) != self._n_layers + 1:
                 raise ValueError(
                     f"{self._name} ({self._model_type}) returned {len(hidden_states)} "
@@ -835,12 +834,9 @@ class HuggingFaceBackend(CheckpointBackend):
                 f"{self._name} (big_bird) changes its attention permanently at the "
                 "first short text. Save it with attention_type='original_full'."
             )
-        tower = self._tower
-        rope = getattr(tower, "rope_parameters", None)
-        rope = rope or getattr(tower, "rope_scaling", None) or {}  # transformers 4
-        limit = rope.get("original_max_position_embeddings")
-        limit = limit or getattr(tower, "original_max_position_embeddings", None) or 0
-        is_longrope = "longrope" in (rope.get("rope_type"), rope.get("type"))
+        rope = getattr(self._tower, "rope_parameters", None) or {}
+        limit = rope.get("original_max_position_embeddings") or 0
+        is_longrope = rope.get("rope_type") == "longrope"
         if is_longrope and (self.max_length or math.inf) > limit:
             raise ValueError(
                 f"{self._name} ({self._model_type}) encodes a text differently beside "
@@ -1133,16 +1129,11 @@ def _load_tokenizer(checkpoint):
 
 
 def _load_image_processor(checkpoint):
-    import transformers
+    from transformers import AutoImageProcessor
 
     checkpoint.image_processor()  # an error names a damaged file
     # Pillow resizes identically on every machine; torchvision, if installed, does not.
-    options: dict[str, Any] = {"backend": "pil"}
-    if not hasattr(transformers, "ViTImageProcessorPil"):  # transformers 4
-        options = {"use_fast": False}
-    return transformers.AutoImageProcessor.from_pretrained(
-        **options, **checkpoint.source()
-    )
+    return AutoImageProcessor.from_pretrained(backend="pil", **checkpoint.source())
 
 
 def _length(prepared) -> int:
