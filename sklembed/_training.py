@@ -150,7 +150,9 @@ def train(
     callbacks = settings.get("callbacks")
     if callbacks != "disable":
         settings["callbacks"] = [*first, *_as_list(callbacks), *last]
-    net = NeuralNet(make_module(generator), Criterion(loss), **settings).initialize()
+    net = _NetWithCallbacks(
+        make_module(generator), Criterion(loss), **settings
+    ).initialize()
     if callbacks == "disable":  # disables skorch's and the user's; training needs ours
         net.callbacks_ = [*first, *last]
     if start is not None:
@@ -339,6 +341,40 @@ class EarlyStop(KeyboardInterrupt):
 
 class _Interrupted(BaseException):
     """An interruption by the user, which skorch does not take for early stopping."""
+
+
+class _Net(NeuralNet):  # type: ignore[misc]
+    """A net whose training ends early by a callback, but not by an interruption of the user.
+
+    skorch takes both for early stopping, and an interrupted fit would count as finished.
+    """
+
+    def fit_loop(self, *args: Any, **options: Any) -> NeuralNet:
+        """Train until an early stop; let interruptions by the user pass skorch."""
+        try:
+            return super().fit_loop(*args, **options)
+        except EarlyStop:
+            raise
+        except KeyboardInterrupt as interrupt:
+            raise _Interrupted from interrupt
+
+    def partial_fit(self, *args: Any, **options: Any) -> NeuralNet:
+        """Train, and raise the KeyboardInterrupt of the user."""
+        try:
+            return super().partial_fit(*args, **options)
+        except _Interrupted:
+            raise KeyboardInterrupt from None
+
+
+class _NetWithCallbacks(_Net):
+    """A net with callbacks of the user, which may stop it by a KeyboardInterrupt as skorch does."""
+
+    def notify(self, method_name: str, **options: Any) -> None:
+        """Call the callbacks."""
+        try:
+            super().notify(method_name, **options)
+        except KeyboardInterrupt as stop:
+            raise EarlyStop from stop
 
 
 class BestWeights(Callback):  # type: ignore[misc]
@@ -540,10 +576,7 @@ def finetune(
         device=None,
     ).initialize()
     net.limit = _PartLimit(options.batch_size, is_out_of_memory)
-    try:
-        net.partial_fit(X, y)
-    except _Interrupted:
-        raise KeyboardInterrupt from None
+    net.partial_fit(X, y)
     return Finetuned(best.step_of_best, best.step, best.history)
 
 
@@ -590,19 +623,10 @@ class _PartLimit:
                 torch.cuda.empty_cache()
 
 
-class _PartwiseNet(NeuralNet):  # type: ignore[misc]
+class _PartwiseNet(_Net):
     """A net that accumulates the gradients of a batch over parts of it."""
 
     limit: _PartLimit
-
-    def fit_loop(self, *args: Any, **options: Any) -> NeuralNet:
-        """Train until an early stop; let interruptions by the user pass skorch."""
-        try:
-            return super().fit_loop(*args, **options)
-        except EarlyStop:
-            raise
-        except KeyboardInterrupt as interrupt:
-            raise _Interrupted from interrupt
 
     def train_step_single(self, batch: Any, **_: Any) -> dict[str, Any]:
         """Compute the gradients of the weighted mean loss of a batch."""

@@ -303,6 +303,17 @@ def test_a_lack_of_device_memory_is_explained(regression, monkeypatch):
     assert "Lower batch_size, or n_jobs" in caught.value.__notes__[0]
 
 
+def test_an_interruption_by_the_user_is_no_early_stop(regression, monkeypatch):
+    """skorch takes a KeyboardInterrupt for early stopping, and returns the network."""
+
+    def interrupt(network, X):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Projection, "forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(regression)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [None, three_parts()], ids=["one", "three"])
 def test_rows_in_the_memory_of_the_host_give_the_same_network(
