@@ -13,6 +13,8 @@ os.environ["SKLEMBED_STORE"] = os.path.join(
 
 import numpy as np
 import pytest
+import sklearn
+from packaging.version import Version
 
 from sklembed import CallableBackend, EmbeddingStore
 
@@ -25,6 +27,10 @@ MODERNBERT = {
     "eos_token_id": 3,
     "sep_token_id": 3,
 }
+# A method of CalibratedClassifierCV; temperatures are new in scikit-learn 1.8.
+CALIBRATION = (
+    "temperature" if Version(sklearn.__version__) >= Version("1.8") else "sigmoid"
+)
 WORDS = "the a cat dog sat ran on under mat tree and then slept".split()
 
 
