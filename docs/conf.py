@@ -206,6 +206,8 @@ def skip_member(app, what, name, obj, skip, options):
 
 
 def setup(app):
+    # It only copies files, but does not say that pages may be read in parallel.
+    app.extensions["sphinx-mathjax-offline"].parallel_read_safe = True
     app.connect("include-read", read_markdown)
     app.connect("source-read", insert_benchmarks)
     app.connect("autodoc-skip-member", skip_member)
