@@ -38,6 +38,14 @@ _MARKERS = "os^Dv<>pX"
 _ITSELF = "itself"  # in the place of an estimator: the adaptation predicts
 
 
+def _color(number):
+    return _COLORS[number % len(_COLORS)]
+
+
+def _marker(number):
+    return _MARKERS[number % len(_MARKERS)]
+
+
 class ModalityGapDisplay:
     """Display of the gap between modalities, and of a search over the shift.
 
@@ -580,7 +588,7 @@ class LeakDisplay:
     (100,)
     """
 
-    _COLORS = {False: "#0072B2", True: "#D55E00"}  # safe for colour-blind readers
+    _COLORS = {False: _color(1), True: _color(2)}
 
     def __init__(self, *, distances, thresholds, scores, score_name):
         self.distances = distances
@@ -874,14 +882,6 @@ class AdaptationDisplay:
         ax.xaxis.set_minor_formatter("{x:g}")
         ax.set(xlabel="seconds of encoding and fitting per fold", ylabel="score")
         ax.set_title("cost of training against score", fontsize="medium")
-
-
-def _color(number):
-    return _COLORS[number % len(_COLORS)]
-
-
-def _marker(number):
-    return _MARKERS[number % len(_MARKERS)]
 
 
 def _panels(axes, n_panels, size):

@@ -50,10 +50,10 @@ from sklembed.evaluation.efficiency import (
     _measure,
     _Meter,
     _metered_encoders,
-    _n_parameters,
     _rows_covering_columns,
     _single_epoch_params,
     _split,
+    n_parameters,
 )
 from sklembed.evaluation.few_labels import _auroc, _Fold, _labelling_order
 
@@ -331,12 +331,12 @@ def test_heads_without_epochs_are_fitted_once():
 
 def test_parameters_are_counted_where_they_are_known(clusters):
     X, y = clusters
-    assert _n_parameters(LogisticRegression().fit(X, y)) == 3 * 20 + 3
-    assert math.isnan(_n_parameters(RandomForestClassifier(2).fit(X, y)))
+    assert n_parameters(LogisticRegression().fit(X, y)) == 3 * 20 + 3
+    assert math.isnan(n_parameters(RandomForestClassifier(2).fit(X, y)))
     head = DecisionFusionClassifier(GaussianNB(), blocks={"all": slice(0, 20)}).fit(
         X, y
     )
-    assert math.isnan(_n_parameters(head))  # of several classifiers
+    assert math.isnan(n_parameters(head))  # of several classifiers
 
 
 def test_warming_up_takes_rows_that_show_each_column():

@@ -217,8 +217,11 @@ def gains(cells, n_folds):
         arms = set(rows["arm"])
         for arm in METHODS[1:]:
             if {"head", arm} <= arms:
-                gain = difference(rows, arm, "head", "macro-F1", n_folds)
-                records.append({"task": task, "labels": label, "arm": arm} | gain)
+                record = {"task": task, "labels": label, "arm": arm}
+                record |= difference(rows, arm, "head", "macro-F1", n_folds)
+                best_steps = rows.loc[rows["arm"] == arm, "best step"]
+                record["folds at the start"] = int((best_steps == 0).sum())
+                records.append(record)
     return records
 
 

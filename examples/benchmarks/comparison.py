@@ -6,7 +6,8 @@ import warnings
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
-from scipy.stats import t as student
+
+from sklembed.evaluation.adaptations import corrected_t_test
 
 
 def in_parallel(options, plan):
@@ -57,12 +58,12 @@ def judge_gains(gains, n_folds):
 
     The t-test is corrected for overlapping training sets (Nadeau and Bengio, 2003).
     """
-    error = np.sqrt((1 / len(gains) + 1 / (n_folds - 1)) * gains.var(ddof=1))
+    test = corrected_t_test(np.asarray(gains), 1 / (n_folds - 1))
     return {
-        "gain": gains.mean(),
-        "sd": gains.std(),
+        "gain": test["gain"],
+        "sd": test["gain sd"],
         "folds won": f"{(gains > 0).mean():.0%}",
-        "p": 2 * student.sf(abs(gains.mean() / error), len(gains) - 1),
+        "p": test["p"],
     }
 
 

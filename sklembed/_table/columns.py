@@ -5,6 +5,7 @@ from collections.abc import Hashable, Mapping
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import issparse
 from sklearn import get_config
 
 
@@ -269,6 +270,20 @@ def as_pandas(X):
     if is_frame(X):
         return pd.DataFrame({name: as_pandas(X[name]) for name in X.columns})
     return pd.Series(X.to_numpy(), name=X.name)
+
+
+def as_frame(X):
+    """Return a table, a sparse matrix or a column of cells as a pandas DataFrame."""
+    if issparse(X):
+        return pd.DataFrame.sparse.from_spmatrix(X)
+    X = as_pandas(X)
+    if is_frame(X):
+        return X
+    if isinstance(X, pd.Series):
+        return X.to_frame()
+    if np.ndim(X) == 2:
+        return pd.DataFrame(X)
+    return pd.Series(list(X), dtype=object, name="X").to_frame()
 
 
 def missing_as_nan(X):

@@ -40,14 +40,16 @@ from sklembed._validation import (
 )
 from sklembed.encoders import prefetch
 from sklembed.evaluation.arms import Arm, Table, count_parameters, make_arms, read_table
-from sklembed.evaluation.efficiency import _warm_up_torch
+from sklembed.evaluation.efficiency import warm_up_torch
 from sklembed.evaluation.errors import check_error_score, check_one_score
 from sklembed.evaluation.memory import PeakMemory
 from sklembed.evaluation.records import RecordFile, hash_settings
 
 ITSELF = "itself"  # the estimator of an adaptation that predicts
 _TIMED_ROWS = 64  # encoded again, to time an encoder whose vectors are stored
-_COSTS = ["encode s", "fit s", "predict s", "peak MiB", "parameters"]
+_SECONDS = ["encode s", "fit s", "predict s"]
+_SIZES = ["peak MiB", "parameters"]
+_COSTS = [*_SECONDS, *_SIZES]
 
 
 class AdaptationComparison(NamedTuple):
@@ -566,7 +568,7 @@ def _time_a_cell(column):
 @cache
 def _warm_up():
     """Load torch in this process, so that it counts for no adaptation."""
-    _warm_up_torch("cpu")
+    warm_up_torch("cpu")
 
 
 def _run_all(problem, jobs, n_jobs):
@@ -670,11 +672,13 @@ def _tabulate(jobs, arms, estimators):
         sizes = {"ratio": len(job.fold.test) / len(job.fold.train)}
         for name in job.keys:
             rows.append(job.records[name] | sizes)
-    order = [arm.name for arm in arms], [*estimators, ITSELF]
-    folds = pd.DataFrame(rows)
-    folds["order"] = folds["adaptation"].map(order[0].index)
-    folds["second"] = folds["estimator"].map(order[1].index)
-    folds = folds.sort_values(["order", "second", "fold"], ignore_index=True)
+    adaptations, names = [arm.name for arm in arms], [*estimators, ITSELF]
+
+    def position(row):
+        place = adaptations.index(row["adaptation"]), names.index(row["estimator"])
+        return *place, row["fold"]
+
+    folds = pd.DataFrame(sorted(rows, key=position))
     cells = dict(list(folds.groupby(["adaptation", "estimator"], sort=False)))
     summary = []
     for (adaptation, estimator), cell in cells.items():
@@ -687,15 +691,13 @@ def _tabulate(jobs, arms, estimators):
         record |= {"score": cell["score"].mean(), "sd": cell["score"].std()}
         gains = cell["score"].to_numpy() - cells[reference]["score"].to_numpy()
         record |= corrected_t_test(gains, cell["ratio"].mean())
-        costs = cell[_COSTS].agg(dict.fromkeys(_COSTS[:3], "mean"))
-        record |= costs.to_dict()
-        record |= cell[_COSTS[3:]].max().to_dict()
+        record |= cell[_SECONDS].mean().to_dict() | cell[_SIZES].max().to_dict()
         # A scorer returns NaN if the test rows lack a class that it needs.
         without = cell["error"].ne("") | cell["score"].isna()
         record["failed"] = int(without.sum())
         summary.append(record | {"reference": ", ".join(reference)})
-    names = ["adaptation", "estimator", "fold", "score", *_COSTS, "error"]
-    return AdaptationComparison(folds[names], pd.DataFrame(summary))
+    columns = ["adaptation", "estimator", "fold", "score", *_COSTS, "error"]
+    return AdaptationComparison(folds[columns], pd.DataFrame(summary))
 
 
 def corrected_t_test(gains, ratio):

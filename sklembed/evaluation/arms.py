@@ -22,7 +22,7 @@ from sklembed.encoders import FrozenEncoder
 from sklembed.encoders.column import Column
 from sklembed.encoders.prefetch import list_jobs
 from sklembed.ensemble import EmbeddingClassifier, EmbeddingRegressor
-from sklembed.evaluation.efficiency import _n_parameters
+from sklembed.evaluation.efficiency import n_parameters
 from sklembed.evaluation.records import hash_settings, hash_table
 from sklembed.finetune import FinetunedClassifier, FinetunedRegressor
 from sklembed.fusion.scaling import find_table_blocks
@@ -369,4 +369,4 @@ def count_parameters(estimator):
         return sum(map(count_parameters, parts))
     if isinstance(estimator, str | SimpleImputer | StandardScaler):
         return 0
-    return _n_parameters(estimator)
+    return n_parameters(estimator)

@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, clone
 from sklearn.model_selection import cross_validate
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from sklembed._table.columns import as_pandas, is_frame, missing_cells
+from sklembed._table.columns import as_frame, missing_cells
 from sklembed._validation import check_no_missing_label, is_a_classifier
 from sklembed.encoders import FrozenEncoder
 from sklembed.encoders.cells import shorten
@@ -172,7 +171,7 @@ def model_card(
     encoders = fitted_encoders(pipeline)
     licenses = dict(licenses or {})
     _check_licenses(licenses, encoders)
-    table = None if X is None else _as_frame(X)
+    table = None if X is None else as_frame(X)
     columns = _describe_columns(pipeline, table)
 
     from skops.card import Card
@@ -235,20 +234,6 @@ def _check_licenses(licenses, encoders):
             raise ValueError(
                 f"licenses has {name!r}, but the encoders of the model are {names}."
             )
-
-
-def _as_frame(X):
-    """Return X as a pandas DataFrame; a column of cells as a frame of one column."""
-    if issparse(X):
-        return pd.DataFrame.sparse.from_spmatrix(X)
-    X = as_pandas(X)
-    if is_frame(X):
-        return X
-    if isinstance(X, pd.Series):
-        return X.to_frame()
-    if np.ndim(X) == 2:
-        return pd.DataFrame(X)
-    return pd.Series(list(X), dtype=object, name="X").to_frame()
 
 
 class _Scores(NamedTuple):

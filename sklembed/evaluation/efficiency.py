@@ -241,7 +241,7 @@ def _measure(arm, pipeline, split, n_epochs, folder, config):
         "peak MiB": peak_mib(),
         "stored bytes": sum(path.stat().st_size for path in store_files),
         "cells encoded": meter.cells,
-        "parameters trained": _n_parameters(head),
+        "parameters trained": n_parameters(head),
         "accuracy": float(accuracy_score(y_test, predicted)),
     }
 
@@ -301,7 +301,7 @@ def _warm_up(pipeline, X, temporary_store):
         if is_from_sklembed and hasattr(step, "max_epochs"):
             devices.add(step.device)
     for device in sorted(devices):
-        _warm_up_torch(device)
+        warm_up_torch(device)
 
 
 def _rows_covering_columns(X):
@@ -315,7 +315,7 @@ def _rows_covering_columns(X):
     return rows if len(rows) else np.array([0])
 
 
-def _warm_up_torch(device):
+def warm_up_torch(device):
     """Train a tiny head, since torch imports and initializes modules on first use."""
     from sklembed.fusion import FusionClassifier
 
@@ -401,7 +401,7 @@ def _encoding_seconds(meter, transform, X):
     return meter.seconds - before
 
 
-def _n_parameters(head):
+def n_parameters(head):
     """Return the number of trained parameters of a head, or NaN if unknown."""
     if hasattr(head, "n_parameters_"):
         return head.n_parameters_

@@ -16,7 +16,7 @@ from sklearn.utils import gen_batches
 from sklearn.utils.validation import check_consistent_length
 
 from sklembed._table.blocks import resolve_blocks
-from sklembed._table.columns import as_pandas, is_frame
+from sklembed._table.columns import as_frame, is_frame
 from sklembed._table.tokens import average_tokens
 from sklembed._validation import sorted_labels
 from sklembed.encoders import FrozenEncoder
@@ -130,13 +130,13 @@ def make_spaces(estimator, X, vectors):
         for name, values in vectors.items():
             check_consistent_length(X, values)
             spaces.append(_block_space(str(name), np.asarray(values)))
-        return spaces, _as_frame(X)
+        return spaces, _as_positional_frame(X)
     encoders = []
     for value in [estimator, *estimator.get_params(deep=True).values()]:
         if isinstance(value, FrozenEncoder) or hasattr(value, "make_union"):
             encoders.append(value)
     if encoders:
-        table = _as_frame(X)
+        table = _as_positional_frame(X)
         return _encoder_spaces(estimator, table), table
     spaces, table = _spaces_of_blocks(estimator, X)
     if not spaces:
@@ -151,15 +151,9 @@ def make_spaces(estimator, X, vectors):
     return spaces, table
 
 
-def _as_frame(X):
-    """Return X as pandas, whose index is the position of the rows."""
-    X = as_pandas(X)
-    if hasattr(X, "iloc"):
-        X = X.reset_index(drop=True)
-        return X.to_frame() if X.ndim == 1 else X
-    if np.ndim(X) == 2:
-        return pd.DataFrame(X)
-    return pd.Series(list(X), dtype=object, name="X").to_frame()
+def _as_positional_frame(X):
+    """Return X as a DataFrame whose index is the position of the rows."""
+    return as_frame(X).reset_index(drop=True)
 
 
 def _encoder_spaces(estimator, table):
@@ -288,7 +282,7 @@ def _as_unit(vectors):
 
 def _spaces_of_blocks(estimator, X):
     """Return the blocks of a table of embeddings, and its other columns."""
-    table = _as_frame(X)
+    table = _as_positional_frame(X)
     numeric = table.select_dtypes("number")
     names = [str(name) for name in table.columns]
     blocks = {}
