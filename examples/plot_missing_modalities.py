@@ -76,11 +76,13 @@ for share in shares:
 # :class:`~sklembed.EmbeddingClassifier` sums over the observed modalities.
 # :class:`~sklembed.FusionClassifier` hides modalities at random while it trains.
 # :class:`~sklembed.DecisionFusionClassifier` fits a classifier for each modality and
-# pools those of the observed ones. A logistic regression does not accept NaN. The
+# pools the predictions of the observed ones. A logistic regression does not accept NaN. The
 # imputer gives it the mean vector.
 logistic = LogisticRegression(C=10, tol=1e-3, max_iter=1000)
 models = {
-    "EmbeddingClassifier": EmbeddingClassifier(members=["kernel"], random_state=0),
+    "kernel of EmbeddingClassifier": EmbeddingClassifier(
+        members=["kernel"], random_state=0
+    ),
     "FusionClassifier": FusionClassifier("late", random_state=0),
     "DecisionFusionClassifier": DecisionFusionClassifier(logistic, weights=None),
     "imputed by the mean": make_pipeline(SimpleImputer(), logistic),

@@ -114,7 +114,7 @@ for name, p in losses.items():
 # ---------------------------------
 # ``predict`` returns the labels with a probability above 0.5. A rare label seldom
 # reaches it. To trade misses for false alarms, compare the probabilities with a
-# threshold of your own.
+# custom threshold.
 p = probabilities["name and image"]
 for threshold in (0.5, 0.2):
     chosen = p > threshold

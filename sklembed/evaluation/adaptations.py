@@ -574,8 +574,8 @@ def _warm_up():
 def _run_all(problem, jobs, n_jobs):
     """Yield the number and the records of each job when it is finished.
 
-    If a process is killed, the jobs that are not finished run again, each in a process
-    of its own.
+    If a process is killed, the jobs that are not finished run again, each in a new
+    process.
     """
     unfinished = dict(enumerate(jobs))
     parallel = Parallel(n_jobs=n_jobs, return_as="generator_unordered")

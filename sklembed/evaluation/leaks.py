@@ -163,7 +163,7 @@ def leak_report(
     similar images [1]_: they are divided by the standard deviation along each principal
     component, after a tenth of the mean variance is added to each variance. Embeddings
     of drawings change much if an image is compressed. The cosine of two images is
-    therefore the mean of those of their embeddings and of thumbnails of 12 × 12 pixels,
+    therefore the mean of two: of embeddings, and of thumbnails of 12 × 12 pixels,
     which are whitened, too. To find cropped images, the thumbnail of each image is also
     compared with that of the inner 88 % of the other, and the larger cosine counts. Rows
     without missing cells are also compared by all columns together, "(all)", where the cosine is

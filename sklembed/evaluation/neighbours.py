@@ -60,9 +60,9 @@ class Space:
     def similarities(self, rows):
         """Return the cosines of some of the rows with all rows.
 
-        The cosine of two images is the mean of those of their embeddings and of their
-        pixels. Of the latter, the largest counts of two images, and of one image and an
-        inner part of the other.
+        The cosine of two images is the mean of two: of embeddings and of pixels. The
+        cosine of pixels is the largest of the two images, and of one image and the inner
+        part of the other.
         """
         if self.columns:
             of_columns = [column.similarities(rows) for column in self.columns]
