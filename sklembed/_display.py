@@ -4,7 +4,7 @@ import sys
 import warnings
 from html import escape
 
-# The website of the documentation; [project.urls] in pyproject.toml has the same address.
+# The website of the documentation. The address must be registered before the first release.
 DOCUMENTATION = "https://sklembed.readthedocs.io/en/stable"
 
 _LOG_INTERVAL = 30  # seconds between two lines of a log
