@@ -31,7 +31,7 @@ extensions = [
     "llms",
 ]
 templates_path = ["_templates"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "binder"]
 html_css_files = ["figures.css"]
 html_static_path = ["_static"]
 html_search_scorer = str(Path(__file__).with_name("_static") / "scorer.js")
@@ -133,6 +133,18 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "capture_repr": (),
 }
+# Each example gets a link that opens it in Binder, if the repository of the built site is known.
+# JupyterLite is not used, because torch does not run in a browser.
+if site := os.environ.get("SKLEMBED_SITE"):  # "owner/repository"
+    owner, repository = site.split("/")
+    sphinx_gallery_conf["binder"] = {
+        "org": owner,
+        "repo": repository,
+        "branch": "gh-pages",
+        "binderhub_url": "https://mybinder.org",
+        "dependencies": ["binder/requirements.txt", "binder/runtime.txt"],
+        "use_jupyter_lab": True,
+    }
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 # joblib replaces a worker whose memory grows by the import of torch.
