@@ -1,6 +1,9 @@
 # Each verb does its own set-up in .venv; nothing is needed beforehand but Python >= 3.11 and make.
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
+# pip would compile all modules, which takes most of its time; Python compiles those that it imports.
+PIP = -m pip --disable-pip-version-check --quiet install --no-compile
+INSTALL = .venv/bin/python $(PIP) --constraint constraints.txt
+INSTALL_OLDEST = .venv-oldest/bin/python $(PIP) --constraint constraints-oldest.txt
 BIN = .venv/bin
 
 .PHONY: demo test test-oldest lint docs dist bench gpu gpu-packages clean
@@ -94,27 +97,27 @@ clean:
 # constraints.txt pins what the project is tested with. torch comes first and alone, so that no other
 # package picks a build of it.
 .venv/.torch: .venv/.python constraints.txt
-	$(PIP) install --constraint constraints.txt torch
+	$(INSTALL) torch
 	touch $@
 
 .venv/.demo: .venv/.torch pyproject.toml
-	$(PIP) install --constraint constraints.txt --editable '.[demo]'
+	$(INSTALL) --editable '.[demo]'
 	touch $@
 
 .venv/.dev: .venv/.torch pyproject.toml
-	$(PIP) install --constraint constraints.txt --editable '.[demo,dev]'
+	$(INSTALL) --editable '.[demo,dev]'
 	touch $@
 
 .venv/.bench: .venv/.dev
-	$(PIP) install --constraint constraints.txt --editable '.[bench]'
+	$(INSTALL) --editable '.[bench]'
 	touch $@
 
 .venv/.docs: .venv/.dev
-	$(PIP) install --constraint constraints.txt --editable '.[demo,dev,docs]'
+	$(INSTALL) --editable '.[demo,dev,docs]'
 	touch $@
 
 .venv-oldest/.dev: .venv/.python constraints-oldest.txt pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip --quiet install --constraint constraints-oldest.txt torch
-	.venv-oldest/bin/python -m pip --quiet install --constraint constraints-oldest.txt --editable '.[demo,test]'
+	$(INSTALL_OLDEST) torch
+	$(INSTALL_OLDEST) --editable '.[demo,test]'
 	touch $@
