@@ -1451,6 +1451,17 @@ _EstimatorPrettyPrinter._dispatch[FrozenEncoder.__repr__] = (
 )
 
 
+def frozen_encoders(estimator) -> dict[str, FrozenEncoder]:
+    """Return the encoders in an estimator by parameter path; "" is the estimator."""
+    if not hasattr(estimator, "get_params"):
+        return {}
+    encoders = {}
+    for path, part in [("", estimator), *estimator.get_params(deep=True).items()]:
+        if isinstance(part, FrozenEncoder):
+            encoders[path] = part
+    return encoders
+
+
 @dataclass(frozen=True)
 class _AbsentCheckpoint:
     """Placeholder for a checkpoint that cannot be read, for stored vectors only."""

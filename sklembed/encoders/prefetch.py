@@ -7,7 +7,7 @@ from sklearn.base import clone
 from sklearn.model_selection import ParameterGrid, ParameterSampler
 
 from sklembed._table.columns import as_table, column_positions, take_columns
-from sklembed.encoders.frozen import FrozenEncoder
+from sklembed.encoders.frozen import FrozenEncoder, frozen_encoders
 from sklembed.encoders.joint import fill_stores
 
 _INNER_PARAMETERS = ("estimator", "regressor")
@@ -128,7 +128,7 @@ def _prefixes_of_later_steps(pipeline):
     """
     prefixes = []
     for name, step in getattr(pipeline, "steps", [])[::-1]:
-        if _contains_encoder(step):
+        if contains_encoder(step):
             return tuple(prefixes)
         prefixes.append(f"{name}__")
     return ()
@@ -162,10 +162,7 @@ def list_jobs(estimator, X):
         paths.add(path)
         if part is not None:
             jobs.append((path, encoder, part))
-    unreachable = []
-    for path, value in estimator.get_params(deep=True).items():
-        if isinstance(value, FrozenEncoder) and path not in paths:
-            unreachable.append(path)
+    unreachable = [path for path in frozen_encoders(estimator) if path not in paths]
     if unreachable:
         raise ValueError(
             f"prefetch cannot determine the input of the encoders {unreachable}. "
@@ -182,9 +179,8 @@ def _walk(estimator, X, path):
     if isinstance(estimator, FrozenEncoder):
         yield "__".join(path), estimator, X
     elif X is None:
-        for name, inner in estimator.get_params(deep=True).items():
-            if isinstance(inner, FrozenEncoder):
-                yield "__".join((*path, name)), inner, None
+        for name, encoder in frozen_encoders(estimator).items():
+            yield "__".join((*path, name)), encoder, None
     elif _is_search(estimator):
         for candidate in _candidates(estimator):
             yield from _walk(candidate, X, (*path, "estimator"))
@@ -197,16 +193,15 @@ def _walk(estimator, X, path):
         yield from _walk(union, columns, path)
     else:
         for name, inner, part in _parts(estimator, X):
-            if _contains_encoder(inner):
+            if contains_encoder(inner):
                 yield from _walk(inner, part, (*path, name))
 
 
 def _walk_steps(steps, X, path):
     """Walk a pipeline up to its last encoder, replaying the steps before it."""
-    contains_encoder = [_contains_encoder(step) for _, step in steps]
-    n_encoders = sum(contains_encoder)
-    for (name, step), is_encoder in zip(steps, contains_encoder, strict=True):
-        if is_encoder:
+    n_encoders = sum(contains_encoder(step) for _, step in steps)
+    for name, step in steps:
+        if contains_encoder(step):
             yield from _walk(step, X, (*path, name))
             n_encoders -= 1
         if n_encoders == 0:
@@ -233,7 +228,7 @@ def _parts(estimator, X):
     elif hasattr(estimator, "transformers"):  # a ColumnTransformer
         X = as_table(X)
         for name, inner, columns in estimator.transformers:
-            if not _contains_encoder(inner):
+            if not contains_encoder(inner):
                 continue
             owner = f"the branch {name!r}"
             positions, scalar = column_positions(X, columns, owner=owner)
@@ -253,7 +248,8 @@ def _parts(estimator, X):
                 yield name, getattr(estimator, name), X
 
 
-def _contains_encoder(estimator):
+def contains_encoder(estimator) -> bool:
+    """Return whether an estimator is or contains an encoder, or makes some in `fit`."""
     if not hasattr(estimator, "get_params"):
         return False
     for value in [estimator, *estimator.get_params(deep=True).values()]:

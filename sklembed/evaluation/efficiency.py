@@ -29,6 +29,7 @@ from sklembed._validation import (
     is_a_classifier,
 )
 from sklembed.encoders import FrozenEncoder, prefetch
+from sklembed.encoders.frozen import frozen_encoders
 from sklembed.evaluation.memory import peak_mib
 
 
@@ -178,18 +179,12 @@ def _check_pipeline(pipeline, n_epochs):
             f"The pipeline's last step must be a classifier; {name!r} is {head!r}. "
             "Append one, such as LogisticRegression()."
         )
-    if not _encoder_paths(pipeline[:-1]):
+    if not frozen_encoders(pipeline[:-1]):
         raise ValueError(
             f"No step of the pipeline before {name!r} contains a FrozenEncoder; the "
             f"steps are {list(pipeline.named_steps)}. Add one before the classifier."
         )
     check_at_least_one("n_epochs", n_epochs)
-
-
-def _encoder_paths(pipeline):
-    """Return the paths of the encoders in a pipeline, as in set_params."""
-    params = pipeline.get_params(deep=True).items()
-    return [path for path, value in params if isinstance(value, FrozenEncoder)]
 
 
 def _split(X, y, test_size, random_state):
@@ -283,7 +278,7 @@ def _single_epoch_params(head):
 def _set_stores(pipeline, store):
     """Set the store of all encoders, and disable the memory of all pipelines."""
     pipeline.set_params(
-        **{f"{path}__store": store for path in _encoder_paths(pipeline)}
+        **{f"{path}__store": store for path in frozen_encoders(pipeline)}
     )
     for step in [pipeline, *pipeline.get_params(deep=True).values()]:
         if isinstance(step, Pipeline):

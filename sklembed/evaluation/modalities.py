@@ -34,7 +34,8 @@ from sklembed._validation import (
     draw_seed,
     is_a_classifier,
 )
-from sklembed.encoders import FrozenEncoder, prefetch
+from sklembed.encoders import prefetch
+from sklembed.encoders.frozen import frozen_encoders
 from sklembed.evaluation.errors import (
     check_error_score,
     check_one_score,
@@ -453,8 +454,8 @@ class _Branches:
 
     def check_noise(self):
         """Refuse branches that return tokens."""
-        for name, value in self.union.get_params(deep=True).items():
-            if isinstance(value, FrozenEncoder) and value.output == "tokens":
+        for name, encoder in frozen_encoders(self.union).items():
+            if encoder.output == "tokens":
                 raise ValueError(
                     f"The encoder {name!r} returns tokens, and noise needs vectors. Set "
                     "output='pooled', or noise=()."
@@ -543,10 +544,7 @@ def _connect(columns_of_branch):
 
 def _encode_cells(task):
     """Encode the cells of a pipeline once, before workers start."""
-    encoders = []
-    for value in task.estimator.get_params(deep=True).values():
-        if isinstance(value, FrozenEncoder):
-            encoders.append(value)
+    encoders = frozen_encoders(task.estimator).values()
     if encoders and all(encoder._keeps_vectors() for encoder in encoders):
         prefetch(task.estimator, task.X)
 

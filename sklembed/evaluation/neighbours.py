@@ -19,9 +19,8 @@ from sklembed._table.blocks import resolve_blocks
 from sklembed._table.columns import as_frame, is_frame
 from sklembed._table.tokens import average_tokens
 from sklembed._validation import sorted_labels
-from sklembed.encoders import FrozenEncoder
 from sklembed.encoders.cells import decode
-from sklembed.encoders.prefetch import list_jobs
+from sklembed.encoders.prefetch import contains_encoder, list_jobs
 
 ALL = "(all)"  # the name of the space of all columns together
 _SHRINKAGE = 0.1  # of variances, before whitening
@@ -131,11 +130,7 @@ def make_spaces(estimator, X, vectors):
             check_consistent_length(X, values)
             spaces.append(_block_space(str(name), np.asarray(values)))
         return spaces, _as_positional_frame(X)
-    encoders = []
-    for value in [estimator, *estimator.get_params(deep=True).values()]:
-        if isinstance(value, FrozenEncoder) or hasattr(value, "make_union"):
-            encoders.append(value)
-    if encoders:
+    if contains_encoder(estimator):
         table = _as_positional_frame(X)
         return _encoder_spaces(estimator, table), table
     spaces, table = _spaces_of_blocks(estimator, X)

@@ -8,7 +8,7 @@ from pandas.api.types import is_numeric_dtype
 from sklearn.base import clone
 
 from sklembed._table.columns import missing_cells
-from sklembed.encoders import FrozenEncoder
+from sklembed.encoders.frozen import frozen_encoders
 from sklembed.vectorizer.lexical import LexicalEncoder
 from sklembed.vectorizer.parsing import distinct, parse_column
 
@@ -40,14 +40,6 @@ def reasons(readings) -> str:
     return "; ".join(f"{reading.name!r}: {reading.reason}" for reading in readings)
 
 
-def frozen_encoders(transformer) -> list[FrozenEncoder]:
-    """List the frozen encoders in a transformer."""
-    if not hasattr(transformer, "get_params"):
-        return []
-    parts = [transformer, *transformer.get_params(deep=True).values()]
-    return [part for part in parts if isinstance(part, FrozenEncoder)]
-
-
 def estimate_seconds(table, readings, branches) -> None:
     """Set the encoder of each reading, and the seconds to encode cells not yet stored."""
     readings = {reading.name: reading for reading in readings}
@@ -62,7 +54,7 @@ def estimate_seconds(table, readings, branches) -> None:
             reading.encoder = label
             if reading.kind not in SECONDS_PER_CELL:
                 continue
-            for encoder in frozen_encoders(transformer):
+            for encoder in frozen_encoders(transformer).values():
                 share = _share_to_encode(encoder, table[name], reading)
                 n_cells = reading.n_distinct * share
                 seconds = n_cells * SECONDS_PER_CELL[reading.kind]
@@ -71,7 +63,7 @@ def estimate_seconds(table, readings, branches) -> None:
 
 def _label(transformer):
     """Return a short name of a transformer: the model of a frozen encoder, or the class."""
-    encoders = frozen_encoders(transformer)
+    encoders = list(frozen_encoders(transformer).values())
     if isinstance(transformer, LexicalEncoder):
         return "lexical"
     if not encoders:

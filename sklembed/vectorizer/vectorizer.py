@@ -24,6 +24,7 @@ from sklembed._display import DocLinkMixin
 from sklembed._table.columns import as_table, is_frame, output_container
 from sklembed._validation import check_routing_enabled
 from sklembed.encoders import FrozenEncoder
+from sklembed.encoders.frozen import frozen_encoders
 from sklembed.union import PerModalityUnion
 from sklembed.vectorizer.kinds import (
     KINDS,
@@ -36,7 +37,6 @@ from sklembed.vectorizer.parsing import distinct
 from sklembed.vectorizer.report import (
     columns_that_determine,
     estimate_seconds,
-    frozen_encoders,
     kinds_table,
     reasons,
 )
@@ -653,7 +653,7 @@ class MultimodalVectorizer(
     def _check_encoders(self, branches):
         """Refuse encoders that cannot be reached, and say how to pass another one."""
         for _, transformer, column in branches:
-            for encoder in frozen_encoders(transformer):
+            for encoder in frozen_encoders(transformer).values():
                 try:
                     encoder.fingerprint()
                 except OSError as error:
@@ -692,7 +692,7 @@ class MultimodalVectorizer(
 
     def _accepts_damage(self):
         """Return whether the encoder of images treats a damaged cell as missing."""
-        encoders = frozen_encoders(self.image_encoder)
+        encoders = frozen_encoders(self.image_encoder).values()
         return bool(encoders) and all(e.errors == "missing" for e in encoders)
 
     def _output(self, blocks):
