@@ -589,13 +589,13 @@ class PerModalityUnion(
     def _branches(self, X):
         """List the branches to run, the remainder last, with their columns resolved."""
         branches = list(self.transformers)
-        if not _is_dropped(self.remainder):
+        if not is_dropped(self.remainder):
             columns = _remaining_columns(X, branches)
             if columns:
                 branches.append(("remainder", self.remainder, columns))
         resolved = []
         for name, transformer, columns in branches:
-            if not _is_dropped(transformer):
+            if not is_dropped(transformer):
                 flat = not _is_passthrough(transformer)
                 columns = _resolve(X, name, columns, flat=flat)
                 resolved.append((name, transformer, columns))
@@ -635,7 +635,7 @@ class PerModalityUnion(
             setting = setting.get(name, "auto")
         if setting != "auto":
             return setting
-        reaction = _reaction_to_nan(transformer)
+        reaction = reaction_to_nan(transformer)
         return "pass" if reaction is not None and reaction.handles else "skip"
 
     def _check_unobserved(self, parts):
@@ -701,7 +701,7 @@ class PerModalityUnion(
                 f"{self.transformers!r}."
             )
         for name, transformer, _ in self.transformers:
-            if _is_dropped(transformer):
+            if is_dropped(transformer):
                 continue
             if not hasattr(_as_transformer(transformer), "transform"):
                 raise TypeError(
@@ -847,7 +847,7 @@ class PerModalityUnion(
         # Every branch receives rows in which only some cells are missing.
         tags.input_tags.allow_nan = True
         for transformer, _ in self._all_branches().values():
-            if not _is_dropped(transformer) and _reaction_to_nan(transformer) is None:
+            if not is_dropped(transformer) and reaction_to_nan(transformer) is None:
                 tags.input_tags.allow_nan = False
         return tags
 
@@ -884,7 +884,7 @@ _KEEPS = _Reaction(handles=False, keeps=True)
 _FILLS = _Reaction(handles=True, keeps=False)
 
 
-def _reaction_to_nan(transformer):
+def reaction_to_nan(transformer):
     """Return the reaction of a transformer to rows of NaN; None if it refuses them."""
     if transformer is None or _is_passthrough(transformer):
         return _KEEPS
@@ -917,7 +917,7 @@ def _reaction_in_sequence(steps):
     """Return the reaction of a pipeline, up to the first step that leaves no NaN."""
     handles = False
     for _, step in steps:
-        reaction = _reaction_to_nan(step)
+        reaction = reaction_to_nan(step)
         if reaction is None:
             return None
         handles = handles or reaction.handles
@@ -930,8 +930,8 @@ def _reaction_side_by_side(transformers):
     """Return the joint reaction of transformers that each receive the rows."""
     reactions = []
     for transformer in transformers:
-        if not _is_dropped(transformer):
-            reactions.append(_reaction_to_nan(transformer))
+        if not is_dropped(transformer):
+            reactions.append(reaction_to_nan(transformer))
     return _joint_reaction(reactions)
 
 
@@ -939,7 +939,7 @@ def _reaction_of_union(union):
     """Return the reaction of a nested union, whose branches may skip rows of NaN."""
     reactions = []
     for name, (transformer, _) in union._all_branches().items():
-        if _is_dropped(transformer):
+        if is_dropped(transformer):
             continue
         treatment = union._treatment(name, transformer)
         if treatment == "error":
@@ -947,7 +947,7 @@ def _reaction_of_union(union):
         if treatment == "skip":
             reactions.append(_KEEPS)
         else:  # "pass" may be set for any transformer, so its reaction may be unknown
-            reaction = _reaction_to_nan(transformer) or _KEEPS
+            reaction = reaction_to_nan(transformer) or _KEEPS
             reactions.append(_Reaction(handles=True, keeps=reaction.keeps))
     return _joint_reaction(reactions)
 
@@ -1019,7 +1019,8 @@ def _is_same_branch(before, after):
     return True
 
 
-def _is_dropped(transformer):
+def is_dropped(transformer):
+    """Return whether a branch is not run."""
     return isinstance(transformer, str) and transformer == "drop"
 
 
