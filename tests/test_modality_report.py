@@ -297,6 +297,12 @@ TEXT = ("text", make_pipeline(FunctionTransformer()), [0, 1])
         (LogisticRegression(), {"blocks": BLOCKS}, "does not accept NaN"),
         (IMPUTED, {"blocks": BLOCKS, "noise": [0]}, "noise must be"),
         (IMPUTED, {"blocks": BLOCKS, "missing": [1.5]}, "missing must be.*up to 1"),
+        (IMPUTED, {"blocks": BLOCKS, "cv": []}, "no folds"),
+        (
+            IMPUTED,
+            {"blocks": BLOCKS, "cv": [([0, 1, 2], [])]},
+            "Fold 0 of cv has 3 training and 0 test rows",
+        ),
         (pipeline_of(TEXT), {}, "one modality"),
         (
             pipeline_of(TEXT, ("b", StandardScaler(), [2])),

@@ -42,6 +42,7 @@ from sklembed.encoders import prefetch
 from sklembed.evaluation.arms import Arm, Table, count_parameters, make_arms, read_table
 from sklembed.evaluation.efficiency import warm_up_torch
 from sklembed.evaluation.errors import check_error_score, check_one_score
+from sklembed.evaluation.folds import Fold, list_folds
 from sklembed.evaluation.memory import PeakMemory
 from sklembed.evaluation.records import RecordFile, hash_settings
 
@@ -282,7 +283,9 @@ def compare_adaptations(
     arms = make_arms(adaptations, table, column, is_classification, random_state)
     scorer = _check_scoring(scoring, estimators, arms, y, is_classification)
     splitter = check_cv(cv, y, classifier=is_classification)
-    folds = _list_folds(splitter, table.X, y, groups, is_classification)
+    folds = list_folds(splitter, table.X, y, groups)
+    if is_classification:
+        _check_classes(folds, y)
     if groups is not None:
         groups = np.asarray(groups)
     problem = _Problem(table, y, groups, scorer, error_score)
@@ -409,14 +412,6 @@ class _Probe(DummyClassifier):
 # The jobs
 
 
-class _Fold(NamedTuple):
-    """The rows of a fold."""
-
-    number: int
-    train: np.ndarray
-    test: np.ndarray
-
-
 class _Problem(NamedTuple):
     """The rows that all jobs share, and their score."""
 
@@ -431,7 +426,7 @@ class _Job(NamedTuple):
     """An adaptation in a fold, with the estimators that are fitted on its output."""
 
     arm: Arm
-    fold: _Fold
+    fold: Fold
     estimators: dict
     keys: dict  # of estimators
     records: dict  # of estimators, filled when they are finished
@@ -442,27 +437,15 @@ class _Job(NamedTuple):
         return f"fold {self.fold.number} of compare_adaptations"
 
 
-def _list_folds(splitter, X, y, groups, is_classification):
-    """Return the folds; refuse empty ones, and training rows of one class."""
-    folds, rows = [], np.arange(len(y))
-    for number, (train, test) in enumerate(splitter.split(X, y, groups)):
-        fold = _Fold(number, rows[train], rows[test])  # they may be masks
-        if not len(fold.train) or not len(fold.test):
+def _check_classes(folds, y):
+    """Refuse folds whose training rows are all of one class."""
+    for number, train, _ in folds:
+        classes = np.unique(y[train])
+        if len(classes) < 2:
             raise ValueError(
-                f"Fold {number} of cv has {len(fold.train)} training and "
-                f"{len(fold.test)} test rows; both must have some. Use other folds."
+                f"The {len(train)} training rows of fold {number} are all of the class "
+                f"{classes.tolist()}; at least two classes are needed. Use other folds."
             )
-        classes = np.unique(y[fold.train])
-        if is_classification and len(classes) < 2:
-            raise ValueError(
-                f"The {len(fold.train)} training rows of fold {number} are all of the "
-                f"class {classes.tolist()}; at least two classes are needed. Use other "
-                "folds."
-            )
-        folds.append(fold)
-    if not folds:
-        raise ValueError("cv has no folds. Pass at least one.")
-    return folds
 
 
 def _plan(problem, arms, estimators, folds, scoring, finished):

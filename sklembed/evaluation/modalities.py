@@ -34,6 +34,7 @@ from sklembed.evaluation.errors import (
     check_one_score,
     located,
 )
+from sklembed.evaluation.folds import list_folds
 from sklembed.evaluation.subsets import as_task
 
 _LARGEST_N_MODALITIES = 8  # 256 fits for each fold
@@ -178,8 +179,9 @@ def modality_report(
     ValueError
         If there is only one modality or more than eight, the modalities do not match
         the branches of a pipeline, a branch returns tokens and there is `noise`, the
-        estimator does not accept NaN and there is `missing`, or a level or `error_score`
-        is invalid. All errors are raised before anything is fitted.
+        estimator does not accept NaN and there is `missing`, there are no folds, a fold
+        has no training or test rows, or a level or `error_score` is invalid. All errors
+        are raised before anything is fitted.
 
     Warns
     -----
@@ -251,21 +253,20 @@ def modality_report(
     _check_modalities(task, noise, missing)
     scorer = check_scoring(estimator, scoring)
     splitter = check_cv(cv, y, classifier=is_a_classifier(estimator))
-    folds = list(splitter.split(task.X, y, groups))
+    folds = list_folds(splitter, task.X, y, groups)
     seed = draw_seed(random_state)
     _encode_cells(task)
     # Bit i of a subset's position is 1 if modality i is in it.
     subsets = list(product([False, True], repeat=len(task.modalities)))
     subsets = [subset[::-1] for subset in subsets]
     jobs = []
-    for number, (train, test) in enumerate(folds):
-        fold = _Fold(number, np.arange(len(y))[train], np.arange(len(y))[test])
+    for fold in folds:
         for subset in subsets:
             levels = {}
             if all(subset):
                 levels = {"noise": noise, "missing": missing}
             job = delayed(_run)(
-                task, subset, fold, y, scorer, levels, [seed, number], error_score
+                task, subset, fold, y, scorer, levels, [seed, fold.number], error_score
             )
             jobs.append(job)
     results = Parallel(n_jobs=n_jobs, return_as="generator")(jobs)
@@ -307,14 +308,6 @@ def _check_modalities(task, noise, missing):
         task.check_noise()
     if missing:
         task.check_missing()
-
-
-class _Fold(NamedTuple):
-    """The rows of a fold."""
-
-    number: int
-    train: np.ndarray
-    test: np.ndarray
 
 
 def _encode_cells(task):
