@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sklembed.encoders import checkpoints
+from sklembed.encoders import file_hashes
 from sklembed.encoders.checkpoints import Checkpoint
 
 
@@ -17,7 +17,7 @@ from sklembed.encoders.checkpoints import Checkpoint
 def memo(tmp_path, monkeypatch):
     """Path of the memo beside a store of this test; nothing counts as written recently."""
     monkeypatch.setenv("SKLEMBED_STORE", str(tmp_path / "cache" / "store.sqlite"))
-    monkeypatch.setattr(checkpoints, "_RACY_NS", -(10**12))
+    monkeypatch.setattr(file_hashes, "_RACY_NS", -(10**12))
     return tmp_path / "cache" / "store.sqlite.checkpoints.json"
 
 
@@ -33,7 +33,7 @@ def directory(tmp_path):
 
 def identify(directory):
     """Return the identity as a new process would, and the names of the files it read."""
-    checkpoints._hash_files.cache_clear()
+    file_hashes._hash_files.cache_clear()
     names = []
 
     def recording_open(path, *args, **options):
@@ -42,7 +42,7 @@ def identify(directory):
         return builtins.open(path, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "open", recording_open, raising=False)
+        patch.setattr(file_hashes, "open", recording_open, raising=False)
         return Checkpoint(str(directory)).identity(), names
 
 
@@ -90,7 +90,7 @@ def test_equal_files_of_another_path_are_hashed_for_themselves(directory, memo):
 
 
 def test_recently_written_files_are_not_remembered(directory, memo, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_RACY_NS", 2_000_000_000)
+    monkeypatch.setattr(file_hashes, "_RACY_NS", 2_000_000_000)
     identity, _ = identify(directory)
     assert not memo.exists()
     assert identify(directory)[1]
@@ -132,7 +132,7 @@ def test_a_memo_that_cannot_be_written_is_skipped(directory, memo, monkeypatch, 
         raise OSError(28, "No space left on device")
 
     if fault == "full disk":
-        monkeypatch.setattr(checkpoints.os, "replace", fail)
+        monkeypatch.setattr(file_hashes.os, "replace", fail)
     elif fault == "no directory":
         memo.parent.write_text("a file")
     else:
@@ -145,30 +145,30 @@ def test_a_memo_that_cannot_be_written_is_skipped(directory, memo, monkeypatch, 
 
 
 def test_the_memo_has_a_bounded_number_of_entries(directory, memo, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_MEMO_SIZE", 3)
+    monkeypatch.setattr(file_hashes, "_MEMO_SIZE", 3)
     for number in range(5):
         (directory / "config.json").write_text(str(number) * (number + 1))
         identify(directory)
-    assert len(checkpoints._remembered_hashes()) == 3
+    assert len(file_hashes._remembered_hashes()) == 3
     assert not identify(directory)[1]  # the newest
 
 
 def test_processes_that_write_at_once_leave_a_readable_memo(memo):
     """One of two writers may lose its entry, and no reader sees half a file."""
     memo.parent.mkdir()
-    checkpoints._remember_hash("0", "hash 0")
+    file_hashes._remember_hash("0", "hash 0")
     children = []
     for number in range(3):
         child = os.fork()
         if child == 0:
             for i in range(20):
-                checkpoints._remember_hash(f"{number}-{i}", f"hash {number}-{i}")
-                if not checkpoints._remembered_hashes():
+                file_hashes._remember_hash(f"{number}-{i}", f"hash {number}-{i}")
+                if not file_hashes._remembered_hashes():
                     os._exit(1)
             os._exit(0)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    hashes = checkpoints._remembered_hashes()
+    hashes = file_hashes._remembered_hashes()
     assert len(hashes) >= 2  # each adds to the ones it reads
     assert all(value == f"hash {key}" for key, value in hashes.items())
     assert [path.name for path in memo.parent.iterdir()] == [memo.name]

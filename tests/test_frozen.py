@@ -1142,13 +1142,13 @@ def test_a_call_reads_the_identity_of_its_checkpoint_once(
 ):
     encoder = FrozenEncoder(checkpoints["bert"], store=store).fit(["a"])
     n_read = []
-    hash_directory = checkpoint_module._hash_directory
+    hash_directory = checkpoint_module.hash_directory
 
     def count(directory):
         n_read.append(directory)
         return hash_directory(directory)
 
-    monkeypatch.setattr(checkpoint_module, "_hash_directory", count)
+    monkeypatch.setattr(checkpoint_module, "hash_directory", count)
     encoder.transform(["a"])
     assert len(n_read) == 1
     encoder.transform(["a new text"])

@@ -9,8 +9,9 @@ import pytest
 
 from sklembed import EmbeddingStore
 from sklembed.encoders import database
-from sklembed.encoders.checkpoints import Checkpoint, _hash_directory
+from sklembed.encoders.checkpoints import Checkpoint
 from sklembed.encoders.database import Space
+from sklembed.encoders.file_hashes import hash_directory
 
 SPACE = Space("f", {"name": "test"}, 3)
 
@@ -88,11 +89,11 @@ def test_a_checkpoint_has_the_same_key_with_backslashes(tmp_path, request):
     folder = tmp_path / "model" / "1_Pooling"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    key = _hash_directory(str(tmp_path / "model"))
+    key = hash_directory(str(tmp_path / "model"))
     request.getfixturevalue("backslashes")
     copy = tmp_path / "copy"  # the key of the first directory is remembered
     (tmp_path / "model").rename(copy)
-    assert _hash_directory(str(copy)) == key
+    assert hash_directory(str(copy)) == key
 
 
 @pytest.mark.parametrize("path", [r"C:\models\minilm", r"models\minilm"])

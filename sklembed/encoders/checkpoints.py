@@ -1,33 +1,23 @@
 """Identity, configuration and files of a checkpoint, read without loading the model."""
 
-import contextlib
 import functools
 import json
 import os
-import tempfile
-import time
 import zipfile
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sklembed.encoders.database import default_path
+from sklembed.encoders.file_hashes import hash_directory
+from sklembed.encoders.sentence_transformers import (
+    is_static_embedding,
+    read_sentence_transformer,
+    read_static_embedding,
+    wrapping_advice,
+)
 
-# Activations of Dense modules of sentence-transformers, by their names in torch.nn.
-_ACTIVATIONS = {"GELU", "Identity", "ReLU", "SiLU", "Sigmoid", "Tanh"}
-# Names that sentence-transformers gives the pooled vector.
-_POOLED = {None, "sentence_embedding"}
-_POOLINGS = {
-    "cls": "cls",
-    "max": "max",
-    "mean": "mean",
-    "mean_sqrt_len": "mean_sqrt_len",
-    "weightedmean": "weightedmean",
-    "lasttoken": "last",
-}
 # Files of weights, in the order in which transformers looks for them.
 _WEIGHTS = (
     "model.safetensors",
@@ -49,59 +39,8 @@ _VOCABULARIES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
-_MODEL2VEC_MAX_LENGTH = 512  # of models without the setting
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
-# Keys of sentence-transformers files that do not change vectors. Keys that are neither here
-# nor handled below raise an error that names them, unless their value is empty.
-_IGNORED_TRANSFORMER_KEYS = {
-    "backend",
-    "cache_dir",
-    "document_length",  # this and the next two: encode_query and encode_document
-    "query_expansion",
-    "query_length",
-    "module_output_name",  # repeats modality_config
-    "unpad_inputs",
-}
-_IGNORED_ARGUMENTS = {
-    "add_pooling_layer",
-    "attn_implementation",
-    "cache_dir",
-    "clean_up_tokenization_spaces",
-    "device_map",
-    "dtype",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "padding_side",
-    "revision",
-    "subfolder",  # sentence-transformers overrides it
-    "token",
-    "torch_dtype",
-    "trust_remote_code",  # the parameter of the encoder decides
-    "use_auth_token",
-    "use_cache",
-    "use_fast",
-    "use_safetensors",
-}
-_IGNORED_MODEL_KEYS = {
-    "__version__",
-    "prompts",
-    "default_prompt_name",
-    "similarity_fn_name",
-}
-# Arguments of the model, the configuration and the tokenizer, by their old and new names.
-_ARGUMENTS = ("model_args", "model_kwargs", "config_args", "config_kwargs")
-_TOKENIZER_ARGUMENTS = ("tokenizer_args", "processor_kwargs")
-# Values, in JSON, of disabled settings and of arguments that are not passed.
-_UNSET = {"null", "false", '""', "[]", "{}"}
-_NO_ARGUMENT = {"null"}
-# A model returns token vectors, which a Pooling module reduces, or is run by a tower.
-_TOKEN_VECTORS = ("forward", "last_hidden_state")
-_TOWERS = {"text": "get_text_features", "image": "get_image_features"}
-# sentence-transformers names the settings of the first module by one of these.
-_TRANSFORMER_KINDS = (
-    "bert roberta distilbert camembert albert xlm-roberta xlnet".split()
-)
 
 # Owners of popular models, by the start of the name.
 _OWNERS = {
@@ -123,15 +62,6 @@ _OWNERS = {
     "swin": "microsoft",
     "vit-": "google",
 }
-# Suffixes of files that cannot change a vector. All other files are hashed.
-_IGNORED_SUFFIXES = set(".md .png .jpg .svg .onnx .h5 .msgpack .ot .gguf".split())
-
-# The file that remembers hashes of directories. Its version changes with the hash.
-_MEMO_VERSION = "sklembed-checkpoints-1"
-_MEMO_SIZE = 256
-# A file that was written shortly before hashing may change again within the same tick of
-# the clock of its file system.
-_RACY_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -164,7 +94,7 @@ class Checkpoint:
     @functools.cached_property
     def _identity(self) -> str:
         if self.is_directory:
-            return _hash_directory(os.path.realpath(self.place))
+            return hash_directory(os.path.realpath(self.place))
         return f"{self.model}@{self._commit()}"
 
     def config(self):
@@ -176,7 +106,7 @@ class Checkpoint:
             If there is no configuration, or it is damaged.
         """
         if self.is_directory and self.file("config.json") is None:
-            modules = _read_json(self, "modules.json")
+            modules = self.read_json("modules.json")
             raise OSError(
                 _no_config_message(f"The directory {self.model!r}", self, modules)
             )
@@ -198,7 +128,7 @@ class Checkpoint:
         """Map other hub repositories with the checkpoint's modelling code to their commits."""
         if not self.trust_remote_code:
             return {}
-        config = _read_json(self, "config.json") or {}
+        config = self.read_json("config.json") or {}
         commits = {}
         for reference in (config.get("auto_map") or {}).values():
             repository, _, name = str(reference).partition("--")
@@ -291,6 +221,24 @@ class Checkpoint:
             ) from error
         return Path(path)
 
+    def read_json(self, name: str, *, optional: bool = False) -> Any:
+        """Return the content of a JSON file, or None if there is no such file.
+
+        Raises
+        ------
+        OSError
+            As `file`; also if the file is damaged.
+        """
+        path = self.file(name, optional=optional)
+        return None if path is None else _parse_json(path)
+
+    def missing_file(self, name: str, index: str) -> OSError:
+        """Return the error for a file that is absent although an index lists it."""
+        return OSError(
+            f"{self.model!r} has no file {name!r}, although its {index} lists it. Download "
+            "the complete model again, or save it again."
+        )
+
     def check_weights(self) -> None:
         """Check the files of weights before they are loaded.
 
@@ -302,7 +250,7 @@ class Checkpoint:
             If the weights are pickles, and `allow_pickle` is False.
         """
         names = _WEIGHTS
-        explicit = (_read_json(self, "config.json") or {}).get("transformers_weights")
+        explicit = (self.read_json("config.json") or {}).get("transformers_weights")
         if explicit is not None:  # transformers then reads this file alone
             names = (str(explicit),)
         for name in names:
@@ -317,7 +265,7 @@ class Checkpoint:
                 self._check_is_allowed(shard)
                 shard_path = self.file(shard)
                 if shard_path is None:
-                    raise _missing_file(self, shard, name)
+                    raise self.missing_file(shard, name)
                 _check_weights_file(shard_path)
             return
 
@@ -361,7 +309,7 @@ class Checkpoint:
             If a file could not be downloaded, is a git-lfs pointer or damaged.
         """
         preprocessor, processor = [
-            _read_json(self, name) or {} for name in _IMAGE_PROCESSOR_FILES
+            self.read_json(name) or {} for name in _IMAGE_PROCESSOR_FILES
         ]
         return processor.get("image_processor") or preprocessor
 
@@ -403,13 +351,13 @@ class Checkpoint:
     def is_static(self) -> bool:
         """Whether the model is a table of token vectors. False if no file can be read."""
         try:
-            model_type = (_read_json(self, "config.json") or {}).get("model_type")
+            model_type = (self.read_json("config.json") or {}).get("model_type")
             if model_type is not None:
                 return model_type == "model2vec"
-            modules = _read_json(self, "modules.json")
+            modules = self.read_json("modules.json")
         except (OSError, ImportError):  # raised again when the model is described
             return False
-        return _is_static_embedding(modules)
+        return is_static_embedding(modules)
 
     def static_embedding(self) -> dict[str, Any]:
         """Read the settings of static token embeddings: folder, limit, prompt, head.
@@ -419,7 +367,7 @@ class Checkpoint:
         ValueError
             If a setting of sentence-transformers is not supported.
         """
-        return _read_static_embedding(self, self.identity())
+        return read_static_embedding(self, self.identity())
 
     def sentence_transformer(self) -> dict[str, Any]:
         """Read the settings of sentence-transformers: pooling, lengths, prompt, head.
@@ -429,7 +377,7 @@ class Checkpoint:
         ValueError
             If a setting is not supported.
         """
-        return _read_sentence_transformer(self, self.identity())
+        return read_sentence_transformer(self, self.identity())
 
     def _commit(self) -> str:
         return _resolve_commit(self.model, self.revision, self.local_files_only)
@@ -468,12 +416,12 @@ def _resolve_commit(model, revision, local_files_only) -> str:
     except (OSError, ValueError) as error:
         # Offline, config.json may be missing because the repository has none.
         path, modules = _find_modules(model, revision, local_files_only=True)
-        if not _is_static_embedding(modules):
+        if not is_static_embedding(modules):
             message = _not_found_message(model, local_files_only, error)
             raise OSError(message) from error
     if path is None:
         path, modules = _find_modules(model, revision, local_files_only)
-        if not _is_static_embedding(modules):
+        if not is_static_embedding(modules):
             checkpoint = Checkpoint(model, revision, local_files_only)
             raise OSError(
                 _no_config_message(f"The hub repository {model!r}", checkpoint, modules)
@@ -567,7 +515,7 @@ def _no_config_message(place, checkpoint, modules) -> str:
     if kind not in ("", "Transformer"):
         return (
             f"{place} has no config.json: it is a sentence-transformers model whose first "
-            f"module is {kind}, which is not supported. {_wrapping_advice(checkpoint)}"
+            f"module is {kind}, which is not supported. {wrapping_advice(checkpoint)}"
         )
     if transformer.get("path"):
         return (
@@ -594,7 +542,7 @@ def _read_config(checkpoint, identity):
     """Load a configuration once for each identity."""
     from transformers import AutoConfig
 
-    _check_no_kernels(checkpoint, _read_json(checkpoint, "config.json"))
+    _check_no_kernels(checkpoint, checkpoint.read_json("config.json"))
     try:
         return AutoConfig.from_pretrained(**checkpoint.model_source())
     except (ImportError, OSError, ValueError):
@@ -617,360 +565,6 @@ def _check_no_kernels(checkpoint, config) -> None:
                 f"The config.json of {checkpoint.model!r} has {key}={value!r}, which is "
                 "code on the hub, and is not run. Remove the entry."
             )
-
-
-def _hash_directory(directory: str) -> str:
-    """Hash the files of a directory, linked folders included, that can change a vector."""
-    signature, visited = [], set()
-    for folder, subfolders, names in os.walk(directory, followlinks=True):
-        visited.add(_folder_id(folder))
-        # os.walk descends into the subfolders that remain here. Links may form a circle.
-        subfolders[:] = _visible(subfolders)
-        for name in _visible(subfolders):
-            if _folder_id(os.path.join(folder, name)) in visited:
-                subfolders.remove(name)
-        for name in _visible(names):
-            path = os.path.join(folder, name)
-            suffix = os.path.splitext(name)[1]
-            if suffix in _IGNORED_SUFFIXES or not os.path.isfile(path):
-                continue
-            status = os.stat(path)
-            times = status.st_mtime_ns, status.st_ctime_ns
-            signature.append(_File(path, status.st_size, *times, status.st_ino))
-    return _hash_files(directory, tuple(signature))
-
-
-def _folder_id(folder) -> tuple[int, int]:
-    """Return what identifies a folder under all its names."""
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def _visible(names) -> list[str]:
-    return sorted(name for name in names if not name.startswith("."))
-
-
-class _File(NamedTuple):
-    """Signature of a file: a change of its content changes one of these."""
-
-    path: str
-    size: int
-    modified: int  # in nanoseconds, as the next
-    changed: int  # unlike `modified`, programs cannot set it
-    inode: int
-
-
-@functools.lru_cache(maxsize=64)
-def _hash_files(root, signature) -> str:
-    """Hash names and content of files, once per machine until their signature changes."""
-    key = blake2b(repr((root, signature)).encode(), digest_size=16).hexdigest()
-    remembered = _remembered_hashes().get(key)
-    if remembered is not None:
-        return remembered
-    start = time.time_ns()
-    hasher = blake2b(digest_size=16)
-    for file in signature:
-        name = os.path.relpath(file.path, root).replace(os.sep, "/")  # as on any system
-        hasher.update(f"{name}\0{file.size}\0".encode())
-        with open(file.path, "rb") as content:
-            while chunk := content.read(1 << 22):
-                hasher.update(chunk)
-    newest = max((max(file.modified, file.changed) for file in signature), default=0)
-    if newest < start - _RACY_NS:
-        _remember_hash(key, hasher.hexdigest())
-    return hasher.hexdigest()
-
-
-def _memo_path() -> Path:
-    """Return the file of hashes by signature, beside the default store."""
-    return Path(f"{default_path()}.checkpoints.json")
-
-
-def _remembered_hashes() -> dict[str, str]:
-    """Read the hashes by signature; empty if the file is absent, damaged or of another version."""
-    try:
-        header, _, body = _memo_path().read_bytes().partition(b"\n")
-    except (OSError, ValueError):  # no file, or no path for it
-        return {}
-    return json.loads(body) if header == _memo_header(body) else {}
-
-
-def _memo_header(body) -> bytes:
-    """Return the first line: the version, and a hash that reveals any damage."""
-    return f"{_MEMO_VERSION} {blake2b(body, digest_size=16).hexdigest()}".encode()
-
-
-def _remember_hash(key, content_hash) -> None:
-    """Add a hash to the file, if it can be written. Of two writers at once, one may lose."""
-    hashes = _remembered_hashes() | {key: content_hash}
-    newest = dict(list(hashes.items())[-_MEMO_SIZE:])
-    body = json.dumps(newest).encode()
-    with contextlib.suppress(OSError, ValueError):
-        path = _memo_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(_memo_header(body) + b"\n" + body)
-            os.replace(draft, path)
-        except BaseException:
-            os.unlink(draft)
-            raise
-
-
-@functools.lru_cache(maxsize=64)
-def _read_sentence_transformer(checkpoint, identity) -> dict[str, Any]:
-    modules = _read_json(checkpoint, "modules.json")
-    if modules is None:
-        _check_no_module_files(checkpoint)
-        return {}
-    settings = _read_transformer_settings(checkpoint) | _read_prompt(checkpoint)
-    head = []  # steps after the pooling
-    for i, module in enumerate(modules):
-        kind, path = _module_kind(checkpoint, module, i), module["path"]
-        if kind == "Pooling":
-            if head or "pooling" in settings:
-                raise _unsupported(checkpoint, f"a Pooling module at position {i}")
-            settings |= _read_pooling(checkpoint, f"{path}/config.json")
-        elif kind == "Normalize":
-            head.append(_read_normalize(checkpoint, f"{path}/config.json"))
-        elif kind == "Dense":
-            head.append(_read_dense(checkpoint, path))
-        elif kind not in ("Transformer", "Dropout"):
-            raise _unsupported(checkpoint, f"a {kind} module")
-    if "truncate_dim" in settings:
-        head.append({"kind": "truncate", "n_features": settings.pop("truncate_dim")})
-    if not settings.pop("has_towers") and "pooling" not in settings:
-        raise _unsupported(checkpoint, "no Pooling module")
-    return settings | {"head": head}
-
-
-def _is_static_embedding(modules) -> bool:
-    """Return whether the first module is a StaticEmbedding."""
-    first = next(iter(modules or []), {})
-    return first.get("type", "").endswith(".StaticEmbedding")
-
-
-@functools.lru_cache(maxsize=64)
-def _read_static_embedding(checkpoint, identity) -> dict[str, Any]:
-    """Read a model2vec checkpoint, or one that only sentence-transformers can read.
-
-    model2vec writes the files of both libraries, and its own rules then apply.
-    """
-    config = _read_json(checkpoint, "config.json")
-    if config is not None:
-        return {
-            "library": "model2vec",
-            "folder": "",
-            "max_length": config.get("max_length", _MODEL2VEC_MAX_LENGTH),
-            "head": [{"kind": "normalize"}] if config.get("normalize") else [],
-        }
-    first, *modules = _read_required(checkpoint, "modules.json")
-    settings = {"library": "sentence-transformers", "folder": first["path"]}
-    settings |= _read_prompt(checkpoint)
-    head = []
-    for i, module in enumerate([first, *modules]):
-        kind = _module_kind(checkpoint, module, i, first="StaticEmbedding")
-        if kind == "Normalize":
-            head.append(_read_normalize(checkpoint, f"{module['path']}/config.json"))
-        elif i > 0:
-            raise _unsupported(checkpoint, f"a {kind} module after StaticEmbedding")
-    if "truncate_dim" in settings:
-        head.append({"kind": "truncate", "n_features": settings.pop("truncate_dim")})
-    return settings | {"head": head}
-
-
-def _module_kind(checkpoint, module, position, first="Transformer") -> str:
-    """Return the class of a module; the first module only must be of the class `first`."""
-    package, _, kind = module["type"].rpartition(".")
-    if package.split(".")[0] != "sentence_transformers":
-        raise _unsupported(checkpoint, f"a custom module, {module['type']}")
-    if (kind == first) != (position == 0):
-        raise _unsupported(checkpoint, f"a {kind} module at position {position}")
-    if kind == "Transformer" and module["path"]:
-        raise _unsupported(checkpoint, f"its Transformer in {module['path']!r}")
-    return kind
-
-
-def _check_no_module_files(checkpoint) -> None:
-    """Check that a directory without modules.json has no other sentence-transformers files.
-
-    Without modules.json the pooling would be unknown. A commit of the hub is complete.
-    """
-    if not checkpoint.is_directory:
-        return
-    leftovers: list[str] = []
-    for pattern in (
-        "*_Pooling",
-        "config_sentence_transformers.json",
-        "sentence_*_config.json",
-    ):
-        leftovers += [path.name for path in Path(checkpoint.place).glob(pattern)]
-    if leftovers:
-        raise OSError(
-            f"{checkpoint.model!r} has {leftovers[0]!r} of a sentence-transformers model, but "
-            "no modules.json, which defines its pooling. Download the complete model again, "
-            f"or, to use the transformer alone, remove {', '.join(leftovers)}."
-        )
-
-
-def _read_transformer_settings(checkpoint) -> dict[str, Any]:
-    """Read the settings of the first module, a Transformer."""
-    name, config = _find_transformer_config(checkpoint)
-    if not config:
-        return {"has_towers": False}
-    handled = {"max_seq_length", "do_lower_case", "modality_config", "transformer_task"}
-    handled |= {*_ARGUMENTS, *_TOKENIZER_ARGUMENTS, *_IGNORED_TRANSFORMER_KEYS}
-    _check_settings(checkpoint, name, config, handled)
-    task = config.get("transformer_task", "feature-extraction")
-    if task != "feature-extraction":
-        raise _unsupported(checkpoint, f"the transformer_task {task!r}")
-    for key in _ARGUMENTS:
-        arguments, source = config.get(key), f"{key} of {name}"
-        _check_settings(checkpoint, source, arguments, _IGNORED_ARGUMENTS, _NO_ARGUMENT)
-    max_length = config.get("max_seq_length")
-    for key in _TOKENIZER_ARGUMENTS:
-        arguments, source = dict(config.get(key) or {}), f"{key} of {name}"
-        if arguments.get("truncation_side") == "right":  # the default
-            del arguments["truncation_side"]
-        handled = _IGNORED_ARGUMENTS | {"model_max_length"}
-        _check_settings(checkpoint, source, arguments, handled, _NO_ARGUMENT)
-        max_length = arguments.get("model_max_length", max_length)
-    return {
-        "max_length": max_length,
-        "lower_case": bool(config.get("do_lower_case", False)),
-        "has_towers": _has_towers(checkpoint, config.get("modality_config") or {}),
-    }
-
-
-def _find_transformer_config(checkpoint):
-    """Return name and content of the first module's settings; the name varies by release."""
-    for kind in _TRANSFORMER_KINDS:
-        name = f"sentence_{kind}_config.json"
-        config = _read_json(checkpoint, name)
-        if config:
-            return name, config
-    return None, None
-
-
-def _has_towers(checkpoint, modality_config) -> bool:
-    """Return whether towers with a pooler run the model; other methods are not supported."""
-    methods = []
-    for modality, tower in _TOWERS.items():
-        entry = modality_config.get(modality)
-        if entry is None:
-            continue
-        method = (entry.get("method"), entry.get("method_output_name"))
-        if method not in (_TOKEN_VECTORS, (tower, "pooler_output"), (tower, None)):
-            raise _unsupported(checkpoint, f"modality_config {modality}: {entry}")
-        methods.append(method)
-    if modality_config and not methods:
-        raise _unsupported(checkpoint, f"modality_config {modality_config}")
-    return any(method != _TOKEN_VECTORS for method in methods)
-
-
-def _read_prompt(checkpoint) -> dict[str, Any]:
-    file = "config_sentence_transformers.json"
-    config = _read_json(checkpoint, file) or {}
-    handled = _IGNORED_MODEL_KEYS | {"model_type", "truncate_dim"}
-    _check_settings(checkpoint, file, config, handled)
-    if config.get("model_type") not in (None, "SentenceTransformer"):
-        raise _unsupported(checkpoint, f"the model_type {config['model_type']!r}")
-    settings = {}
-    name = config.get("default_prompt_name")
-    if name is not None:
-        # sentence-transformers defines these two names in every model.
-        prompts = {"query": "", "document": ""} | (config.get("prompts") or {})
-        if name not in prompts:
-            raise _unsupported(
-                checkpoint,
-                f"default_prompt_name={name!r}, which is not among its prompts {list(prompts)},",
-            )
-        settings["prompt"] = prompts[name]
-    if config.get("truncate_dim"):
-        settings["truncate_dim"] = config["truncate_dim"]
-    return settings
-
-
-def _read_pooling(checkpoint, name) -> dict[str, Any]:
-    config = _read_required(checkpoint, name)
-    active = [m for m in config if m.startswith("pooling_mode_") and config[m] is True]
-    handled = {
-        "word_embedding_dimension",
-        "embedding_dimension",
-        "pooling_mode",
-        "include_prompt",
-    }
-    _check_settings(checkpoint, name, config, handled | set(active))
-    if not active and not handled.intersection(config):
-        raise OSError(
-            f"The file {name!r} of {checkpoint.model!r} specifies no pooling: {config}."
-        )
-    modes = config.get("pooling_mode") or active or ["mean"]
-    if isinstance(modes, str):
-        modes = [modes]
-    mode = modes[0].removeprefix("pooling_mode_")
-    mode = mode.removesuffix("_tokens").removesuffix("_token")
-    if len(modes) != 1 or mode not in _POOLINGS:
-        raise _unsupported(checkpoint, f"the pooling {', '.join(modes)}")
-    return {
-        "pooling": _POOLINGS[mode],
-        "pool_prompt": config.get("include_prompt", True),
-    }
-
-
-def _read_normalize(checkpoint, name) -> dict[str, Any]:
-    """Read a Normalize module; older releases of sentence-transformers wrote no file."""
-    config = _read_json(checkpoint, name, optional=True) or {}
-    names = {config.get("module_input_name"), config.get("module_output_name")}
-    if not names <= _POOLED:
-        raise _unsupported(checkpoint, f"a Normalize module of the kind {config}")
-    return {"kind": "normalize"}
-
-
-def _read_dense(checkpoint, path) -> dict[str, Any]:
-    """Read the shape of a dense layer; its weights are loaded with the model."""
-    name = f"{path}/config.json"
-    config = _read_required(checkpoint, name)
-    activation = config.get("activation_function", "torch.nn.Tanh")
-    package, _, activation = activation.rpartition(".")
-    names = {config.get("module_input_name"), config.get("module_output_name")}
-    is_known = package.split(".")[0] == "torch" and activation in _ACTIVATIONS
-    if not is_known or config.get("use_residual") or not names <= _POOLED:
-        raise _unsupported(checkpoint, f"a Dense module of the kind {config}")
-    handled = {"in_features", "out_features", "bias", "activation_function"}
-    handled |= {"module_input_name", "module_output_name"}
-    _check_settings(checkpoint, name, config, handled)
-    if not isinstance(config.get("out_features"), int):
-        raise OSError(
-            f"The file {name!r} of {checkpoint.model!r} specifies no out_features: {config}."
-        )
-    return {
-        "kind": "dense",
-        "path": path,
-        "n_features": config["out_features"],
-        "activation": activation,
-    }
-
-
-def _check_settings(checkpoint, source, settings, handled, unset=_UNSET) -> None:
-    """Raise an error that names the first setting with an unsupported effect."""
-    for key, value in (settings or {}).items():
-        if key not in handled and json.dumps(value) not in unset:
-            raise _unsupported(checkpoint, f"{key}={value!r} in {source}")
-
-
-def _read_required(checkpoint, name):
-    """Read a file that modules.json lists."""
-    config = _read_json(checkpoint, name)
-    if config is None:
-        raise _missing_file(checkpoint, name, "modules.json")
-    return config
-
-
-def _read_json(checkpoint, name, *, optional=False):
-    path = checkpoint.file(name, optional=optional)
-    return None if path is None else _parse_json(path)
 
 
 def _parse_json(path):
@@ -1064,7 +658,7 @@ def _read_pickle(path, device) -> dict[str, Any]:
 
 def _shards(checkpoint, name) -> list[str]:
     """Return the names of the files that an index lists."""
-    weight_map = _read_json(checkpoint, name).get("weight_map")
+    weight_map = checkpoint.read_json(name).get("weight_map")
     shards = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
     if not all(isinstance(shard, str) for shard in shards):
         raise OSError(
@@ -1072,24 +666,3 @@ def _shards(checkpoint, name) -> list[str]:
             "is damaged. Download it again."
         )
     return sorted(shards)
-
-
-def _missing_file(checkpoint, name, index) -> OSError:
-    return OSError(
-        f"{checkpoint.model!r} has no file {name!r}, although its {index} lists it. Download "
-        "the complete model again, or save it again."
-    )
-
-
-def _wrapping_advice(checkpoint) -> str:
-    return (
-        f"Wrap it: CallableBackend(lambda: SentenceTransformer({checkpoint.model!r}).encode, "
-        "name=..., version=..., modality=..., n_features=...)."
-    )
-
-
-def _unsupported(checkpoint, feature) -> ValueError:
-    return ValueError(
-        f"{checkpoint.model!r} is a sentence-transformers model with {feature}, which is not "
-        f"supported. {_wrapping_advice(checkpoint)}"
-    )
