@@ -372,10 +372,7 @@ class HuggingFaceBackend(CheckpointBackend):
             If tokenizer files or weights are absent, which transformers would
             initialise at random.
         """
-        if self.modality == "text":
-            prepare, collate = self._text_steps(loaded)
-        else:
-            prepare, collate = self._image_steps(loaded)
+        prepare, collate = self._steps(loaded)
         members = [(backend, backend._head_steps()) for backend in (self, *self.others)]
 
         def forward_by(run):
@@ -401,38 +398,36 @@ class HuggingFaceBackend(CheckpointBackend):
 
             return forward
 
-        def trial():
-            return prepare(trial_cells(self.modality))
-
-        def module():
-            from sklembed.nn.layers import Applied
-
-            model, absent = loaded.model_of(self)
-            for backend in (self, *self.others):
-                backend._check_weights(absent)
-            short = prepare(trial_cells(self.modality)[:1])
-            names = list(collate(short)[0])
-
-            def states(model, *tensors):
-                return self._states(model, dict(zip(names, tensors, strict=True)))
-
-            return Applied(states, model)
-
         is_text = self.modality == "text"
         network = Network(
             label=self.checkpoint.name,
             key=self.network_key,
             use=self.network_use,
-            module=module,
+            module=lambda: self._module(loaded, prepare, collate),
             inputs=lambda prepared: collate(prepared)[0],
             forward=forward_by,
-            trial=trial,
+            trial=lambda: prepare(trial_cells(self.modality)),
             widths=self.widths,
             dynamic_axes=(0, 1) if is_text else (0,),
             runtime_budget=_RUNTIME_BUDGET if is_text else None,
         )
         budget = _BUDGETS.get(self._device.type, _ACCELERATOR_BUDGET)
         return Encoding(None, prepare, _length, budget, network)
+
+    def _module(self, loaded, prepare, collate):
+        """Return the module that maps the tensors of a batch to `_outputs`."""
+        from sklembed.nn.layers import Applied
+
+        model, absent = loaded.model_of(self)
+        for backend in (self, *self.others):
+            backend._check_weights(absent)
+        inputs, _ = collate(prepare(trial_cells(self.modality)[:1]))
+        names = list(inputs)
+
+        def states(model, *tensors):
+            return self._states(model, dict(zip(names, tensors, strict=True)))
+
+        return Applied(states, model)
 
     def trainable(self, device: str) -> Trainable:
         """Return the network, loaded anew in float32, and its differentiable steps.
@@ -446,10 +441,7 @@ class HuggingFaceBackend(CheckpointBackend):
         loaded = _Loaded()
         network, absent = loaded.model_of(backend)
         backend._check_weights(absent)
-        if self.modality == "text":
-            prepare, collate = backend._text_steps(loaded)
-        else:
-            prepare, collate = backend._image_steps(loaded)
+        prepare, collate = backend._steps(loaded)
         steps = backend._head_steps()
 
         def vectors(network, prepared):
@@ -648,6 +640,12 @@ class HuggingFaceBackend(CheckpointBackend):
             f"{self._name} ({self._model_type}) gives the same cell another vector "
             "each time, so its vectors cannot be stored. Choose another checkpoint."
         )
+
+    def _steps(self, loaded):
+        """Return the functions that prepare cells and make a batch of them."""
+        if self.modality == "text":
+            return self._text_steps(loaded)
+        return self._image_steps(loaded)
 
     def _text_steps(self, loaded):
         """Return the functions that tokenise texts and make a batch of them."""
