@@ -500,20 +500,9 @@ class SegmentationDisplay:
         self : SegmentationDisplay
             The display, with `figure_` and `axes_`.
         """
-        plt = _pyplot()
         n_columns = 2 if self.images is None else 3
         shape = len(self.y_true), n_columns
-        if axes is None:
-            size = (2.2 * shape[1], 2.3 * shape[0])
-            _, axes = plt.subplots(
-                *shape, figsize=size, layout="constrained", squeeze=False
-            )
-        self.axes_ = np.array(axes, dtype=object)
-        if self.axes_.size != shape[0] * shape[1]:
-            raise ValueError(
-                f"There are {shape} panels to draw; got {self.axes_.size} axes."
-            )
-        self.axes_ = self.axes_.reshape(shape)
+        self.axes_ = _panels(axes, n_columns, (2.2, 2.3), shape[0]).reshape(shape)
         self.figure_ = self.axes_[0, 0].figure
         for row, (true, pred) in enumerate(zip(self.y_true, self.y_pred, strict=True)):
             image = None
@@ -529,10 +518,10 @@ class SegmentationDisplay:
             ax.set_title(title, fontsize=10)
         for ax in self.axes_.flat:
             ax.set(xticks=[], yticks=[])
-        self._draw_legend(plt)
+        self._draw_legend()
         return self
 
-    def _draw_legend(self, plt):
+    def _draw_legend(self):
         """Draw a legend of the labels if there are several."""
         labels = set()
         for mask in [*self.y_true, *self.y_pred]:
@@ -542,7 +531,7 @@ class SegmentationDisplay:
         handles = []
         labels = sorted(labels)
         for label, color in zip(labels, _colors(labels), strict=True):
-            patch = plt.Rectangle((0, 0), 1, 1, color=color, label=str(label))
+            patch = _pyplot().Rectangle((0, 0), 1, 1, color=color, label=str(label))
             handles.append(patch)
         self.figure_.legend(handles=handles, loc="outside lower center", ncols=8)
 
@@ -884,28 +873,28 @@ class AdaptationDisplay:
         ax.set_title("cost of training against score", fontsize="medium")
 
 
-def _panels(axes, n_panels, size):
-    """Return the axes of panels side by side, of a new figure if `axes` is None.
+def _panels(axes, n_columns, size, n_rows=1):
+    """Return the axes of panels, row by row, of a new figure if `axes` is None.
 
     Parameters
     ----------
-    axes : sequence of matplotlib Axes or None
+    axes : array-like of matplotlib Axes or None
         The axes.
-    n_panels : int
-        Number of panels.
+    n_columns, n_rows : int
+        Number of panels side by side, and below each other.
     size : tuple of float
         Width and height of a panel of a new figure, in inches.
     """
     if axes is None:
         width, height = size
         _, axes = _pyplot().subplots(
-            1,
-            n_panels,
-            figsize=(width * n_panels, height),
+            n_rows,
+            n_columns,
+            figsize=(width * n_columns, height * n_rows),
             layout="constrained",
             squeeze=False,
         )
-    axes = np.ravel(axes)
+    axes, n_panels = np.ravel(axes), n_columns * n_rows
     if len(axes) != n_panels:
         raise ValueError(f"There are {n_panels} panels to draw; got {len(axes)} axes.")
     return axes
