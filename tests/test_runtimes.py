@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.base import clone
 
 from sklembed import CallableBackend, EmbeddingStore, FrozenEncoder
-from sklembed.encoders import frozen, inference, runtimes
+from sklembed.encoders import cpu, frozen, inference, runtimes
 from sklembed.encoders.huggingface import HuggingFaceBackend
 from sklembed.encoders.networks import NetworkEntry, list_networks
 
@@ -723,8 +723,8 @@ def test_drafts_of_dead_processes_are_deleted(tmp_path):
 @pytest.fixture
 def other_processor(monkeypatch):
     """A processor with AVX512-BF16 and VNNI."""
-    monkeypatch.setattr(runtimes, "cpu_flags", lambda: FLAGS)
-    monkeypatch.setattr(runtimes, "_processor", lambda: "other")
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: FLAGS)
+    monkeypatch.setattr(cpu, "processor_hash", lambda: "other")
 
 
 def fingerprint(path, **parameters):
@@ -750,7 +750,7 @@ def test_the_key_names_the_runtime_below_float32(checkpoints, other_processor):
 def test_int8_vectors_have_the_key_of_their_instructions(checkpoints, monkeypatch):
     keys = set()
     for name in ("avx2", "avx512_vnni", "none of them"):
-        monkeypatch.setattr(runtimes, "cpu_flags", partial(frozenset, [name]))
+        monkeypatch.setattr(cpu, "cpu_flags", partial(frozenset, [name]))
         keys.add(fingerprint(checkpoints["bert"], dtype="int8"))
     assert len(keys) == 3
 
@@ -780,7 +780,7 @@ def test_stored_int8_vectors_are_read_where_no_runtime_is(
 def test_a_refused_bfloat16_network_has_the_key_of_torch(
     checkpoints, store, monkeypatch, other_processor
 ):
-    monkeypatch.setattr(runtimes, "_time_bfloat16", lambda: 2.0)
+    monkeypatch.setattr(cpu, "_time_bfloat16", lambda: 2.0)
     monkeypatch.setitem(runtimes._EXPORTERS, "openvino", fail_to_export)
     texts = make_texts()
     path = checkpoints["bert"]
@@ -802,9 +802,9 @@ def test_a_processor_without_the_flags_reads_and_encodes(
     texts = make_texts(80)
     encoder = FrozenEncoder(checkpoints["bert"], store=store)
     with monkeypatch.context() as patch:
-        patch.setattr(runtimes, "cpu_flags", lambda: FLAGS)
-        patch.setattr(runtimes, "_time_bfloat16", lambda: 2.0)
-        patch.setattr(runtimes, "_processor", lambda: "other")
+        patch.setattr(cpu, "cpu_flags", lambda: FLAGS)
+        patch.setattr(cpu, "_time_bfloat16", lambda: 2.0)
+        patch.setattr(cpu, "processor_hash", lambda: "other")
         encoder.fit(texts)
     assert encoder.space_["description"]["runtime"] == "openvino"
     vectors = encoder.transform(texts)  # here in float32, under its own key
@@ -819,7 +819,7 @@ def test_another_processor_checks_again(checkpoints, store, monkeypatch):
     )
     encoder.transform(make_texts(40))
     forget()
-    monkeypatch.setattr(runtimes, "_processor", lambda: "another")
+    monkeypatch.setattr(cpu, "processor_hash", lambda: "another")
     auto = clone(encoder).set_params(runtime="auto")
     assert auto.stats()["runtime"] == "torch"
     encoder.transform(make_texts(80))
@@ -839,10 +839,10 @@ def test_auto_decides_by_flags_and_one_timing(
     checkpoints, tmp_path, monkeypatch, flags, ratio, expected
 ):
     monkeypatch.setenv("SKLEMBED_STORE", str(tmp_path / "store.sqlite"))
-    monkeypatch.setattr(runtimes, "cpu_flags", lambda: frozenset(flags))
-    monkeypatch.setattr(runtimes, "_processor", lambda: str(sorted(flags)))
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(cpu, "processor_hash", lambda: str(sorted(flags)))
     timings = [ratio]
-    monkeypatch.setattr(runtimes, "_time_bfloat16", timings.pop)  # once
+    monkeypatch.setattr(cpu, "_time_bfloat16", timings.pop)  # once
     for _ in range(2):
         encoder = FrozenEncoder(checkpoints["bert"], runtime="torch")
         assert encoder.stats()["dtype"] == expected
@@ -850,16 +850,16 @@ def test_auto_decides_by_flags_and_one_timing(
 
 def test_the_timing_of_a_machine_is_remembered_in_a_file(tmp_path, monkeypatch):
     monkeypatch.setenv("SKLEMBED_STORE", str(tmp_path / "store.sqlite"))
-    monkeypatch.setattr(runtimes, "cpu_flags", lambda: FLAGS)
-    monkeypatch.setattr(runtimes, "_processor", lambda: "here")
-    monkeypatch.setattr(runtimes, "_time_bfloat16", lambda: 0.5)
-    assert not runtimes.bfloat16_pays()
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: FLAGS)
+    monkeypatch.setattr(cpu, "processor_hash", lambda: "here")
+    monkeypatch.setattr(cpu, "_time_bfloat16", lambda: 0.5)
+    assert not cpu.bfloat16_pays()
     facts = json.loads((tmp_path / "processors.json").read_text())
     assert facts == {"here": False}
-    monkeypatch.setattr(runtimes, "_time_bfloat16", lambda: 5.0)
-    assert not runtimes.bfloat16_pays()
+    monkeypatch.setattr(cpu, "_time_bfloat16", lambda: 5.0)
+    assert not cpu.bfloat16_pays()
     (tmp_path / "processors.json").write_text("{")
-    assert runtimes.bfloat16_pays()
+    assert cpu.bfloat16_pays()
 
 
 @pytest.mark.parametrize(
@@ -875,7 +875,7 @@ def test_the_timing_of_a_machine_is_remembered_in_a_file(tmp_path, monkeypatch):
 def test_combinations_that_do_not_exist_are_refused_in_fit(
     checkpoints, parameters, message, monkeypatch
 ):
-    monkeypatch.setattr(runtimes, "cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"avx2"}))
     encoder = FrozenEncoder(checkpoints["bert"], store=None, **parameters)
     with pytest.raises(ValueError, match=message):
         encoder.fit(["a"])

@@ -41,7 +41,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklembed import CallableBackend, FrozenEncoder, PerModalityUnion, prefetch
 from sklembed.datasets import load_emoji, load_openclipart
 from sklembed.encoders import efficientnet_lite0, inference, minilm, runtimes
-from sklembed.encoders.runtimes import cpu_flags
+from sklembed.encoders.cpu import cpu_flags
 
 MINILM = minilm()
 # Features of a processor that decide which precision is fast.

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from sklembed.encoders.backends import CheckpointBackend, trial_cells
+from sklembed.encoders.cpu import integer_instructions
 from sklembed.encoders.inference import Encoding, in_torch
 from sklembed.encoders.networks import checksums, read_json, write_json
 from sklembed.encoders.runtimes import (
     TOLERANCES,
     export_network,
-    integer_instructions,
     load_network,
     relative_error,
     require,

@@ -40,6 +40,7 @@ from sklembed.encoders.cells import (
 )
 from sklembed.encoders.checkpoints import Checkpoint
 from sklembed.encoders.column import Column
+from sklembed.encoders.cpu import has_bfloat16
 from sklembed.encoders.database import Space, absolute, default_path
 from sklembed.encoders.exported import Export, ExportedBackend, write_export
 from sklembed.encoders.huggingface import POOLINGS, HuggingFaceBackend
@@ -53,7 +54,6 @@ from sklembed.encoders.runtimes import (
     RefusedError,
     UnavailableError,
     candidates,
-    has_bfloat16,
     log_once,
     relative_error,
 )

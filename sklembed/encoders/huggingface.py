@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sklembed.encoders.backends import CheckpointBackend, Modality, trial_cells
+from sklembed.encoders.cpu import bfloat16_pays, integer_instructions
 from sklembed.encoders.inference import (
     Encoding,
     Network,
@@ -21,9 +22,7 @@ from sklembed.encoders.inference import (
 )
 from sklembed.encoders.runtimes import (
     TOLERANCES,
-    bfloat16_pays,
     candidates,
-    integer_instructions,
     relative_error,
 )
 from sklembed.encoders.text_inputs import TextInputs, encode_in_groups, n_tokens

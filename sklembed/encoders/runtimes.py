@@ -11,25 +11,22 @@ import os
 import platform
 import sys
 import threading
-import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from hashlib import blake2b
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import joblib
 import numpy as np
-from filelock import FileLock
 
-from sklembed.encoders.database import default_path
+from sklembed.encoders import cpu
 from sklembed.encoders.inference import Encoding, in_torch, is_out_of_memory
-from sklembed.encoders.networks import NetworkEntry, read_json, write_json
+from sklembed.encoders.networks import NetworkEntry
 
 # Fastest first (see bench_encode.py), with the packages that each one needs.
 _PACKAGES = {
@@ -39,11 +36,6 @@ _PACKAGES = {
 RUNTIMES = tuple(_PACKAGES)
 # Relative error of a vector that a precision may cause.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2, "int8": 0.3}
-# Instructions for integers, from the newest on; results differ between them.
-_INTEGER_INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2")
-# Without one of them, OpenVINO would compute in float32.
-_BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
-_BFLOAT16_PAYS = 1.2  # times faster than float32, from which on "auto" chooses it
 _N_CHECKED_CELLS = 48
 _N_CELLS_OF_A_VERDICT = 32  # before, each call compares its cells
 _CHECKED_AT_ONCE = 6  # cells of different lengths, in one batch
@@ -323,7 +315,7 @@ def _able(precision) -> tuple[str, ...]:
     """Return the runtimes that can compute in a precision on this machine."""
     if precision == "float32":
         return RUNTIMES
-    if precision == "bfloat16" and has_bfloat16():
+    if precision == "bfloat16" and cpu.has_bfloat16():
         return ("openvino",)
     return ("onnx",) if precision == "int8" else ()
 
@@ -342,90 +334,9 @@ def _is_installed(runtime) -> bool:
     return all(find_spec(package) is not None for package in _PACKAGES[runtime])
 
 
-@cache
-def cpu_flags() -> frozenset[str]:
-    """Return the features of the processor, by their names in Linux.
-
-    Empty where the system does not list them.
-    """
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
-
-
-def has_bfloat16() -> bool:
-    """Return whether the processor has instructions for bfloat16."""
-    return not cpu_flags().isdisjoint(_BFLOAT16_INSTRUCTIONS)
-
-
-def integer_instructions() -> str:
-    """Return the newest instructions for integers, which int8 vectors depend on."""
-    for name in _INTEGER_INSTRUCTIONS:
-        if name in cpu_flags():
-            return name
-    return platform.machine()
-
-
-def bfloat16_pays() -> bool:
-    """Return whether this processor multiplies matrices faster in bfloat16.
-
-    Without instructions for bfloat16 it never does, with AMX always. With AVX512-BF16
-    alone it depends on the processor, so a multiplication is timed once per machine and
-    remembered beside the default store.
-    """
-    if "amx_bf16" in cpu_flags():
-        return True
-    if "avx512_bf16" not in cpu_flags():
-        return False
-    try:
-        path = default_path().with_name("processors.json")
-        facts = read_json(path) or {}
-        if _processor() in facts:
-            return bool(facts[_processor()])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            facts = read_json(path) or {}
-            if _processor() not in facts:
-                facts[_processor()] = _time_bfloat16() > _BFLOAT16_PAYS
-                write_json(path, facts)
-            return bool(facts[_processor()])
-    except OSError:  # a timing that cannot be remembered could change the next time
-        return True
-
-
-def _time_bfloat16() -> float:
-    """Return how many times faster than in float32 a multiplication is in bfloat16."""
-    import torch
-
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left = torch.ones(512, 384, dtype=dtype)
-        right = torch.ones(384, 1536, dtype=dtype)
-        ticks = []
-        for _ in range(9):
-            tick = time.perf_counter()
-            left @ right
-            ticks.append(time.perf_counter() - tick)
-        seconds[dtype] = np.median(ticks)
-    return float(seconds[torch.float32] / seconds[torch.bfloat16])
-
-
-@cache
-def _processor() -> str:
-    """Return a hash of the kind of processor and its features."""
-    text = f"{platform.machine()} {platform.processor()} {sorted(cpu_flags())}"
-    return blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 def _condition(precision, use) -> str:
     """Return what a verdict depends on besides the exported files."""
-    return f"{use} in {precision} on {_processor()}"
+    return f"{use} in {precision} on {cpu.processor_hash()}"
 
 
 def _entry(network_key, label, runtime, precision, directory) -> NetworkEntry:
@@ -436,7 +347,7 @@ def _entry(network_key, label, runtime, precision, directory) -> NetworkEntry:
         "libraries": [_version(name) for name in ("torch", "transformers")],
         # bfloat16 is a setting of the runtime, not of the files.
         "dtype": "int8" if precision == "int8" else "float32",
-        "instructions": integer_instructions() if precision == "int8" else None,
+        "instructions": cpu.integer_instructions() if precision == "int8" else None,
     }
     return NetworkEntry.of(directory, description, model=label)
 
@@ -522,7 +433,7 @@ def _export_onnx(network, inputs, precision, folder) -> None:
         skip_symbolic_shape=True,
     )
     # Without VNNI the sums of products saturate, unless a bit is spared.
-    has_vnni = integer_instructions() in ("amx_int8", "avx512_vnni", "avx_vnni")
+    has_vnni = cpu.integer_instructions() in ("amx_int8", "avx512_vnni", "avx_vnni")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     quantize_dynamic(
         folder / "float32.marked.onnx",
