@@ -25,6 +25,7 @@ DRAFT_RATIO = 4
 _DIGEST_SIZE = 16  # bytes; a collision becomes likely at 2**64 cells
 # In bytes. An image within Pillow's limit of pixels is smaller, even uncompressed.
 _MAX_FILE_SIZE = 2**30
+_LONGEST_CELL, _LONGEST_PATH = 40, 200  # characters in a message
 
 # Pillow's settings that decide which images can be read: their module and their default.
 _LIMITS = {
@@ -629,21 +630,21 @@ def _type_name(cell) -> str:
     return f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
 
 
-def _quote(path: str, width: int = 200) -> str:
+def _quote(path: str) -> str:
     """Quote the end of a path, since a text passed as a path may have any length."""
-    if len(path) > width:
-        path = "…" + path[1 - width :]
+    if len(path) > _LONGEST_PATH:
+        path = "…" + path[1 - _LONGEST_PATH :]
     return str.__repr__(path)
 
 
-def shorten(cell, width: int = 40) -> str:
+def shorten(cell) -> str:
     """Return a short representation of a cell of any type and size for a message."""
     try:
         if isinstance(cell, str | bytes | bytearray):
-            cell = cell[:width]
+            cell = cell[:_LONGEST_CELL]
         text = repr(cell)
     except Exception:  # a broken __repr__, or an int with too many digits
         text = object.__repr__(cell)
-    if len(text) > width:
-        text = text[: width - 1] + "…"
+    if len(text) > _LONGEST_CELL:
+        text = text[: _LONGEST_CELL - 1] + "…"
     return text

@@ -155,11 +155,11 @@ def start_reading(name: str, codes: np.ndarray, values) -> ColumnReading:
     return ColumnReading(name, "", "", len(codes), int((codes < 0).sum()), len(values))
 
 
-def _evenly(values, size=SAMPLE_SIZE):
-    """Return values that are spread evenly over an array."""
-    if len(values) <= size:
+def _evenly(values):
+    """Return a sample of values that are spread evenly over an array."""
+    if len(values) <= SAMPLE_SIZE:
         return values
-    return values[np.linspace(0, len(values) - 1, size).astype(np.intp)]
+    return values[np.linspace(0, len(values) - 1, SAMPLE_SIZE).astype(np.intp)]
 
 
 def _form_of(kind, cells, sample):
@@ -339,7 +339,7 @@ def _read_texts(reading, values, repeats):
     if share >= _LEAST_SHARE and not _are_codes(sample):
         reading.form = decimal
         return _read_written_numbers(reading, values, texts)
-    return _read_words(reading, texts, sample, n_categories, repeats)
+    return _read_words(reading, sample, n_categories, repeats)
 
 
 def _share(sample, test):
@@ -377,7 +377,7 @@ def _read_written_numbers(reading, values, texts):
     return _as(reading, "numeric", "numbers as text")
 
 
-def _read_words(reading, texts, sample, n_categories, repeats):
+def _read_words(reading, sample, n_categories, repeats):
     """Set the kind of texts that are neither numbers nor dates: by their words."""
     is_distinct = repeats == 1
     n_words = np.array([_n_words(text) for text in sample])
