@@ -1,4 +1,4 @@
-"""Offline settings, a store for the run, and tiny checkpoints of each architecture."""
+"""Offline settings, a store for the run, tiny checkpoints, and what several tests share."""
 
 import os
 import tempfile
@@ -16,7 +16,7 @@ import pytest
 import sklearn
 from packaging.version import Version
 
-from sklembed import CallableBackend, EmbeddingStore
+from sklembed import CallableBackend, ContrastiveProjector, EmbeddingStore
 
 VISION = ("vit", "dinov2", "dinov2_registers", "resnet", "convnext", "swin")
 DECODERS = ("llama", "qwen", "gpt2")
@@ -49,6 +49,26 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def store(tmp_path):
     return EmbeddingStore(tmp_path / "store.sqlite")
+
+
+def small_projector(**options):
+    defaults = {
+        "passthrough": False,
+        "n_components": 4,
+        "hidden_layer_sizes": (16,),
+        "max_epochs": 5,
+        "batch_size": 32,
+        "random_state": 0,
+    }
+    return ContrastiveProjector(**(defaults | options))
+
+
+def same_weights(one, other, **tolerance):
+    assert one.weights_.keys() == other.weights_.keys()
+    for name, value in one.weights_.items():
+        np.testing.assert_allclose(
+            value, other.weights_[name], err_msg=name, **tolerance
+        )
 
 
 def count_letters(texts):

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+from conftest import small_projector as small
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
@@ -12,7 +13,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sklembed import (
-    ContrastiveProjector,
     CrossAttentionAdaptor,
     FusionClassifier,
     PerModalityUnion,
@@ -20,18 +20,6 @@ from sklembed import (
 )
 
 callback = pytest.importorskip("sklearn.callback")  # of scikit-learn >= 1.9
-
-
-def small(**options):
-    defaults = {
-        "passthrough": False,
-        "n_components": 4,
-        "hidden_layer_sizes": (16,),
-        "max_epochs": 5,
-        "batch_size": 32,
-        "random_state": 0,
-    }
-    return ContrastiveProjector(**(defaults | options))
 
 
 class Record:

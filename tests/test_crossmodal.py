@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same_weights
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
@@ -104,14 +105,6 @@ def shake(encoder):
         if not name.startswith(("mean", "scale")):
             value += 0.3 * rng.normal(size=value.shape).astype(np.float32)
     return encoder
-
-
-def same_weights(one, other, **tolerance):
-    assert one.weights_.keys() == other.weights_.keys()
-    for name, value in one.weights_.items():
-        np.testing.assert_allclose(
-            value, other.weights_[name], err_msg=name, **tolerance
-        )
 
 
 # A row by itself

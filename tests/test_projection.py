@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import sklearn
 import torch
+from conftest import small_projector as small
 from sklearn.base import clone
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -36,18 +37,6 @@ from sklembed import (
 from sklembed.nn.losses import LOSSES
 from sklembed.nn.projection import Projection
 from sklembed.projection.forward import product
-
-
-def small(**options):
-    defaults = {
-        "passthrough": False,
-        "n_components": 4,
-        "hidden_layer_sizes": (16,),
-        "max_epochs": 5,
-        "batch_size": 32,
-        "random_state": 0,
-    }
-    return ContrastiveProjector(**(defaults | options))
 
 
 def buried_classes(noise):

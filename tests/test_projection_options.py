@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from conftest import small_projector as small
 from pytorch_metric_learning.losses import ProxyAnchorLoss, SupConLoss
 from scipy.stats import rankdata
 from sklearn.decomposition import PCA
@@ -14,20 +15,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import normalize
 from skorch.callbacks import Callback, EarlyStopping, LRScheduler
 from skorch.dataset import ValidSplit
-
-from sklembed import ContrastiveProjector
-
-
-def small(**options):
-    defaults = {
-        "passthrough": False,
-        "n_components": 4,
-        "hidden_layer_sizes": (16,),
-        "max_epochs": 5,
-        "batch_size": 32,
-        "random_state": 0,
-    }
-    return ContrastiveProjector(**(defaults | options))
 
 
 def losses(projector):

@@ -8,6 +8,7 @@ import pytest
 import skops.io
 import torch
 import torch.nn.functional as F
+from conftest import same_weights
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -83,14 +84,6 @@ def learner(**options):
         "dropout": 0.0,
     }
     return small(**defaults | options)
-
-
-def same_weights(one, other, **tolerance):
-    assert one.weights_.keys() == other.weights_.keys()
-    for name, value in one.weights_.items():
-        np.testing.assert_allclose(
-            value, other.weights_[name], err_msg=name, **tolerance
-        )
 
 
 def objects(masks):
