@@ -1,4 +1,4 @@
-"""Draw the picture of the landing page and the README: rows of a table and predictions.
+"""Draw the image of the landing page and the README: rows of a table and predictions.
 
 ``python tools/draw_landing.py`` fits the model of the README and writes
 ``docs/_static/landing-light.png`` and ``landing-dark.png``.
