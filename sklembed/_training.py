@@ -486,6 +486,7 @@ class Finetuned:
     best_step: int
     n_steps: int
     history: History
+    has_diverged: bool
 
 
 def finetune(
@@ -505,8 +506,9 @@ def finetune(
 
     The learning rate rises linearly, then falls linearly to 0. The loss on the validation set is
     computed before the first step and several times an epoch. A later step is the best only if
-    its gain over the start is significant in a one-sided paired t-test over the rows, at 5 %. If
-    memory runs out, gradients are accumulated over parts of a batch.
+    its gain over the start is significant in a one-sided paired t-test over the rows, at 5 %.
+    Training stops if a loss is not finite, which is no step to return to. If memory runs out,
+    gradients are accumulated over parts of a batch.
 
     Unlike `train`, this keeps copies of the trained parameters alone, and each group of
     parameters has a learning rate.
@@ -536,13 +538,14 @@ def finetune(
     Returns
     -------
     finetuned : Finetuned
-        The best step, 0 for the start; the number of steps; and an entry for each evaluation
-        with "step", "epoch", "valid_loss", and "train_loss" after the first.
+        The best step, 0 for the start; the number of steps; an entry for each evaluation with
+        "step", "epoch", "valid_loss", and "train_loss" after the first; and whether training
+        diverged, that is, stopped because a loss was not finite.
 
     Raises
     ------
     ValueError
-        If a loss is not finite.
+        If a loss is not finite before the first step.
     MemoryError
         If memory runs out on a single row.
     """
@@ -577,7 +580,7 @@ def finetune(
     ).initialize()
     net.limit = _PartLimit(options.batch_size, is_out_of_memory)
     net.partial_fit(X, y)
-    return Finetuned(best.step_of_best, best.step, best.history)
+    return Finetuned(best.step_of_best, best.step, best.history, best.has_diverged)
 
 
 @dataclass(frozen=True)
@@ -631,8 +634,6 @@ class _PartwiseNet(_Net):
     def train_step_single(self, batch: Any, **_: Any) -> dict[str, Any]:
         """Compute the gradients of the weighted mean loss of a batch."""
         loss = self.limit.run(lambda n_rows: self._accumulate(batch, n_rows))
-        if not torch.isfinite(loss):
-            raise ValueError("Training diverged: the loss is not finite. Lower lr.")
         return {"loss": loss, "y_pred": None}
 
     def _accumulate(self, batch: Any, n_rows: int) -> Tensor:
@@ -678,17 +679,23 @@ class BestStep(Callback):  # type: ignore[misc]
         self.history: History = []
         self.train_losses: list[float] = []
         self.step = self.step_of_best = self.n_without_gain = 0
+        self.has_diverged = False
         self.start = self.best = self._evaluate(net)
+        self._check_start("validation set", self.history[0]["valid_loss"])
         self.start_values = self.best_values = self._copy()
 
     def on_batch_end(self, net: NeuralNet, loss: Any = None, **_: Any) -> None:
         """Evaluate after some of the steps, and after the last step of an epoch."""
         self.step += 1
         self.train_losses.append(float(loss))
+        if self.step == 1:  # the loss before this step
+            self._check_start("first batch", self.train_losses[0])
+        self._stop_if_diverged(self.train_losses[-1])
         step_of_epoch = self.step % self.n_batches
         if step_of_epoch % self.interval and step_of_epoch:
             return
         losses = self._evaluate(net)
+        self._stop_if_diverged(self.history[-1]["valid_loss"])
         self.n_without_gain += 1
         if self._mean(losses) < self._mean(self.best):
             self.best, self.step_of_best = losses, self.step
@@ -703,6 +710,20 @@ class BestStep(Callback):  # type: ignore[misc]
         with torch.no_grad():
             for parameter, value in zip(self.parameters, self.best_values, strict=True):
                 parameter.copy_(value)
+
+    def _check_start(self, part: str, loss: float) -> None:
+        """Raise an error if a loss of the frozen head is not finite."""
+        if not np.isfinite(loss):
+            raise ValueError(
+                f"The loss of the {part} is not finite before the first step of training. "
+                "Check the vectors of the encoder."
+            )
+
+    def _stop_if_diverged(self, loss: float) -> None:
+        """Stop if a loss is not finite: the steps so far are the only ones to return to."""
+        if not np.isfinite(loss):
+            self.has_diverged = True
+            raise EarlyStop
 
     def _exceeds_start(self) -> bool:
         """Return whether the gain over the start is significant over the rows."""
@@ -726,11 +747,6 @@ class BestStep(Callback):  # type: ignore[misc]
             self.train_losses = []
         entry["valid_loss"] = self._mean(losses)
         self.history.append(entry)
-        if not np.isfinite(entry["valid_loss"]):
-            raise ValueError(
-                f"The loss of the validation set is not finite after {self.step} steps. "
-                "Lower lr, or check the vectors of the encoder."
-            )
         return losses
 
     def _row_losses(self, net: NeuralNet, n_rows: int) -> Tensor:

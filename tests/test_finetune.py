@@ -14,7 +14,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import make_classification
 from sklearn.ensemble import VotingClassifier
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV
@@ -556,33 +556,89 @@ def test_calibrated_it_votes_with_an_ensemble_on_vectors(encoder, tmp_path):
     np.testing.assert_array_equal(loaded, model.predict_proba(table))
 
 
-def test_the_best_step_must_be_significantly_better_than_the_start():
+def finetune_linear(lr, losses=finetuning.cross_entropies):
+    """Train a linear layer from zero; return the result and the layer."""
     X, y = make_classification(80, 6, random_state=0)
     X, y = torch.tensor(X, dtype=torch.float32), torch.tensor(y)
-    rows = Rows(np.arange(60), np.arange(60, 80))
+    module = torch.nn.Linear(6, 2)
+    with torch.no_grad():
+        module.weight.zero_()
+        module.bias.zero_()
+    result = finetune(
+        module,
+        finetuning.parameter_groups([(module.weight, 0)], lr, 1.0, 0.0),
+        losses,
+        X,
+        y,
+        Rows(np.arange(60), np.arange(60, 80)),
+        FinetuningOptions(30, 10, 0.1, 1.0, 2, seed=0),
+        sample_weight=torch.ones(80),
+        is_out_of_memory=lambda error: False,
+    )
+    return result, module
+
+
+def test_the_best_step_must_be_significantly_better_than_the_start():
     results = {}
     for lr in (1e-3, 1e-7, 1e3):
-        module = torch.nn.Linear(6, 2)
-        with torch.no_grad():
-            module.weight.zero_()
-            module.bias.zero_()
-        groups = finetuning.parameter_groups([(module.weight, 0)], lr, 1.0, 0.0)
-        results[lr] = finetune(
-            module,
-            groups,
-            finetuning.cross_entropies,
-            X,
-            y,
-            rows,
-            FinetuningOptions(30, 10, 0.1, 1.0, 2, seed=0),
-            sample_weight=torch.ones(80),
-            is_out_of_memory=lambda error: False,
-        )
+        results[lr], module = finetune_linear(lr)
         if results[lr].best_step == 0:
             assert not module.weight.any()
+        assert not results[lr].has_diverged
     assert results[1e-3].best_step > 0
     assert results[1e3].best_step == 0
     assert results[1e3].n_steps < results[1e-3].n_steps  # stopped early
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_divergence_returns_to_the_best_step(in_training):
+    complete, _ = finetune_linear(1e-3)
+    n_calls = {True: 0, False: 0}
+
+    def losses(outputs, codes):
+        rows = finetuning.cross_entropies(outputs, codes)
+        is_training = torch.is_grad_enabled()
+        n_calls[is_training] += 1
+        diverges = is_training == in_training and n_calls[is_training] > 100
+        return rows * torch.inf if diverges else rows
+
+    result, module = finetune_linear(1e-3, losses)
+    assert result.has_diverged
+    assert 0 < result.best_step < result.n_steps < complete.n_steps
+    assert torch.isfinite(module.weight).all() and module.weight.any()
+    finite = [e for e in result.history if np.isfinite(e["valid_loss"])]
+    assert finite == complete.history[: len(finite)]
+    best = min(finite, key=lambda entry: entry["valid_loss"])
+    assert best["step"] == result.best_step
+
+
+@pytest.mark.parametrize(
+    ("in_training", "part"), [(True, "first batch"), (False, "validation set")]
+)
+def test_a_loss_of_the_start_that_is_not_finite_is_an_error(in_training, part):
+    def losses(outputs, codes):
+        rows = finetuning.cross_entropies(outputs, codes)
+        return rows * torch.nan if torch.is_grad_enabled() == in_training else rows
+
+    with pytest.raises(ValueError, match=f"loss of the {part} is not finite before"):
+        finetune_linear(1e-3, losses)
+
+
+@pytest.mark.parametrize("kind", [FinetunedClassifier, FinetunedRegressor])
+def test_a_fit_that_diverges_is_the_frozen_head(encoder, kind, tmp_path):
+    X, y = make_texts(40)
+    y = np.unique(y, return_inverse=True)[1]
+    head = kind(encoder, method="head", **FAST).fit(X, y)
+    tuned = kind(encoder, method="full", lr=1e30, **FAST)
+    with pytest.warns(ConvergenceWarning) as record:
+        tuned.fit(X, y)
+    (warning,) = record
+    assert "lr=1e+30. The result is the frozen head. Lower lr." in str(warning.message)
+    assert tuned.best_step_ == 0 and tuned.change_ == {}
+    np.testing.assert_allclose(tuned.predict(X), head.predict(X), atol=1e-5)
+    tuned.save(tmp_path / "saved")
+    loaded = kind.load(tmp_path / "saved")
+    np.testing.assert_array_equal(loaded.predict(X), tuned.predict(X))
 
 
 def test_learning_rates_decay_from_the_head_to_the_input(checkpoints):

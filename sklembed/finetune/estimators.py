@@ -1,6 +1,7 @@
 """FinetunedClassifier and FinetunedRegressor: start at the frozen head, then train."""
 
 import time
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from sklearn.base import (
     _fit_context,
     clone,
 )
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -226,6 +228,13 @@ class _Finetuned(DocLinkMixin, Saved, CallbackSupportMixin, BaseEstimator):
                 )
         self.best_step_, self.history_ = result.best_step, result.history
         self.n_steps_ = result.n_steps
+        if result.has_diverged:
+            warnings.warn(
+                f"Training diverged: a loss was not finite at step {result.n_steps}, with "
+                f"lr={lr}. The result is {_name_step(result.best_step)}. Lower lr.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
         self.n_parameters_ = sum(parameter.numel() for parameter, _ in heights)
         if result.best_step:
             self.coef_, self.intercept_ = to_numpy(head.weight), to_numpy(head.bias)
@@ -327,6 +336,10 @@ class _Finetuned(DocLinkMixin, Saved, CallbackSupportMixin, BaseEstimator):
         tags.input_tags.allow_nan = True
         tags.target_tags.required = True
         return tags
+
+
+def _name_step(step):
+    return f"step {step}, the best" if step else "the frozen head"
 
 
 class FinetunedClassifier(ClassifierMixin, _Finetuned):
@@ -465,6 +478,9 @@ class FinetunedClassifier(ClassifierMixin, _Finetuned):
     normalisation keeps its statistics. The network is loaded anew for each fit, so
     that frozen encoders in the same process do not change.
 
+    If training diverges, so that a loss is not finite, it stops with a warning. The
+    best step before is restored, or the frozen head, as after any other training.
+
     Rows with the same cell are in one part, training rows or validation set, unless
     `groups` are passed.
 
@@ -575,6 +591,11 @@ class FinetunedClassifier(ClassifierMixin, _Finetuned):
             for a validation set.
         MemoryError
             If memory runs out on a single row.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If training diverges.
         """
         check_no_missing_label(y)
         column, backend, space = self._begin_fit(X)
@@ -783,6 +804,9 @@ class FinetunedRegressor(RegressorMixin, _Finetuned):
     normalisation keeps its statistics. The network is loaded anew for each fit, so
     that frozen encoders in the same process do not change.
 
+    If training diverges, so that a loss is not finite, it stops with a warning. The
+    best step before is restored, or the frozen head, as after any other training.
+
     Rows with the same cell are in one part, training rows or validation set, unless
     `groups` are passed.
 
@@ -889,6 +913,11 @@ class FinetunedRegressor(RegressorMixin, _Finetuned):
             too few rows for a validation set.
         MemoryError
             If memory runs out on a single row.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If training diverges.
         """
         check_no_missing_label(y)
         column, backend, space = self._begin_fit(X)
