@@ -1494,6 +1494,23 @@ def test_a_model_that_is_nowhere_is_a_clear_error():
         FrozenEncoder("nobody/nothing").fit(["text"])
 
 
+def test_a_model_that_is_nowhere_is_looked_for_once(monkeypatch):
+    """Offline, each look at the hub waits for several tries to connect."""
+    requests = []
+
+    def cached_file(model, name, *, local_files_only, **_):
+        if not local_files_only:
+            requests.append(name)
+        raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+    monkeypatch.setattr(hf.utils, "cached_file", cached_file)
+    encoder = FrozenEncoder("nobody/nothing")
+    for n_calls, method in enumerate([encoder.fit, encoder.transform], start=1):
+        with pytest.raises(OSError, match="neither a local directory nor found"):
+            method(["text"])
+        assert requests == ["config.json"] * n_calls
+
+
 def test_an_encoder_unpickled_where_the_weights_are_not_says_what_is_missing(
     checkpoints, tmp_path
 ):

@@ -380,7 +380,19 @@ class Checkpoint:
         return read_sentence_transformer(self, self.identity())
 
     def _commit(self) -> str:
-        return _resolve_commit(self.model, self.revision, self.local_files_only)
+        commit, error = self._resolution
+        if error is not None:
+            raise error
+        return commit
+
+    @functools.cached_property
+    def _resolution(self) -> tuple[str, None] | tuple[None, OSError]:
+        """The commit, or the error: offline, each try would wait for the hub again."""
+        try:
+            commit = _resolve_commit(self.model, self.revision, self.local_files_only)
+        except OSError as error:
+            return None, error
+        return commit, None
 
     @property
     def _is_offline(self) -> bool:
