@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from hashlib import blake2b
 from unittest import mock
 
@@ -1509,6 +1510,43 @@ def test_a_model_that_is_nowhere_is_looked_for_once(monkeypatch):
         with pytest.raises(OSError, match="neither a local directory nor found"):
             method(["text"])
         assert requests == ["config.json"] * n_calls
+
+
+@pytest.mark.parametrize("part", ["AutoImageProcessor", "AutoModel"])
+@pytest.mark.parametrize("is_chained", [True, False])
+def test_the_torchvision_of_another_torch_is_named(
+    checkpoints, tmp_path, monkeypatch, part, is_chained
+):
+    def fail(**_):
+        error = AttributeError("partially initialized module 'torchvision'")
+        if is_chained:
+            raise ModuleNotFoundError(f"Could not import module {part!r}.") from error
+        raise error
+
+    monkeypatch.setattr(getattr(hf, part), "from_pretrained", fail)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    inference._LOADED.clear()
+    encoder = FrozenEncoder(
+        checkpoints["vit"], store=None, device="cpu", runtime="torch"
+    )
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    with pytest.raises((AttributeError, ImportError, OSError)) as caught:
+        encoder.transform([image])
+    assert "does not match" not in str(caught.value)  # there is no torchvision
+
+    monkeypatch.delitem(sys.modules, "torchvision")
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    metadata = tmp_path / "torchvision-0.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    match = r"torchvision 0\.1 does not match torch 2.* or uninstall torchvision"
+    with pytest.raises(ImportError, match=match):
+        encoder.transform([image])
 
 
 def test_an_encoder_unpickled_where_the_weights_are_not_says_what_is_missing(

@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import functools
+import importlib
 import math
 import re
 import threading
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -78,6 +80,44 @@ _OFFSET_POSITIONS = {
     "roberta-prelayernorm",
     "xlm-roberta",
 }
+
+
+@contextlib.contextmanager
+def _torchvision_explained():
+    """Explain an error of transformers that comes from the torchvision of another torch.
+
+    transformers imports torchvision if it is installed.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = _find_torchvision_error(error)
+        if cause is None or _can_import_torchvision():
+            raise
+        raise ImportError(
+            f"torchvision {version('torchvision')} does not match torch "
+            f"{version('torch')}, so that transformers cannot be loaded. Install the "
+            "torchvision that was built for this torch, or uninstall torchvision, which "
+            f"sklembed does not need. (The error is {type(cause).__name__}: {cause})"
+        ) from error
+
+
+def _find_torchvision_error(error: BaseException | None) -> BaseException | None:
+    """Return the first of an error and its causes that names torchvision, or None."""
+    while error is not None and "torchvision" not in str(error):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _can_import_torchvision() -> bool:
+    """Return whether torchvision is absent, or can be imported."""
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError as error:
+        return error.name == "torchvision"
+    except Exception:  # of its operators, its libraries or its half-imported modules
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -321,6 +361,7 @@ class HuggingFaceBackend(CheckpointBackend):
         """Return the checkpoint, whose weights are loaded when torch has to run it."""
         return _Loaded()
 
+    @_torchvision_explained()
     def load_model(self) -> tuple[Any, list[str]]:
         """Load the model in evaluation mode; return it and the weights that are absent.
 
@@ -328,6 +369,8 @@ class HuggingFaceBackend(CheckpointBackend):
         ------
         OSError
             If a file of weights is damaged, or the configuration describes no network.
+        ImportError
+            If the installed torchvision does not match torch.
         """
         from transformers import AutoModel
 
@@ -1080,6 +1123,7 @@ class _Loaded:
 
 
 @functools.lru_cache(maxsize=64)
+@_torchvision_explained()
 def _measure_width(checkpoint, identity) -> int | None:
     """Run an image model on the meta device to find a width that is not configured."""
     from transformers import AutoModel
@@ -1101,6 +1145,7 @@ def _measure_width(checkpoint, identity) -> int | None:
     return _as_sequence(states).shape[-1]
 
 
+@_torchvision_explained()
 def _load_tokenizer(checkpoint):
     from transformers import AutoTokenizer
 
@@ -1125,6 +1170,7 @@ def _load_tokenizer(checkpoint):
     return tokenizer
 
 
+@_torchvision_explained()
 def _load_image_processor(checkpoint):
     from transformers import AutoImageProcessor
 
