@@ -86,6 +86,8 @@ def test_stored_vectors_are_shared_with_the_checkpoint(exported, checkpoints, tm
     encoder.set_params(model=str(exported), runtime="auto")
     encoder.transform(["the cat", "a dog"])
     assert encoder.stats()["encoded"] == 2
+    store.clear(model=exported)
+    assert store.stats().empty
 
 
 @pytest.mark.parametrize(

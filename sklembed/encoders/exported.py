@@ -18,7 +18,7 @@ import numpy as np
 from sklembed.encoders.backends import CheckpointBackend, trial_cells
 from sklembed.encoders.cpu import integer_instructions
 from sklembed.encoders.inference import Encoding, in_torch
-from sklembed.encoders.networks import checksums, read_json, write_json
+from sklembed.encoders.networks import RECIPE, checksums, read_json, write_json
 from sklembed.encoders.runtimes import (
     TOLERANCES,
     export_network,
@@ -29,7 +29,6 @@ from sklembed.encoders.runtimes import (
 from sklembed.encoders.text_inputs import TextInputs, encode_in_groups, n_tokens
 
 _FORMAT_VERSION = 1
-_RECIPE = "sklembed.json"
 _TOKENIZER = "tokenizer.json"
 _BUDGET = 512  # tokens of a batch
 # Parameters of an encoder that an export fixes, with the values that leave it to decide.
@@ -57,7 +56,7 @@ class Export:
     @property
     def has_config(self) -> bool:
         """Whether the directory is an export."""
-        return (self.folder / _RECIPE).is_file()
+        return (self.folder / RECIPE).is_file()
 
     @property
     def name(self) -> str:
@@ -77,10 +76,10 @@ class Export:
         OSError
             If the file is damaged, or of another format.
         """
-        recipe = read_json(self.folder / _RECIPE)
+        recipe = read_json(self.folder / RECIPE)
         if recipe is None or recipe.get("format") != _FORMAT_VERSION:
             raise OSError(
-                f"The file {str(self.folder / _RECIPE)!r} is damaged, or of another "
+                f"The file {str(self.folder / RECIPE)!r} is damaged, or of another "
                 "version of sklembed. Export the encoder again."
             )
         return recipe
@@ -155,7 +154,7 @@ class ExportedBackend(CheckpointBackend):
         """
         require(self.exported_runtime)
         folder, recipe = self.checkpoint.folder, self.checkpoint.recipe
-        if checksums(folder, leave_out=_RECIPE) != recipe["files"]:
+        if checksums(folder, leave_out=RECIPE) != recipe["files"]:
             raise OSError(
                 f"The files of {self._name} are damaged or incomplete. Copy the "
                 "directory again, or export the encoder again."
@@ -271,7 +270,7 @@ def write_export(backend, directory, runtime) -> None:
             "batching": parts.batching,
             "files": checksums(draft),
         }
-        write_json(draft / _RECIPE, recipe)
+        write_json(draft / RECIPE, recipe)
         _check(draft, parts.encoding, backend.dtype_name)
         if directory.exists():
             shutil.rmtree(directory)

@@ -24,6 +24,7 @@ from zlib import crc32
 
 from filelock import FileLock
 
+RECIPE = "sklembed.json"  # of an exported text model
 _FORMAT_VERSION = 1  # part of every key
 _READ_BYTES = 1 << 22
 _MAX_DEATHS = 2  # of processes that exported or checked a network
@@ -32,6 +33,11 @@ _MAX_DEATHS = 2  # of processes that exported or checked a network
 def directory_beside(store_path) -> Path:
     """Return the directory of the networks that belong to a store."""
     return Path(f"{store_path}.networks")
+
+
+def name_directory(directory) -> str:
+    """Return the name of a checkpoint directory: the last two parts of its path."""
+    return "/".join(Path(directory).resolve().parts[-2:])
 
 
 @dataclass(frozen=True)

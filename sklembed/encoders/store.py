@@ -23,9 +23,12 @@ from sklembed._display import as_html
 from sklembed.encoders import database
 from sklembed.encoders.export import WRITERS
 from sklembed.encoders.networks import (
+    RECIPE,
     clear_networks,
     directory_beside,
     list_networks,
+    name_directory,
+    read_json,
 )
 
 # Small enough that a piece is joined and checked within the caches of the processor.
@@ -330,17 +333,23 @@ class EmbeddingStore:
 
         Parameters
         ----------
-        model : str or None, default=None
-            A fingerprint, or the name in a model's description ("label" or "name"),
-            which selects all versions and settings of that model. A fingerprint deletes
-            no network, since other settings share it. None deletes everything.
+        model : str, path, backend or None, default=None
+            The parameter `model` of an encoder: a hub id, the directory of a checkpoint
+            or a backend object. All versions and settings of this model are deleted;
+            they are found by name, which for a directory is the last two parts of its
+            path. The name in the column `model` of `stats` is accepted, too. A
+            fingerprint selects one setting, and deletes no network, since other
+            settings share it. None deletes everything.
 
         Raises
         ------
+        TypeError
+            If `model` is of another type.
         ValueError
             If the store has no such model, or is read-only.
         """
         self._check_writable("clear()")
+        model = _name_of(model)
         has_networks = clear_networks(self.networks_directory, model)
         try:
             self._free_space(lambda db: database.clear(db, model))
@@ -385,8 +394,8 @@ class EmbeddingStore:
         path : str or path
             The file, ending in ".parquet" or ".npy". An existing file is overwritten.
 
-        model : str or None, default=None
-            A fingerprint, or the name in a model's description, as in `clear`. None
+        model : str, path, backend or None, default=None
+            A model as encoders take it, its name, or a fingerprint, as in `clear`. None
             exports all models.
 
         Returns
@@ -396,6 +405,8 @@ class EmbeddingStore:
 
         Raises
         ------
+        TypeError
+            If `model` is of another type.
         ValueError
             If the store has no such model, or a ".npy" file is requested for several
             models or ragged values.
@@ -406,6 +417,7 @@ class EmbeddingStore:
                 f"path must end in .parquet or .npy; got {os.fspath(path)!r}."
             )
         contents = []
+        model = _name_of(model)
         with self._connection() as db:
             for number, space in database.spaces(db, model).items():
                 contents.append((space, database.iter_vectors(db, number, space)))
@@ -543,6 +555,26 @@ class EmbeddingStore:
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def _name_of(model):
+    """Return the name by which descriptions list a model that an encoder takes."""
+    if hasattr(model, "describe"):  # a backend object
+        description = model.describe()
+        return description.get("label") or description.get("name")
+    if model is None:
+        return None
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(
+            "model must be a hub id, a checkpoint directory, a backend, a name or a "
+            f"fingerprint; got {model!r}. For an encoder, pass encoder.model, or "
+            "encoder.fingerprint() for its settings alone."
+        )
+    model = os.path.expanduser(os.fspath(model))
+    if not (os.path.isdir(model) or os.path.isabs(model)):
+        return model
+    recipe = read_json(Path(model, RECIPE)) or {}  # an export has the name of its model
+    return recipe.get("description", {}).get("label") or name_directory(model)
 
 
 def _check_distinct(digests):
