@@ -87,12 +87,23 @@ def test_rungs_are_those_of_a_halving_search(n_encoders, factor, min_resources):
     search.fit(np.arange(n_rows)[:, None], np.arange(n_rows) % 2)
     smallest = 2 * 2 * 2
     sizes = _plan_rungs(n_rows, n_encoders, factor, min_resources, 1.0, smallest)
-    assert sizes == search.n_resources_
+    expected = search.n_resources_
+    if min_resources == "exhaust":
+        # The search rounds the first rung, and multiplies it.
+        assert sizes[-1] == n_rows and len(sizes) == len(expected)
+        assert sizes[0] == expected[0] or sizes == [n_rows]
+        for size, rounded in zip(sizes, expected, strict=True):
+            assert 0 <= size - rounded < factor ** (len(sizes) - 1)
+    else:
+        assert sizes == expected
 
 
 def test_the_last_rung_has_all_rows_that_are_allowed():
     sizes = [_plan_rungs(900, 9, 3, "exhaust", 0.5, n) for n in (50, 51, 151, 450)]
     assert sizes == [[50, 150, 450], [150, 450], [450], [450]]
+    assert _plan_rungs(1000, 9, 3, "exhaust", 1.0, 50) == [111, 333, 1000]
+    assert _plan_rungs(1000, 9, 3, "exhaust", 700, 50) == [77, 233, 700]
+    assert _plan_rungs(1000, 5, 1.5, "exhaust", 1.0, 50) == [296, 444, 666, 1000]
 
 
 def test_an_encoder_encodes_the_rows_of_its_rungs_only(letters, texts):

@@ -128,7 +128,8 @@ def rank_encoders(
         two for each fold for numeric targets. With "exhaust", the last rung has
         `max_resources` rows, and there are as many rungs before it as "smallest" and
         the number of encoders allow. Names and numbers are those of
-        :class:`~sklearn.model_selection.HalvingGridSearchCV`.
+        :class:`~sklearn.model_selection.HalvingGridSearchCV`, whose last rung may lack
+        a few rows because of rounding.
 
     max_resources : int or float, default=1.0
         Largest number of rows of a rung. A float is a fraction of all rows, and the
@@ -403,6 +404,9 @@ def _plan_rungs(n_samples, n_encoders, factor, min_resources, max_resources, sma
     sizes = []
     for rung in range(n_rungs):
         size = int(first * factor**rung)
+        if min_resources == "exhaust":
+            # From above, so that rounding leaves no row out of the last rung.
+            size = int(largest / factor ** (n_rungs - 1 - rung))
         if size <= largest:
             sizes.append(size)
     return sizes
