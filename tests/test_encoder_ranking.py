@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.base import clone
+from sklearn.exceptions import FitFailedWarning
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
@@ -146,6 +147,36 @@ def test_scores_are_cross_validated_on_the_rows_of_the_rung(letters, texts):
         scores = cross_val_score(head, vectors, y[rows], cv=cv, scoring="f1_macro")
         assert row["score"] == pytest.approx(scores.mean())
         assert row["sd"] == pytest.approx(scores.std())
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_head_that_fails_gets_the_error_score(letters, texts, n_jobs):
+    X, y = texts
+    options = {"cv": 2, "max_resources": 60, "random_state": 0, "n_jobs": n_jobs}
+    encoders = {name: letters.encoders[name] for name in "abc"}
+    # Without the letter, the head fails on the vectors of its encoder.
+    X = [cell.replace("a", "") for cell in X]
+    with pytest.warns(FitFailedWarning) as record:
+        results, best = rank_encoders(encoders, X, y, head=_RefusesZeros(), **options)
+    (warning,) = record
+    message = str(warning.message)
+    assert "fold 0 of 20 rows with encoder 'a'; fold 1 of 20 rows with enc" in message
+    assert "'b'" not in message and "ArithmeticError('zeros')" in message
+    failed = results[results["encoder"] == "a"]
+    assert failed["score"].isna().all() and failed["dropped at"].tolist() == [0]
+    assert best in "bc"
+    with pytest.raises(ArithmeticError, match="zeros") as raised:
+        rank_encoders(
+            encoders, X, y, head=_RefusesZeros(), error_score="raise", **options
+        )
+    assert "encoder 'a' of rank_encoders" in raised.value.__notes__[0]
+
+
+class _RefusesZeros(LogisticRegression):
+    def fit(self, X, y):
+        if not X[:, 0].any():
+            raise ArithmeticError("zeros")
+        return super().fit(X, y)
 
 
 def test_an_interrupted_ranking_resumes(letters, texts, tmp_path):

@@ -1,6 +1,7 @@
 """leak_report: neighbours, thresholds, groups, scores and columns, and errors."""
 
 import io
+import re
 import warnings
 
 import matplotlib
@@ -434,24 +435,32 @@ class _FailsOnce(ClassifierMixin, BaseEstimator):
         return np.full(len(X), self.classes_[0])
 
 
-def test_a_failing_fold_loses_nothing_else(vectors):
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_failing_fold_loses_nothing_else(vectors, n_jobs):
     X, y = vectors
     X = X.copy()
     X[0, 0] = -99
     folds = list(KFold(3).split(X))  # row 0 is in the training rows of folds 1 and 2
-    with pytest.warns(FitFailedWarning, match="Fitting failed in fold [12]"):
-        report = leak_report(_FailsOnce(), X, y, folds, error_score=-1, random_state=0)
+    options = {"error_score": -1, "random_state": 0, "n_jobs": n_jobs}
+    with pytest.warns(FitFailedWarning) as record:
+        report = leak_report(_FailsOnce(), X, y, folds, **options)
+    (warning,) = record
+    match = r"Fitting failed in fold 1 \(all rows\); fold 2 \(all rows\); fold . \(sug"
+    assert re.search(match, str(warning.message))
+    assert warning.filename == __file__
     scores = report.scores_.set_index(["arm", "fold"])["accuracy"]
     assert scores["all rows"].tolist()[1:] == [-1, -1]
     assert scores[("all rows", 0)] >= 0
     with pytest.raises(ArithmeticError) as caught:
-        leak_report(_FailsOnce(), X, y, folds, error_score="raise")
+        leak_report(_FailsOnce(), X, y, folds, error_score="raise", n_jobs=n_jobs)
     assert "fold 1" in caught.value.__notes__[0]
 
 
 def test_a_failing_scorer_loses_nothing_else(vectors):
     X, y = vectors
-    with pytest.warns(FitFailedWarning, match="scorer .neg_log_loss. failed"):
+    with pytest.warns(
+        FitFailedWarning, match="scorer .neg_log_loss. failed in fold 0 .all rows.;"
+    ):
         report = leak_report(
             RidgeClassifier(), X, y, scoring=["neg_log_loss", "accuracy"]
         )

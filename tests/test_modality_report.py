@@ -265,18 +265,27 @@ class FailsWithoutText(ClassifierMixin, BaseEstimator):
         return np.full(len(X), self.classes_[0])
 
 
-def test_a_fit_that_fails_gets_the_error_score(vectors):
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_fit_that_fails_gets_the_error_score(vectors, n_jobs):
     X, y = vectors
-    options = {"blocks": BLOCKS, "cv": CV, "missing": (), "noise": ()}
+    options = {"blocks": BLOCKS, "cv": CV, "missing": (), "noise": (), "n_jobs": n_jobs}
     with pytest.warns(FitFailedWarning) as record:
         report = modality_report(FailsWithoutText(), X, y, **options)
-    assert "'text', fold 0. The score is nan: RuntimeError" in str(record[0].message)
+    (warning,) = record
+    places = []
+    for fold in range(3):
+        for subset in ("text", "image", "table", "text + table", "image + table"):
+            places.append(f"fold {fold} with {subset!r}")
+    assert str(warning.message).splitlines()[1:] == [
+        f"Fitting or scoring failed in {'; '.join(places[:10])}; and 5 more: "
+        "RuntimeError('too narrow')"
+    ]
     subsets = report.subsets.set_index("modalities")["score"]
     assert subsets["text"].isna().all() and subsets["text + image"].notna().all()
     with pytest.raises(RuntimeError, match="too narrow") as raised:
         modality_report(FailsWithoutText(), X, y, error_score="raise", **options)
     assert raised.value.__notes__ == [
-        "This was in modality_report with 'text', fold 0."
+        "This was in fold 0 with 'text' of modality_report."
     ]
 
 

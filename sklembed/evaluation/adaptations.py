@@ -16,7 +16,6 @@ from scipy.stats import t as student
 from sklearn.base import clone
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
-from sklearn.exceptions import FitFailedWarning
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import check_cv
@@ -41,7 +40,7 @@ from sklembed._validation import (
 from sklembed.encoders import prefetch
 from sklembed.evaluation.arms import Arm, Table, count_parameters, make_arms, read_table
 from sklembed.evaluation.efficiency import warm_up_torch
-from sklembed.evaluation.errors import check_error_score, check_one_score
+from sklembed.evaluation.errors import Failures, check_error_score, check_one_score
 from sklembed.evaluation.folds import Fold, list_folds
 from sklembed.evaluation.memory import PeakMemory
 from sklembed.evaluation.records import RecordFile, hash_settings
@@ -301,9 +300,8 @@ def compare_adaptations(
                 job.records[record["estimator"]] = record
                 if not record["error"]:
                     file.append(job.keys[record["estimator"]], record)
-                else:
-                    _warn_of_failure(job, record)
             progress.update()
+    _list_failures(jobs, error_score).warn()
     return _tabulate(jobs, arms, estimators)
 
 
@@ -636,13 +634,15 @@ def _fail(problem, job, error):
     return records
 
 
-def _warn_of_failure(job, record):
-    warnings.warn(
-        f"{record['adaptation']!r} with {record['estimator']!r} failed in {job.place}. "
-        f"The score is {record['score']}: {record['error']}",
-        FitFailedWarning,
-        stacklevel=3,
-    )
+def _list_failures(jobs, error_score):
+    """Return the failures in the records, in the order of the jobs."""
+    failures = Failures("compare_adaptations", error_score)
+    for job in jobs:
+        for name, record in job.records.items():
+            if record["error"]:
+                place = f"fold {job.fold.number} ({job.arm.name!r} with {name!r})"
+                failures.add(place, record["error"], "Fitting or scoring")
+    return failures
 
 
 # The tables

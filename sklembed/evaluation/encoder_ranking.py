@@ -12,7 +12,8 @@ import pandas as pd
 from sklearn.base import clone
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import RidgeClassifierCV, RidgeCV
-from sklearn.model_selection import check_cv, cross_val_score
+from sklearn.metrics import check_scoring
+from sklearn.model_selection import check_cv
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.multiclass import type_of_target
@@ -34,7 +35,7 @@ from sklembed._validation import (
 )
 from sklembed.encoders import FrozenEncoder
 from sklembed.encoders.joint import fill_stores
-from sklembed.evaluation.errors import check_error_score, check_one_score
+from sklembed.evaluation.errors import Failures, check_error_score, check_one_score
 from sklembed.evaluation.few_labels import _labelling_order
 
 _ALPHAS = np.logspace(-1, 5, 13)  # of standardised columns
@@ -183,6 +184,11 @@ def rank_encoders(
         label is missing, or `error_score` is invalid.
         All errors are raised before a cell is encoded.
 
+    Warns
+    -----
+    FitFailedWarning
+        If the head or the scorer failed in a fold and `error_score` is a number.
+
     See Also
     --------
     sklearn.model_selection.HalvingGridSearchCV : The same scheme for parameters.
@@ -261,8 +267,10 @@ def rank_encoders(
     order = rng.permutation(len(y))
     if is_classification and y.ndim == 1:
         order = _labelling_order(y, rng)  # any first rows are stratified
+    scorer = check_scoring(head, scoring)
+    failures = Failures("rank_encoders", error_score)
     cross_validate = partial(
-        _cross_validate, head, y, groups, splitter, scoring, error_score, n_jobs
+        _cross_validate, head, y, groups, splitter, scorer, error_score, n_jobs
     )
     rungs, n_best = [], len(candidates)
     with progress_bar(verbose=verbose, unit=" encoders") as progress:
@@ -273,37 +281,48 @@ def rank_encoders(
             rows = np.sort(order[:size])
             records = _encode(candidates, rows)
             scores = cross_validate(candidates, rows)
-            for record, scores_of_folds in zip(records, scores, strict=True):
-                record |= {"rung": rung, "score": scores_of_folds.mean()}
-                record["sd"] = scores_of_folds.std()
+            for record, result in zip(records, scores, strict=True):
+                scores_of_folds, failures_of_encoder = result
+                failures.update(failures_of_encoder)
+                record |= {"rung": rung, "score": np.mean(scores_of_folds)}
+                record["sd"] = np.std(scores_of_folds)
                 progress.update()
             by = ["score", "bytes per 1000 rows"]
             table = pd.DataFrame(records)
             rungs.append(table.sort_values(by, ascending=[False, True], kind="stable"))
+    failures.warn()
     return _tabulate(rungs)
 
 
 def _cross_validate(
-    head, y, groups, splitter, scoring, error_score, n_jobs, candidates, rows
+    head, y, groups, splitter, scorer, error_score, n_jobs, candidates, rows
 ):
-    """Yield the scores of the head on the vectors of each encoder, in equal folds."""
+    """Yield the scores and failures of the head on each encoder, in equal folds."""
     if groups is not None:
         groups = take_rows(groups, rows)
     folds = list(splitter.split(rows, y[rows], groups))
 
     def job(candidate):
         vectors = candidate.vectors(rows)
-        return delayed(cross_val_score)(
-            head,
-            vectors,
-            y[rows],
-            cv=folds,
-            scoring=scoring,
-            error_score=error_score,
+        return delayed(_score_head)(
+            candidate.name, head, vectors, y[rows], folds, scorer, error_score
         )
 
     # Vectors are read when a worker is free.
     return Parallel(n_jobs=n_jobs, return_as="generator")(map(job, candidates))
+
+
+def _score_head(name, head, vectors, y, folds, scorer, error_score):
+    """Return the scores of the head in all folds, and its failures."""
+    scores, failures = [], Failures("rank_encoders", error_score)
+    for number, (train, test) in enumerate(folds):
+        score = error_score
+        place = f"fold {number} of {len(y)} rows with encoder {name!r}"
+        with failures.located(place, "Fitting or scoring"):
+            fitted = clone(head).fit(take_rows(vectors, train), y[train])
+            score = float(scorer(fitted, take_rows(vectors, test), y[test]))
+        scores.append(score)
+    return scores, failures
 
 
 def _closed_form(is_classification):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from itertools import chain
 from numbers import Integral, Real
 from time import perf_counter
 from typing import NamedTuple
@@ -29,7 +28,7 @@ from sklembed._validation import (
     is_a_classifier,
     sorted_labels,
 )
-from sklembed.evaluation.errors import located
+from sklembed.evaluation.errors import Failures, located
 
 
 def few_label_curve(
@@ -195,18 +194,23 @@ def few_label_curve(
     check_consistent_length(X, y, groups)
     y = _check_classes(y)
     folds = _draw_folds(X, y, groups, cv, n_seeds, random_state)
-    rows_by_fold = Parallel(n_jobs=n_jobs)(
+    results = Parallel(n_jobs=n_jobs)(
         delayed(_run_fold)(
             fold, X, y, head, pretrained, supervised, fractions, scorers, error_score
         )
         for fold in folds
     )
+    rows, failures = [], Failures("few_label_curve", error_score)
+    for rows_of_fold, failures_of_fold in results:
+        rows += rows_of_fold
+        failures.update(failures_of_fold)
+    failures.warn()
     arms = ["control", *pretrained, *supervised]
 
     def position(row):
         return arms.index(row["arm"]), fractions.index(row["fraction"])
 
-    return pd.DataFrame(sorted(chain.from_iterable(rows_by_fold), key=position))
+    return pd.DataFrame(sorted(rows, key=position))
 
 
 def _as_arms(arms):
@@ -349,15 +353,15 @@ def _labelling_order(y, rng):
 def _run_fold(
     fold, X, y, head, pretrained, supervised, fractions, scorers, error_score
 ):
-    """Fit and score all arms at all fractions; return a row for each."""
-    rows = []
+    """Fit and score all arms at all fractions; return a row for each, and failures."""
+    rows, failures = [], Failures("few_label_curve", error_score)
     train = np.sort(fold.train)
     for arm in ("control", *pretrained, *supervised):
         estimator = supervised.get(arm, head)
         Z, Z_test = take_rows(X, train), take_rows(X, fold.test)
         seconds = 0.0
         if arm in pretrained:
-            with located(_place(arm, fold)):
+            with located(f"{_place(arm, fold)} of few_label_curve"):
                 start = perf_counter()
                 transformer = clone(pretrained[arm]).fit(Z)
                 Z, Z_test = transformer.transform(Z), transformer.transform(Z_test)
@@ -371,22 +375,22 @@ def _run_fold(
             row |= dict.fromkeys(scorers, error_score) | {"fit s": math.nan}
             rows.append(row)
             fitted = None
-            with located(_place(arm, fold, fraction), error_score):
+            with failures.located(_place(arm, fold, fraction)):
                 start = perf_counter()
                 Z_labelled = take_rows(Z, np.searchsorted(train, labelled))
                 fitted = clone(estimator).fit(Z_labelled, y[labelled])
                 row["fit s"] = seconds + perf_counter() - start
             if fitted is None:  # the row keeps the error score
                 continue
-            with located(_place(arm, fold, fraction)):
+            with located(f"{_place(arm, fold, fraction)} of few_label_curve"):
                 for name, score in scorers.items():
                     row[name] = score(fitted, Z_test, y[fold.test])
-    return rows
+    return rows, failures
 
 
 def _place(arm, fold, fraction=None):
     """Name an arm in a fold."""
-    place = f"the arm {arm!r} of few_label_curve"
+    place = f"arm {arm!r}"
     if fraction is not None:
         place += f", fraction {fraction}"
     return f"{place}, seed {fold.seed}, fold {fold.number}"

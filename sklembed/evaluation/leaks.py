@@ -33,7 +33,7 @@ from sklembed._validation import (
     is_a_classifier,
 )
 from sklembed.encoders.cells import decode, shorten
-from sklembed.evaluation.errors import check_error_score, located
+from sklembed.evaluation.errors import Failures, check_error_score
 from sklembed.evaluation.neighbours import (
     Components,
     find_thresholds,
@@ -235,6 +235,7 @@ def leak_report(
     if groups is not None:
         components.join_equal(np.arange(len(y)), pd.factorize(np.asarray(groups))[0])
     suggested = _suggest_folds(y, components.groups(), len(folds), classes, seed)
+    failures = Failures("leak_report", error_score)
     scores = _score_folds(
         estimator,
         X,
@@ -243,10 +244,11 @@ def leak_report(
         suggested,
         nearest,
         scorers,
-        error_score,
+        failures,
         n_jobs,
         verbose,
     )
+    failures.warn()
     return LeakReport(
         nearest=nearest,
         thresholds=thresholds,
@@ -575,7 +577,7 @@ def _suggest_folds(y, groups, n_folds, classes, seed):
 
 
 def _score_folds(
-    estimator, X, y, folds, suggested, nearest, scorers, error_score, n_jobs, verbose
+    estimator, X, y, folds, suggested, nearest, scorers, failures, n_jobs, verbose
 ):
     """Fit and score the estimator in each fold; return a row for each arm and fold."""
     leaked = nearest[nearest["leaked"]]
@@ -587,21 +589,32 @@ def _score_folds(
     for number, (train, test) in enumerate(suggested):
         jobs.append((number, train, {ARMS[-1]: test}))
     results = Parallel(n_jobs=n_jobs, return_as="generator")(
-        delayed(_score_fold)(estimator, X, y, *job, scorers, error_score)
+        delayed(_score_fold)(estimator, X, y, *job, scorers, failures.error_score)
         for job in jobs
     )
     records = []
-    for rows in progress_bar(results, verbose=verbose, unit=" fits", total=len(jobs)):
+    progress = progress_bar(results, verbose=verbose, unit=" fits", total=len(jobs))
+    for rows, failures_of_fold in progress:
         records.extend(rows)
+        failures.update(failures_of_fold)
     scores = pd.DataFrame(records)
     order = scores["arm"].map(ARMS.index)
     return scores.iloc[np.argsort(order, kind="stable")].reset_index(drop=True)
 
 
 def _score_fold(estimator, X, y, number, train, parts, scorers, error_score):
-    """Fit the estimator once, and score each part of the test rows."""
+    """Fit the estimator once, and score each part of the test rows.
+
+    Returns
+    -------
+    records : list of dict
+        A row of the scores for each part.
+    failures : Failures
+        Of the estimator and of scorers.
+    """
+    failures = Failures("leak_report", error_score)
     start, fitted = perf_counter(), None
-    with located(f"fold {number} ({next(iter(parts))}) of leak_report", error_score):
+    with failures.located(f"fold {number} ({next(iter(parts))})"):
         fitted = clone(estimator).fit(take_rows(X, train), y[train])
     seconds = perf_counter() - start
     records = []
@@ -612,22 +625,14 @@ def _score_fold(estimator, X, y, number, train, parts, scorers, error_score):
         if fitted is None:
             record |= dict.fromkeys(scorers, error_score)
         elif len(rows):
-            record |= _apply_scorers(
-                fitted, take_rows(X, rows), y[rows], scorers, error_score, record
-            )
+            X_part, y_part = take_rows(X, rows), y[rows]
+            for name, scorer in scorers.items():
+                record[name] = error_score
+                action = f"The scorer {name!r}"
+                with failures.located(f"fold {number} ({arm})", action):
+                    record[name] = float(scorer(fitted, X_part, y_part))
         record["fit s"] = seconds
-    return records
-
-
-def _apply_scorers(fitted, X, y, scorers, error_score, record):
-    """Return the scores of some test rows."""
-    scores = {}
-    for name, scorer in scorers.items():
-        scores[name] = error_score
-        place = f"fold {record['fold']} ({record['arm']}) of leak_report"
-        with located(place, error_score, f"The scorer {name!r}"):
-            scores[name] = float(scorer(fitted, X, y))
-    return scores
+    return records, failures
 
 
 def _render_examples(nearest, spaces, y):

@@ -30,9 +30,9 @@ from sklembed._validation import (
 from sklembed.encoders import prefetch
 from sklembed.encoders.frozen import frozen_encoders
 from sklembed.evaluation.errors import (
+    Failures,
     check_error_score,
     check_one_score,
-    located,
 )
 from sklembed.evaluation.folds import list_folds
 from sklembed.evaluation.subsets import as_task
@@ -271,7 +271,13 @@ def modality_report(
             jobs.append(job)
     results = Parallel(n_jobs=n_jobs, return_as="generator")(jobs)
     progress = progress_bar(results, verbose=verbose, total=len(jobs), unit=" fits")
-    return _tabulate(list(progress), list(task.modalities))
+    rows, degraded, failures = [], [], Failures("modality_report", error_score)
+    for row, degraded_rows, failures_of_job in progress:
+        rows.append(row)
+        degraded += degraded_rows
+        failures.update(failures_of_job)
+    failures.warn()
+    return _tabulate(rows, degraded, list(task.modalities))
 
 
 def _check_levels(name, levels, largest):
@@ -326,6 +332,8 @@ def _run(task, subset, fold, y, scorer, levels, seed, error_score):
         A row of `subsets`.
     degraded : list of dict
         Rows of `degradation`, if there are `levels`.
+    failures : Failures
+        Of the estimator and of the scorer.
     """
     names = list(compress(task.modalities, subset))
     row = {
@@ -335,9 +343,9 @@ def _run(task, subset, fold, y, scorer, levels, seed, error_score):
         "score": error_score,
         "fit s": math.nan,
     }
-    place = f"modality_report with {row['modalities']!r}, fold {fold.number}"
-    fitted = None
-    with located(place, error_score, "Fitting or scoring"):
+    place = f"fold {fold.number} with {row['modalities']!r}"
+    failures, fitted = Failures("modality_report", error_score), None
+    with failures.located(place, "Fitting or scoring"):
         estimator, X = _constant(task.estimator), task.X
         if names:
             estimator, X = task.restrict(names)
@@ -349,11 +357,11 @@ def _run(task, subset, fold, y, scorer, levels, seed, error_score):
     if any(levels.values()):
         degraded = _list_levels(task, levels, fold, row["score"], error_score)
     if degraded and fitted is not None:
-        with located(f"{place}, noisy or missing", error_score, "Scoring"):
+        with failures.located(f"{place}, noisy or missing", "Scoring"):
             _degrade(degraded, task, fitted, fold, y[fold.test], scorer, seed)
     for record in degraded:
         record["loss"] = row["score"] - record["score"]
-    return row, degraded
+    return row, degraded, failures
 
 
 def _constant(estimator):
@@ -417,12 +425,9 @@ def _add_noise(Z, Z_train, columns, level, rng):
     return values.astype(np.result_type(Z.dtype, np.float32))
 
 
-def _tabulate(results, modalities):
-    """Return the report of the results of all folds and subsets."""
-    rows, degraded, values = [], [], []
-    for row, records in results:
-        rows.append(row)
-        degraded += records
+def _tabulate(rows, degraded, modalities):
+    """Return the report of the rows of all folds and subsets."""
+    values = []
     subsets = pd.DataFrame(rows)
     # Folds come first, and in each fold the subsets in the order of their bits.
     n_subsets = 2 ** len(modalities)
