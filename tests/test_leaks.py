@@ -28,6 +28,7 @@ from sklearn.pipeline import make_pipeline
 from sklembed import CallableBackend, FrozenEncoder, PerModalityUnion
 from sklembed._validation import draw_seed
 from sklembed.evaluation import leak_report, leaks, neighbours
+from sklembed.evaluation.single_columns import score_columns
 from sklembed.plots import LeakDisplay
 
 matplotlib.use("Agg")
@@ -364,6 +365,89 @@ def test_identifiers_that_predict_the_target_are_suspicious(report):
         "scan": False,
     }
     assert "'file' (file name) alone predicts the target" in repr(report)
+
+
+def repeated(n_values, n_rows_of_value, n_targets, rng):
+    """Return shuffled values, and a target that depends on the value alone."""
+    values = rng.permutation(np.repeat(np.arange(n_values), n_rows_of_value))
+    return values, rng.integers(n_targets, size=n_values)[values]
+
+
+def columns_of(frame, y, classes=True, by_patient=False):
+    """Return the scores of the columns of a table."""
+    folds = list(KFold(5, shuffle=True, random_state=0).split(frame))
+    if by_patient:
+        folds = list(GroupKFold(5).split(frame, groups=frame["patient"]))
+    return score_columns(frame, y, folds, classes, seed=0).set_index("column")
+
+
+@pytest.mark.parametrize("n_classes", [2, 7])
+@pytest.mark.parametrize("form", ["int", "float", "code", "full name", "category"])
+def test_identifiers_that_repeat_are_groups(form, n_classes):
+    rng = np.random.default_rng(n_classes)
+    values, y = repeated(60, 3, n_classes, rng)
+    cells = {
+        "int": values + 1000,
+        "float": np.where(np.arange(180) % 30, values + 1000.0, np.nan),
+        "code": [f"P{value:03}" for value in values],
+        "full name": [f"Ann Mc{'abcdefgh'[v % 8]}{'lmnopqrs'[v // 8]}" for v in values],
+        "category": pd.Categorical(values),
+    }
+    frame = pd.DataFrame(
+        {"patient": cells[form], "row": np.arange(180), "size": rng.normal(size=180)}
+    )
+    columns = columns_of(frame, y)
+    assert columns["groups"].to_dict() == {"patient": True, "row": False, "size": False}
+    assert columns.loc["patient", "suspicious"]
+    assert columns.loc["patient", "score"] == 1
+    assert columns.loc["patient", "permuted"] < 0.8
+    # In folds of patients, no value is on both sides.
+    frame["patient"] = values
+    assert not columns_of(frame, y, by_patient=True)["groups"].any()
+
+
+def test_the_report_advises_to_pass_groups(vectors):
+    X, _ = vectors
+    values, y = repeated(N_ROWS // 3, 3, 2, np.random.default_rng(0))
+    frame = pd.DataFrame({"patient": values})
+    options = {"vectors": {"text": X[: len(y)]}, "random_state": 0}
+    report = leak_report(DummyClassifier(), frame, y, **options)
+    assert "drop the column and pass groups=X['patient']." in repr(report)
+    report = leak_report(DummyClassifier(), frame.to_numpy(), y, **options)
+    assert "drop the column and pass groups=its values." in repr(report)
+    report = leak_report(DummyClassifier(), frame, y, groups=values, **options)
+    assert "groups=" not in repr(report)
+
+
+def test_features_that_repeat_are_no_groups():
+    rng = np.random.default_rng(0)
+    n_rows = 600
+    colours = np.array(list("abcdefghij"))
+    colour = rng.integers(10, size=n_rows)  # predicts the target exactly
+    y = colour % 2
+    town, rates = rng.integers(60, size=n_rows), rng.random(60)
+    y[colour > 7] = rng.random((colour > 7).sum()) < rates[town[colour > 7]]
+    frame = pd.DataFrame(
+        {
+            "colour": colours[colour],
+            "town": [f"town {value:02}" for value in town],
+            "row": rng.permutation(n_rows),
+            "pressure": np.round(rng.normal(size=n_rows) + y, 1),
+            "patient": np.arange(n_rows) // 2,  # of no influence
+        }
+    )
+    assert not columns_of(frame, y)["groups"].any()
+
+
+def test_groups_of_a_regression_and_of_many_rows():
+    rng = np.random.default_rng(0)
+    values, _ = repeated(4000, 3, 2, rng)  # more rows than single columns are tested on
+    level = rng.normal(size=4000)
+    y = level[values] + 0.1 * rng.normal(size=12_000)
+    frame = pd.DataFrame({"patient": values, "noise": rng.integers(4000, size=12_000)})
+    columns = columns_of(frame, y, classes=False)
+    assert columns["groups"].to_dict() == {"patient": True, "noise": False}
+    assert columns.loc["patient", "score"] > 0.9
 
 
 def test_dates_and_numbers_of_a_regression(vectors):

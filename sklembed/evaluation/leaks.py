@@ -72,7 +72,7 @@ def leak_report(
     image or embedding. The report compares the score of all test rows with that of
     the rows that are not leaked, and suggests groups that keep near duplicates in one
     fold. It also lists table columns, such as identifiers and file names, that alone
-    predict the target.
+    predict the target, and marks those that may be groups, such as patients.
 
     Parameters
     ----------
@@ -311,7 +311,10 @@ class LeakReport:
         "kind", "score" (out of fold; balanced accuracy for classifiers, R² for
         regressors), "permuted" (the largest score in five permutations of the target),
         "gain" (the share of the distance from the mean permuted score to 1 that the
-        score covers) and "suspicious".
+        score covers), "suspicious" and "groups": whether at least 20 values repeat in
+        training and test rows, each with nearly one target. The score is then that of
+        the most frequent or mean target of a value. Pass such a column as `groups`, if
+        it identifies a patient or the like.
 
     groups_ : ndarray of shape (n_samples,), dtype int
         Suggested groups: connected components of all near duplicates and of the groups
@@ -385,7 +388,7 @@ class LeakReport:
             sentences.append(
                 f"Column {row['column']!r} ({row['kind']}) alone predicts the target: "
                 f"score {row['score']:.3f}, at most {row['permuted']:.3f} on permuted "
-                "targets."
+                f"targets.{_advise_groups(row)}"
             )
         return sentences
 
@@ -409,6 +412,18 @@ class LeakReport:
         if self._examples:
             parts.append("</table>")
         return "".join([*parts, "</div>"])
+
+
+def _advise_groups(row):
+    """Return a sentence on a column of values that may be groups, or nothing."""
+    if not row["groups"]:
+        return ""
+    name = row["column"]
+    groups = "its values" if name.isdecimal() else f"X[{name!r}]"  # of an array
+    return (
+        " Its values repeat in training and test rows: if they identify a patient or "
+        f"the like, drop the column and pass groups={groups}."
+    )
 
 
 @dataclass

@@ -13,7 +13,7 @@ from sklearn.naive_bayes import MultinomialNB
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from sklembed.vectorizer.kinds import read_column
-from sklembed.vectorizer.parsing import parse_column
+from sklembed.vectorizer.parsing import distinct, parse_column
 
 _N_ROWS_OF_COLUMN = 5000  # on which a single column is tested
 _N_CHARACTERS = 200  # of a text
@@ -21,6 +21,11 @@ _N_PERMUTATIONS = 5
 _LEAST_GAINS = {True: 0.1, False: 0.9}  # of identifiers, and of other columns
 _FILE_NAME = re.compile(r"[^/\\]*\.[A-Za-z][A-Za-z0-9]{1,4}$")
 _IDENTIFIERS = ("identifier", "file name", "datetime")
+# Of values that may be groups, such as patients: distinct values, mean number of rows of
+# each, and share of the test rows whose value has training rows.
+_LEAST_VALUES = 20
+_MOST_ROWS_OF_VALUE = 50
+_LEAST_KNOWN = 0.5
 
 
 def score_columns(table, y, folds, classes, seed):
@@ -44,7 +49,9 @@ def score_columns(table, y, folds, classes, seed):
         kind, features = _read_single_column(table.iloc[rows, position], str(name))
         record = {"column": str(name), "kind": kind}
         records.append(record)
-        if features is None or not small_folds:
+        if kind not in ("image", "other"):
+            record |= _score_groups(table.iloc[:, position], y, folds, classes, rng)
+        if record.get("groups") or features is None or not small_folds:
             continue
         model = _single_column_model(features, classes)
         record["score"] = _out_of_fold(model, features, target, small_folds, classes)
@@ -54,15 +61,95 @@ def score_columns(table, y, folds, classes, seed):
                 _out_of_fold(model, features, permuted_target, small_folds, classes)
             )
         record["permuted"] = max(permuted)
-        chance = np.mean(permuted)
-        record["gain"] = (record["score"] - chance) / (1 - chance)
+        record["gain"] = _gain(record["score"], permuted)
         is_identifier = kind in _IDENTIFIERS
         exceeds = record["score"] > record["permuted"]
         record["suspicious"] = exceeds and record["gain"] >= _LEAST_GAINS[is_identifier]
-    fields = ["column", "kind", "score", "permuted", "gain", "suspicious"]
+    fields = ["column", "kind", "score", "permuted", "gain", "suspicious", "groups"]
     columns = pd.DataFrame(records, columns=fields)
-    columns["suspicious"] = columns["suspicious"].eq(True)
+    for name in ("suspicious", "groups"):
+        columns[name] = columns[name].eq(True)
     return columns.sort_values("gain", ascending=False, ignore_index=True)
+
+
+def _gain(score, permuted):
+    """Return the share of the way from chance, the permuted scores, to 1."""
+    chance = np.mean(permuted)
+    return (score - chance) / (1 - chance)
+
+
+def _score_groups(cells, y, folds, classes, rng):
+    """Return the scores of the targets of equal cells, if these may be groups of rows.
+
+    The values of an identifier that repeats, such as a patient with several rows, are
+    many, most are in training and test rows of a fold, and their rows have one target.
+
+    Returns
+    -------
+    record : dict
+        "score", "permuted", "gain", "suspicious" and "groups" of `LeakReport.columns_`.
+        Empty if the values are no groups.
+    """
+    codes, values = distinct(cells)
+    n_observed = np.count_nonzero(codes >= 0)
+    if not _LEAST_VALUES <= len(values) <= n_observed / 2:
+        return {}
+    is_float = pd.api.types.is_float_dtype(cells.dtype)
+    if is_float and np.any(np.asarray(values, dtype=float) % 1 != 0):  # measurements
+        return {}
+    if n_observed > _MOST_ROWS_OF_VALUE * len(values):
+        return {}
+    known_folds, n_known, n_tested = [], 0, 0
+    for train, test in folds:
+        train, test = train[codes[train] >= 0], test[codes[test] >= 0]
+        known = test[np.isin(codes[test], codes[train])]
+        known_folds.append((train, known))
+        n_known, n_tested = n_known + len(known), n_tested + len(test)
+    if n_known < _LEAST_KNOWN * n_tested:
+        return {}
+    target = np.unique(y, return_inverse=True)[1] if classes else y
+    score = _score_equal_cells(codes, target, known_folds, classes)
+    permuted = []
+    for _ in range(_N_PERMUTATIONS):
+        permutation = rng.permutation(target)
+        permuted.append(_score_equal_cells(codes, permutation, known_folds, classes))
+    gain = _gain(score, permuted)
+    if score <= max(permuted) or gain < _LEAST_GAINS[False]:
+        return {}
+    record = {"score": score, "permuted": max(permuted), "gain": gain}
+    return record | {"suspicious": True, "groups": True}
+
+
+def _score_equal_cells(codes, target, folds, classes):
+    """Return the score of the most frequent or mean target of equal training cells.
+
+    Parameters
+    ----------
+    codes : ndarray of shape (n_samples,), dtype int
+        Values of the column.
+    target : ndarray of shape (n_samples,)
+        Numbers, or the codes of classes.
+    folds : list of (train, test)
+        Rows; the value of each test row is that of a training row.
+    """
+    observed, predicted = [], []
+    for train, test in folds:
+        if classes:
+            n_classes = target.max() + 1
+            pairs = codes[train] * n_classes + target[train]
+            pairs, counts = np.unique(pairs, return_counts=True)
+            pairs = pairs[np.argsort(counts, kind="stable")]
+            by_value = np.zeros(codes.max() + 1, dtype=np.intp)
+            by_value[pairs // n_classes] = (
+                pairs % n_classes
+            )  # the last is most frequent
+        else:
+            sums = np.bincount(codes[train], target[train], minlength=codes.max() + 1)
+            counts = np.bincount(codes[train], minlength=codes.max() + 1)
+            by_value = sums / np.maximum(counts, 1)
+        predicted.append(by_value[codes[test]])
+        observed.append(target[test])
+    return _score(np.concatenate(observed), np.concatenate(predicted), classes)
 
 
 def _read_single_column(cells, name):
@@ -120,7 +207,11 @@ def _out_of_fold(model, features, y, folds, classes):
     for train, test in folds:
         predicted.append(model.fit(features[train], y[train]).predict(features[test]))
         observed.append(y[test])
-    observed, predicted = np.concatenate(observed), np.concatenate(predicted)
+    return _score(np.concatenate(observed), np.concatenate(predicted), classes)
+
+
+def _score(observed, predicted, classes):
+    """Return the balanced accuracy, or R² for numbers."""
     if not classes:
         return r2_score(observed, predicted)
     with warnings.catch_warnings():
