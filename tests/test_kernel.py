@@ -106,11 +106,10 @@ def test_groups_of_single_rows_are_leave_one_out():
 def fitted_without(model, X, y, rows, scaled_like):
     """Predict with the coefficients of a fit on some rows, all else as in another fit."""
     targets = (y - scaled_like.target_mean_) / scaled_like.target_scale_
-    landmarks = scaled_like._scale(X[rows].astype(np.float32))
     reduced = clone(model)
     vars(reduced).update(vars(scaled_like))
-    reduced._landmarks = landmarks
-    K = reduced._kernel(landmarks)
+    data = kernel._Rows(X[rows].astype(np.float32), None, np.ones(len(rows)), None)
+    K = reduced._set_landmarks(data)
     reduced._coef = np.linalg.solve(
         K + scaled_like.alpha_ * np.eye(len(rows)), targets[rows, None]
     )
@@ -287,18 +286,91 @@ def test_weights_that_are_zero_everywhere_are_refused():
 # Missing values and scaling
 
 
-def test_a_missing_block_contributes_zero():
+def test_the_kernel_of_complete_rows_is_the_mean_of_the_kernels():
     X, y = make_vectors()
     model = classifier(VECTORS).fit(X, y)
-    half = X.copy()
-    half[:, VECTORS["image"]] = np.nan
-    K = model._kernel(model._scale(half.astype(np.float32)))
     blocks = model._scale(X.astype(np.float32))
-    text = blocks["text"].values.astype(float)
-    cosine = text @ text.T
-    np.testing.assert_allclose(
-        K, np.exp(-model.gamma_ * (1 - cosine)) / 2, rtol=1e-5, atol=1e-7
+    expected = 0
+    for block in blocks.values():
+        Z = block.values.astype(float)
+        expected = expected + np.exp(-model.gamma_ * (1 - Z @ Z.T)) / 2
+    np.testing.assert_allclose(model._kernel(blocks), expected, rtol=1e-6)
+    new = make_vectors(seed=1)[0]
+    hidden = np.vstack([new, np.full_like(new[:1], np.nan)])
+    np.testing.assert_array_equal(  # whatever other rows lack
+        model.predict_proba(hidden)[:-1], model.predict_proba(new)
     )
+
+
+def features(K):
+    """Return vectors with these inner products."""
+    values, vectors = np.linalg.eigh(K)
+    return vectors * np.sqrt(np.maximum(values, 0))
+
+
+@pytest.mark.parametrize("n_landmarks", [3000, 25])
+@pytest.mark.parametrize("blocks", [VECTORS, BLOCKS], ids=["vectors", "table"])
+def test_missing_vectors_are_the_mean_in_the_feature_space(n_landmarks, blocks):
+    X, y = make_table()
+    hidden = np.random.default_rng(1).random((60, 2)) < 0.3
+    X[hidden[:, 0], BLOCKS["text"]] = np.nan
+    X[hidden[:, 1], BLOCKS["image"]] = np.nan
+    X = X[:, : max(columns.stop for columns in blocks.values())]
+    weight = np.random.default_rng(2).uniform(0.5, 2, 60)
+    model = classifier(blocks, n_landmarks=n_landmarks)
+    model.fit(X, y, sample_weight=weight)
+    landmarks, n_rows = model._landmarks, len(model._landmark_weight)
+    rows = model._scale(X.astype(np.float32))
+    shares = dict.fromkeys(VECTORS, (1 - model.table_share_) / 2)
+    if "table" in blocks:
+        shares["table"] = model.table_share_
+    observed = np.array(
+        [np.r_[landmarks[m].observed, rows[m].observed] for m in blocks]
+    )
+    share = np.array([shares[m] for m in blocks]) @ observed
+    expected = 0
+    for name, mask in zip(blocks, observed, strict=True):
+        values = np.vstack([landmarks[name].values, rows[name].values]).astype(float)
+        d = np.square(values[:, None] - values).sum(axis=2) / 2
+        gamma = model.table_gamma_ if name == "table" else model.gamma_
+        Z = features(np.exp(-gamma * d))
+        of_mean = (model._landmark_weight * mask[:n_rows]) @ Z[:n_rows]
+        of_mean /= model._landmark_weight[mask[:n_rows]].sum()
+        deviations = (Z - of_mean) / np.sqrt(np.maximum(share, 1e-9))[:, None]
+        Z = of_mean + np.where(mask[:, None], deviations, 0)
+        Z[share == 0] = 0
+        expected = expected + shares[name] * Z @ Z.T
+    np.testing.assert_allclose(
+        model._kernel(rows), expected[n_rows:, :n_rows], atol=1e-6
+    )
+
+
+def test_rows_without_a_text_of_one_class_do_not_decide_later_rows():
+    # In training, only rows of class 0 lack a text, by chance. The model must not infer
+    # that later rows without a text belong to class 0.
+    X, y = make_vectors(150)
+    X[:, VECTORS["image"]] += np.random.default_rng(2).normal(size=(3, WIDTH))[y]
+    X[np.flatnonzero(y == 0)[:8], VECTORS["text"]] = np.nan
+    new, y_new = X[75:].copy(), y[75:]
+    new[:, VECTORS["text"]] = np.nan
+    model = classifier(VECTORS).fit(X[:75], y[:75])
+    refit = classifier({"image": slice(None)})
+    refit.fit(X[:75, VECTORS["image"]], y[:75])
+    expected = refit.predict_proba(new[:, VECTORS["image"]])
+    assert model.score(new, y_new) > (expected.argmax(axis=1) == y_new).mean() - 0.05
+    assert log_loss(y_new, model.predict_proba(new)) < log_loss(y_new, expected) + 0.1
+
+
+def test_a_missing_vector_hardly_shrinks_the_predictions():
+    X, y = make_vectors(200)
+    X[:, VECTORS["image"]] = X[:, VECTORS["text"]]  # each contains all information
+    y = X[:, :3].sum(axis=1)
+    model = regressor(VECTORS).fit(X[:100], y[:100])
+    new = X[100:].copy()
+    complete = model.predict(new)
+    new[:, VECTORS["image"]] = np.nan
+    slope = np.polyfit(complete, model.predict(new), 1)[0]
+    assert slope == pytest.approx(1 / np.sqrt(2), abs=0.02)  # 1 / 2 without the factor
 
 
 @pytest.mark.parametrize("kind", ["binary", "classes", "labels"])

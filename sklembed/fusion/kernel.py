@@ -127,7 +127,7 @@ class _KernelFusion(DocLinkMixin, Saved, BaseEstimator):
 
         def error(position):
             settings = _at(grid, position)
-            K = self._mean_kernel(blocks, blocks, settings, distances)
+            K, _ = self._mean_kernel(blocks, blocks, data.weight, settings, distances)
             _, predicted = _solve_dual(K, data, settings["alpha"], groups)
             return self._loss(predicted[-1], data)
 
@@ -156,33 +156,86 @@ class _KernelFusion(DocLinkMixin, Saved, BaseEstimator):
             grid |= {"table_gamma": np.ones(1), "table_share": np.zeros(1)}
         return grid
 
-    def _mean_kernel(self, left, right, settings, distances=None):
-        """Return the weighted mean of the kernels of all blocks, zero where missing."""
-        n_table = len(self.table_blocks_)
-        n_vectors = len(left) - n_table
-        K = np.zeros(1)
+    def _mean_kernel(self, left, right, weight, settings, distances=None, means=None):
+        """Return the weighted mean of the kernels of all blocks.
+
+        A missing vector is replaced by the mean of the observed ones in the feature
+        space of the kernel. The deviations of the observed blocks from their means are
+        enlarged as much as the variance of the row would shrink.
+
+        Parameters
+        ----------
+        left, right : dict of str to ScaledBlock
+            The rows and the columns of the kernel matrix.
+        weight : ndarray of shape (n_right,)
+            Weights of `right` in the means.
+        settings : dict of str to float
+            Widths of the kernels, and the share of the table columns.
+        distances : dict of str to ndarray of shape (n_left, n_right), default=None
+            Half the squared distances in each block.
+        means : dict of str to ndarray of shape (n_right,), default=None
+            The kernel between the mean of each block and `right`. If None, `left` is
+            `right`.
+
+        Returns
+        -------
+        K : ndarray of shape (n_left, n_right)
+            The kernel matrix.
+        means : dict of str to ndarray of shape (n_right,)
+            As the parameter.
+        """
+        shares = self._shares(left, settings["table_share"])
+        left_factors = deviation_factors(left, shares)
+        right_factors = deviation_factors(right, shares)
+        K, found_means = np.zeros(1), {}
         for name in left:
-            if name in self.table_blocks_:
-                gamma = settings["table_gamma"]
-                weight = settings["table_share"] / n_table
-            else:
-                gamma = settings["gamma"]
-                weight = (1 - settings["table_share"]) / n_vectors
+            is_table = name in self.table_blocks_
+            gamma = settings["table_gamma" if is_table else "gamma"]
             if distances is None:
                 d = half_squared_distances(left[name].values, right[name].values)
             else:
                 d = distances[name]
             kernel = np.exp(-gamma * d)
-            kernel *= weight
-            kernel[~left[name].observed] = 0
-            kernel[:, ~right[name].observed] = 0
-            K = K + kernel
+            kernel *= shares[name]
+            of_mean = mean_weights(right[name], weight)
+            _rescale_deviations(kernel.T, right_factors[name], kernel @ of_mean)
+            mean = of_mean @ kernel if means is None else means[name]
+            _rescale_deviations(kernel, left_factors[name], mean)
+            K, found_means[name] = K + kernel, mean
+        K[is_empty(left)] = 0
+        K[:, is_empty(right)] = 0
+        return K, found_means
+
+    def _shares(self, blocks, table_share):
+        """Return the weight of each block in the mean of the kernels."""
+        n_table = len(self.table_blocks_)
+        n_vectors = len(blocks) - n_table
+        shares = {}
+        for name in blocks:
+            if name in self.table_blocks_:
+                shares[name] = table_share / n_table
+            else:
+                shares[name] = (1 - table_share) / n_vectors
+        return shares
+
+    def _set_landmarks(self, data):
+        """Set the landmarks and their means; return their kernel matrix."""
+        self._landmarks, self._landmark_weight = self._scale(data.X), data.weight
+        K, self._means = self._mean_kernel(
+            self._landmarks, self._landmarks, data.weight, self._settings()
+        )
         return K
+
+    def _settings(self):
+        return {
+            "gamma": self.gamma_,
+            "table_gamma": self.table_gamma_,
+            "table_share": self.table_share_,
+        }
 
     def _fit_dual(self, data):
         """Fit with all rows as landmarks; return predictions as `_solve_dual` does."""
-        self._landmarks = self._scale(data.X)
-        K = self._kernel(self._landmarks)
+        K = self._set_landmarks(data)
         groups = _rows_by_group(data.groups)
         self._coef, predicted = _solve_dual(K, data, self.alpha_, groups)
         return predicted
@@ -194,8 +247,7 @@ class _KernelFusion(DocLinkMixin, Saved, BaseEstimator):
         that keep groups together. Sums over the rows of each fold give the solutions of
         all folds.
         """
-        self._landmarks = self._scale(data.X[landmarks])
-        penalty = self._kernel(self._landmarks)
+        penalty = self._set_landmarks(data.take(landmarks))
         penalty[np.diag_indices(len(landmarks))] += _JITTER
         factor = np.linalg.cholesky(penalty)
         predicted = []
@@ -229,12 +281,14 @@ class _KernelFusion(DocLinkMixin, Saved, BaseEstimator):
 
     def _kernel(self, blocks):
         """Return the kernel between rows and landmarks."""
-        settings = {
-            "gamma": self.gamma_,
-            "table_gamma": self.table_gamma_,
-            "table_share": self.table_share_,
-        }
-        return self._mean_kernel(blocks, self._landmarks, settings)
+        K, _ = self._mean_kernel(
+            blocks,
+            self._landmarks,
+            self._landmark_weight,
+            self._settings(),
+            means=self._means,
+        )
+        return K
 
     def _predict_ridge(self, X):
         """Return the predictions for the rows of a validated table."""
@@ -266,6 +320,48 @@ class _Rows:
         """Return a subset of the rows."""
         groups = None if self.groups is None else self.groups[rows]
         return _Rows(self.X[rows], self.targets[rows], self.weight[rows], groups)
+
+
+def deviation_factors(blocks, shares):
+    """Return by what the deviation of each block of a row from its mean is multiplied.
+
+    The factor is 0 where the block is missing, and 1 for complete rows. A row of which
+    blocks with the share `s` of the kernel are observed has the factor `1 / sqrt(s)`, so
+    that rows have the same variance on average.
+
+    Parameters
+    ----------
+    blocks : dict of str to ScaledBlock
+        The scaled blocks.
+    shares : dict of str to float
+        The weight of each block in the mean of the kernels.
+
+    Returns
+    -------
+    factors : dict of str to ndarray of shape (n_samples,)
+        The factors of each block.
+    """
+    observed_share = sum(shares[name] * blocks[name].observed for name in blocks)
+    share = observed_share / sum(shares[name] for name in blocks)
+    factor = 1 / np.sqrt(np.where(share > 0, share, 1))
+    return {name: factor * block.observed for name, block in blocks.items()}
+
+
+def mean_weights(block, weight):
+    """Return the weights of the rows in the mean of a block; zero where missing."""
+    weight = weight * block.observed
+    return weight / max(weight.sum(), np.finfo(float).tiny)
+
+
+def is_empty(blocks):
+    """Return a mask of the rows without any observed block."""
+    return ~np.any([block.observed for block in blocks.values()], axis=0)
+
+
+def _rescale_deviations(kernel, factor, mean):
+    """Multiply the deviations of the rows of a kernel matrix from their mean, in place."""
+    rows = np.flatnonzero(factor != 1)
+    kernel[rows] = mean + factor[rows, None] * (kernel[rows] - mean)
 
 
 def _chunks(rows):

@@ -4,6 +4,7 @@ import numpy as np
 
 from sklembed._graph import Graph
 from sklembed.fusion._base import logits_of_prior, to_log_prior
+from sklembed.fusion.kernel import deviation_factors, is_empty, mean_weights
 from sklembed.onnx.blocks import (
     half_squared_distances,
     observed_in_block,
@@ -58,24 +59,46 @@ def _or_prior(graph, logits, observed, prior):
 
 
 def _add_kernel_ridge(graph, model, X):
+    """Add `_KernelFusion._predict_ridge`, with one term for each block."""
     landmarks = model._landmarks
-    n_table = len(model.table_blocks_)
+    blocks = scale_blocks(graph, X, model.blocks_, model._scaling)
+    shares = model._shares(blocks, model.table_share_)
+    factors, any_observed = _add_deviation_factors(graph, blocks, shares)
+    landmark_factors = deviation_factors(landmarks, shares)
+    all_coef = model._coef * ~is_empty(landmarks)[:, None]
     terms = []
-    for name, block in scale_blocks(graph, X, model.blocks_, model._scaling).items():
-        if name in model.table_blocks_:
-            gamma, weight = model.table_gamma_, model.table_share_ / n_table
-        else:
-            share = 1 - model.table_share_
-            gamma, weight = model.gamma_, share / (len(landmarks) - n_table)
+    for name, block in blocks.items():
+        is_table = name in model.table_blocks_
+        gamma = model.table_gamma_ if is_table else model.gamma_
         distances = half_squared_distances(graph, block.values, landmarks[name].values)
         kernel = graph.node("Exp", graph.node("Mul", distances, np.float64(-gamma)))
-        # Landmarks without the modality contribute zero.
-        coef = model._coef * (weight * landmarks[name].observed)[:, None]
-        term = graph.node("MatMul", kernel, coef)
-        if block.observed is not None:
-            term = graph.node("Where", block.observed, term, np.float64(0))
-        terms.append(term)
-    return graph.node("Sum", *terms, model.intercept_[None])
+        # Each landmark consists of its own block and of the mean of the landmarks.
+        factor = landmark_factors[name][:, None]
+        of_mean = mean_weights(landmarks[name], model._landmark_weight)
+        coef = factor * all_coef + np.outer(of_mean, ((1 - factor) * all_coef).sum(0))
+        term = graph.node("MatMul", kernel, shares[name] * coef)
+        mean = (model._means[name] @ all_coef)[None]
+        deviation = graph.node("Mul", graph.node("Sub", term, mean), factors[name])
+        terms.append(graph.node("Add", deviation, mean))
+    total = graph.node("Where", any_observed, graph.node("Sum", *terms), np.float64(0))
+    return graph.node("Add", total, model.intercept_[None])
+
+
+def _add_deviation_factors(graph, blocks, shares):
+    """Add `kernel.deviation_factors`, and a mask of the rows with any observed block."""
+    observed, weighted = {}, []
+    for name, block in blocks.items():
+        mask = np.ones((1, 1), dtype=bool) if block.observed is None else block.observed
+        observed[name] = graph.cast(mask, np.float64)
+        weighted.append(graph.node("Mul", observed[name], np.float64(shares[name])))
+    share = graph.node(
+        "Div", graph.node("Sum", *weighted), np.sum(list(shares.values()))
+    )
+    any_observed = graph.node("Greater", share, np.float64(0))
+    share = graph.node("Where", any_observed, share, np.float64(1))
+    factor = graph.node("Div", np.float64(1), graph.node("Sqrt", share))
+    factors = {name: graph.node("Mul", factor, mask) for name, mask in observed.items()}
+    return factors, any_observed
 
 
 def add_fusion_network(graph: Graph, model, X: str) -> str:
