@@ -73,7 +73,8 @@ for share in shares:
 # Choose estimators
 # -----------------
 # Three estimators accept blocks of NaN. The kernel of
-# :class:`~sklembed.EmbeddingClassifier` sums over the observed modalities.
+# :class:`~sklembed.EmbeddingClassifier` imputes a missing modality by the mean in its
+# feature space, and enlarges the deviations of the other modality from its mean.
 # :class:`~sklembed.FusionClassifier` hides modalities at random while it trains.
 # :class:`~sklembed.DecisionFusionClassifier` fits a classifier for each modality and
 # pools the predictions of the observed ones. A logistic regression does not accept NaN. The

@@ -480,9 +480,12 @@ class KernelFusionClassifier(ClassifierMixin, _KernelFusion):
 
     Each block has a Gaussian kernel: of the angle between two vectors, or of the
     standardised distance between two rows of table columns. The kernel of two rows is
-    the mean over the blocks. A missing vector contributes zero, so that a row without
-    any modality gets the class prior. Missing values of table columns are imputed by
-    the median, with an indicator.
+    the mean over the blocks. A missing vector is replaced by the mean of the observed
+    ones in the feature space of the kernel, and the deviations of the other blocks from
+    their means are divided by the root of their share of the kernel. Rows thus have the
+    same variance, and no class is inferred from the fact that a vector is missing. A row
+    without any modality gets the class prior. Missing values of table columns are
+    imputed by the median, with an indicator.
 
     The width of the kernels, the penalty and the share of the table columns are chosen
     by leave-one-out, which has a closed form for ridge regression, or by
