@@ -135,15 +135,14 @@ print(errors.round(3).to_string())
 # ----------------------------------
 # - If new rows are complete, holes do not matter: choose the model that is best on
 #   complete rows.
-# - If training rows are complete and new rows are not, prefer an estimator that was
-#   fitted on each modality alone: decision fusion, or a network with modality dropout.
-#   The kernel of ``EmbeddingClassifier`` was tuned on sums over both modalities, and
-#   loses about as much as imputation.
-# - If training rows have holes, keep them. ``EmbeddingClassifier`` then learns what a
-#   single modality is worth. If they have none, hide cells of the training rows at the
-#   share that you expect.
+# - If training rows are complete and new rows are not, choose the kernel, or a network
+#   with modality dropout. Both lose less than imputation, at equal or higher scores.
+# - If training rows have holes, keep them: no row has to be dropped.
 # - Imputation by the mean moves a row towards the middle of all rows. It is simple, but
-#   a baseline to compare with, not a default.
+#   a baseline to compare with, not a default. The kernel imputes the mean as well, but
+#   enlarges the evidence of the observed modality.
+# - All titles that are missing from the start belong to one class. A model that reads
+#   missing titles as a sign of this class fails as soon as other titles are missing.
 
 # %%
 # Plot the scores

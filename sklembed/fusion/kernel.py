@@ -161,7 +161,8 @@ class _KernelFusion(DocLinkMixin, Saved, BaseEstimator):
 
         A missing vector is replaced by the mean of the observed ones in the feature
         space of the kernel. The deviations of the observed blocks from their means are
-        enlarged as much as the variance of the row would shrink.
+        enlarged, so that the variance of the row does not shrink. Rows without any
+        observed block have a kernel of zero.
 
         Parameters
         ----------
@@ -323,11 +324,11 @@ class _Rows:
 
 
 def deviation_factors(blocks, shares):
-    """Return by what the deviation of each block of a row from its mean is multiplied.
+    """Return the factors of the deviations of each block from its mean.
 
-    The factor is 0 where the block is missing, and 1 for complete rows. A row of which
-    blocks with the share `s` of the kernel are observed has the factor `1 / sqrt(s)`, so
-    that rows have the same variance on average.
+    The factor is 0 where the block is missing, and 1 for complete rows. If the observed
+    blocks of a row have the share `s` of the kernel, their factor is `1 / sqrt(s)`, so
+    that all rows have the same variance on average.
 
     Parameters
     ----------
