@@ -1,13 +1,12 @@
 """Build the sdist and the wheel in dist/, check them, and run the wheel outside the repository.
 
 Call it by ``make dist``. In a new environment with the wheel alone it measures the import
-and runs the example of README and the quickstart, which take vectors from the default
-store. The option ``--tests`` also runs the tests of the sdist against the wheel;
+and runs the code of README and tutorial, and the quickstart, which take vectors from the
+default store. The option ``--tests`` also runs the tests of the sdist against the wheel;
 ``--content`` stops after the content is checked.
 """
 
 import argparse
-import re
 import shutil
 import statistics
 import subprocess
@@ -111,7 +110,7 @@ def compare(archive, kind, names, expected):
 def install(folder, wheel, extras):
     """Install the wheel in a new environment with the tested versions."""
     python = environment(folder / "installed")
-    pip = [python, "-m", "pip", "install", "--quiet"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-compile"]
     pip += ["--constraint", ROOT / "constraints.txt"]
     run(*pip, "torch")  # alone, so that no other package picks a build of it
     run(*pip, f"{wheel}[{extras}]")
@@ -137,15 +136,13 @@ def check_import(python, folder):
 
 
 def run_examples(python, folder):
-    """Run the examples of README and the quickstart in an empty folder."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    examples = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    """Run the code of README and tutorial, and the quickstart, in an empty folder."""
     elsewhere = folder / "examples"
     elsewhere.mkdir()
-    for i, example in enumerate(examples):
-        script = elsewhere / f"readme_{i}.py"
-        script.write_text(example, encoding="utf-8")
-        run(python, script.name, cwd=elsewhere)
+    pages = []
+    for page in (ROOT / "README.md", ROOT / "docs" / "tutorial.rst"):
+        pages.append(shutil.copy(page, elsewhere))
+    run(python, ROOT / "tools" / "run_pages.py", *pages, cwd=elsewhere)
     quickstart = shutil.copy(ROOT / "examples" / "plot_quickstart.py", elsewhere)
     run(python, quickstart, cwd=elsewhere)
 
