@@ -1,5 +1,6 @@
 """What every estimator must do: scikit-learn's whole battery, and our own contract beside it."""
 
+import functools
 import pickle
 
 import numpy as np
@@ -80,7 +81,6 @@ def known_to_fail(estimator):
 @parametrize_with_checks(
     [
         ContrastiveProjector(**CHEAP, cv=None),
-        ContrastiveProjector(**CHEAP, cv=None, loss="pairwise_bce", similarity="dot"),
         ContrastiveProjector(
             **CHEAP, cv=None, early_stopping=True, validation_fraction=0.5
         ),
@@ -94,11 +94,6 @@ def known_to_fail(estimator):
             transformer_weights={"last": 0.5},
             add_indicator=True,
         ),
-        PerModalityUnion(
-            [("first", StandardScaler(), [0])],
-            remainder=StandardScaler(),
-            add_indicator=True,
-        ),
         MultimodalVectorizer(),
         ModalityGapAligner(TWO, widths="resample"),
         ModalityGapAligner(TWO, method="whiten"),
@@ -106,20 +101,16 @@ def known_to_fail(estimator):
         FusionClassifier("early", **HEAD, blocks=ONE),
         FusionClassifier("late", **HEAD, blocks=TWO),
         FusionRegressor("early", **HEAD, blocks=ONE),
-        FusionRegressor("late", **HEAD, blocks=TWO),
         DecisionFusionClassifier(LogisticRegression(), blocks=TWO, cv=2),
         DecisionFusionClassifier(
             DecisionTreeClassifier(random_state=0), blocks=TWO, weights=None
         ),
-        DecisionFusionClassifier(LogisticRegression(), blocks=TWO, weights=None),
         KernelFusionClassifier(blocks=ONE),
         KernelFusionClassifier(blocks=TWO, table_blocks=["b"]),
         KernelFusionRegressor(blocks=ONE),
-        KernelFusionRegressor(blocks=TWO, table_blocks=["b"]),
         EmbeddingClassifier(blocks=ONE, **TWO_MEMBERS, cv=2),
         EmbeddingRegressor(blocks=ONE, **TWO_MEMBERS, cv=2),
         SharedFusionEncoder(**SHARED, blocks=TWO),
-        SharedFusionEncoder(**SHARED, blocks=TWO, share_layer=False, chunk_size=16),
         CrossAttentionAdaptor(**SHARED, blocks=TWO),
     ],
     expected_failed_checks=known_to_fail,
@@ -309,30 +300,38 @@ def case(name):
     return clone(estimator), *make()
 
 
+@functools.cache
+def fit_case(name):
+    """Return an estimator after `fit`, which no test may change, its table and output."""
+    estimator, make = CASES[name]
+    X, y = make()
+    estimator = clone(estimator).fit(X, y)
+    return estimator, X, output(estimator, X)
+
+
 @each
-def test_fit_twice_equals_once(case):
+def test_fit_twice_equals_once(case, name):
     estimator, X, y = case
-    once = output(clone(estimator).fit(X, y), X)
+    _, _, once = fit_case(name)
     twice = output(estimator.fit(X[:30], y[:30]).fit(X, y), X)
     np.testing.assert_array_equal(once, twice)
 
 
 @each
-def test_a_row_s_output_depends_neither_on_its_batch_nor_on_its_neighbours(case):
-    estimator, X, y = case
-    estimator.fit(X, y)
-    together = output(estimator, X)
-    alone = np.concatenate([output(estimator, X[i : i + 1]) for i in range(len(X))])
+def test_a_row_s_output_depends_neither_on_its_batch_nor_on_its_neighbours(name):
+    estimator, X, together = fit_case(name)
+    some = np.arange(0, len(X), len(X) // 20)
+    alone = np.concatenate([output(estimator, X[i : i + 1]) for i in some])
     order = np.random.default_rng(1).permutation(len(X))
     shuffled = output(estimator, X.iloc[order] if hasattr(X, "iloc") else X[order])
-    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(together[some], alone, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(together[order], shuffled, rtol=1e-5, atol=1e-6)
 
 
 @each
-def test_clones_pickles_and_files_do_the_same(case, tmp_path):
-    estimator, X, y = case
-    expected = output(estimator.fit(X, y), X)
+def test_clones_pickles_and_files_do_the_same(case, name, tmp_path):
+    _, X, y = case
+    estimator, _, expected = fit_case(name)
     np.testing.assert_array_equal(output(clone(estimator).fit(X, y), X), expected)
     np.testing.assert_array_equal(
         output(pickle.loads(pickle.dumps(estimator)), X), expected
@@ -387,12 +386,11 @@ def test_every_form_of_numeric_input_gives_the_same_numbers(case):
     estimator, X, y = case
     X = X.astype(np.float32)
     expected = fit_output(clone(estimator), X, y)
-    readonly = X.copy()
+    readonly = np.asfortranarray(X)
     readonly.flags.writeable = False
     forms = {
         "float64": X.astype(np.float64),
-        "Fortran order": np.asfortranarray(X),
-        "read-only": readonly,
+        "Fortran order, read-only": readonly,
         "negative strides": X[::-1, ::-1].copy()[::-1, ::-1],
         "frame": pd.DataFrame(X, columns=list("abcdef")),
         "list": X.tolist(),
@@ -412,11 +410,9 @@ def test_every_kind_of_label_gives_the_same_numbers(case):
     estimator, X, y = case
     expected = fit_output(clone(estimator), X, y)
     for labels in (
-        y + 1,
+        pd.Series(y + 1),
         np.array(["ant", "bee", "cow"])[y],
-        pd.Series(y),
-        y.tolist(),
-        y * 1.0,
+        (y * 1.0).tolist(),
     ):
         np.testing.assert_array_equal(fit_output(clone(estimator), X, labels), expected)
 
