@@ -142,7 +142,7 @@ def test_threads_of_openvino_may_run_on_all_cores(checkpoints, store):
         ("bert", "openvino", {"pooling": "pooler"}),
         ("modernbert", "openvino", {}),
         ("t5", "openvino", {}),
-        ("qwen", "onnx", {"pooling": "last", "layer": [2, 1]}),
+        ("qwen", "openvino", {"pooling": "last", "layer": [2, 1]}),
         ("clip", "openvino", {"modality": "text"}),
         ("clip", "openvino", {"modality": "image"}),
         ("siglip", "openvino", {"modality": "text"}),

@@ -638,7 +638,7 @@ class FrozenEncoder(DocLinkMixin, TransformerMixin, BaseEstimator):
         >>> from sklembed.encoders import minilm
         >>> encoder = FrozenEncoder(minilm(), dtype="float32", store=None)
         >>> directory = tempfile.mkdtemp()
-        >>> encoder.export(directory)
+        >>> encoder.export(directory, runtime="openvino")
         >>> FrozenEncoder(directory, store=None).transform(["a red cat"]).shape
         (1, 384)
         """
