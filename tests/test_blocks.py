@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+from sklearn.base import clone
 from sklearn.compose import ColumnTransformer, make_column_selector
 from sklearn.naive_bayes import GaussianNB
 
@@ -78,18 +79,8 @@ def test_blocks_and_branches_take_every_selection_of_column_transformer(
     container, first, last
 ):
     X = in_container(container)
-    values = np.asarray(X)
-    union = PerModalityUnion([("a", "passthrough", first), ("b", "passthrough", last)])
-    np.testing.assert_array_equal(union.fit_transform(X), values)
-    expected = {"a": slice(0, 2), "b": slice(2, 4)}
-    y = np.arange(30) % 2
-    blocks = {"a": first, "b": last}
-    for estimator in (
-        ModalityGapAligner(blocks),
-        CanonicalAligner(blocks=blocks),
-        DecisionFusionClassifier(GaussianNB(), blocks=blocks),
-    ):
-        assert estimator.fit(X, y).blocks_ == expected
+    aligner = ModalityGapAligner({"a": first, "b": last})
+    assert aligner.fit(X).blocks_ == {"a": slice(0, 2), "b": slice(2, 4)}
     branches = [("b", "passthrough", last), ("a", "passthrough", first)]
     np.testing.assert_array_equal(
         PerModalityUnion(branches).fit_transform(X),
@@ -97,19 +88,23 @@ def test_blocks_and_branches_take_every_selection_of_column_transformer(
     )
 
 
-@pytest.mark.parametrize("form", ["selectors", "callables", "slices"])
+@pytest.mark.parametrize("form", ["selectors", "callables of names", "slices of names"])
 @pytest.mark.parametrize(
-    "Estimator",
-    [FusionClassifier, FusionRegressor, SharedFusionEncoder, CrossAttentionAdaptor],
+    "estimator",
+    [
+        CanonicalAligner(),
+        DecisionFusionClassifier(GaussianNB()),
+        FusionClassifier(max_epochs=1),
+        FusionRegressor(max_epochs=1),
+        SharedFusionEncoder(max_epochs=1),
+        CrossAttentionAdaptor(max_epochs=1),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
 )
-def test_callables_of_trained_estimators_take_the_table_of_the_user(Estimator, form):
+def test_callables_of_estimators_take_the_table_of_the_user(estimator, form):
     X, y = in_container("pandas"), np.arange(30) % 2
-    first, last = {
-        "selectors": SELECTOR,
-        "callables": BY_NAME["callables of names"],
-        "slices": BY_NAME["slices of names"],
-    }[form]
-    estimator = Estimator(blocks={"a": first, "b": last}, max_epochs=1)
+    first, last = (BY_NAME | {"selectors": SELECTOR})[form]
+    estimator = clone(estimator).set_params(blocks={"a": first, "b": last})
     assert estimator.fit(X, y).blocks_ == {"a": slice(0, 2), "b": slice(2, 4)}
 
 
