@@ -37,9 +37,13 @@ def test_importing_the_package_brings_in_nothing_else():
     }
 
 
-def test_importing_scale_does_not_import_ray():
+def test_neither_scale_nor_a_data_set_imports_ray_or_torch():
     pytest.importorskip("pyarrow")
-    modules = imported_by("from sklembed.scale import encode_dataset, import_vectors")
+    modules = imported_by(
+        "import sklembed.datasets\n"
+        "from sklembed.scale import encode_dataset, import_vectors\n"
+        "sklembed.datasets.load_emoji()"
+    )
     assert not modules & {"ray", "torch", "transformers", "skorch"}
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -175,16 +176,17 @@ def test_loading_needs_no_torch(clusters, tmp_path):
     X, y = clusters
     projector = small(passthrough="auto").fit(X, y)
     projector.save(tmp_path / "it")
-    np.savez(tmp_path / "arrays.npz", X=X, Z=projector.transform(X))
-    code = (
-        "import sys, numpy as np\n"
-        "from sklembed import ContrastiveProjector\n"
-        f"arrays = np.load({str(tmp_path / 'arrays.npz')!r})\n"
-        f"projector = ContrastiveProjector.load({str(tmp_path / 'it')!r})\n"
-        "np.testing.assert_array_equal(projector.transform(arrays['X']), arrays['Z'])\n"
-        "assert 'torch' not in sys.modules and 'skorch' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    joblib.dump((projector, X, projector.transform(X)), tmp_path / "it.joblib")
+    code = """
+import joblib, sys
+import numpy as np
+from sklembed import ContrastiveProjector
+unpickled, X, Z = joblib.load("it.joblib")
+for projector in (unpickled, ContrastiveProjector.load("it")):
+    np.testing.assert_array_equal(projector.transform(X), Z)
+assert not {"torch", "skorch"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 # Refused

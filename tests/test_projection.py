@@ -102,21 +102,6 @@ def test_weights_are_float32_arrays(clusters):
     assert projector.n_iter_ == 5
 
 
-def test_transform_imports_no_torch(clusters, tmp_path):
-    import joblib
-
-    X, y = clusters
-    projector = small().fit(X, y)
-    joblib.dump((projector, X, projector.transform(X)), tmp_path / "it.joblib")
-    code = (
-        "import sys, joblib, numpy as np\n"
-        f"projector, X, Z = joblib.load({str(tmp_path / 'it.joblib')!r})\n"
-        "np.testing.assert_array_equal(projector.transform(X), Z)\n"
-        "assert 'torch' not in sys.modules and 'skorch' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 # Cross-fitting
 
 
