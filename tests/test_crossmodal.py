@@ -707,8 +707,7 @@ def test_the_temperature_is_learned_within_its_bounds(Encoder, lr):
     assert (encoder.temperature_ == pytest.approx(0.07)) == (lr == 1e-9)
 
 
-@each_encoder
-def test_early_stopping_goes_back_to_the_best_epoch(Encoder):
+def test_early_stopping_goes_back_to_the_best_epoch():
     X = world(200)
     X += np.random.default_rng(0).normal(size=X.shape).astype(np.float32)
     options = {
@@ -716,11 +715,11 @@ def test_early_stopping_goes_back_to_the_best_epoch(Encoder):
         "n_iter_no_change": 3,
         "validation_fraction": 0.3,
     }
-    encoder = small(Encoder, max_epochs=100, lr=0.02, **options).fit(X)
+    encoder = small(SharedFusionEncoder, max_epochs=100, lr=0.02, **options).fit(X)
     losses = [epoch["valid_loss"] for epoch in encoder.history_]
     best = int(np.argmin(losses)) + 1
     assert encoder.n_iter_ == best + 3 < 100
-    shorter = small(Encoder, max_epochs=best, lr=0.02, **options).fit(X)
+    shorter = small(SharedFusionEncoder, max_epochs=best, lr=0.02, **options).fit(X)
     same_weights(encoder, shorter, rtol=0)
     same_similarities(encoder.history_[:best], shorter.history_)
     # Early stopping ends the last epoch before it is reported.
@@ -734,25 +733,23 @@ def same_similarities(history, expected):
             assert epoch[name] == expected_epoch[name]
 
 
-@each_encoder
-def test_similarities_are_recorded_in_the_epoch_in_which_a_callback_stops(Encoder):
+def test_similarities_are_recorded_in_the_epoch_in_which_a_callback_stops():
     class StopAtOnce(Callback):
         def on_epoch_end(self, net, **_):
             raise KeyboardInterrupt
 
     X = world()
     stop = {"skorch_params": {"callbacks": [StopAtOnce()]}}
-    encoder = small(Encoder, max_epochs=5, warm_start=True, **stop).fit(X)
-    once = small(Encoder, max_epochs=1, warm_start=True).fit(X)
+    encoder = small(SharedFusionEncoder, max_epochs=5, warm_start=True, **stop).fit(X)
+    once = small(SharedFusionEncoder, max_epochs=1, warm_start=True).fit(X)
     same_similarities(encoder.history_, once.history_)
     same_similarities(encoder.fit(X).history_, once.fit(X).history_)
     assert encoder.n_iter_ == 2
 
 
-@each_encoder
-def test_a_warm_start_resumes(Encoder):
+def test_a_warm_start_resumes():
     X = world()
-    encoder = small(Encoder, warm_start=True).fit(X)
+    encoder = small(SharedFusionEncoder, warm_start=True).fit(X)
     first, moments = encoder.history_[-1]["train_loss"], encoder.weights_["mean_0"]
     encoder.fit(X + 1)
     assert [epoch["epoch"] for epoch in encoder.history_] == [1, 2, 3, 4]
@@ -760,7 +757,11 @@ def test_a_warm_start_resumes(Encoder):
     np.testing.assert_array_equal(encoder.weights_["mean_0"], moments)
     encoder.set_params(max_epochs=20).fit(X)
     assert encoder.history_[-1]["train_loss"] < first
-    still = small(Encoder, warm_start=True, lr=1e-12, max_epochs=1).fit(X).fit(X)
+    still = (
+        small(SharedFusionEncoder, warm_start=True, lr=1e-12, max_epochs=1)
+        .fit(X)
+        .fit(X)
+    )
     losses = [epoch["train_loss"] for epoch in still.history_]
     assert losses[0] != pytest.approx(losses[1], rel=1e-6)  # of other batches
     with pytest.raises(
@@ -774,8 +775,7 @@ def test_a_warm_start_resumes(Encoder):
     )
 
 
-@each_encoder
-def test_skorch_options_device_and_verbosity_reach_training(Encoder, capsys):
+def test_skorch_options_device_and_verbosity_reach_training(capsys):
     epochs = []
 
     class Counts(Callback):
@@ -783,20 +783,20 @@ def test_skorch_options_device_and_verbosity_reach_training(Encoder, capsys):
             epochs.append(net.device)
 
     X = world()
-    plain = small(Encoder, device="cpu").fit(X)
+    plain = small(SharedFusionEncoder, device="cpu").fit(X)
     assert not capsys.readouterr().out
     options = {
         "skorch_params": {"callbacks": [Counts()]},
         "device": "cpu",
         "verbose": 1,
     }
-    same_weights(small(Encoder, **options).fit(X), plain, rtol=0)
+    same_weights(small(SharedFusionEncoder, **options).fit(X), plain, rtol=0)
     assert epochs == [torch.device("cpu")] * 2
     assert "train_loss" in capsys.readouterr().out
     with pytest.raises(ValueError, match="device='nowhere' cannot be used here"):
-        small(Encoder, device="nowhere").fit(X)
+        small(SharedFusionEncoder, device="nowhere").fit(X)
     with pytest.raises(ValueError, match="skorch_params sets criterion"):
-        small(Encoder, skorch_params={"criterion": None}).fit(X)
+        small(SharedFusionEncoder, skorch_params={"criterion": None}).fit(X)
 
 
 @each_encoder
@@ -927,10 +927,9 @@ def test_encoders_of_tokens_are_saved(output, tmp_path):
     np.testing.assert_equal(loaded.transform(cells).tolist(), expected)
 
 
-@each_encoder
-def test_a_loaded_encoder_resumes_training_as_the_saved_one(Encoder, tmp_path):
+def test_a_loaded_encoder_resumes_training_as_the_saved_one(tmp_path):
     X = world()
-    encoder = small(Encoder, warm_start=True, dropout=0.0).fit(X)
+    encoder = small(SharedFusionEncoder, warm_start=True, dropout=0.0).fit(X)
     loaded = round_trip(encoder, tmp_path)
     same_weights(loaded.fit(X), encoder.fit(X), rtol=0)
     assert loaded.n_iter_ == 4

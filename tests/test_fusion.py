@@ -340,27 +340,25 @@ def test_losses_are_those_of_a_loop():
     )
 
 
-@each_join
-def test_early_stopping_goes_back_to_the_best_epoch_moments_included(join):
+def test_early_stopping_goes_back_to_the_best_epoch_moments_included():
     X, y = world(noise=3.0)
     options = {
         "early_stopping": True,
         "n_iter_no_change": 3,
         "validation_fraction": 0.3,
     }
-    head = small(join, max_epochs=200, lr=0.02, **options).fit(X, y)
+    head = small("late", max_epochs=200, lr=0.02, **options).fit(X, y)
     losses = [epoch["valid_loss"] for epoch in head.history_]
     best = int(np.argmin(losses)) + 1
     assert head.n_iter_ == best + 3 < 200
-    again = small(join, max_epochs=best, lr=0.02, **options).fit(X, y)
+    again = small("late", max_epochs=best, lr=0.02, **options).fit(X, y)
     for name, value in head.weights_.items():
         np.testing.assert_array_equal(value, again.weights_[name], err_msg=name)
 
 
-@each_join
-def test_a_warm_start_goes_on(join):
+def test_a_warm_start_goes_on():
     X, y = world()
-    head = small(join, max_epochs=2, warm_start=True).fit(X, y)
+    head = small("early", max_epochs=2, warm_start=True).fit(X, y)
     first = head.history_[-1]["train_loss"]
     head.fit(X, y)
     assert head.n_iter_ == 4
@@ -372,11 +370,10 @@ def test_a_warm_start_goes_on(join):
         head.set_params(hidden_layer_sizes=(3,)).fit(X, y)
 
 
-@each_join
-def test_probabilities_can_be_calibrated_with_modalities_missing(join):
+def test_probabilities_can_be_calibrated_with_modalities_missing():
     X, y = world(600, noise=2.0)
     X = without(X, "text", np.random.default_rng(0).random(600) < 0.3)
-    head = small(join, max_epochs=60)
+    head = small("late", max_epochs=60)
     calibrated = CalibratedClassifierCV(head, method=CALIBRATION, cv=3).fit(
         X[::2], y[::2]
     )
@@ -384,11 +381,10 @@ def test_probabilities_can_be_calibrated_with_modalities_missing(join):
     assert log_loss(y[1::2], calibrated.predict_proba(X[1::2])) < plain - 0.02
 
 
-@each_join
-def test_heads_can_be_searched_in_processes(join):
+def test_heads_can_be_searched_in_processes():
     X, y = world()
     grid = {"dropout": [0.0, 0.5], "modality_dropout": [0.0, 0.5]}
-    search = GridSearchCV(small(join, max_epochs=2), grid, cv=2, n_jobs=2).fit(X, y)
+    search = GridSearchCV(small("early", max_epochs=2), grid, cv=2, n_jobs=2).fit(X, y)
     assert set(search.best_params_) == set(grid)
 
 
@@ -1111,10 +1107,9 @@ def test_the_predictions_of_numpy_are_those_of_the_module(join):
     np.testing.assert_allclose(regressor.predict(X), expected, rtol=1e-4)
 
 
-@each_join
-def test_the_regressor_resumes_and_stops_early(join):
+def test_the_regressor_resumes_and_stops_early():
     X, y = numeric_world()
-    regressor = small_regressor(join, max_epochs=2, warm_start=True).fit(X, y)
+    regressor = small_regressor("early", max_epochs=2, warm_start=True).fit(X, y)
     mean = regressor.target_mean_
     regressor.fit(X, y + 1)
     assert regressor.n_iter_ == 4
@@ -1124,7 +1119,7 @@ def test_the_regressor_resumes_and_stops_early(join):
     ):
         regressor.fit(X, np.stack([y, y], axis=1))
     options = {"early_stopping": True, "n_iter_no_change": 3, "max_epochs": 300}
-    stopped = small_regressor(join, **options, lr=0.02).fit(X, y)
+    stopped = small_regressor("early", **options, lr=0.02).fit(X, y)
     losses = [epoch["valid_loss"] for epoch in stopped.history_]
     assert stopped.n_iter_ == int(np.argmin(losses)) + 4 < 300
 

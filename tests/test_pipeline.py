@@ -171,7 +171,7 @@ def test_grid_search_cross_validation_and_pickle():
     }
     search = GridSearchCV(model, grid, cv=2).fit(X, y)
     assert search.best_score_ > 0.7
-    assert cross_val_score(model, X, y, cv=2, n_jobs=2).mean() > 0.7
+    assert cross_val_score(model, X, y, cv=2).mean() > 0.7
     best = search.best_estimator_
     loaded = pickle.loads(pickle.dumps(best))
     np.testing.assert_array_equal(loaded.predict_proba(X), best.predict_proba(X))
