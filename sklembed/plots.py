@@ -718,16 +718,17 @@ class AdaptationDisplay:
 
     Examples
     --------
-    >>> from sklearn.datasets import load_digits
+    >>> from sklearn.datasets import load_iris
     >>> from sklearn.linear_model import RidgeClassifier
     >>> from sklembed.evaluation import compare_adaptations
     >>> from sklembed.plots import AdaptationDisplay
-    >>> X, y = load_digits(n_class=3, return_X_y=True)
+    >>> X, y = load_iris(return_X_y=True)
     >>> comparison = compare_adaptations(
-    ...     X[:150],
-    ...     y[:150],
+    ...     X,
+    ...     y,
     ...     adaptations=["none", "pca"],
     ...     estimators={"ridge": RidgeClassifier()},
+    ...     cv=2,
     ...     random_state=0,
     ... )
     >>> display = AdaptationDisplay.from_comparison(comparison)
