@@ -11,21 +11,24 @@ BIN = .venv/bin
 demo: .venv/.demo
 	$(BIN)/python examples/plot_quickstart.py
 
-# Two processes of one thread each: networks in the tests are too small for two threads.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+# Two processes of one thread each: networks in the tests are too small for two threads. Each starts
+# with half of the files, whose fixtures it keeps, and takes over tests of the other when it is done.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test: .venv/.dev
 	$(PYTEST)
 
 # To save time, these run with the newest dependencies alone: the examples of docstrings and README;
-# runtimes, whose floors are the newest versions; checks of the source; losses, whose torch is the
-# same; ray, peft and skl2onnx, whose floor is the newest version; and the behaviour of networks,
-# members of ensembles, reports, crashes, saved pipelines and the example of a service. Other tests reach the same interfaces of the
-# dependencies: test_common.py fits every estimator, test_training.py covers skorch, and test_store.py
-# the store.
+# runtimes, whose floors are the newest versions; checks of the source; losses, passes through a
+# shared network and options of training, whose torch is the same; ray, peft and skl2onnx, whose floor
+# is the newest version; and the behaviour of networks, kernels and gates, members of ensembles,
+# reports, crashes, saved pipelines and the example of a service. Other tests reach the same
+# interfaces of the dependencies: test_common.py fits every estimator, test_training.py covers skorch,
+# test_projection.py and the tests of unions the routing of metadata, test_huggingface.py transformers,
+# and test_store.py the store.
 NEWEST_ONLY = readme pages runtimes exported onnx scale architecture losses crossmodal segmentation \
 	evaluation leaks modality_report encoder_ranking finetune faults serving saved_pipelines \
-	model_card ensemble long_tables adaptations
+	model_card ensemble long_tables adaptations joint projection_options fusion kernel gate
 test-oldest: BIN = .venv-oldest/bin
 test-oldest: ARGS = tests $(NEWEST_ONLY:%=--ignore=tests/test_%.py)
 test-oldest: .venv-oldest/.dev
