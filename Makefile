@@ -73,7 +73,7 @@ bench: .venv/.bench
 	$(BIN)/python examples/benchmarks/bench_few_label.py --json docs/benchmarks/few_label.json
 	$(BIN)/python examples/benchmarks/bench_reports.py --json docs/benchmarks/reports.json
 	$(BIN)/python examples/benchmarks/bench_leaks.py --json docs/benchmarks/leaks.json
-	$(BIN)/python examples/benchmarks/bench_finetuning.py --json docs/benchmarks/finetuning.json
+	$(BIN)/python examples/benchmarks/bench_finetuning.py --shuffled --json docs/benchmarks/finetuning.json
 	$(BIN)/python examples/benchmarks/bench_segmentation.py --json docs/benchmarks/segmentation.json
 	$(BIN)/python examples/benchmarks/bench_service.py --json docs/benchmarks/service.json
 	$(BIN)/python examples/benchmarks/bench_long_arrays.py --json docs/benchmarks/long_arrays.json
