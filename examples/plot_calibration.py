@@ -92,7 +92,7 @@ styles = zip(
     ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7"), "os^Dv", strict=True
 )
 figure, (curves, points) = plt.subplots(
-    1, 2, figsize=(9.5, 4.2), layout="constrained", width_ratios=[1.25, 1]
+    1, 2, figsize=(8.5, 4.4), layout="constrained", width_ratios=[1.25, 1]
 )
 curves.plot([0, 1], [0, 1], color="black", lw=1, ls=":", label="calibrated")
 colors = {}
@@ -103,6 +103,7 @@ for (name, proba), (color, marker) in zip(probabilities.items(), styles, strict=
         *reliability(proba), color=color, marker=marker, ms=5, lw=width, label=name
     )
 curves.set(
+    title="reliability",
     xlabel="confidence (probability of the predicted class)",
     ylabel="accuracy",
     xlim=(0.2, 1.02),
@@ -115,7 +116,11 @@ for name, loss in losses.items():
     points.annotate(
         f"{loss:.2f}", (loss, name), xytext=(9, -4), textcoords="offset points"
     )
-points.set(xlabel="log loss in nats (lower is better)", xscale="log")
+points.set(
+    title="log loss",
+    xlabel="log loss in nats (lower is better)",
+    xscale="log",
+)
 points.set_xlim(losses.min() / 1.3, losses.max() * 2)
 points.grid(axis="y", alpha=0.3)
 points.tick_params(axis="y", labelsize="small")

@@ -95,12 +95,13 @@ panels = {
     "training rows\nfit_transform(X, y)": (cross_fitted, y[train]),
     "new rows\ntransform(X_new)": (Z_test, y[test]),
 }
-figure, axes = plt.subplots(
-    1, 4, figsize=(12, 3.5), layout="constrained", width_ratios=[1, 1, 1, 1.2]
+colors = np.array(
+    "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #999999 #F0E442".split()
 )
+figure, axes = plt.subplots(2, 2, figsize=(7, 7), layout="constrained")
 pca = PCA(2, random_state=0).fit(plain)
-for ax, (title, (Z, labels)) in zip(axes, panels.items(), strict=False):
-    ax.scatter(*pca.transform(Z).T, s=5, c=labels, cmap="tab10", vmax=10)
+for ax, (title, (Z, labels)) in zip(axes.flat, panels.items(), strict=False):
+    ax.scatter(*pca.transform(Z).T, s=8, c=colors[labels])
     ax.set(
         title=title,
         xlabel=f"silhouette {silhouette_score(Z, labels):.2f}",
@@ -110,10 +111,15 @@ for ax, (title, (Z, labels)) in zip(axes, panels.items(), strict=False):
         ylim=(-1.1, 1.1),
     )
 
-bars, positions = axes[3], np.arange(len(classifiers))
-for offset, method in ((-0.2, "fit and transform"), (0.2, "fit_transform")):
+bars, positions = axes[1, 1], np.arange(len(classifiers))
+for offset, method, color in (
+    (-0.2, "fit and transform", "#E69F00"),
+    (0.2, "fit_transform", "#56B4E9"),
+):
     scores = results.xs(method, level="method")["macro-F1"]
-    container = bars.bar(positions + offset, scores, width=0.38, label=method)
+    container = bars.bar(
+        positions + offset, scores, width=0.38, label=method, color=color
+    )
     bars.bar_label(container, fmt="{:.2f}", fontsize="small")
 bars.set_xticks(positions, [name.replace(" ", "\n") for name in scores.index])
 bars.set(

@@ -104,5 +104,6 @@ for axis, row in zip(axes.flat, test[nearest].flat, strict=True):
     background = Image.new("RGBA", image.size, "white")
     axis.imshow(Image.alpha_composite(background, image))
     axis.axis("off")
+figure.suptitle("The seven nearest images to each text")
 figure.tight_layout()
 plt.show()

@@ -16,6 +16,7 @@ the classes? This example explains the least certain predictions for emoji.
 # Two branches with a projection each. ``EmbeddingClassifier`` accepts missing blocks, so
 # it can also predict from one modality.
 import io
+from textwrap import shorten
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -70,7 +71,7 @@ probabilities = {
 # labels finds rows that are alike in what distinguishes the classes.
 projector = ContrastiveProjector(passthrough=False, random_state=0)
 Z_train = projector.fit(X_train, y_train).transform(X_train)
-neighbours = NearestNeighbors(n_neighbors=4).fit(Z_train)
+neighbours = NearestNeighbors(n_neighbors=3).fit(Z_train)
 _, nearest = neighbours.kneighbors(projector.transform(X_test))
 
 # %%
@@ -84,7 +85,8 @@ def draw(ax, row, label):
     """Draw an emoji with its name and a label."""
     with Image.open(io.BytesIO(row["image"])) as image:
         ax.imshow(image.convert("RGBA"))
-    ax.set_title(f"{row['name'][:19]}\n{label}", fontsize=7.5)
+    name = shorten(row["name"], 18, placeholder=" …")
+    ax.set_title(f"{name}\n{label}", fontsize=8)
     ax.axis("off")
 
 
@@ -94,7 +96,7 @@ certainty = np.minimum(by_name.max(axis=1), by_image.max(axis=1)) * disagree
 rows = np.argsort(-certainty, kind="stable")[:4]
 colors = {"both": "#000000", "name": "#0072B2", "image": "#E69F00"}
 figure, axes = plt.subplots(
-    4, 6, figsize=(10, 8), layout="constrained", width_ratios=[1, 2.2, 1, 1, 1, 1]
+    4, 5, figsize=(8, 7.5), layout="constrained", width_ratios=[1, 1.8, 1, 1, 1]
 )
 for (left, bars, *others), row in zip(axes, rows, strict=True):
     draw(left, test.iloc[row], f"is {y_test[row]}")
@@ -105,7 +107,7 @@ for (left, bars, *others), row in zip(axes, rows, strict=True):
             positions, probabilities[kept][row, top], 0.25, color=color, label=kept
         )
     bars.set(xlim=(0, 1))
-    bars.set_yticks(np.arange(3), classifier.classes_[top], fontsize=7.5)
+    bars.set_yticks(np.arange(3), classifier.classes_[top], fontsize=8)
     bars.invert_yaxis()
     for ax, neighbour in zip(others, nearest[row], strict=True):
         draw(ax, train.iloc[neighbour], y_train[neighbour])

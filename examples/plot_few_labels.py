@@ -89,6 +89,7 @@ for arm, (color, marker) in styles.items():
         label=arm,
     )
 ax.set(
+    title="Learning curves",
     xscale="log",
     xlabel="labelled training rows, of 600",
     ylabel="macro-F1 (mean and sd over three folds)",

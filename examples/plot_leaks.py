@@ -58,11 +58,11 @@ plt.show()
 # %%
 # Look at the pairs
 # -----------------
-# Six of the pairs, from the nearest to the threshold. Look at them before you trust a
+# Five of the pairs, from the nearest to the threshold. Look at them before you trust a
 # threshold: the nearest here are placeholders of images that were lost.
 pairs = report.pairs_[report.pairs_["column"] == "image"]
-chosen = pairs.iloc[np.linspace(0, len(pairs) - 1, 6).astype(int)]
-figure, axes = plt.subplots(2, 6, figsize=(9.5, 4.2), layout="constrained")
+chosen = pairs.iloc[np.linspace(0, len(pairs) - 1, 5).astype(int)]
+figure, axes = plt.subplots(2, 5, figsize=(8, 4.2), layout="constrained")
 for column, (_, pair) in zip(axes.T, chosen.iterrows(), strict=True):
     for ax, row in zip(column, (pair["row"], pair["nearest"]), strict=True):
         title = table["title"].iloc[row] or "(no title)"
@@ -72,6 +72,7 @@ for column, (_, pair) in zip(axes.T, chosen.iterrows(), strict=True):
         ax.set_title(title[:16], fontsize="small")
         ax.set(xticks=[], yticks=[])
     column[1].set_xlabel(f"distance {pair['distance']:.2f}")
+figure.suptitle("Test rows and their nearest training rows")
 axes[0, 0].set_ylabel("test row")
 axes[1, 0].set_ylabel("training row")
 plt.show()

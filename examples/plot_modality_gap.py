@@ -65,7 +65,7 @@ print(table.rename_axis(index="shift", columns="noise_std").to_string())
 # %%
 # Plot the gap and the scores
 # ---------------------------
-# The arrow connects the centroids before and after the shift. The right panel has the
+# The arrow connects the centroids before and after the shift. The lower panel has the
 # best score of each shift with its standard deviation over folds. All shifts lie within
 # that deviation, and noise lowers the score.
 best = search.best_estimator_

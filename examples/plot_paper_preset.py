@@ -113,14 +113,25 @@ print(table.to_string())
 # %%
 # Plot the scores
 # ---------------
-figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
 positions = np.arange(len(classifiers))
-for number, arm in enumerate(arms):
+colors = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000")
+for number, (arm, color) in enumerate(zip(arms, colors, strict=True)):
     offset = (number - 2) * 0.16
     axes.bar(
-        positions + offset, means.loc[arm], yerr=stds.loc[arm], width=0.15, label=arm
+        positions + offset,
+        means.loc[arm],
+        yerr=stds.loc[arm],
+        ecolor="grey",
+        width=0.15,
+        color=color,
+        label=arm,
     )
 axes.set_xticks(positions, list(classifiers))
-axes.set(ylabel="macro-F1, mean ± std of 3 outer folds", ylim=(0.4, 1))
-axes.legend(ncols=5, fontsize="small")
+axes.set(
+    title="Arms of the paper in four classifiers",
+    ylabel="macro-F1, mean ± std of 3 outer folds",
+    ylim=(0.4, 1),
+)
+axes.legend(ncols=3)
 plt.show()

@@ -191,7 +191,7 @@ print(f"best parameters: {search.best_params_}")
 # ---------------
 table = pd.DataFrame(results)
 print(table.round(3).to_string(index=False))
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
+figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
 for axes, measure, title in (
     (left, "macro-F1", "macro-F1 (higher is better)"),
     (right, "log loss", "log loss (lower is better)"),
@@ -200,7 +200,8 @@ for axes, measure, title in (
     axes.set(title=title)
     axes.grid(axis="x", alpha=0.4)
     axes.invert_yaxis()
-    axes.margins(y=0.2)
+    axes.margins(x=0.1, y=0.2)
+    axes.locator_params(axis="x", nbins=5)
 right.set_yticklabels([])
 figure.savefig("quickstart.png", dpi=120)
 

@@ -65,7 +65,7 @@ colors = dict(
         strict=True,
     )
 )
-figure, (rungs, costs) = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
+figure, (rungs, costs) = plt.subplots(1, 2, figsize=(8.5, 4.4), layout="constrained")
 for name, color in colors.items():
     ranked = results[results["encoder"] == name].sort_values("rows")
     rungs.errorbar(
@@ -79,11 +79,17 @@ for name, color in colors.items():
     )
     last = ranked.iloc[-1]
     costs.scatter(ranked["s per 1000 rows"].max(), last["score"], s=70, color=color)
-rungs.set(xscale="log", xlabel="rows", ylabel="macro-F1 (mean and sd over folds)")
+rungs.set(
+    title="score in each rung",
+    xscale="log",
+    xlabel="rows",
+    ylabel="macro-F1 (mean and sd over folds)",
+)
 rungs.set_xticks(results["rows"].unique(), results["rows"].unique())
 rungs.minorticks_off()
 rungs.legend(fontsize="small")
 costs.set(
+    title="score and cost",
     xscale="log",
     xlabel="seconds to encode 1,000 rows",
     ylabel="macro-F1 in the last rung of the encoder",

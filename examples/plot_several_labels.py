@@ -154,6 +154,7 @@ for name, style in styles.items():
 axes.set_yticks(positions, scores.index, fontsize=12)
 axes.invert_yaxis()
 axes.set_xlabel("average precision", fontsize=12)
+axes.set_title("Average precision of each label", fontsize=13)
 axes.set_xlim(-0.02, 1.02)
 axes.grid(axis="x", alpha=0.4)
 figure.legend(loc="outside upper center", ncols=2, fontsize=11)

@@ -148,6 +148,7 @@ axes.barh(order, summary["macro-F1"][order], color="#56B4E9")
 for name in order:
     axes.plot(scores[name], [name] * len(scores), "o", color="black", ms=5, alpha=0.6)
 axes.set_xlabel("macro-F1 on new creators (bar: mean, points: folds)", fontsize=12)
+axes.set_title("The same table in skrub and scikit-learn", fontsize=13)
 axes.tick_params(axis="y", labelsize=12)
 axes.grid(axis="x", alpha=0.4)
 axes.set_axisbelow(True)

@@ -106,6 +106,7 @@ ConfusionMatrixDisplay.from_predictions(
     colorbar=False,
     ax=axis,
 )
+axis.set_title("Zero-shot classes, as shares of each true class")
 plt.setp(axis.get_xticklabels(), ha="right")
 figure.tight_layout()
 plt.show()

@@ -1,6 +1,7 @@
 """Displays of modalities, adaptations, masks and leaks."""
 
 import copy
+import math
 from itertools import combinations
 from numbers import Integral
 
@@ -198,7 +199,7 @@ class ModalityGapDisplay:
             The display, with `figure_` and `axes_`.
         """
         n_panels = 2 * (self.before is not None) + (self.shifts is not None)
-        self.axes_ = _panels(axes, n_panels, (4.6, 4.2))
+        self.axes_ = _panels(axes, n_panels, (3.6, 3.3))
         self.figure_ = self.axes_[0].figure
         if self.before is not None:
             left, right = self.axes_[:2]
@@ -210,7 +211,7 @@ class ModalityGapDisplay:
             for ax in (left, right):
                 ax.set_xlim(min(x_limits), max(x_limits))
                 ax.set_ylim(min(y_limits), max(y_limits))
-            left.legend(fontsize="small")
+            left.legend(fontsize="small", markerscale=3)
         if self.shifts is not None:
             self._draw_scores(self.axes_[-1])
         return self
@@ -226,13 +227,18 @@ class ModalityGapDisplay:
             arrow = {"arrowstyle": "->", "lw": 2, "shrinkA": 0, "shrinkB": 0}
             ax.annotate("", xy=end, xytext=start, arrowprops=arrow)
         ax.scatter(*np.transpose(centroids), s=60, color="black", marker="X", zorder=3)
-        ax.set(title=title, xticks=[], yticks=[])
+        ax.set(
+            title=title,
+            xlabel="principal component 1",
+            ylabel="principal component 2",
+            xticks=[],
+            yticks=[],
+        )
 
     def _draw_scores(self, ax):
         """Draw the mean and the standard deviation of the score at each shift."""
-        ax.errorbar(
-            self.shifts, self.mean_scores, yerr=self.sd_scores, marker="o", capsize=3
-        )
+        options = {"marker": "o", "capsize": 3, "color": _color(1)}
+        ax.errorbar(self.shifts, self.mean_scores, yerr=self.sd_scores, **options)
         ax.set(
             title="cross-validated score, mean ± sd of folds",
             xlabel="shift (lambda)",
@@ -323,7 +329,7 @@ class ModalityDisplay:
         if self.degradation is not None:
             kinds = sorted(self.degradation["kind"].unique(), reverse=True)
         n_panels = 1 + len(kinds)
-        self.axes_ = _panels(axes, n_panels, (4.6, 3.6))
+        self.axes_ = _panels(axes, n_panels, (3.6, 3.0))
         self.figure_ = self.axes_[0].figure
         self._draw_values(self.axes_[0])
         for ax, kind in zip(self.axes_[1:], kinds, strict=True):
@@ -502,7 +508,8 @@ class SegmentationDisplay:
         """
         n_columns = 2 if self.images is None else 3
         shape = len(self.y_true), n_columns
-        self.axes_ = _panels(axes, n_columns, (2.2, 2.3), shape[0]).reshape(shape)
+        self.axes_ = _panels(axes, shape[0] * n_columns, (2.2, 2.3), n_columns)
+        self.axes_ = self.axes_.reshape(shape)
         self.figure_ = self.axes_[0, 0].figure
         for row, (true, pred) in enumerate(zip(self.y_true, self.y_pred, strict=True)):
             image = None
@@ -533,7 +540,10 @@ class SegmentationDisplay:
         for label, color in zip(labels, _colors(labels), strict=True):
             patch = _pyplot().Rectangle((0, 0), 1, 1, color=color, label=str(label))
             handles.append(patch)
-        self.figure_.legend(handles=handles, loc="outside lower center", ncols=8)
+        n_columns = 2 * self.axes_.shape[1]
+        self.figure_.legend(
+            handles=handles, loc="outside lower center", ncols=n_columns
+        )
 
 
 class LeakDisplay:
@@ -639,7 +649,7 @@ class LeakDisplay:
             The display, with `figure_` and `axes_`.
         """
         n_panels = len(self.distances) + 1
-        self.axes_ = _panels(axes, n_panels, (4.2, 3.8))
+        self.axes_ = _panels(axes, n_panels, (3.6, 3.3))
         self.figure_ = self.axes_[0].figure
         for ax, column in zip(self.axes_, self.distances, strict=False):
             self._draw_distances(ax, column)
@@ -775,8 +785,8 @@ class AdaptationDisplay:
         self : AdaptationDisplay
             The display, with `figure_` and `axes_`.
         """
-        height = 1.6 + 0.55 * self.summary["adaptation"].nunique()
-        self.axes_ = _panels(axes, 2, (5.8, max(height, 3.6)))
+        height = 1.2 + 0.45 * self.summary["adaptation"].nunique()
+        self.axes_ = _panels(axes, 2, (6.4, max(height, 3.6)), n_columns=1)
         self.figure_ = self.axes_[0].figure
         self._draw_scores(self.axes_[0])
         self._draw_costs(self.axes_[1])
@@ -874,28 +884,36 @@ class AdaptationDisplay:
         ax.set_title("cost of training against score", fontsize="medium")
 
 
-def _panels(axes, n_columns, size, n_rows=1):
+def _panels(axes, n_panels, size, n_columns=2):
     """Return the axes of panels, row by row, of a new figure if `axes` is None.
+
+    Figures are narrow, so that their text can be read on a phone.
 
     Parameters
     ----------
     axes : array-like of matplotlib Axes or None
         The axes.
-    n_columns, n_rows : int
-        Number of panels side by side, and below each other.
+    n_panels : int
+        Number of panels.
     size : tuple of float
         Width and height of a panel of a new figure, in inches.
+    n_columns : int
+        Maximum number of panels side by side. The last panel fills its row.
     """
     if axes is None:
-        width, height = size
-        _, axes = _pyplot().subplots(
-            n_rows,
-            n_columns,
-            figsize=(width * n_columns, height * n_rows),
-            layout="constrained",
-            squeeze=False,
+        n_columns = min(n_columns, n_panels)
+        n_rows = math.ceil(n_panels / n_columns)
+        figure = _pyplot().figure(
+            figsize=(size[0] * n_columns, size[1] * n_rows), layout="constrained"
         )
-    axes, n_panels = np.ravel(axes), n_columns * n_rows
+        grid = figure.add_gridspec(n_rows, n_columns)
+        axes = []
+        for panel in range(n_panels):
+            row, column = divmod(panel, n_columns)
+            is_last = panel == n_panels - 1
+            columns = slice(column, None) if is_last else column
+            axes.append(figure.add_subplot(grid[row, columns]))
+    axes = np.ravel(axes)
     if len(axes) != n_panels:
         raise ValueError(f"There are {n_panels} panels to draw; got {len(axes)} axes.")
     return axes
@@ -953,13 +971,14 @@ def _draw_mask(ax, mask, image):
 
 
 def _colors(labels):
-    """Return an RGBA color for each label, out of twenty; background is transparent."""
-    from matplotlib import colormaps
+    """Return an RGBA color for each label, out of 16; background is transparent."""
+    from matplotlib.colors import to_rgba_array
 
+    hues = to_rgba_array(_COLORS[1:])
+    pale = (hues + 1) / 2
+    palette = np.concatenate([hues, pale])
     labels = np.asarray(labels, dtype=int)
-    # tab20 has ten hues, each in a dark and a pale shade.
-    hue, shade = (labels - 1) % 10, (labels - 1) // 10 % 2
-    colors = colormaps["tab20"](2 * hue + shade)
+    colors = palette[(labels - 1) % len(palette)]
     colors[:, 3] = np.where(labels > 0, 0.75, 0.0)
     return colors
 

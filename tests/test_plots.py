@@ -219,3 +219,22 @@ def test_masks_that_cannot_be_shown_are_refused(masks):
     with pytest.raises(ValueError, match="4 panels to draw; got 3"):
         display.plot(plt.subplots(1, 3)[1])
     assert display.plot(plt.subplots(1, 4)[1]).axes_.shape == (2, 2)
+
+
+def test_figures_are_narrow_and_the_last_panel_fills_its_row(cones, search):
+    aligner = search.best_estimator_[0]
+    display = ModalityGapDisplay.from_estimator(aligner, cones, search=search).plot()
+    assert display.figure_.get_figwidth() <= 7.5  # legible on a phone
+    first, second, last = (ax.get_subplotspec() for ax in display.axes_)
+    assert (first.rowspan.start, second.rowspan.start, last.rowspan.start) == (0, 0, 1)
+    assert len(last.colspan) == 2
+
+
+def test_sixteen_labels_have_distinct_colors():
+    mask = np.arange(1, 17).reshape(4, 4)
+    display = SegmentationDisplay.from_predictions([mask], [mask]).plot()
+    layer = display.axes_[0, 0].get_images()[1].get_array()
+    assert len(np.unique(layer.reshape(-1, 4), axis=0)) == 16
+    display.figure_.draw_without_rendering()
+    legend = display.figure_.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= display.figure_.bbox.width
