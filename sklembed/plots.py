@@ -678,6 +678,7 @@ class LeakDisplay:
             xlabel="cosine distance to the nearest training row",
             ylabel="test rows",
         )
+        ax.margins(y=0.4)  # the legend is above the bars
         ax.legend(fontsize="small")
 
     def _draw_scores(self, ax):
