@@ -71,7 +71,7 @@ bench: .venv/.bench
 	$(BIN)/python examples/benchmarks/bench_predictor.py --second-run --json docs/benchmarks/second_run.json
 	$(BIN)/python examples/benchmarks/bench_predictor.py --scale --json docs/benchmarks/predictor_scale.json
 	$(BIN)/python examples/benchmarks/bench_few_label.py --json docs/benchmarks/few_label.json
-	$(BIN)/python examples/benchmarks/bench_reports.py --json docs/benchmarks/reports.json
+	$(BIN)/python examples/benchmarks/bench_reports.py --every 2 --seeds 3 --json docs/benchmarks/reports.json
 	$(BIN)/python examples/benchmarks/bench_leaks.py --json docs/benchmarks/leaks.json
 	$(BIN)/python examples/benchmarks/bench_finetuning.py --shuffled --json docs/benchmarks/finetuning.json
 	$(BIN)/python examples/benchmarks/bench_segmentation.py --json docs/benchmarks/segmentation.json
