@@ -759,7 +759,8 @@ def test_a_fitted_ensemble_does_not_contain_the_training_table(fitted, kind):
         if n_rows in array.shape:
             of_rows.add(path)
     allowed = (
-        "/members_/kernel/model/_landmarks/",
+        "/members_/kernel/model/_landmark",  # its blocks and weights
+        "/members_/kernel/model/_means/",  # one kernel value for each landmark
         "/members_/kernel/model/_coef",
         "/members_/svm/rows",  # of which most are support vectors
         "/members_/svm/machines/",
