@@ -15,7 +15,7 @@ parameters. This example compares it with principal components and with the defa
 # %%
 # Encode names and images
 # -----------------------
-# 1,200 emoji in nine classes. Names are encoded by MiniLM and images by
+# 800 emoji in nine classes. Names are encoded by MiniLM and images by
 # EfficientNet-lite0.
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,14 +27,13 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.tree import DecisionTreeClassifier
-from xgboost import XGBClassifier
 
 from sklembed import ContrastiveProjector, FrozenEncoder, PerModalityUnion
 from sklembed.datasets import load_emoji
 from sklembed.encoders import efficientnet_lite0, minilm
 
 emoji = load_emoji()
-chosen = np.random.default_rng(0).permutation(len(emoji.data))[:1200]
+chosen = np.random.default_rng(0).permutation(len(emoji.data))[:800]
 X = emoji.data[["name", "image"]].iloc[chosen]
 y = emoji.target.to_numpy()[chosen]
 encoders = {
@@ -87,9 +86,6 @@ classifiers = {
     "logistic regression": LogisticRegression(max_iter=2000),
     "CART": DecisionTreeClassifier(random_state=0),
     "random forest": RandomForestClassifier(n_jobs=2, random_state=0),
-    "XGBoost": XGBClassifier(
-        n_estimators=40, max_depth=4, colsample_bytree=0.25, n_jobs=2, random_state=0
-    ),
 }
 
 # %%
@@ -129,9 +125,9 @@ for number, (arm, color) in enumerate(zip(arms, colors, strict=True)):
     )
 axes.set_xticks(positions, list(classifiers))
 axes.set(
-    title="Arms of the paper in four classifiers",
+    title="Arms of the paper in three classifiers",
     ylabel="macro-F1, mean ± std of 3 outer folds",
-    ylim=(0.4, 1),
+    ylim=(0.2, 1),
 )
 axes.legend(ncols=3)
 plt.show()

@@ -27,7 +27,7 @@ from sklembed.encoders import efficientnet_lite0
 from sklembed.metrics import dice_score
 from sklembed.plots import SegmentationDisplay
 
-composites = make_composites(320, random_state=0)
+composites = make_composites(200, random_state=0)
 X, y = composites.data, composites.target
 splitter = GroupShuffleSplit(1, test_size=0.33, random_state=0)
 train, test = next(splitter.split(X, y, composites.groups))
