@@ -1,6 +1,5 @@
 """Offline settings, a store for the run, tiny checkpoints, and what several tests share."""
 
-import gc
 import os
 import tempfile
 
@@ -45,15 +44,6 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def pytest_collection_finish():
-    """Spare garbage collections the objects of modules and of the list of tests.
-
-    `compare_adaptations` collects before each fit, which would take most of its time.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """compare_adaptations: its scores, costs and tests, resuming, and its display."""
 
+import gc
 import sys
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
@@ -45,6 +46,18 @@ BLOCKS = {"text": slice(0, 16), "image": slice(16, 36)}
 CV = StratifiedKFold(3, shuffle=True, random_state=0)
 LR = LogisticRegression(C=10, max_iter=1000)
 NEIGHBOURS = KNeighborsClassifier(5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _light_heap():
+    """Spare garbage collections the modules and tests in memory.
+
+    `compare_adaptations` collects before each fit, which would take most of its time.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
