@@ -135,8 +135,9 @@ print(errors.round(3).to_string())
 # ----------------------------------
 # - If new rows are complete, holes do not matter: choose the model that is best on
 #   complete rows.
-# - If training rows are complete and new rows are not, choose the kernel, or a network
-#   with modality dropout. Both lose less than imputation, at equal or higher scores.
+# - If training rows are complete and new rows are not, choose the kernel. If most new
+#   rows have holes, choose a network with modality dropout. Both lose less than
+#   imputation.
 # - If training rows have holes, keep them: no row has to be dropped.
 # - Imputation by the mean moves a row towards the middle of all rows. It is simple, but
 #   a baseline to compare with, not a default. The kernel imputes the mean as well, but

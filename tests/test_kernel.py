@@ -297,7 +297,7 @@ def test_the_kernel_of_complete_rows_is_the_mean_of_the_kernels():
     np.testing.assert_allclose(model._kernel(blocks), expected, rtol=1e-6)
     new = make_vectors(seed=1)[0]
     hidden = np.vstack([new, np.full_like(new[:1], np.nan)])
-    np.testing.assert_array_equal(  # beside an empty row
+    np.testing.assert_array_equal(  # another row is empty
         model.predict_proba(hidden)[:-1], model.predict_proba(new)
     )
 

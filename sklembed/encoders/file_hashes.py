@@ -85,7 +85,7 @@ def _hash_files(root, signature) -> str:
 
 
 def _memo_path() -> Path:
-    """Return the file of hashes by signature, beside the default store."""
+    """Return the file of hashes by signature, next to the default store."""
     return Path(f"{default_path()}.checkpoints.json")
 
 

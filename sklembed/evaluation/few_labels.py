@@ -29,6 +29,7 @@ from sklembed._validation import (
     sorted_labels,
 )
 from sklembed.evaluation.errors import Failures, located
+from sklembed.evaluation.folds import list_folds
 
 
 def few_label_curve(
@@ -316,14 +317,12 @@ def _draw_folds(X, y, groups, cv, n_seeds, random_state):
         np.iinfo(np.int32).max, size=n_seeds
     )
     splitter = check_cv(cv, y, classifier=True)
-    positions = np.arange(len(y))
     folds = []
     for number, seed in enumerate(seeds.tolist()):
         if isinstance(cv, Integral):
             kind = StratifiedKFold if groups is None else StratifiedGroupKFold
             splitter = kind(cv, shuffle=True, random_state=seed)
-        for fold, (train, test) in enumerate(splitter.split(X, y, groups)):
-            train, test = positions[train], positions[test]  # they may be masks
+        for fold, train, test in list_folds(splitter, X, y, groups):
             classes = np.unique(y[train])
             if len(classes) < 2:
                 raise ValueError(

@@ -34,6 +34,7 @@ from sklembed._validation import (
 )
 from sklembed.encoders.cells import decode, shorten
 from sklembed.evaluation.errors import Failures, check_error_score
+from sklembed.evaluation.folds import list_folds
 from sklembed.evaluation.neighbours import (
     Components,
     find_thresholds,
@@ -72,7 +73,7 @@ def leak_report(
     image or embedding. The report compares the score of all test rows with that of
     the rows that are not leaked, and suggests groups that keep near duplicates in one
     fold. It also lists table columns, such as identifiers and file names, that alone
-    predict the target, and marks those that may be groups, such as patients.
+    predict the target, and marks identifiers that may be groups, such as patients.
 
     Parameters
     ----------
@@ -497,17 +498,12 @@ def _draw_folds(X, y, groups, cv, classes, seed):
     if isinstance(cv, Integral):
         splitter = _shuffled_folds(cv, classes, groups is not None, seed)
     splitter = check_cv(splitter, y, classifier=classes)
-    positions, folds = np.arange(len(y)), []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The groups parameter is ignored")
-        for train, test in splitter.split(X, y, groups):
-            folds.append((positions[train], positions[test]))  # they may be masks
-    for number, (train, test) in enumerate(folds):
-        if not len(train) or not len(test):
-            raise ValueError(
-                f"Fold {number} of cv has {len(train)} training and {len(test)} test "
-                "rows; both must have some. Use other folds."
-            )
+        listed = list_folds(splitter, X, y, groups)
+    folds = []
+    for number, train, test in listed:
+        folds.append((train, test))
         if not classes:
             continue
         absent = np.setdiff1d(y[test], y[train])

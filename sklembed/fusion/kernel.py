@@ -188,7 +188,7 @@ class _KernelFusion(DocLinkMixin, Saved, BaseEstimator):
         shares = self._shares(left, settings["table_share"])
         left_factors = deviation_factors(left, shares)
         right_factors = deviation_factors(right, shares)
-        K, found_means = np.zeros(1), {}
+        K, means_of_blocks = np.zeros(1), {}
         for name in left:
             is_table = name in self.table_blocks_
             gamma = settings["table_gamma" if is_table else "gamma"]
@@ -202,10 +202,10 @@ class _KernelFusion(DocLinkMixin, Saved, BaseEstimator):
             _rescale_deviations(kernel.T, right_factors[name], kernel @ of_mean)
             mean = of_mean @ kernel if means is None else means[name]
             _rescale_deviations(kernel, left_factors[name], mean)
-            K, found_means[name] = K + kernel, mean
+            K, means_of_blocks[name] = K + kernel, mean
         K[is_empty(left)] = 0
         K[:, is_empty(right)] = 0
-        return K, found_means
+        return K, means_of_blocks
 
     def _shares(self, blocks, table_share):
         """Return the weight of each block in the mean of the kernels."""

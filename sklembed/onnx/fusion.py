@@ -72,7 +72,7 @@ def _add_kernel_ridge(graph, model, X):
         gamma = model.table_gamma_ if is_table else model.gamma_
         distances = half_squared_distances(graph, block.values, landmarks[name].values)
         kernel = graph.node("Exp", graph.node("Mul", distances, np.float64(-gamma)))
-        # Each landmark consists of its own block and of the mean of the landmarks.
+        # A landmark is its deviation from the mean of all landmarks, rescaled, plus this mean.
         factor = landmark_factors[name][:, None]
         of_mean = mean_weights(landmarks[name], model._landmark_weight)
         coef = factor * all_coef + np.outer(of_mean, ((1 - factor) * all_coef).sum(0))
